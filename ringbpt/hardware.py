@@ -1,0 +1,46 @@
+"""What each accelerator can do at most: the numbers that MFU, the planner and the benchmarks divide by."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Peaks of ONE jax device (on TPU v2 and v3 that is one of the chip's two cores).
+
+    bf16_tflops: dense bf16 TFLOP/s. hbm_gib: memory a program can use, GiB. hbm_gb_per_s: its bandwidth, 1e9 bytes/s.
+    link_gb_per_s: one link, one direction, 1e9 bytes/s. links: how many of them a device has.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]  # as jax.Device.device_kind spells it
+    bf16_tflops: float
+    hbm_gib: float
+    hbm_gb_per_s: float
+    link_gb_per_s: float
+    links: int
+
+
+# Nominal vendor numbers.
+HARDWARE = (
+    Hardware("v2", ("TPU v2",), 23.0, 8.0, 350, 62, 4),
+    Hardware("v3", ("TPU v3",), 61.5, 16.0, 450, 70, 4),
+    Hardware("v4", ("TPU v4",), 275.0, 30.75, 1228, 50, 6),
+    Hardware("v5e", ("TPU v5 lite", "TPU v5e"), 197.0, 16.0, 819, 50, 4),
+    Hardware("v5p", ("TPU v5p", "TPU v5"), 459.0, 95.7, 2765, 100, 6),
+    Hardware("v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 32.0, 1640, 100, 4),
+    Hardware("A100", ("NVIDIA A100-SXM4-80GB",), 312.0, 79.2, 2039, 25, 12),
+    Hardware("H100", ("NVIDIA H100 80GB HBM3",), 989.0, 79.1, 3352, 25, 18),
+    Hardware("H200", ("NVIDIA H200",), 989.0, 141.0, 4800, 25, 18),
+)
+
+
+def find(device_kind: str) -> Hardware | None:
+    """The hardware of a `jax.Device.device_kind` or of a short name ("v4", "H200"), upper or lower case.
+
+    None when unknown (a CPU, a PCIe variant with other peaks): then MFU is not reported.
+    """
+    wanted = device_kind.strip().lower()
+    for hardware in HARDWARE:
+        if wanted in {hardware.name.lower(), *(kind.lower() for kind in hardware.device_kinds)}:
+            return hardware
+    return None
