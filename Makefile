@@ -1,0 +1,72 @@
+# Every target that needs Python builds .venv from nothing first, where it is missing or older than pyproject.toml.
+#   make train ARGS="--total_steps=100"      make test PYTHON=python3.12 VENV=.venv312
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint format aot aot-cuda clean
+
+VENV ?= .venv
+# The first of these that really runs and is new enough: a version manager's shim can exist and yet refuse.
+PYTHON := $(or $(PYTHON),$(shell for python in python3.11 python3.12 python3; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done))
+ARGS ?=
+TESTS ?= tests
+# Two test processes, a whole file each at a time: compiling dominates, and a file's tests share what they compile.
+PYTEST ?= $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BASE := $(VENV)/.base
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo '  variables: ARGS (flags of train), TESTS (what test runs), PYTHON, VENV'
+
+train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devices; ARGS="--flag=value ..."
+	$(VENV)/bin/python -m ringbpt.train $(ARGS)
+
+test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: $(DEV)  ## all tests
+	$(PYTEST) $(TESTS)
+
+lint: $(DEV)  ## ruff and mypy, as CI runs them
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(DEV)  ## what ruff can mend by itself
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+aot: $(CORE)  ## compilers for TPUs that are not here
+	$(INSTALL) --editable '.[aot]'
+
+# The compiler alone, at the version of the jax that is installed: its dependencies are gigabytes of CUDA libraries
+# that only a machine with a GPU can use.
+aot-cuda: $(CORE)  ## compilers for NVIDIA GPUs that are not here
+	version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(INSTALL) --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
+
+# Three stamps, so that `make train` does not wait for what only the tests need. The first carries the interpreter's
+# name, so that another PYTHON gets its own packages; --clear, so that nothing undeclared survives.
+$(BASE)-$(notdir $(PYTHON)): pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; name one with PYTHON=...' >&2; exit 2; }
+	@echo "[setup 1/3] $(VENV): $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(CORE): $(BASE)-$(notdir $(PYTHON))
+	@echo "[setup 2/3] jax, flax and what training needs: about 300 MB, a minute or two"
+	@start=$$(date +%s); $(INSTALL) --editable . && touch $@ && echo "[setup 2/3] took $$(( $$(date +%s) - start )) s"
+
+$(DEV): $(CORE)
+	@echo "[setup 3/3] what tests and lint need: about 100 MB"
+	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && touch $@ && \
+	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
