@@ -1,0 +1,203 @@
+"""Attention block by block in plain XLA: any device, memory of one block, and no work for blocks nobody sees.
+
+For each block of queries only the key blocks that hold something visible are visited; which ones is read off
+the least and greatest position and segment of every block, so a causal mask, a window, packed documents,
+padding and every layout are skipped by one mechanism. Ref: FlashAttention-2 (arXiv:2307.08691), BPT
+(arXiv:2305.19370).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, visible
+from ringbpt.types import TokenMeta
+
+_NO_SEGMENT = jnp.iinfo(jnp.int32).max
+
+
+def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
+    """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing."""
+    sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
+    return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Range:
+    """Per row and block: least and greatest position and segment; padding is in no segment's range."""
+
+    position_min: jax.Array  # each [B, blocks]
+    position_max: jax.Array
+    segment_min: jax.Array
+    segment_max: jax.Array
+    padded: jax.Array
+
+
+def _ranges(meta: TokenMeta, size: int) -> _Range:
+    position, segment = (x.reshape(x.shape[0], -1, size) for x in (meta.position_BT, meta.segment_BT))
+    real = segment != 0
+    return _Range(
+        position_min=jnp.min(jnp.where(real, position, _NO_SEGMENT), axis=-1),
+        position_max=jnp.max(jnp.where(real, position, -1), axis=-1),
+        segment_min=jnp.min(jnp.where(real, segment, _NO_SEGMENT), axis=-1),
+        segment_max=jnp.max(segment, axis=-1),
+        padded=~jnp.all(real, axis=-1),
+    )
+
+
+def block_visibility(
+    q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """(some, all), bool [query blocks, key blocks]: may some row hold a visible pair; is every pair visible.
+
+    `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
+    lengths here.
+    """
+    q = jax.tree.map(lambda x: x[:, :, None], _ranges(q_meta, query_chunk_size))
+    k = jax.tree.map(lambda x: x[:, None, :], _ranges(kv_meta, key_chunk_size))
+    some = (k.segment_min <= q.segment_max) & (q.segment_min <= k.segment_max)
+    every = (q.segment_min == k.segment_max) & (q.segment_max == k.segment_min) & ~q.padded & ~k.padded
+    if mask.causal:
+        some &= k.position_min <= q.position_max
+        every &= k.position_max <= q.position_min
+    if mask.window is not None:
+        some &= q.position_min - k.position_max < mask.window
+        every &= q.position_max - k.position_min < mask.window
+        if not mask.causal:
+            some &= k.position_min - q.position_max < mask.window
+            every &= k.position_max - q.position_min < mask.window
+    return jnp.any(some, axis=0), jnp.all(every, axis=0)
+
+
+def _visits(some: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For each row of a bool matrix: the columns that are true, first, and how many they are."""
+    return jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32), jnp.sum(some, axis=1, dtype=jnp.int32)
+
+
+def _pad(array: jax.Array, size: int) -> jax.Array:
+    """Zeros up to a multiple of size along dim 1: for metas that is padding, seen by nobody."""
+    rest = -array.shape[1] % size
+    return jnp.pad(array, ((0, 0), (0, rest)) + ((0, 0),) * (array.ndim - 2)) if rest else array
+
+
+def _slice(array: jax.Array, block: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, block * size, size, axis=1)
+
+
+def _update(array: jax.Array, part: jax.Array, block: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), block * size, axis=1)
+
+
+def _group(x_BTNx: jax.Array, heads: int) -> jax.Array:
+    """[B, T, N, ...] -> [B, K, G, T, ...]."""
+    x_BTKGx = x_BTNx.reshape(*x_BTNx.shape[:2], heads, -1, *x_BTNx.shape[3:])
+    return jnp.moveaxis(x_BTKGx, 1, 3)
+
+
+def _ungroup(x_BKGTx: jax.Array) -> jax.Array:
+    """The inverse of _group."""
+    x_BTKGx = jnp.moveaxis(x_BKGTx, 3, 1)
+    return x_BTKGx.reshape(*x_BTKGx.shape[:2], -1, *x_BTKGx.shape[4:])
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """In the operands' dtype, accumulated in float32; float32 operands are not rounded to fewer bits."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores_BKGTS(q_BKGTH, k_BSKH, q_meta, kv_meta, mask: MaskSpec, unmasked: jax.Array) -> jax.Array:
+    scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH) * q_BKGTH.shape[-1] ** -0.5
+    seen_BTS = unmasked | visible(q_meta, kv_meta, mask)
+    return jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
+
+
+def attend(
+    q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, carry: Partial | None = None,
+    *, query_chunk_size: int, key_chunk_size: int,
+) -> Partial:  # fmt: skip
+    """See core.Local; float32 accumulation, one [T block, S block] of scores alive at a time."""
+    length, heads = q.shape[1], k.shape[2]
+    size_T, size_S = min(query_chunk_size, length), min(key_chunk_size, k.shape[1])
+    carry = Partial.empty(q.shape) if carry is None else carry
+    q, out, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry.out_BTNH, q_meta))
+    lse = _pad(carry.lse_BTN, size_T)
+    k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
+    some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
+    visits, counts = _visits(some)
+
+    def query_block(i, out_lse):
+        q_BKGTH = _group(_slice(q, i, size_T), heads)
+        q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
+        out_BKGTH, lse_BKGT = (_group(_slice(x, i, size_T), heads) for x in out_lse)
+
+        def key_block(step, state):
+            out_BKGTH, max_BKGT, sum_BKGT = state
+            j = visits[i, step]
+            k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
+            scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask, every[i, j])
+            new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
+            finite_BKGT = jnp.where(new_max_BKGT == -jnp.inf, 0.0, new_max_BKGT)
+            p_BKGTS = jnp.exp(scores - finite_BKGT[..., None])
+            decay_BKGT = jnp.exp(max_BKGT - finite_BKGT)
+            out_BKGTH = out_BKGTH * decay_BKGT[..., None] + _dot("BKGTS,BSKH->BKGTH", p_BKGTS.astype(v.dtype), v_j)
+            return out_BKGTH, new_max_BKGT, sum_BKGT * decay_BKGT + jnp.sum(p_BKGTS, axis=-1)
+
+        empty_BKGT = lse_BKGT == -jnp.inf
+        state = (out_BKGTH, lse_BKGT, jnp.where(empty_BKGT, 0.0, 1.0))
+        out_BKGTH, max_BKGT, sum_BKGT = lax.fori_loop(0, counts[i], key_block, state)
+        empty_BKGT = sum_BKGT == 0
+        out_BKGTH = out_BKGTH / jnp.where(empty_BKGT, 1.0, sum_BKGT)[..., None]
+        lse_BKGT = jnp.where(empty_BKGT, -jnp.inf, max_BKGT + jnp.log(jnp.where(empty_BKGT, 1.0, sum_BKGT)))
+        blocks = (_ungroup(out_BKGTH), _ungroup(lse_BKGT))
+        return tuple(_update(whole, part, i, size_T) for whole, part in zip(out_lse, blocks, strict=True))
+
+    out, lse = lax.fori_loop(0, q.shape[1] // size_T, query_block, (out, lse))
+    return Partial(out[:, :length], lse[:, :length])
+
+
+def attend_bwd(
+    q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
+    *, query_chunk_size: int, key_chunk_size: int,
+):  # fmt: skip
+    """See core.Local; five products a block, dk and dv stay put while dq is visited."""
+    length, length_S, heads = q.shape[1], k.shape[1], k.shape[2]
+    size_T, size_S = min(query_chunk_size, length), min(key_chunk_size, length_S)
+    scale = q.shape[-1] ** -0.5
+    delta = row_delta(out, d_out)
+    # A row without keys must get p = exp(score - lse) = 0, not exp(+inf).
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    q, d_out, delta, lse, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, d_out.astype(q.dtype), delta, lse, q_meta))
+    k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
+    some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
+    visits, counts = _visits(some.T)
+
+    def key_block(j, grads):
+        dq, dk, dv = grads
+        k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
+
+        def query_block(step, state):
+            dq, dk_j, dv_j = state
+            i = visits[j, step]
+            q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
+            q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
+            scores = _scores_BKGTS(q_i, k_j, q_meta_i, kv_meta_j, mask, every[i, j])
+            p_BKGTS = jnp.exp(scores - lse_i[..., None])
+            dp_BKGTS = _dot("BKGTH,BSKH->BKGTS", d_out_i, v_j)
+            ds_BKGTS = (p_BKGTS * (dp_BKGTS - delta_i[..., None]) * scale).astype(q.dtype)
+            dv_j += _dot("BKGTS,BKGTH->BSKH", p_BKGTS.astype(q.dtype), d_out_i)
+            dk_j += _dot("BKGTS,BKGTH->BSKH", ds_BKGTS, q_i)
+            dq_i = _ungroup(_dot("BKGTS,BSKH->BKGTH", ds_BKGTS, k_j))
+            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_j, dv_j
+
+        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        dq, dk_j, dv_j = lax.fori_loop(0, counts[j], query_block, (dq, zeros, zeros))
+        return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
+
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S, key_block, tuple(zeros))
+    return dq[:, :length], dk[:, :length_S], dv[:, :length_S]

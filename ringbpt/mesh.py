@@ -1,0 +1,51 @@
+"""The device mesh, and the one place where a host's arrays become global ones."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from ringbpt.attention.layouts import permutation
+from ringbpt.dims import ACTIVATION_AXES, AXES, spec
+from ringbpt.types import Batch
+
+
+def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `dp, fsdp, tp, sp` mesh of `shape`, whose product is the number of devices.
+
+    Neighbours on sp are neighbours on the interconnect where jax knows the topology; `plain_order` takes the
+    devices as they are numbered.
+    """
+    devices = jax.devices() if devices is None else devices
+    auto = (AxisType.Auto,) * len(AXES)
+    if plain_order:
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
+    return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices)
+
+
+def put_batch(rows: Callable[[int, int], Batch], shape_BT: tuple[int, int], mesh: Mesh, layout: str) -> Batch:
+    """The global batch on the mesh, in layout order: B over dp and fsdp, T over sp.
+
+    `rows(start, stop)` gives rows of the global batch as host arrays in text order; each process asks only for the
+    rows that its own devices hold a part of, once each. Columns of shape [B, T] are laid out like tokens.
+    """
+    sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))
+    order = permutation(layout, shape_BT[1], mesh.shape["sp"])
+    fetched: dict[tuple[int, int], Batch] = {}
+
+    def fetch(index_B: slice) -> Batch:
+        start, stop, _ = index_B.indices(shape_BT[0])
+        if (start, stop) not in fetched:
+            fetched[start, stop] = rows(start, stop)
+        return fetched[start, stop]
+
+    def place(leaf: int) -> jax.Array:
+        def shard(index: tuple[slice, slice]) -> np.ndarray:
+            return jax.tree.leaves(fetch(index[0]))[leaf][:, order[index[1]]]
+
+        return jax.make_array_from_callback(shape_BT, sharding, shard)
+
+    mine = next(iter(sharding.addressable_devices_indices_map(shape_BT).values()))
+    structure = jax.tree.structure(fetch(mine[0]))
+    return jax.tree.unflatten(structure, [place(leaf) for leaf in range(structure.num_leaves)])
