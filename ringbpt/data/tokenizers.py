@@ -1,0 +1,197 @@
+"""Text to token ids and back: bytes, SentencePiece models and Hugging Face's tokenizer.json, behind one interface."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ringbpt.config import TokenizerConfig, UserError
+from ringbpt.data.sources import nearest_path
+
+FLAG = "--tokenizer.vocab_file"
+CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
+# Names by which a tokenizer.json without a tokenizer_config.json beside it is asked for its special tokens.
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    """Text to ids. No special token is ever added, or read out of the text: the text_processor places them by id.
+
+    config: makes the same tokenizer again in a worker process. bos_token_id, eos_token_id: None where it has none.
+    vocab_size: one more than the largest id.
+    """
+
+    config: TokenizerConfig
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [tokens]."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+
+    def fingerprint(self) -> str:
+        """Hex digest of what decides the ids."""
+        ...
+
+    def describe(self) -> str:
+        """One short phrase for the log."""
+        ...
+
+
+def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `vocab_file` names; what a file is, is read from its first bytes and not from its name.
+
+    Raises UserError for a file that is missing, corrupt, or a pickle under any name.
+    """
+    if not config.vocab_file:
+        raise UserError(f"{FLAG} is empty: {CHOICES}")
+    if config.vocab_file == "bytes":
+        return BytesTokenizer(config)
+    path = _tokenizer_file(Path(config.vocab_file).expanduser())
+    content = _read(path)
+    if content.lstrip()[:1] == b"{":
+        return HuggingFaceTokenizer(config, path, content)
+    if content[:1] == b"\n":  # the tag of the first field of a serialised SentencePiece ModelProto
+        return SentencePieceTokenizer(config, path, content)
+    if content[:1] == b"\x80" or content[:4] == b"PK\x03\x04":
+        raise UserError(f"{FLAG}={str(path)!r} is a pickle or a torch file, which could run code: {CHOICES}")
+    raise UserError(f"{FLAG}={str(path)!r} is no tokenizer that is known here ({len(content)} bytes): {CHOICES}")
+
+
+class BytesTokenizer:
+    """Ids 0..255 are the UTF-8 bytes, 256 is bos, 257 is eos."""
+
+    vocab_size = 258
+    bos_token_id: int | None = 256
+    eos_token_id: int | None = 257
+
+    def __init__(self, config: TokenizerConfig):
+        self.config = config
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """bos and eos leave no trace; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def describe(self) -> str:
+        return "bytes"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, as the original LLaMA's tokenizer.model."""
+
+    def __init__(self, config: TokenizerConfig, path: Path, content: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self.config = config
+        self._path, self._digest = path, hashlib.sha256(content).hexdigest()
+        self._processor: Any = SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+            self.vocab_size = self._processor.vocab_size()
+        except RuntimeError:
+            raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is corrupt; copy it again") from None
+        if not self.vocab_size:
+            raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is empty; copy it again")
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_token_id: int | None = bos if bos >= 0 else None
+        self.eos_token_id: int | None = eos if eos >= 0 else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._processor.encode(text), np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(token) for token in ids])
+
+    def fingerprint(self) -> str:
+        return f"sentencepiece {self._digest}"
+
+    def describe(self) -> str:
+        return f"SentencePiece {self._path.name}, {self.vocab_size:,} pieces"
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json; bos and eos as the tokenizer_config.json or special_tokens_map.json beside it name them."""
+
+    def __init__(self, config: TokenizerConfig, path: Path, content: bytes):
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self.config = config
+        self._path, self._digest = path, hashlib.sha256(content).hexdigest()
+        try:
+            self._tokenizer = FastTokenizer.from_buffer(content)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{FLAG}={str(path)!r} is no tokenizer.json: {' '.join(str(error).split())}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
+        self.vocab_size = max(ids.values()) + 1
+        self.bos_token_id = _special_token(path, "bos_token", BOS_NAMES, ids)
+        self.eos_token_id = _special_token(path, "eos_token", EOS_NAMES, ids)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(token) for token in ids])
+
+    def fingerprint(self) -> str:
+        return f"tokenizer.json {self._digest} bos {self.bos_token_id} eos {self.eos_token_id}"
+
+    def describe(self) -> str:
+        return f"{self._path.parent.name}/{self._path.name}, {self.vocab_size:,} tokens"
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """The file to read: the path, or the one that a folder holds."""
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{FLAG}={str(path)!r}: the folder has neither tokenizer.json nor tokenizer.model: {CHOICES}")
+    if not path.exists():
+        raise UserError(f"{FLAG}={str(path)!r} does not exist{nearest_path(path)}: {CHOICES}")
+    if not path.is_file():
+        raise UserError(f"{FLAG}={str(path)!r} is a pipe or a device: {CHOICES}")
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{FLAG}={str(path)!r}: {error.strerror}") from None
+
+
+def _special_token(path: Path, key: str, names: tuple[str, ...], ids: dict[str, int]) -> int | None:
+    """The id of bos or eos: as the files beside tokenizer.json say, else the first known name in the vocabulary."""
+    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = path.parent / beside
+        if not os.path.isfile(file):
+            continue
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}:{getattr(error, 'lineno', 1)}: malformed JSON; copy it again") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{file}:1: it must hold a JSON object")
+        if key in settings:  # null says that there is none
+            token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
+            return ids.get(token) if isinstance(token, str) else None
+    return next((ids[name] for name in names if name in ids), None)
