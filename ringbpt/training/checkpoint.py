@@ -1,0 +1,450 @@
+"""Checkpoints: saved from and restored to the mesh with Orbax; and the files of the original project, read.
+
+A run's `checkpoints/` holds one folder a step, named by its number: `params`, `opt_state` (a full train state only)
+and `meta` (JSON). Orbax writes into a temporary name and renames at the end, so a numbered folder is a whole one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import einops
+import flax.serialization
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ringbpt.config import CheckpointerConfig, UserError
+from ringbpt.model.llama import COMPUTE_DTYPES
+from ringbpt.types import Array, Params, PyTree
+
+PREFIXES = ("params", "trainstate", "trainstate_params", "flax_params")
+
+
+class Checkpointer:
+    """Saves and restores one run's steps in `directory`, which is made by the first save.
+
+    Saving is asynchronous: `save` returns once the arrays are copied off the devices (they may be donated then),
+    and a failure of the writing comes up in the next `save`, `wait` or `close`, as a UserError with exit code 4.
+    Every process of a run calls each method, with the same arguments.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointerConfig):
+        self.directory = directory.absolute()
+        self._config = config
+        self._orbax = _orbax()
+        self._last_save: tuple[int, bool] | None = None  # step, milestone
+
+    def save(self, step: int, params: Params, opt_state: PyTree | None, meta: dict[str, Any], milestone: bool) -> None:
+        """Begin to save `step`, once the save before it has ended.
+
+        With `config.save_optimizer_state` (and an opt_state) the whole train state, exactly; otherwise the params
+        alone, as `config.float_dtype`. A milestone is kept for ever, of the others only the newest. `meta` is a JSON
+        object; "step" and "milestone" are added to it. A step this object has just saved isn't written again, unless
+        now as a milestone; an older folder of the same step is replaced.
+        """
+        self.wait()
+        if self._last_save in ((step, milestone), (step, True)):
+            return
+        full = self._config.save_optimizer_state and opt_state is not None
+        float_dtype = np.dtype(COMPUTE_DTYPES[self._config.float_dtype])
+
+        def save_args(leaf: Array) -> ocp.SaveArgs:
+            cast = not full and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return ocp.SaveArgs(dtype=float_dtype if cast else None)
+
+        items = {
+            "params": ocp.args.PyTreeSave(params, save_args=jax.tree.map(save_args, params)),
+            "meta": ocp.args.JsonSave({**meta, "step": step, "milestone": milestone}),
+        }
+        if full:
+            items["opt_state"] = ocp.args.PyTreeSave(flatten(opt_state))
+        with _storage_errors(self._folder(step)):
+            self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
+        self._last_save = (step, milestone)
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint, or None. Unfinished and foreign folders are passed over."""
+        return max(_steps(self.directory), default=None)
+
+    def restore(
+        self, step: int, abstract_params: Params, abstract_opt_state: PyTree | None
+    ) -> tuple[Params, PyTree | None, dict[str, Any]]:
+        """(params, opt_state, meta) of a step, each array placed as its abstract one says (ShapeDtypeStruct, sharding).
+
+        opt_state is None where none is asked for or none was saved. Floats are cast to the abstract dtype.
+        Raises UserError where a name, a shape or a kind of dtype differs, or a file is missing or damaged.
+        """
+        folder = self._folder(step)
+        return _restore(self._orbax, folder, f"checkpoint {folder}", abstract_params, abstract_opt_state)
+
+    def wait(self) -> None:
+        """Until the save under way is on the disk; then the rolling checkpoints it replaces are deleted."""
+        with _storage_errors(self.directory):
+            self._orbax.wait_until_finished()
+            self._drop_replaced()
+
+    def close(self) -> None:
+        """Wait, then free Orbax's threads."""
+        self.wait()
+        self._orbax.close()
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _drop_replaced(self) -> None:
+        if self._last_save is None or self._last_save[1] or jax.process_index() != 0:
+            return
+        for step in _steps(self.directory):
+            if step < self._last_save[0] and not _meta(self._folder(step)).get("milestone", True):
+                # Out of the numbered names first: killed in mid-deletion, it isn't taken for a whole checkpoint.
+                doomed = self._folder(step).rename(self.directory / f"{step}.deleted")
+                shutil.rmtree(doomed)
+
+
+# ---------------------------------------------------------------------------------------------- our own folders
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    tree, opt_tree, meta = ocp.PyTreeCheckpointHandler(), ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=tree, opt_state=opt_tree, meta=meta))
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """A tree's leaves by name: `layers.w_q`, `0.mu.layers.w_q`.
+
+    Also the form in which an opt_state is saved: what is optax's business (named tuples, masks, empty states) holds
+    no arrays of its own, and stays out of the files.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"))
+
+
+def _steps(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and _is_whole(entry))
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta" / "metadata").read_text())
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk or a damaged file as a ValueError
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"checkpoint {path}: {lines[0]}", code=4) from error
+
+
+def _restore(
+    orbax: ocp.AsyncCheckpointer,
+    folder: Path,
+    where: str,
+    abstract_params: Params,
+    abstract_opt_state: PyTree | None,
+) -> tuple[Params, PyTree | None, dict[str, Any]]:
+    if not _is_whole(folder):
+        raise UserError(f"{where}: no whole checkpoint there; steps: {_steps(folder.parent) or 'none'}")
+    with _storage_errors(folder):
+        saved = orbax.metadata(folder).item_metadata
+    # Orbax itself would pad, cut or cast without a word.
+    _check(where, "parameter", flatten(saved["params"].tree), flatten(abstract_params))
+    abstract = {"params": abstract_params}
+    if abstract_opt_state is not None and (folder / "opt_state").is_dir():
+        abstract["opt_state"] = flatten(abstract_opt_state)
+        _check(where, "optimizer state", flatten(saved["opt_state"].tree), abstract["opt_state"])
+    args = {
+        name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        for name, tree in abstract.items()
+    }
+    with _storage_errors(folder):
+        restored = orbax.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
+    opt_state = None
+    if "opt_state" in abstract:
+        leaves = [restored["opt_state"][name] for name in abstract["opt_state"]]
+        opt_state = jax.tree.unflatten(jax.tree.structure(abstract_opt_state), leaves)
+    return restored["params"], opt_state, restored["meta"]
+
+
+def _check(where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError for the first leaf that is missing, has another shape or kind of dtype, or isn't wanted."""
+    for name, leaf in wanted.items():
+        if name not in saved:
+            raise UserError(f"{where}: {what} {name} is not in the checkpoint")
+        if tuple(saved[name].shape) != tuple(leaf.shape):
+            shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(leaf.shape)} here"
+            raise UserError(f"{where}: {what} {name} has shape {shapes}; give the flags it was saved with")
+        floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (saved[name].dtype, leaf.dtype)]
+        if saved[name].dtype != leaf.dtype and not all(floats):
+            raise UserError(f"{where}: {what} {name} is {saved[name].dtype} in the checkpoint and {leaf.dtype} here")
+    for name in saved:
+        if name not in wanted:
+            raise UserError(f"{where}: {what} {name} of the checkpoint has no place here")
+
+
+# ---------------------------------------------------------------------------------------------- --load_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What --load_checkpoint gave: opt_state and meta are None where the file has none or they weren't asked for.
+
+    note: one line for the user, when something the prefix asks for was left out; else empty.
+    """
+
+    params: Params
+    opt_state: PyTree | None = None
+    meta: dict[str, Any] | None = None
+    note: str = ""
+
+
+def load_checkpoint(
+    spec: str, abstract_params: Params, abstract_opt_state: PyTree | None = None, layer_axis: int = 0
+) -> LoadedState:
+    """Read what `--load_checkpoint=PREFIX::PATH` names, straight onto the mesh.
+
+    `params::` and `trainstate_params::` take the weights, `trainstate::` the optimizer state and the place in the
+    data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
+    folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
+    (its content says which); of a file's train state the weights alone are taken, and `note` says so.
+
+    abstract_*: ShapeDtypeStructs with shardings. layer_axis: where stacked weights have L (llama.param_scan_axis).
+    Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
+    missing, has no place or has another shape.
+    """
+    prefix, _, name = spec.partition("::")
+    where = f"--load_checkpoint={spec}"
+    if prefix not in PREFIXES or not name:
+        raise UserError(f"{where}: expected one of {', '.join(f'{prefix}::PATH' for prefix in PREFIXES)}")
+    path = Path(name).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{where}: no such file or folder")
+    if path.is_file():
+        params = _load_original(path, where, prefix.startswith("trainstate"), abstract_params, layer_axis)
+        note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
+        return LoadedState(params, note=note if prefix == "trainstate" else "")
+    if prefix == "flax_params":
+        raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
+    folder = _newest(path, where)
+    if prefix != "trainstate":
+        orbax = _orbax()
+        params, _, _ = _restore(orbax, folder, where, abstract_params, None)
+        orbax.close()
+        return LoadedState(params)
+    if not (folder / "opt_state").is_dir():
+        raise UserError(f"{where}: saved without optimizer state; use params::{name}")
+    orbax = _orbax()
+    params, opt_state, meta = _restore(orbax, folder, where, abstract_params, abstract_opt_state)
+    orbax.close()
+    return LoadedState(params, opt_state, meta)
+
+
+def _newest(path: Path, where: str) -> Path:
+    """The step folder that `path` means: itself, or the newest of a checkpoints folder or of a run's."""
+    if _is_whole(path):
+        return path
+    for directory in (path, path / "checkpoints"):
+        if steps := _steps(directory):
+            return directory / str(steps[-1])
+    raise UserError(f"{where}: no whole checkpoint in this folder")
+
+
+# ---------------------------------------------------------------------------------------------- the original's files
+
+# (our name, the original's path with * for the layer, its dims -> ours). Its attention rotates neighbouring channels
+# (0, 1), (2, 3), ..., ours a channel of the first half with one of the second, so within each head of the queries and
+# keys the channels are regrouped: (pair two) -> (two pair), where H = 2 * pair.
+ORIGINAL = (
+    ("embed", "transformer/wte/embedding", "V D -> V D"),
+    ("layers.attention_norm", "transformer/h/*/attention_norm/kernel", "D -> D"),
+    ("layers.w_q", "transformer/h/*/attention/wq/kernel", "D (N pair two) -> D N (two pair)"),
+    ("layers.w_k", "transformer/h/*/attention/wk/kernel", "D (K pair two) -> D K (two pair)"),
+    ("layers.w_v", "transformer/h/*/attention/wv/kernel", "D (K H) -> D K H"),
+    ("layers.w_o", "transformer/h/*/attention/wo/kernel", "(N H) D -> N H D"),
+    ("layers.feedforward_norm", "transformer/h/*/ffn_norm/kernel", "D -> D"),
+    ("layers.w_gate", "transformer/h/*/feed_forward/w1/kernel", "D F -> D F"),
+    ("layers.w_up", "transformer/h/*/feed_forward/w3/kernel", "D F -> D F"),
+    ("layers.w_down", "transformer/h/*/feed_forward/w2/kernel", "F D -> F D"),
+    ("norm", "transformer/ln_f/kernel", "D -> D"),
+    ("unembed", "lm_head/kernel", "D V -> D V"),
+)
+STACKED = "scan_decoder"  # stands for the layer's number where the file was saved with scan_layers
+
+
+def _load_original(path: Path, where: str, train_state: bool, abstract_params: Params, layer_axis: int) -> Params:
+    """The params of an original file. Of a stream, no more than one weight at a time is held on the host."""
+    wanted = flatten(abstract_params)
+    table = {theirs: (ours, pattern) for ours, theirs, pattern in ORIGINAL if ours in wanted}
+    sizes = _sizes(wanted, layer_axis)
+    parts: dict[str, dict[int, np.ndarray]] = {}  # our name -> layer -> converted tensor
+    loaded: dict[str, Array] = {}
+    for key, tensor in _tensors(path, where, train_state):
+        theirs, layer = _split_layer(key)
+        if theirs not in table or (layer.isdecimal() and int(layer) >= sizes["L"]):
+            raise UserError(f"{where}: tensor {'/'.join(key)} has no place in this model")
+        ours, pattern = table[theirs]
+        shape = wanted[ours].shape
+        one_layer = (*shape[:layer_axis], *shape[layer_axis + 1 :]) if layer else shape
+        try:
+            if layer.isdecimal():
+                parts.setdefault(ours, {})[int(layer)] = _convert(tensor, pattern, one_layer, sizes)
+            elif layer:
+                slices = _unstack(tensor, _original_shape(pattern, one_layer, sizes), sizes["L"], layer_axis)
+                parts[ours] = {i: _convert(part, pattern, one_layer, sizes) for i, part in enumerate(slices)}
+            else:
+                loaded[ours] = _place(_convert(tensor, pattern, shape, sizes), wanted[ours])
+        except ShapeError as error:
+            raise UserError(
+                f"{where}: tensor {'/'.join(key)} has shape {tensor.shape}, this model wants {error}; "
+                "give the --load_llama_config it was trained with"
+            ) from None
+        if len(parts.get(ours, ())) == sizes["L"]:
+            layers = parts.pop(ours)
+            whole = np.stack([layers[i] for i in range(sizes["L"])], axis=layer_axis)
+            loaded[ours] = _place(whole, wanted[ours])
+    for ours, theirs, _ in ORIGINAL:
+        if ours in wanted and ours not in loaded:
+            absent = next((i for i in range(sizes["L"]) if i not in parts.get(ours, ())), "")
+            name = theirs.replace("*", str(absent) if ours in parts else STACKED)
+            raise UserError(f"{where}: tensor {name} is missing from the file")
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in wanted])
+
+
+class ShapeError(ValueError):
+    """Says the shape that was expected."""
+
+
+def _convert(tensor: np.ndarray, pattern: str, shape: tuple[int, ...], sizes: dict[str, int]) -> np.ndarray:
+    """One layer's tensor of theirs as ours, of that shape."""
+    expected = _original_shape(pattern, shape, sizes)
+    if tensor.shape != expected:
+        raise ShapeError(expected)
+    return einops.rearrange(tensor, pattern, **_sizes_in(pattern, sizes))
+
+
+def _original_shape(pattern: str, shape: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape from which `pattern` makes `shape`: the pattern with its sides swapped, applied to a shape."""
+    theirs, ours = pattern.split(" -> ")
+    swap = f"{ours} -> {theirs}"
+    struct = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda x: einops.rearrange(x, swap, **_sizes_in(pattern, sizes)), struct).shape
+
+
+def _unstack(tensor: np.ndarray, one_layer: tuple[int, ...], layers: int, layer_axis: int) -> list[np.ndarray]:
+    """The layers of a scanned tensor, whichever of the original's two param_scan_axis it was saved with."""
+    for axis in (layer_axis, 0, 1):
+        if tensor.shape == (*one_layer[:axis], layers, *one_layer[axis:]):
+            return list(np.moveaxis(tensor, axis, 0))
+    raise ShapeError((*one_layer[:layer_axis], layers, *one_layer[layer_axis:]))
+
+
+def _sizes(wanted: dict[str, Array], layer_axis: int) -> dict[str, int]:
+    """The letters' sizes, read off our own shapes."""
+
+    def one_layer(name: str) -> list[int]:
+        return [size for axis, size in enumerate(wanted[name].shape) if axis != layer_axis]
+
+    width, heads, head_dim = one_layer("layers.w_q")
+    return {
+        "L": wanted["layers.w_q"].shape[layer_axis],
+        "V": wanted["embed"].shape[0],
+        "D": width,
+        "N": heads,
+        "K": one_layer("layers.w_k")[1],
+        "H": head_dim,
+        "F": one_layer("layers.w_gate")[1],
+        "pair": head_dim // 2,
+        "two": 2,
+    }
+
+
+def _sizes_in(pattern: str, sizes: dict[str, int]) -> dict[str, int]:
+    letters = pattern.replace("(", " ").replace(")", " ").split()
+    return {letter: size for letter, size in sizes.items() if letter in letters}
+
+
+def _split_layer(key: tuple[str, ...]) -> tuple[str, str]:
+    """("transformer", "h", "3", "ffn_norm", "kernel") -> ("transformer/h/*/ffn_norm/kernel", "3"); "" for no layer."""
+    if key[:2] == ("transformer", "h") and len(key) > 3 and (key[2].isdecimal() or key[2] == STACKED):
+        return "/".join(("transformer", "h", "*", *key[3:])), key[2]
+    return "/".join(key), ""
+
+
+def _place(tensor: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """On the devices as `abstract` says; only the shards of this process are cast and copied."""
+    if abstract.sharding is None:
+        return jnp.asarray(tensor, abstract.dtype)
+    return jax.make_array_from_callback(
+        abstract.shape, abstract.sharding, lambda index: tensor[index].astype(abstract.dtype)
+    )
+
+
+def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """(path below "params", tensor) for every parameter of an original file, in the file's order."""
+    read = {"stream": _stream, "flax": _flax}[_kind(path, where)]
+    try:
+        for key, value in read(path):
+            in_train_state = key[0] in ("step", "opt_state") or key[:2] == ("params", "params")
+            if in_train_state != train_state:
+                found, prefix = ("a train state", "trainstate_params") if in_train_state else ("params alone", "params")
+                raise UserError(f"{where}: the file holds {found}; use {prefix}::{path}")
+            if key[0] in ("step", "opt_state"):
+                continue
+            tensor = flax.serialization.msgpack_restore(value) if isinstance(value, bytes) else value
+            if not jnp.issubdtype(getattr(tensor, "dtype", np.dtype(object)), jnp.floating):
+                raise UserError(f"{where}: {'/'.join(key)} is not a tensor of floats")
+            while key[0] == "params":
+                key = key[1:]
+            yield key, np.asarray(tensor)
+    # What msgpack and flax raise on a file that ends too early or isn't what its first byte promises.
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, msgpack.UnpackException) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where}: the file is truncated or damaged: {type(error).__name__} {reason}") from error
+
+
+def _kind(path: Path, where: str) -> str:
+    """ "stream" or "flax", told by the first bytes whatever the file's name: unpickling runs what its author wrote."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    convert = "never opened, it could run code; save it as safetensors and convert it with scripts/hf2jax.py"
+    if head[:1] == b"\x80" and b"\x02" <= head[1:] <= b"\x05":
+        raise UserError(f"{where}: a pickle: {convert}")
+    if head == b"PK":
+        raise UserError(f"{where}: a zip archive, as torch.save writes: {convert}")
+    if head[:1] == b"\x92":  # an array of two: the first pair of a stream
+        return "stream"
+    if b"\x81" <= head[:1] <= b"\x8f":  # a map
+        return "flax"
+    raise UserError(
+        f"{where}: neither a streaming nor a flax msgpack file; for a Hugging Face folder use huggingface::DIR"
+    )
+
+
+def _stream(path: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
+    with path.open("rb") as file:
+        unpacker = msgpack.Unpacker(file, max_buffer_size=0)  # 0: up to 4 GiB a tensor, as msgpack allows
+        for key, value in unpacker:
+            if not all(isinstance(part, str) for part in key) or not key or not isinstance(value, bytes):
+                raise ValueError("not a stream of (key, tensor) pairs")
+            yield tuple(key), value
+        # An Unpacker takes the end of the file in the middle of a pair for the end of the stream.
+        if unpacker.tell() != path.stat().st_size:
+            raise ValueError(f"a tensor that begins at byte {unpacker.tell()} has no end")
+
+
+def _flax(path: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield from flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(path.read_bytes())).items()
