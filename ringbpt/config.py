@@ -1,254 +1,563 @@
-"""The configuration: one tree of frozen dataclasses, whose fields are the command line's flags and their defaults."""
+"""The command line: flags, recipes and presets become one tree, and the tree becomes a checked, frozen Config.
 
-from dataclasses import dataclass, field
+The flags themselves and their defaults are the dataclasses of `ringbpt.config_fields`; what goes together is judged
+in `ringbpt.config_checks`. Text from the command line is parsed as literals and never evaluated. Nothing here imports
+jax, so that --help and a mistyped flag answer at once.
+"""
+
+import ast
+import importlib.util
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+
+from ringbpt.config_checks import (
+    DTYPES,
+    check,
+    check_same_mesh,
+    check_values,
+    default_head_dim,
+    mesh_sizes,
+    nearest_name,
+    parse_mesh_dim,
+)
+from ringbpt.config_fields import (
+    FLAG_TYPES,
+    PRESETS,
+    AdamWConfig,
+    CheckpointerConfig,
+    Config,
+    DatasetConfig,
+    HuggingfaceDatasetConfig,
+    JaxDistributedConfig,
+    JsonDatasetConfig,
+    LionConfig,
+    LlamaConfig,
+    LoggerConfig,
+    MuonConfig,
+    OptimizerConfig,
+    PalmConfig,
+    PythonDatasetConfig,
+    TextProcessorConfig,
+    TokenizerConfig,
+    UserError,
+    flag_values,
+)
+
+__all__ = [
+    "FLAG_TYPES",
+    "PRESETS",
+    "AdamWConfig",
+    "CheckpointerConfig",
+    "Config",
+    "DatasetConfig",
+    "HuggingfaceDatasetConfig",
+    "JaxDistributedConfig",
+    "JsonDatasetConfig",
+    "LionConfig",
+    "LlamaConfig",
+    "LoggerConfig",
+    "MuonConfig",
+    "OptimizerConfig",
+    "PalmConfig",
+    "PythonDatasetConfig",
+    "TextProcessorConfig",
+    "TokenizerConfig",
+    "UserError",
+    "default_config",
+    "format_config",
+    "help_text",
+    "parse",
+    "parse_args",
+    "parse_mesh_dim",
+    "run_main",
+    "to_dict",
+]
+
+ROOT = Path(__file__).resolve().parents[1]  # where configs/ is, in a clone
+
+# --- the tree ---
 
 
-class UserError(Exception):
-    """A mistake of the user's: one line, naming the flag or file:line, what is wrong, and what would work.
+def default_config(load_llama_config: str = "") -> ConfigDict:
+    """Every flag with its default, as a locked ConfigDict; `load_llama_config` names a preset for the model's sizes.
 
-    The entry points print it on stderr and exit with `code`: 2 bad input, 4 storage.
+    A recipe starts from it, as in `tree = default_config("7b")`. Raises UserError for a preset that isn't there.
     """
-
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    vocab_file: str = ""  # "bytes", a SentencePiece .model file, or a Hugging Face directory or tokenizer.json
+    defaults = asdict(Config())
+    del defaults["mesh_shape"]
+    tree = ConfigDict(defaults).lock()
+    if load_llama_config:
+        _apply_preset(tree, load_llama_config)
+    return tree
 
 
-@dataclass(frozen=True)
-class TextProcessorConfig:
-    fields_from_example: str = ""  # the key of the example whose value is the `fields` string
-    fields: str = ""  # "a+b,[prompt],<|bos|>": joined by +, a segment per comma, [..] takes no loss
-    subfield_separator: str = " "
-    add_bos_token: bool = True
-    add_eos_token: bool = True
-    prepend_text: str = ""
+def _apply_preset(tree: ConfigDict, name: str) -> None:
+    if name not in PRESETS:
+        raise UserError(
+            f"--load_llama_config='{name}' is none of {', '.join(PRESETS)}: did you mean "
+            f"--load_llama_config={nearest_name(name, PRESETS)}?"
+        )
+    tree.load_llama_config = name
+    for key, value in ({"rms_norm_eps": LlamaConfig.rms_norm_eps} | PRESETS[name]).items():
+        _set(tree, f"llama.{key}", value)
 
 
-@dataclass(frozen=True)
-class JsonDatasetConfig:
-    path: str = ""  # a .jsonl or .jsonl.gz file, or a glob of them
-    seq_length: int = 1024
-    batch_size: int = 8  # the global batch, in sequences
-    always_start_with_bos: bool = False
-    start_seek_loc: int = 0
-    example_index_at_start: int = 0
-    tokens_count_at_start: int = 0
-    tokenizer_processes: int = 1
-    tokenizer_parallel_chunk_size: int = 32
-    tokenizer_parallel_batch_size: int = 1024
-    throughput_average_window_size: int = 200
+def _set(tree: ConfigDict, name: str, value: Any) -> None:
+    *groups, leaf = name.split(".")
+    for group in groups:
+        tree = tree[group]
+    with tree.ignore_type():  # read_value has seen to the type, and knows that some flags may be None
+        tree[leaf] = value
 
 
-@dataclass(frozen=True)
-class HuggingfaceDatasetConfig:
-    path: str = "c4"
-    name: str = "en"
-    split: str = "train"
-    streaming: bool = False
-    seq_length: int = 1024
-    batch_size: int = 8
-    always_start_with_bos: bool = False
+def _get(tree: ConfigDict, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
 
 
-@dataclass(frozen=True)
-class PythonDatasetConfig:
-    """The source files of the running Python's standard library: real text that is on every machine."""
+# --- values ---
 
-    path: str = ""  # a folder of .py files; empty: the standard library
-    split: str = "train"  # train | heldout (one file in 20, by its name) | all
-    seq_length: int = 1024
-    batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    type: str = "json"  # json | python
-    packing: str = "concat"  # concat: documents joined and cut; first_fit: whole documents with segment ids
-    shuffle: bool = False  # documents in seeded random order, another one each epoch
-    cache_dir: str = ""  # where tokenised data is kept; empty: $RINGBPT_CACHE or ~/.cache/ringbpt
-    text_processor: TextProcessorConfig = field(default_factory=TextProcessorConfig)
-    json_dataset: JsonDatasetConfig = field(default_factory=JsonDatasetConfig)
-    huggingface_dataset: HuggingfaceDatasetConfig = field(default_factory=HuggingfaceDatasetConfig)
-    python_dataset: PythonDatasetConfig = field(default_factory=PythonDatasetConfig)
-
-    @property
-    def source(self) -> JsonDatasetConfig | HuggingfaceDatasetConfig | PythonDatasetConfig:
-        """The group that `type` names."""
-        return getattr(self, f"{self.type}_dataset")
-
-    @property
-    def seq_length(self) -> int:
-        return self.source.seq_length
-
-    @property
-    def batch_size(self) -> int:
-        return self.source.batch_size
+BOOLS = {
+    "true": True, "1": True, "yes": True, "on": True, "t": True, "y": True,
+    "false": False, "0": False, "no": False, "off": False, "f": False, "n": False,
+}  # fmt: skip
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+LARGEST_INT = 2**53
 
 
-@dataclass(frozen=True)
-class AdamWConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.001
-    lr: float = 0.01
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-4
-    bf16_momentum: bool = False
-    multiply_by_parameter_scale: bool = False
+def read_value(label: str, value: Any, declared: Any, example: Any) -> Any:
+    """`value`, text or a Python literal, as the declared type of a flag: bool, int, float, str, or one `| None`.
+
+    "", "None" and None mean None where the type allows it; integers are good for floats, and 0 and 1 for bools.
+    Raises UserError, with `label` as the culprit and `example` as what would work.
+    """
+    kind = declared
+    if NoneType in get_args(declared):
+        (kind,) = (member for member in get_args(declared) if member is not NoneType)
+        if value is None or value in ("", "None", "none"):
+            return None
+    if kind is str and isinstance(value, str):
+        if "\0" in value:
+            raise UserError(f"{label} contains a NUL character: leave it out")
+        return value
+    try:
+        if kind is bool and (isinstance(value, bool | str) or value in (0, 1)):
+            return BOOLS[str(value).strip().lower()]
+        if kind is int and type(value) in (int, str) and abs(int(value)) <= LARGEST_INT:
+            return int(value)
+        if kind is float and type(value) in (int, float, str):
+            return float(value)
+    except (ValueError, KeyError, OverflowError):
+        pass
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    raise UserError(f"{label}={shown} is not {KINDS[kind]}{_as(kind, value, example)}")
 
 
-@dataclass(frozen=True)
-class PalmConfig:
-    lr: float = 0.01
-    lr_warmup_steps: int = 10000
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-4
-    bf16_momentum: bool = False
+def _as(kind: Any, value: Any, example: Any) -> str:
+    """What to write instead: 1e4 means a whole number; otherwise the default, if the flag has one."""
+    if kind is int:
+        try:
+            return f": write {int(float(value))}"
+        except (TypeError, ValueError, OverflowError):
+            pass
+    return "" if example in (None, "") else f", as {example}"
 
 
-@dataclass(frozen=True)
-class LionConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.0
-    lr: float = 1e-4
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-3
-    bf16_momentum: bool = False
+LITERAL_LENGTH, LITERAL_DEPTH = 8192, 4
 
 
-@dataclass(frozen=True)
-class MuonConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.0
-    lr: float = 0.02  # of the matrices; vectors, embedding and unembedding take adam_lr
-    adam_lr: float = 3e-4
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    beta: float = 0.95
-    clip_gradient: float = 1.0
-    weight_decay: float = 0.0
+def read_literals(label: str, text: str) -> dict[str, Any]:
+    """`"dict(a=1, b='x')"` or `"{'a': 1}"` -> the dict; "" is empty. Only literals, whatever else is refused.
+
+    Values are strings, numbers, True, False, None, and dicts, lists and tuples of them. Raises UserError.
+    """
+    if not text.strip():
+        return {}
+    if len(text) > LITERAL_LENGTH:
+        raise UserError(f"{label} is {len(text)} characters long: {LITERAL_LENGTH} at most")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError(f"{label}={text[:60]!r} cannot be read: write dict(key=value, ...)") from None
+    if not isinstance(tree.body, ast.Call | ast.Dict):
+        raise UserError(f"{label}={text[:60]!r} is no dict: write dict(key=value, ...)")
+    return _literal(label, tree.body, LITERAL_DEPTH)
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    type: str = "adamw"  # adamw | palm | lion | muon
-    schedule: str = "warmup_cosine"  # warmup_cosine | warmup_linear | wsd (not palm, which has its own)
-    wsd_decay_fraction: float = 0.1  # wsd: the last share of lr_decay_steps, in which the rate falls to end_lr
-    accumulate_gradient_steps: int = 1  # the batch is split into this many parts, one after the other
-    adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
-    palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
-    lion_optimizer: LionConfig = field(default_factory=LionConfig)
-    muon_optimizer: MuonConfig = field(default_factory=MuonConfig)
+def _literal(label: str, node: ast.expr, depth: int) -> Any:
+    if depth == 0:
+        raise UserError(f"{label} is nested more than {LITERAL_DEPTH} deep: write dict(key=value, ...)")
+    match node:
+        case ast.Constant(value=str() | int() | float() | None):
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.Tuple() | ast.List():
+            return [_literal(label, item, depth - 1) for item in node.elts]
+        case ast.Call(func=ast.Name(id="dict"), args=[]):
+            pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        case ast.Dict():
+            pairs = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
+        case _:
+            shown = ast.unparse(node)
+            raise UserError(
+                f"{label}: {shown[:60]!r} is no literal: only text, numbers, True, False, None and dict(...)"
+            )
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise UserError(f"{label}: a key is no plain name: write dict(key=value, ...)")
+        if key in found:
+            raise UserError(f"{label} gives {key} twice: leave one of them out")
+        found[key] = _literal(label, value, depth - 1)
+    return found
 
 
-@dataclass(frozen=True)
-class CheckpointerConfig:
-    float_dtype: str = "bf16"  # of weights saved without optimizer state; a full train state is saved exactly
-    save_optimizer_state: bool = False
+def _update_llama(tree: ConfigDict, text: str) -> None:
+    """Applies update_llama_config to the model's flags, and keeps the text for the record."""
+    label = f"--{UPDATE}"
+    names = [item.name for item in fields(LlamaConfig)]
+    for key, value in read_literals(label, text).items():
+        if key not in names:
+            raise UserError(f"{label}: the model has no '{key}': did you mean '{nearest_name(key, names)}'?")
+        name = f"llama.{key}"
+        _set(tree, name, read_value(f"{label}: {key}", value, FLAG_TYPES[name], _get(tree, name)))
+    tree.update_llama_config = text
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_sequence_length: int = 2048
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    bos_token_id: int = 0
-    eos_token_id: int = 1
-    resid_pdrop: float = 0.0
-    embd_pdrop: float = 0.0
-    attn_pdrop: float = 0.0
-    tie_word_embeddings: bool = False
-    theta: float = 10000.0
-    rope_scaling_type: str = ""  # "" | linear | llama3
-    rope_scaling_factor: float = 1.0
-    rope_scaling_low_freq_factor: float = 1.0
-    rope_scaling_high_freq_factor: float = 4.0
-    rope_scaling_original_length: int = 8192
-    attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
-    sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
-    heads_k_stride: int | None = None
-    scan_attention: bool = False
-    scan_query_chunk_size: int = 1024
-    scan_key_chunk_size: int = 1024
-    scan_mlp: bool = False  # feedforward in chunks of the local sequence
-    scan_mlp_chunk_size: int = 1024
-    loss_chunk_size: int = 1024
-    scan_layers: bool = True
-    param_scan_axis: int = 0
-    remat_block: str = ""
-    remat_attention: str = ""
-    remat_mlp: str = ""
-    mesh_dim: str | None = None  # as in the original's commands; must equal the top-level mesh_dim
+# --- the command line ---
+
+UPDATE = "update_llama_config"
+ENTRY_FLAGS = ("help", "print_config")  # the entries' own: they ask about the flags and are none
+# What other trainers call the sp axis.
+SP_ALIASES = ("ring_attn_size", "sequence_parallel_degree", "sequence_parallel_size", "context_parallel_size")
+SEQ_LENGTH_ALIASES = ("cutoff_len", "max_len", "sequence_len")
+PACKING_ALIASES = ("packing_samples", "sample_packing")
+STRIDE_ALIASES = ("ring_head_stride", "heads_k_stride")
+RING_FUNCTIONS = ("batch_ring", "zigzag_ring")
+ALIAS_TYPES: dict[str, Any] = (
+    {"config": str, "ring_attn_func": str}
+    | dict.fromkeys((*SP_ALIASES, *SEQ_LENGTH_ALIASES, *STRIDE_ALIASES), int)
+    | dict.fromkeys(PACKING_ALIASES, bool)
+)
 
 
-@dataclass(frozen=True)
-class LoggerConfig:
-    project_id: str = "ringbpt"
-    experiment_id: str = ""  # the run's folder inside output_dir; empty: <time>-<name>
-    experiment_note: str = ""
-    output_dir: str = "runs"
-    online: bool = False  # also to Weights & Biases
-    entity: str = ""
-    prefix: str = ""
+def parse_args(argv: list[str], default_recipe: str = "configs/debug.py") -> ConfigDict:
+    """The tree that a command line (without the program's name) asks for; `parse` checks and freezes it.
+
+    In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the other flags, other
+    trainers' names for them, --update_llama_config. Without any flag the run starts from `default_recipe`. --help and
+    --print_config are left to the caller. Raises UserError for what is no flag, is given twice, or is of another type.
+    """
+    given = _read_flags(argv)
+    if not given:
+        given["config"] = str(ROOT / default_recipe)
+    path = given.pop("config", "")
+    tree = load_recipe(path) if path else default_config()
+    if given.get("load_llama_config"):
+        _apply_preset(tree, given["load_llama_config"])
+    for name, value in given.items():
+        if name in FLAG_TYPES and name != UPDATE:
+            _set(tree, name, value)
+    for name, value in given.items():
+        if name not in FLAG_TYPES:
+            _apply_alias(tree, name, value, given)
+    if UPDATE in given:
+        _update_llama(tree, given[UPDATE])
+    return tree
 
 
-@dataclass(frozen=True)
-class JaxDistributedConfig:
-    initialize_jax_distributed: bool = False
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    local_device_ids: str | None = None
+def _read_flags(argv: list[str]) -> dict[str, Any]:
+    """`--name=value`, `--name value`, `--flag` and `--noflag` -> {name: value of the declared type}, in order."""
+    types = FLAG_TYPES | ALIAS_TYPES
+    defaults = flag_values(Config())
+    given: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", *(f"--{name}" for name in ENTRY_FLAGS)):
+            continue
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"'{word}' is no flag: flags are written --name=value")
+        name, equals, text = word[2:].partition("=")
+        negated = _without_no(name)
+        if name not in types and types.get(negated) is bool and not equals:
+            name, text = negated, "False"
+        elif name not in types:
+            raise UserError(_unknown(name))
+        elif not equals and types[name] is bool:
+            text = rest.pop(0) if rest and rest[0].lower() in BOOLS else "True"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name}={defaults.get(name, '...')}")
+            text = rest.pop(0)
+        if name in given:
+            raise UserError(f"--{name} is given twice, the second time as '{text}': leave one of them out")
+        given[name] = read_value(f"--{name}", text, types[name], defaults.get(name))
+    return given
 
 
-@dataclass(frozen=True)
-class Config:
-    seed: int = 42
-    mesh_dim: str = "1,-1,1,1"  # dp,fsdp,tp,sp; at most one -1; or "dp:1,fsdp:-1,..."; "!" first: plain device order
-    dtype: str = "bf16"  # of the computation: fp32 | bf16 | fp16; weights and optimizer state are float32
-    objective: str = "sft"
-    total_steps: int = 10000
-    load_llama_config: str = ""
-    update_llama_config: str = ""
-    load_checkpoint: str = ""
-    load_dataset_state: str = ""
-    log_freq: int = 50
-    save_model_freq: int = 0
-    save_milestone_freq: int = 0
-    save_final: bool = True
-    eval_steps: int = 0  # evaluate every so many steps; 0: never
-    eval_batches: int = 8
-    log_all_worker: bool = False
-    autoresume: bool = False
-    num_cpu_devices: int = 0  # virtual CPU devices, where there is no accelerator; 0: as jax finds them
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    train_dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
-    llama: LlamaConfig = field(default_factory=LlamaConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    jax_distributed: JaxDistributedConfig = field(default_factory=JaxDistributedConfig)
-    mesh_shape: tuple[int, int, int, int] = (1, 1, 1, 1)  # mesh_dim resolved by parse(); not a flag
+def _without_no(name: str) -> str:
+    """`noautoresume` -> `autoresume`, `llama.noscan_layers` -> `llama.scan_layers`."""
+    group, dot, leaf = name.rpartition(".")
+    return f"{group}{dot}{leaf.removeprefix('no')}"
+
+
+def _unknown(name: str) -> str:
+    """The message for a flag that isn't there: the flag below that group, of that last name, or of the nearest name."""
+    names = [*FLAG_TYPES, *ALIAS_TYPES, *ENTRY_FLAGS]
+    below = [known for known in FLAG_TYPES if known.startswith(f"{name}.")]
+    if below:
+        return f"--{name} is a group of flags: did you mean --{below[0]}?"
+    leaf = name.rpartition(".")[2]
+    same_leaf = [known for known in FLAG_TYPES if known.rpartition(".")[2] == leaf]
+    return f"--{name} is no flag: did you mean --{nearest_name(name, same_leaf or names)}?"
+
+
+def load_recipe(path: str) -> ConfigDict:
+    """The tree that the recipe's get_config() returns. The file is the user's own Python and is run as such.
+
+    A path that isn't there is tried from the clone's root. Raises UserError, with file and line where the recipe
+    itself fails.
+    """
+    file = next((file for file in (Path(path), ROOT / path) if file.is_file()), None)
+    if file is None or file.suffix != ".py":
+        raise UserError(f"--config={path} is no recipe (a .py file with get_config()): {_recipes()}")
+    spec = importlib.util.spec_from_file_location("recipe", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        tree = module.get_config()
+        if not isinstance(tree, ConfigDict):
+            raise TypeError(f"get_config() gave a {type(tree).__name__}: return default_config() with changes")
+        preset = PRESETS.get(tree.load_llama_config, {})
+        if preset and all(tree.llama[key] != value for key, value in preset.items()):
+            raise ValueError(
+                f"load_llama_config is set too late: start from default_config('{tree.load_llama_config}')"
+            )
+        if tree.update_llama_config:
+            _update_llama(tree, tree.update_llama_config)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [1])[-1]
+        what = str(error).partition(" Other fields present")[0]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{file}:{line}: {kind}{what}") from error
+    return tree
+
+
+def _recipes() -> str:
+    found = sorted(file.name for file in (ROOT / "configs").glob("*.py"))
+    return f"try --config=configs/{found[0]}" if found else "give flags instead, see --help"
+
+
+def _apply_alias(tree: ConfigDict, name: str, value: Any, given: Mapping[str, Any]) -> None:
+    """Other trainers' names for our flags, after the flags themselves. Raises UserError where the two contradict."""
+    if name in SP_ALIASES:
+        tree.mesh_dim = _with_sp(tree.mesh_dim, name, value, "mesh_dim" in given)
+        return
+    if name == "ring_attn_func":
+        function = value.replace("-", "_")
+        if function == "varlen_llama3":
+            raise UserError(f"--{name}={value} is not here yet: use the ring, --{name}=batch_ring")
+        if function not in RING_FUNCTIONS:
+            raise UserError(f"--{name}={value} is none of {', '.join(RING_FUNCTIONS)}: use --{name}=batch_ring")
+        ours = {"llama.attention_type": "ring_blockwise", "llama.sequence_layout": "zigzag"}
+    elif name in STRIDE_ALIASES:
+        ours = {"llama.heads_k_stride": value}
+    elif name in PACKING_ALIASES:
+        ours = {"train_dataset.packing": "first_fit" if value else "concat"}
+    else:
+        types = {split: tree[split].type for split in ("train_dataset", "eval_dataset")}
+        ours = {f"{split}.{kind}_dataset.seq_length": value for split, kind in types.items()}
+    for flag, wanted in ours.items():
+        if flag in given and given[flag] != wanted:
+            raise UserError(
+                f"--{name}={value} means --{flag}={wanted}, but --{flag}={given[flag]}: leave one of them out"
+            )
+        if flag in FLAG_TYPES:  # a dataset type that isn't there is for parse() to report
+            _set(tree, flag, wanted)
+
+
+def _with_sp(mesh_dim: str, alias: str, sp: int, explicit: bool) -> str:
+    """`mesh_dim` with `sp` as its last size; where that size was -1, fsdp takes the rest of the devices instead."""
+    if sp < 1:
+        raise UserError(f"--{alias}={sp} is below 1: --{alias}=1 keeps a sequence on one device")
+    dp, fsdp, tp, old = mesh_sizes(mesh_dim, "--mesh_dim")
+    if explicit and old not in (1, -1, sp):
+        raise UserError(f"--{alias}={sp} and --mesh_dim='{mesh_dim}' with sp={old} contradict: leave one of them out")
+    if old == -1 and fsdp == 1:
+        fsdp = -1
+    return f"{'!' if mesh_dim.strip().startswith('!') else ''}{dp},{fsdp},{tp},{sp}"
+
+
+# --- the tree, checked and frozen ---
+
+
+def parse(tree: ConfigDict, device_count: int) -> Config:
+    """The frozen Config for a mesh over `device_count` devices: every value checked, everything derived filled in.
+
+    Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.sequence_layout (never "auto"), and the
+    short names of dtypes. `tree` is left as it is. Raises UserError for the first value, or pair of values, that
+    cannot work.
+    """
+    config = _build(Config, tree, "")
+    check_values(config)
+    mesh_shape, _ = parse_mesh_dim(config.mesh_dim, device_count)
+    check_same_mesh(config, mesh_shape, device_count)
+    llama, sp = config.llama, mesh_shape[3]
+    lengths = [config.train_dataset.seq_length, *([config.eval_dataset.seq_length] if config.eval_steps > 0 else [])]
+    balanced = sp > 1 and all(length % (2 * sp) == 0 for length in lengths)
+    layout = ("zigzag" if balanced else "contiguous") if llama.sequence_layout == "auto" else llama.sequence_layout
+    heads = llama.num_attention_heads
+    config = replace(
+        config,
+        dtype=DTYPES[config.dtype],
+        checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
+        llama=replace(
+            llama,
+            num_key_value_heads=heads if llama.num_key_value_heads is None else llama.num_key_value_heads,
+            head_dim=default_head_dim(llama) if llama.head_dim is None else llama.head_dim,
+            sequence_layout=layout,
+        ),
+        mesh_shape=mesh_shape,
+    )
+    check(config)
+    return config
+
+
+def _build(group: Any, tree: ConfigDict, prefix: str) -> Any:
+    """The dataclass `group` from its part of the tree. A recipe may have added keys or replaced groups: no more."""
+    types = {item.name: item.type for item in fields(group) if item.name != "mesh_shape"}
+    for key in tree:
+        if key not in types:
+            raise UserError(f"--{prefix}{key} is no flag: did you mean --{prefix}{nearest_name(key, types)}?")
+    values = {}
+    for key, declared in types.items():
+        if key not in tree:
+            continue
+        if is_dataclass(declared):
+            if not isinstance(tree[key], ConfigDict):
+                raise UserError(f"--{prefix}{key} is a group of flags: set --{prefix}{key}.{fields(declared)[0].name}")
+            values[key] = _build(declared, tree[key], f"{prefix}{key}.")
+        else:
+            values[key] = read_value(f"--{prefix}{key}", tree[key], declared, getattr(group, key))
+    return group(**values)
+
+
+# --- showing it ---
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dicts of what JSON knows, for the run's config.json."""
+    return asdict(config) | {"mesh_shape": list(config.mesh_shape)}
+
+
+def format_config(config: Config | ConfigDict) -> str:
+    """One `--dotted.name=value` a line, sorted, quoted for a shell: the flags that give this configuration again.
+
+    update_llama_config is left out, because what it says stands in the model's flags already.
+    """
+    if isinstance(config, Config):
+        values = flag_values(config)
+    else:
+        values = {name: _get(config, name) for name in FLAG_TYPES}
+    return "\n".join(f"--{name}={shlex.quote(str(values[name]))}" for name in sorted(values) if name != UPDATE)
+
+
+HELP: dict[str, dict[str, str]] = {
+    "start from": {
+        "config": "a recipe, configs/<name>.py; the flags after it override it",
+        "load_llama_config": f"sizes of the model: {', '.join(PRESETS)}",
+        "update_llama_config": '"dict(scan_mlp=True,...)": any of the llama flags at once',
+        "load_checkpoint": "params::<path>, trainstate::, trainstate_params:: or flax_params::",
+        "autoresume": "go on from the run's own latest checkpoint, if there is one",
+    },
+    "devices": {
+        "mesh_dim": "sizes of dp,fsdp,tp,sp; one may be -1 (the rest); sp splits each sequence",
+        "num_cpu_devices": "virtual CPU devices, where there is no accelerator",
+        "dtype": "of the computation: fp32, bf16, fp16",
+    },
+    "model": {
+        "llama.attention_type": "standard, blockwise, ring_standard, ring_blockwise (ring_* for sp > 1)",
+        "llama.max_sequence_length": "the longest sequence the model takes",
+        "llama.sequence_layout": "how a sequence is dealt out over sp: auto, contiguous, zigzag, striped",
+        "llama.scan_query_chunk_size": "block of queries; also scan_key_chunk_size",
+        "llama.scan_mlp": "feedforward in chunks of llama.scan_mlp_chunk_size",
+        "llama.remat_block": "what to keep of a layer for the backward pass: nothing_saveable, ...",
+    },
+    "data (eval_dataset has the same flags)": {
+        "tokenizer.vocab_file": "bytes, a SentencePiece .model, or a Hugging Face directory or tokenizer.json",
+        "train_dataset.type": "json (.jsonl files) or python (the standard library's source)",
+        "train_dataset.packing": "concat (documents joined and cut) or first_fit (whole documents)",
+        "train_dataset.json_dataset.path": "a .jsonl or .jsonl.gz file, or a glob of them",
+        "train_dataset.json_dataset.seq_length": "tokens of a sequence",
+        "train_dataset.json_dataset.batch_size": "sequences of the global batch",
+        "train_dataset.text_processor.fields": "'text', or '[prompt],answer': [..] takes no loss",
+    },
+    "training": {
+        "total_steps": "optimizer steps",
+        "seed": "of the weights and of the data's order",
+        "optimizer.type": "adamw, palm, lion, muon",
+        "optimizer.schedule": "warmup_cosine, warmup_linear, wsd",
+        "optimizer.accumulate_gradient_steps": "split the batch into this many parts, one after the other",
+        "optimizer.adamw_optimizer.lr": "peak rate; also end_lr, lr_warmup_steps, lr_decay_steps, weight_decay",
+    },
+    "the run": {
+        "logger.output_dir": "where the run's folder is made",
+        "logger.experiment_id": "the run's folder; empty: <time>-<name>",
+        "logger.online": "also to Weights & Biases",
+        "log_freq": "steps between two lines of metrics",
+        "eval_steps": "steps between two evaluations; 0: never",
+        "save_model_freq": "steps between two checkpoints; 0: only at the end",
+        "save_milestone_freq": "steps between two checkpoints that are kept; 0: none",
+        "checkpointer.save_optimizer_state": "save the whole train state, not only the weights",
+    },
+}
+
+
+def help_text(verb: str = "train") -> str:
+    """The flags that people use, in groups, with their defaults; short enough for one screen and a half."""
+    defaults = flag_values(Config())
+    lines = [
+        f"usage: python -m ringbpt.{verb} [--config=configs/<name>.py] [--name=value ...]",
+        "",
+        "Without any flag: configs/debug.py. A flag that is on or off may be written --name and --noname.",
+    ]
+    for group, flags in HELP.items():
+        lines += ["", f"{group}:"]
+        for name, line in flags.items():
+            default = defaults.get(name, "")
+            shown = f"  --{name}" if default in ("", None) else f"  --{name}={default}"
+            lines.append(f"{shown:<55} {line}")
+    return "\n".join([*lines, "", "All flags, as this command line resolves them: --print_config", ""])
+
+
+# --- the entries ---
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
+
+    A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
+    traceback.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

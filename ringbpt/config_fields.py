@@ -1,0 +1,301 @@
+"""The flags: one tree of frozen dataclasses, whose fields are the command line's flags and their defaults.
+
+Everybody imports these names from `ringbpt.config`, which reads them, and `ringbpt.config_checks`, which judges them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line, naming the flag or file:line, what is wrong, and what would work.
+
+    The entry points print it on stderr and exit with `code`: 2 bad input, 4 storage.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    vocab_file: str = ""  # "bytes", a SentencePiece .model file, or a Hugging Face directory or tokenizer.json
+
+
+@dataclass(frozen=True)
+class TextProcessorConfig:
+    fields_from_example: str = ""  # the key of the example whose value is the `fields` string
+    fields: str = ""  # "a+b,[prompt],<|bos|>": joined by +, a segment per comma, [..] takes no loss
+    subfield_separator: str = " "
+    add_bos_token: bool = True
+    add_eos_token: bool = True
+    prepend_text: str = ""
+
+
+@dataclass(frozen=True)
+class JsonDatasetConfig:
+    path: str = ""  # a .jsonl or .jsonl.gz file, or a glob of them
+    seq_length: int = 1024
+    batch_size: int = 8  # the global batch, in sequences
+    always_start_with_bos: bool = False
+    start_seek_loc: int = 0
+    example_index_at_start: int = 0
+    tokens_count_at_start: int = 0
+    tokenizer_processes: int = 1
+    tokenizer_parallel_chunk_size: int = 32
+    tokenizer_parallel_batch_size: int = 1024
+    throughput_average_window_size: int = 200
+
+
+@dataclass(frozen=True)
+class HuggingfaceDatasetConfig:
+    path: str = "c4"
+    name: str = "en"
+    split: str = "train"
+    streaming: bool = False
+    seq_length: int = 1024
+    batch_size: int = 8
+    always_start_with_bos: bool = False
+
+
+@dataclass(frozen=True)
+class PythonDatasetConfig:
+    """The source files of the running Python's standard library: real text that is on every machine."""
+
+    path: str = ""  # a folder of .py files; empty: the standard library
+    split: str = "train"  # train | heldout (one file in 20, by its name) | all
+    seq_length: int = 1024
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    type: str = "json"  # json | python
+    packing: str = "concat"  # concat: documents joined and cut; first_fit: whole documents with segment ids
+    shuffle: bool = False  # documents in seeded random order, another one each epoch
+    cache_dir: str = ""  # where tokenised data is kept; empty: $RINGBPT_CACHE or ~/.cache/ringbpt
+    text_processor: TextProcessorConfig = field(default_factory=TextProcessorConfig)
+    json_dataset: JsonDatasetConfig = field(default_factory=JsonDatasetConfig)
+    huggingface_dataset: HuggingfaceDatasetConfig = field(default_factory=HuggingfaceDatasetConfig)
+    python_dataset: PythonDatasetConfig = field(default_factory=PythonDatasetConfig)
+
+    @property
+    def source(self) -> JsonDatasetConfig | HuggingfaceDatasetConfig | PythonDatasetConfig:
+        """The group that `type` names."""
+        return getattr(self, f"{self.type}_dataset")
+
+    @property
+    def seq_length(self) -> int:
+        return self.source.seq_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.source.batch_size
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    init_lr: float = 0.0
+    end_lr: float = 0.001
+    lr: float = 0.01
+    lr_warmup_steps: int = 2000
+    lr_decay_steps: int = 500000
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_gradient: float = 1.0
+    weight_decay: float = 1e-4
+    bf16_momentum: bool = False
+    multiply_by_parameter_scale: bool = False
+
+
+@dataclass(frozen=True)
+class PalmConfig:
+    lr: float = 0.01
+    lr_warmup_steps: int = 10000
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_gradient: float = 1.0
+    weight_decay: float = 1e-4
+    bf16_momentum: bool = False
+
+
+@dataclass(frozen=True)
+class LionConfig:
+    init_lr: float = 0.0
+    end_lr: float = 0.0
+    lr: float = 1e-4
+    lr_warmup_steps: int = 2000
+    lr_decay_steps: int = 500000
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_gradient: float = 1.0
+    weight_decay: float = 1e-3
+    bf16_momentum: bool = False
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    init_lr: float = 0.0
+    end_lr: float = 0.0
+    lr: float = 0.02  # of the matrices; vectors, embedding and unembedding take adam_lr
+    adam_lr: float = 3e-4
+    lr_warmup_steps: int = 2000
+    lr_decay_steps: int = 500000
+    beta: float = 0.95
+    clip_gradient: float = 1.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    type: str = "adamw"  # adamw | palm | lion | muon
+    schedule: str = "warmup_cosine"  # warmup_cosine | warmup_linear | wsd (not palm, which has its own)
+    wsd_decay_fraction: float = 0.1  # wsd: the last share of lr_decay_steps, in which the rate falls to end_lr
+    accumulate_gradient_steps: int = 1  # the batch is split into this many parts, one after the other
+    adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
+    lion_optimizer: LionConfig = field(default_factory=LionConfig)
+    muon_optimizer: MuonConfig = field(default_factory=MuonConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointerConfig:
+    float_dtype: str = "bf16"  # of weights saved without optimizer state; a full train state is saved exactly
+    save_optimizer_state: bool = False
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_sequence_length: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    tie_word_embeddings: bool = False
+    theta: float = 10000.0
+    rope_scaling_type: str = ""  # "" | linear | llama3
+    rope_scaling_factor: float = 1.0
+    rope_scaling_low_freq_factor: float = 1.0
+    rope_scaling_high_freq_factor: float = 4.0
+    rope_scaling_original_length: int = 8192
+    attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
+    sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
+    heads_k_stride: int | None = None
+    scan_attention: bool = False
+    scan_query_chunk_size: int = 1024
+    scan_key_chunk_size: int = 1024
+    scan_mlp: bool = False  # feedforward in chunks of the local sequence
+    scan_mlp_chunk_size: int = 1024
+    loss_chunk_size: int = 1024
+    scan_layers: bool = True
+    param_scan_axis: int = 0
+    remat_block: str = ""
+    remat_attention: str = ""
+    remat_mlp: str = ""
+    mesh_dim: str | None = None  # as in the original's commands; must equal the top-level mesh_dim
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    project_id: str = "ringbpt"
+    experiment_id: str = ""  # the run's folder inside output_dir; empty: <time>-<name>
+    experiment_note: str = ""
+    output_dir: str = "runs"
+    online: bool = False  # also to Weights & Biases
+    entity: str = ""
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class JaxDistributedConfig:
+    initialize_jax_distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 42
+    mesh_dim: str = "1,-1,1,1"  # dp,fsdp,tp,sp; at most one -1; or "dp:1,fsdp:-1,..."; "!" first: plain device order
+    dtype: str = "bf16"  # of the computation: fp32 | bf16 | fp16; weights and optimizer state are float32
+    objective: str = "sft"
+    total_steps: int = 10000
+    load_llama_config: str = ""
+    update_llama_config: str = ""
+    load_checkpoint: str = ""
+    load_dataset_state: str = ""
+    log_freq: int = 50
+    save_model_freq: int = 0
+    save_milestone_freq: int = 0
+    save_final: bool = True
+    eval_steps: int = 0  # evaluate every so many steps; 0: never
+    eval_batches: int = 8
+    log_all_worker: bool = False
+    autoresume: bool = False
+    num_cpu_devices: int = 0  # virtual CPU devices, where there is no accelerator; 0: as jax finds them
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train_dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    jax_distributed: JaxDistributedConfig = field(default_factory=JaxDistributedConfig)
+    mesh_shape: tuple[int, int, int, int] = (1, 1, 1, 1)  # mesh_dim resolved by parse(); not a flag
+
+
+# The sizes of the original's models.
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "200m": {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 8},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 22, "num_attention_heads": 16},
+    "3b": {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "30b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "rms_norm_eps": 1e-5,
+    },
+}
+
+
+def flag_types(group: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every flag's dotted name and declared type, in the order of the fields; `mesh_shape` is none."""
+    for item in fields(group):
+        if is_dataclass(item.type):
+            yield from flag_types(item.type, f"{prefix}{item.name}.")
+        elif item.name != "mesh_shape":
+            yield prefix + item.name, item.type
+
+
+FLAG_TYPES: dict[str, Any] = dict(flag_types())
+
+
+def flag_values(config: Config) -> dict[str, Any]:
+    """Every flag's dotted name and its value in `config`."""
+    values = {}
+    for name in FLAG_TYPES:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    return values
