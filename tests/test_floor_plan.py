@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -243,9 +244,12 @@ def third_party(tree: ast.AST) -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"ringbpt", "configs"}
 
 
+installed_packages = cache(packages_distributions)  # half a second a call
+
+
 def distributions(top: str) -> set[str]:
     """The distributions that an import name may come from; where none is installed, the name itself."""
-    return {re.sub(r"[-_.]+", "-", name).lower() for name in packages_distributions().get(top, [top])}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in installed_packages().get(top, [top])}
 
 
 @pytest.mark.parametrize("path", OUR_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
