@@ -1,0 +1,99 @@
+"""The SwiGLU feedforward, whole or blockwise: in chunks of each device's share of the sequence (BPT).
+
+Blockwise it has a backward pass of its own that recomputes chunk by chunk, so neither pass holds more than one
+chunk of the [T, F] activations, and the weights' gradients are summed over chunks in float32 and meet the other
+devices once. That needs the loop inside shard_map: under the partitioner each chunk would bring its own reduction.
+Ref: Blockwise Parallel Transformer, arXiv:2305.19370.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.model.weights import dot, project
+
+FSDP = ("fsdp", "sp")  # the axes over which a weight's D dim is split
+
+
+def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
+    """down(silu(gate x) * up x). Ref: arXiv:2002.05202."""
+    gate_BTF, up_BTF = matmul("BTD,DF->BTF", x_BTD, w_gate_DF), matmul("BTD,DF->BTF", x_BTD, w_up_DF)
+    return matmul("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+
+
+def split_chunks(x: jax.Array, size: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, size, ...], inside shard_map."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def join_chunks(chunks: jax.Array) -> jax.Array:
+    """The inverse of split_chunks."""
+    x = jnp.moveaxis(chunks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def gather_shards(w: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """A weight whole in its D dim, in the compute dtype, inside shard_map."""
+    return lax.all_gather(w.astype(dtype), FSDP, axis=dim, tiled=True)
+
+
+def scatter_grad(dw: jax.Array, dim: int) -> jax.Array:
+    """The sum of every device's float32 gradient, each keeping its own share, inside shard_map."""
+    return lax.psum_scatter(lax.psum(dw, "dp"), FSDP, scatter_dimension=dim, tiled=True)
+
+
+def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Array]:
+    """feedforward(x_BTD, w_gate_DF, w_up_DF, w_down_FD) -> [B, T, D] in x's dtype.
+
+    chunk_size None: in one piece, its activations saved for the backward unless rematerialised from outside.
+    Otherwise in chunks of the local length, which chunk_size divides or exceeds.
+    """
+    if chunk_size is None:
+        return lambda x, *weights: swiglu(x, *weights, matmul=lambda eq, a, w: project(mesh, eq, a, w))
+
+    d_dims = (0, 0, 1)  # where D stands in w_gate, w_up, w_down
+    x_spec = spec("B T D", ACTIVATION_AXES)
+    w_specs = (weight_spec("D F"), weight_spec("D F"), weight_spec("F D"))
+
+    def local_swiglu(x, w_gate, w_up, w_down):
+        """This device's part of F: outputs, and gradients of x, are still to be summed over tp."""
+        return swiglu(x, w_gate, w_up, w_down, matmul=lambda eq, a, w: dot(eq, a, w, a.dtype))
+
+    def gathered(x, weights):
+        return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
+
+    def forward_local(x, *weights):
+        whole = gathered(x, weights)
+        return join_chunks(
+            lax.map(lambda chunk: lax.psum(local_swiglu(chunk, *whole), "tp"), split_chunks(x, min(chunk_size, x.shape[1])))
+        )
+
+    def backward_local(x, dy, *weights):
+        whole = gathered(x, weights)
+
+        def chunk_backward(sums, chunk):
+            x_chunk, dy_chunk = chunk
+            dx, *dws = jax.vjp(local_swiglu, x_chunk, *whole)[1](dy_chunk)
+            return [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)], lax.psum(dx, "tp")
+
+        chunks = tuple(split_chunks(a, min(chunk_size, x.shape[1])) for a in (x, dy))
+        sums, dx = lax.scan(chunk_backward, [jnp.zeros(w.shape, jnp.float32) for w in whole], chunks)
+        return join_chunks(dx), *(scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
+
+    forward = jax.shard_map(forward_local, mesh=mesh, in_specs=(x_spec, *w_specs), out_specs=x_spec, check_vma=False)
+    backward = jax.shard_map(
+        backward_local, mesh=mesh, in_specs=(x_spec, x_spec, *w_specs), out_specs=(x_spec, *w_specs), check_vma=False
+    )
+
+    @jax.custom_vjp
+    def feedforward(x, w_gate, w_up, w_down):
+        return forward(x, w_gate, w_up, w_down)
+
+    feedforward.defvjp(
+        lambda *args: (feedforward(*args), args), lambda args, dy: backward(args[0], dy, *args[1:])
+    )
+    return feedforward

@@ -1,0 +1,97 @@
+"""The only place that touches the vocabulary: statistics of each token's prediction, [T, V] never whole.
+
+In chunks of each device's share of the sequence, the vocabulary split over tp, with a backward pass that
+recomputes the chunk's logits. What an objective may ask is in types.TokenStats.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.model.feedforward import gather_shards, join_chunks, scatter_grad, split_chunks
+from ringbpt.model.weights import dot
+from ringbpt.types import TokenStats
+
+
+def make_token_stats(mesh: Mesh, chunk_size: int) -> Callable[..., TokenStats]:
+    """token_stats(hidden_BTD, unembed_DV, target_BT) -> TokenStats; logp and entropy are differentiable.
+
+    chunk_size divides the local length or exceeds it. A target outside [0, V) has logp = -lse, and is for the
+    loss mask to leave out.
+    """
+    hidden_spec, token_spec, w_spec = spec("B T D", ACTIVATION_AXES), spec("B T", ACTIVATION_AXES), weight_spec("D V")
+
+    def logits_and_hits(hidden, whole_DV, target):
+        """This device's part of the vocabulary: logits float32, and where the target stands in it."""
+        logits = dot("BTD,DV->BTV", hidden, whole_DV, jnp.float32)
+        first = lax.axis_index("tp") * whole_DV.shape[1]
+        return logits, (target - first)[..., None] == jnp.arange(whole_DV.shape[1])[None, None]
+
+    def chunk_stats(hidden, target, whole_DV):
+        logits, hits = logits_and_hits(hidden, whole_DV, target)
+        top = lax.pmax(jnp.max(logits, axis=-1), "tp")
+        exps = jnp.exp(logits - top[..., None])
+        total, weighted, target_logit = lax.psum(
+            (jnp.sum(exps, -1), jnp.sum(exps * logits, -1), jnp.sum(jnp.where(hits, logits, 0.0), -1)), "tp"
+        )
+        lse = top + jnp.log(total)
+        stats = TokenStats(
+            logp_BT=target_logit - lse,
+            entropy_BT=lse - weighted / total,
+            correct_BT=(target_logit >= top).astype(jnp.float32),
+        )
+        return stats, lse
+
+    def chunks_of(*arrays):
+        return tuple(split_chunks(a, min(chunk_size, a.shape[1])) for a in arrays)
+
+    def forward_local(hidden, unembed, target):
+        whole = gather_shards(unembed, 0, hidden.dtype)
+        chunks = lax.map(lambda chunk: chunk_stats(*chunk, whole), chunks_of(hidden, target))
+        return jax.tree.map(join_chunks, chunks)
+
+    def backward_local(hidden, unembed, target, lse, entropy, d_logp, d_entropy):
+        whole = gather_shards(unembed, 0, hidden.dtype)
+
+        def chunk_backward(d_whole, chunk):
+            hidden, target, lse, entropy, d_logp, d_entropy = chunk
+            logits, hits = logits_and_hits(hidden, whole, target)
+            logp = logits - lse[..., None]
+            p = jnp.exp(logp)
+            d_logits = d_logp[..., None] * (hits - p) - d_entropy[..., None] * p * (logp + entropy[..., None])
+            d_logits = d_logits.astype(hidden.dtype)
+            d_hidden = lax.psum(dot("BTV,DV->BTD", d_logits, whole, jnp.float32), "tp").astype(hidden.dtype)
+            return d_whole + dot("BTD,BTV->DV", hidden, d_logits, jnp.float32), d_hidden
+
+        chunks = chunks_of(hidden, target, lse, entropy, d_logp, d_entropy)
+        d_whole, d_hidden = lax.scan(chunk_backward, jnp.zeros(whole.shape, jnp.float32), chunks)
+        return join_chunks(d_hidden), scatter_grad(d_whole, 0)
+
+    forward = jax.shard_map(
+        forward_local, mesh=mesh, in_specs=(hidden_spec, w_spec, token_spec), out_specs=token_spec, check_vma=False
+    )
+    backward = jax.shard_map(
+        backward_local,
+        mesh=mesh,
+        in_specs=(hidden_spec, w_spec) + (token_spec,) * 5,
+        out_specs=(hidden_spec, w_spec),
+        check_vma=False,
+    )
+
+    @jax.custom_vjp
+    def token_stats(hidden_BTD, unembed_DV, target_BT):
+        return forward(hidden_BTD, unembed_DV, target_BT)[0]
+
+    def token_stats_fwd(hidden, unembed, target):
+        stats, lse = forward(hidden, unembed, target)
+        return stats, (hidden, unembed, target, lse, stats.entropy_BT)
+
+    def token_stats_bwd(residuals, d_stats):
+        return (*backward(*residuals, d_stats.logp_BT, d_stats.entropy_BT), None)
+
+    token_stats.defvjp(token_stats_fwd, token_stats_bwd)
+    return token_stats

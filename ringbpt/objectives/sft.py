@@ -1,0 +1,15 @@
+"""Next-token cross-entropy over the places that take loss: pretraining and supervised fine-tuning alike."""
+
+import jax.numpy as jnp
+
+from ringbpt.config import Config
+from ringbpt.types import Batch, Mean, Means, TokenStats
+
+
+def objective(stats: TokenStats, batch: Batch, config: Config) -> Means:
+    """loss: -log p(target) in nats a token; accuracy: the share of targets that are the most likely token."""
+    weight = jnp.sum(batch.weight_BT)
+    return {
+        "loss": Mean(-jnp.sum(stats.logp_BT * batch.weight_BT), weight),
+        "accuracy": Mean(jnp.sum(stats.correct_BT * batch.weight_BT), weight),
+    }

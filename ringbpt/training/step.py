@@ -1,0 +1,83 @@
+"""One optimizer step: gradients of totals over micro-batches, divided once by the global weight."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ringbpt.config import Config
+from ringbpt.model.llama import Model
+from ringbpt.training.state import TrainState, state_shardings
+from ringbpt.types import Batch, Mean, Means, Params, TokenStats
+
+Objective = Callable[[TokenStats, Batch, Config], Means]
+Metrics = dict[str, jax.Array]
+
+
+def batch_facts(batch: Batch) -> Means:
+    """Counts that the log needs: real tokens, and the (query, key) pairs that a causal mask lets through."""
+    real_BT = batch.segment_BT != 0
+    pairs = jnp.sum(jnp.where(real_BT, batch.position_BT + 1, 0).astype(jnp.float32))
+    return {"tokens": Mean(jnp.sum(real_BT.astype(jnp.float32)), jnp.float32(1)), "pairs": Mean(pairs, jnp.float32(1))}
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B/count, ...]; rows are dealt out in turn, so that no row leaves its device."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+
+
+def make_train_step(
+    model: Model, objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), jitted; the old state is donated.
+
+    The loss is a total over a total weight; both are summed over micro-batches and shards before the one division,
+    so accumulation, packing and the mesh don't change the numbers. A batch without any weight changes nothing but
+    what the optimizer does on a zero gradient.
+    """
+    config = model.config
+    count = config.optimizer.accumulate_gradient_steps
+
+    def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Means]:
+        means = objective(model.token_stats(params, batch), batch, config) | batch_facts(batch)
+        return means["loss"].total, means
+
+    def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
+        grads, means = jax.grad(total_loss, has_aux=True)(params, batch)
+        return grads, means
+
+    def summed_gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
+        if count == 1:
+            return gradients(params, batch)
+
+        def add(sums, micro):
+            return jax.tree.map(jnp.add, sums, gradients(params, micro)), None
+
+        micros = micro_batches(batch, count)
+        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.lax.with_sharding_constraint(zeros[0], model.shardings), zeros[1]
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, means = summed_gradients(state.params, batch)
+        weight = means["loss"].weight
+        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {name: mean.value() for name, mean in means.items() if name not in ("tokens", "pairs")}
+        metrics |= {name: means[name].total for name in ("tokens", "pairs")}
+        metrics |= {
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "gradient_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(model, optimizer), None))
+
+
+def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:
+    """eval_step(params, batch) -> Means, jitted: add those of several batches, then take their value once."""
+    return jax.jit(lambda params, batch: objective(model.token_stats(params, batch), batch, model.config))
