@@ -5,6 +5,7 @@ The rows of a step are a pure function of (files, flags, seed, step): there is n
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -45,14 +46,14 @@ class Loader:
 
     batch_size and seq_length are the global batch's; steps_per_epoch counts whole batches, and the rows that fill
     none are dropped. bytes_per_token: UTF-8 bytes of text per token, over what takes loss, so that loss in nats
-    / ln 2 / bytes_per_token is bits per byte. tokens_used, tokens_dropped (by reason): of the first epoch.
+    / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_used, tokens_dropped (by reason): of the first epoch.
     utilisation: the share of the places of a batch that hold a token. fingerprint: of the batches, whatever the step.
     """
 
     def __init__(self, cache: TokenCache, plan: Plan, dataset: DatasetConfig, bos_token_id: int | None, identity: str):
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
-        self.bytes_per_token = cache.summary["loss_bytes"] / cache.summary["loss_tokens"]
+        self.bytes_per_token = (cache.summary["loss_bytes"] or math.inf) / cache.summary["loss_tokens"]
         self.fingerprint = hashlib.sha256(f"{cache.key} {identity}".encode()).hexdigest()
         rows = self.steps_per_epoch * self.batch_size
         self.tokens_used = plan.tokens_in(0, rows)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-OPEN_ROWS = 64  # first_fit looks for room in this many rows at most, which keeps it linear in the documents
+OPEN_ROWS = 16  # first_fit looks for room in this many rows at most, which keeps it linear in the documents
 
 
 class Row(NamedTuple):
@@ -186,7 +186,7 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
             if room >= length:
                 rows.append(open_rows[slot])
                 free[slot] = room - length
-                if room - length < 2:  # no piece is shorter than 2
+                if free[slot] < 2:  # no piece is shorter than 2
                     del free[slot], open_rows[slot]
                 break
         else:

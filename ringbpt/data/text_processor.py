@@ -5,7 +5,7 @@ import os
 import re
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
@@ -59,19 +59,13 @@ class TextProcessor:
     def __call__(self, example: dict[str, Any], location: str) -> Document:
         """Raises UserError that begins with `location` where a field is missing, no string, or all of them empty."""
         config = self._config
-        parts: list[np.ndarray] = []
-        masks: list[np.ndarray] = []
-
-        def append(part: np.ndarray, loss: int) -> None:
-            parts.append(part)
-            masks.append(np.full(len(part), loss, np.uint8))
-
+        parts: list[tuple[Sequence[int] | np.ndarray, int]] = []  # ids, and whether they take loss
         if config.add_bos_token:
-            append(self._one(self._tokenizer.bos_token_id), 0)
-        prepend, all_bytes, loss_bytes = config.prepend_text, 0, 0
+            parts.append(((self._special("bos", ""),), 0))
+        prepend, characters, loss_bytes = config.prepend_text, 0, 0
         for segment in self._segments_of(example, location):
             if not segment.keys:
-                append(self._one(segment.token), segment.loss)
+                parts.append(((segment.token,), segment.loss))
                 continue
             texts = [self._text(example, key, location) for key in segment.keys]
             text = prepend + config.subfield_separator.join(texts)
@@ -83,14 +77,16 @@ class TextProcessor:
                     f"{location}: field {'+'.join(segment.keys)!r} has half of a surrogate pair "
                     f"(\\u{ord(text[error.start]):04x}) at character {error.start}, which is no Unicode text"
                 ) from None
-            all_bytes += sum(map(len, texts))
+            characters += sum(map(len, texts))
             loss_bytes += size * segment.loss
-            append(self._tokenizer.encode(text), segment.loss)
-        if not all_bytes:
+            parts.append((self._tokenizer.encode(text), segment.loss))
+        if not characters:
             raise UserError(f"{location}: the text is empty; leave the example out")
         if config.add_eos_token:
-            append(self._one(self._tokenizer.eos_token_id), 1)
-        return Document(np.concatenate(parts), np.concatenate(masks), loss_bytes)
+            parts.append(((self._special("eos", ""),), 1))
+        token = np.concatenate([ids for ids, _ in parts], dtype=np.int32)
+        loss = np.array([loss for _, loss in parts], np.uint8)
+        return Document(token, np.repeat(loss, [len(ids) for ids, _ in parts]), loss_bytes)
 
     def _segments_of(self, example: dict[str, Any], location: str) -> tuple[Segment, ...]:
         if not self._config.fields_from_example:
@@ -137,10 +133,6 @@ class TextProcessor:
             works = "set it to False" if where.endswith("=True") else "leave it out or give its id, as in <|123|>"
             raise UserError(f"{where}: the tokenizer ({self._tokenizer.describe()}) has no {name} token; {works}")
         return token
-
-    @staticmethod
-    def _one(token: int | None) -> np.ndarray:
-        return np.array([token], np.int32)
 
 
 class Chunk(NamedTuple):
@@ -190,8 +182,8 @@ def tokenise(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            f"--{flag}.json_dataset.tokenizer_processes={processes}: a worker process died, most likely for want of "
-            "memory; tokenizer_processes=1 needs the least",
+            f"--{flag}.json_dataset.tokenizer_processes={processes}: a worker process died (out of memory, or a script "
+            "without `if __name__ == '__main__'`); tokenizer_processes=1 works in this process",
             code=4,
         ) from None
     finally:
