@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ Row = dict[str, float | int]
 
 # How the terminal shows a row, in this order: key, label before, format, unit after.
 SHOWN = (
-    ("loss", "loss", ".4f", ""),
-    ("bits_per_byte", "", ".3f", " bits/byte"),
-    ("accuracy", "accuracy", ".3f", ""),
-    ("learning_rate", "lr", ".2e", ""),
-    ("gradient_norm", "grad", ".3f", ""),
-    ("tokens_per_second", "", "9,.0f", " tokens/s"),
-    ("step_seconds", "", ".3f", " s/step"),
-    ("mfu", "mfu", ".3f", ""),
+    ("loss", "loss ", "7.4f", ""),
+    ("bits_per_byte", "", "6.3f", " bits/byte"),
+    ("accuracy", "accuracy ", "5.3f", ""),
+    ("learning_rate", "lr ", "8.2e", ""),
+    ("gradient_norm", "grad ", "8.3f", ""),
+    ("tokens_per_second", "", "10,.0f", " tokens/s"),
+    ("step_seconds", "", "7.3f", " s/step"),
+    ("mfu", "mfu ", "5.3f", ""),
 )
+SHOWN_IN_BAR = ("loss", "bits_per_byte", "tokens_per_second")  # fits 80 columns beside the bar
 
 
 class MetricsWriter:
@@ -86,19 +88,18 @@ class MetricsWriter:
         """Show a row: on a terminal a bar that moves, elsewhere a plain line. Steps count up to total_steps."""
         if not self._is_main:
             return
-        line = format_row(row)
         if any(key.startswith("eval_") for key in row):
-            self._say(f"{self._step_label(step)}  held-out  {line}")
+            self._say(f"{self._step_label(step)}  {format_row(row)}  (held-out)")
             return
         seconds = (self._config.total_steps - step) * row.get("step_seconds", math.nan)
         # From the last steps' time, not from the start of the run: that would count the compile.
         eta = f"ETA {datetime.timedelta(seconds=round(seconds))}" if math.isfinite(seconds) else "ETA ?"
         if not sys.stdout.isatty():
-            self._say(f"{self._step_label(step)}  {line}  {eta}")
+            self._say(f"{self._step_label(step)}  {format_row(row)}  {eta}")
             return
         if self._bar is None:
             self._open_bar()
-        self._bar.update(self._bar_task, completed=step, line=f"{line}  {eta}")
+        self._bar.update(self._bar_task, completed=step, line=f"{format_row(row, SHOWN_IN_BAR)}  {eta}")
 
     def close(self) -> None:
         """Flush everything, and draw loss.png from metrics.jsonl: of a resumed run, the whole curve."""
@@ -136,15 +137,13 @@ class MetricsWriter:
         return SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
 
 
-def format_row(row: Row) -> str:
-    """The shown keys of a row (with or without `eval_`) as one line, in columns of fixed width."""
+def format_row(row: Row, keys: Iterable[str] = tuple(key for key, *_ in SHOWN)) -> str:
+    """Those of `keys` that the row has (with or without `eval_`) as one line, in columns of fixed width."""
     parts = []
     for key, label, number, unit in SHOWN:
-        value = row.get(key, row.get(f"eval_{key}"))
+        value = row.get(key, row.get(f"eval_{key}")) if key in keys else None
         if value is not None:
-            parts.append(
-                f"{label} {format(value, number)}{unit}".strip() if label else f"{format(value, number)}{unit}"
-            )
+            parts.append(f"{label}{value:{number}}{unit}")
     return "  ".join(parts)
 
 
