@@ -10,7 +10,7 @@ import importlib.util
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -106,7 +106,9 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
             f"--load_llama_config={nearest_name(name, PRESETS)}?"
         )
     tree.load_llama_config = name
-    for key, value in ({"rms_norm_eps": LlamaConfig.rms_norm_eps} | PRESETS[name]).items():
+    # Another recipe's or preset's shape must not shine through where this one has nothing to say.
+    unsaid = {"rms_norm_eps": LlamaConfig.rms_norm_eps, "num_key_value_heads": None, "head_dim": None}
+    for key, value in (unsaid | PRESETS[name]).items():
         _set(tree, f"llama.{key}", value)
 
 
@@ -184,31 +186,32 @@ def read_literals(label: str, text: str) -> dict[str, Any]:
         return {}
     if len(text) > LITERAL_LENGTH:
         raise UserError(f"{label} is {len(text)} characters long: {LITERAL_LENGTH} at most")
+    text = text.strip()
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{label}={text[:60]!r} cannot be read: write dict(key=value, ...)") from None
     if not isinstance(tree.body, ast.Call | ast.Dict):
         raise UserError(f"{label}={text[:60]!r} is no dict: write dict(key=value, ...)")
-    return _literal(label, tree.body, LITERAL_DEPTH)
+    return _literal(label, text, tree.body, LITERAL_DEPTH)
 
 
-def _literal(label: str, node: ast.expr, depth: int) -> Any:
-    if depth == 0:
-        raise UserError(f"{label} is nested more than {LITERAL_DEPTH} deep: write dict(key=value, ...)")
+def _literal(label: str, text: str, node: ast.expr, depth: int) -> Any:
     match node:
         case ast.Constant(value=str() | int() | float() | None):
             return node.value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
             return -number
+        case _ if depth == 0:
+            raise UserError(f"{label} is nested more than {LITERAL_DEPTH} deep: write dict(key=value, ...)")
         case ast.Tuple() | ast.List():
-            return [_literal(label, item, depth - 1) for item in node.elts]
+            return [_literal(label, text, item, depth - 1) for item in node.elts]
         case ast.Call(func=ast.Name(id="dict"), args=[]):
             pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
         case ast.Dict():
             pairs = [(getattr(key, "value", None), value) for key, value in zip(node.keys, node.values, strict=True)]
         case _:
-            shown = ast.unparse(node)
+            shown = ast.get_source_segment(text, node) or text
             raise UserError(
                 f"{label}: {shown[:60]!r} is no literal: only text, numbers, True, False, None and dict(...)"
             )
@@ -218,7 +221,7 @@ def _literal(label: str, node: ast.expr, depth: int) -> Any:
             raise UserError(f"{label}: a key is no plain name: write dict(key=value, ...)")
         if key in found:
             raise UserError(f"{label} gives {key} twice: leave one of them out")
-        found[key] = _literal(label, value, depth - 1)
+        found[key] = _literal(label, text, value, depth - 1)
     return found
 
 
@@ -268,9 +271,8 @@ def parse_args(argv: list[str], default_recipe: str = "configs/debug.py") -> Con
     for name, value in given.items():
         if name in FLAG_TYPES and name != UPDATE:
             _set(tree, name, value)
-    for name, value in given.items():
-        if name not in FLAG_TYPES:
-            _apply_alias(tree, name, value, given)
+    for name in [name for name in given if name not in FLAG_TYPES]:
+        _apply_alias(tree, name, given[name], given)
     if UPDATE in given:
         _update_llama(tree, given[UPDATE])
     return tree
@@ -351,9 +353,10 @@ def load_recipe(path: str) -> ConfigDict:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or [1])[-1]
-        what = str(error).partition(" Other fields present")[0]
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{file}:{line}: {kind}{what}") from error
+        # ml_collections lists every field there is between what is wrong and the nearest name.
+        what, listed, rest = str(error).partition(" Other fields present")
+        raise UserError(f"{file}:{line}: {kind}{what}{' ' + rest.rpartition(chr(10))[2] if listed else ''}") from error
     return tree
 
 
@@ -362,10 +365,10 @@ def _recipes() -> str:
     return f"try --config=configs/{found[0]}" if found else "give flags instead, see --help"
 
 
-def _apply_alias(tree: ConfigDict, name: str, value: Any, given: Mapping[str, Any]) -> None:
-    """Other trainers' names for our flags, after the flags themselves. Raises UserError where the two contradict."""
+def _apply_alias(tree: ConfigDict, name: str, value: Any, given: dict[str, Any]) -> None:
+    """Sets what another trainer's name means here, and notes it in `given`: what contradicts it raises UserError."""
     if name in SP_ALIASES:
-        tree.mesh_dim = _with_sp(tree.mesh_dim, name, value, "mesh_dim" in given)
+        tree.mesh_dim = given["mesh_dim"] = _with_sp(tree.mesh_dim, name, value, "mesh_dim" in given)
         return
     if name == "ring_attn_func":
         function = value.replace("-", "_")
@@ -388,6 +391,7 @@ def _apply_alias(tree: ConfigDict, name: str, value: Any, given: Mapping[str, An
             )
         if flag in FLAG_TYPES:  # a dataset type that isn't there is for parse() to report
             _set(tree, flag, wanted)
+            given[flag] = wanted
 
 
 def _with_sp(mesh_dim: str, alias: str, sp: int, explicit: bool) -> str:

@@ -1,0 +1,708 @@
+"""The command line: what is accepted means what users expect, and what is refused says what would work."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from ringbpt import config_checks, dims
+from ringbpt.config import (
+    FLAG_TYPES,
+    HELP,
+    PRESETS,
+    ROOT,
+    Config,
+    UserError,
+    default_config,
+    format_config,
+    help_text,
+    parse,
+    parse_args,
+    parse_mesh_dim,
+    read_literals,
+    run_main,
+    to_dict,
+)
+from ringbpt.training.optimizer import make_optimizer
+
+DEBUG = "--config=configs/debug.py"
+
+
+def configured(*argv: str, devices: int = 8) -> Config:
+    return parse(parse_args(list(argv)), devices)
+
+
+def refusal(*argv: str, devices: int = 8) -> str:
+    """The one line that a command line is refused with."""
+    with pytest.raises(UserError) as caught:
+        configured(*argv, devices=devices)
+    assert caught.value.code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the commands that users already have ---
+
+ORIGINAL = """
+  --mesh_dim='{mesh}' --dtype='bf16' --total_steps={steps} --log_freq=200 --save_model_freq=0 --save_milestone_freq=1000
+  --load_llama_config='{model}'
+  --update_llama_config="dict(max_sequence_length={length},scan_attention=True,scan_query_chunk_size=2048,scan_key_chunk_size=4096,remat_attention='nothing_saveable',scan_mlp=True,scan_mlp_chunk_size=2048,remat_mlp='nothing_saveable',remat_block='nothing_saveable',scan_layers=True,attention_type='{attention}',param_scan_axis=0,mesh_dim='{mesh}')"
+  --load_dataset_state='' --load_checkpoint='' --tokenizer.vocab_file="<tokenizer.model>"
+  --optimizer.type='adamw' --optimizer.adamw_optimizer.weight_decay=0.1 --optimizer.adamw_optimizer.lr=1.5e-4 --optimizer.adamw_optimizer.end_lr=1.5e-5 --optimizer.adamw_optimizer.lr_warmup_steps=2000 --optimizer.adamw_optimizer.lr_decay_steps=480000
+  --train_dataset.type='json' --train_dataset.text_processor.fields='text' --train_dataset.json_dataset.path="<data.jsonl>" --train_dataset.json_dataset.seq_length={length} --train_dataset.json_dataset.batch_size={batch} --train_dataset.json_dataset.tokenizer_processes=16
+  --checkpointer.save_optimizer_state=True
+"""  # noqa: E501
+BPT = {"mesh": "1,64,4,1", "model": "13b", "attention": "blockwise", "length": 32768, "batch": 64, "steps": 480000}
+RING = {
+    "mesh": "1,1,4,64",
+    "model": "7b",
+    "attention": "ring_blockwise",
+    "length": 2097152,
+    "batch": 1,
+    "steps": 480000,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "devices"),
+    [
+        (BPT, 256),
+        (RING, 256),
+        (BPT | {"mesh": "1,2,4,1", "model": "debug", "steps": 3, "length": 64, "batch": 4}, 8),
+        (RING | {"mesh": "1,1,2,4", "model": "debug", "steps": 3, "length": 64, "batch": 2}, 8),
+    ],
+)
+def test_original_commands(values, devices):
+    config = configured(*shlex.split(ORIGINAL.format(**values)), devices=devices)
+    assert ",".join(map(str, config.mesh_shape)) == values["mesh"]
+    assert config.llama.hidden_size == PRESETS[values["model"]]["hidden_size"]
+    assert config.llama.attention_type == values["attention"]
+    assert config.llama.max_sequence_length == config.train_dataset.seq_length == values["length"]
+    assert config.llama.remat_attention == "nothing_saveable"
+    assert config.llama.scan_attention is True
+    assert config.train_dataset.json_dataset.path == "<data.jsonl>"
+    assert config.train_dataset.batch_size == values["batch"]
+    assert config.optimizer.adamw_optimizer.lr == 1.5e-4
+    assert config.checkpointer.save_optimizer_state is True
+    assert config.llama.sequence_layout == ("zigzag" if config.mesh_shape[3] > 1 else "contiguous")
+
+
+def test_original_defaults():
+    tree = default_config()
+    assert (tree.seed, tree.mesh_dim, tree.dtype, tree.total_steps, tree.log_freq) == (
+        42,
+        "1,-1,1,1",
+        "bf16",
+        10000,
+        50,
+    )
+    assert (tree.llama.hidden_size, tree.llama.theta, tree.optimizer.adamw_optimizer.b2) == (4096, 10000.0, 0.95)
+    assert "mesh_shape" not in tree
+    with pytest.raises(AttributeError):
+        tree.sede = 1
+
+
+# --- what is applied when ---
+
+
+def test_no_flags_is_the_debug_recipe_and_any_flag_is_not():
+    assert configured().mesh_shape == (1, 1, 1, 8)
+    assert parse_args(["--print_config"]).llama.hidden_size == 128
+    assert parse_args(["--seed=1"]).llama.hidden_size == 4096
+
+
+def test_every_recipe_is_sound():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        tree = parse_args([f"--config={path}"])
+        sizes = config_checks.mesh_sizes(tree.mesh_dim, "--mesh_dim")
+        devices = 8 if -1 in sizes else sizes[0] * sizes[1] * sizes[2] * sizes[3]
+        assert parse(tree, devices).total_steps > 0, path
+
+
+def test_order_of_recipe_preset_flags_and_update():
+    argv = [
+        "--update_llama_config=dict(num_hidden_layers=5, head_dim=64)",
+        "--llama.num_hidden_layers=4",
+        "--llama.intermediate_size=512",
+        "--load_llama_config=200m",
+        DEBUG,
+    ]
+    llama = configured(*argv).llama
+    assert (llama.hidden_size, llama.intermediate_size) == (1024, 512)  # preset over recipe, flag over preset
+    assert (llama.num_hidden_layers, llama.head_dim) == (5, 64)  # update over flag
+    assert llama.vocab_size == 288  # the recipe where nobody else speaks
+
+
+def test_preset_leaves_nothing_of_another():
+    llama = configured("--config=configs/debug.py", "--load_llama_config=65b").llama
+    assert llama.rms_norm_eps == 1e-5
+    tree = default_config("65b")
+    assert (tree.llama.num_hidden_layers, tree.load_llama_config) == (80, "65b")
+
+
+def test_recipe_of_the_users_own(tmp_path, monkeypatch):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from ringbpt.config import default_config\n"
+        "def get_config():\n"
+        "    c = default_config('debug')\n"
+        "    c.update_llama_config = 'dict(theta=5e5, num_hidden_layers=3)'\n"
+        "    c.llama.num_key_value_heads = 2\n"
+        "    return c\n"
+    )
+    llama = configured(f"--config={recipe}", "--llama.num_hidden_layers=7").llama
+    assert (llama.theta, llama.num_hidden_layers, llama.num_key_value_heads) == (5e5, 7, 2)
+    again = configured(*shlex.split(format_config(parse_args([f"--config={recipe}", "--llama.num_hidden_layers=7"]))))
+    assert again.llama == llama
+    monkeypatch.chdir(tmp_path)  # from somewhere else both paths are found
+    assert parse_args(["--config=mine.py"]).llama.theta == 5e5
+    assert parse_args([DEBUG]).llama.vocab_size == 288
+
+
+@pytest.mark.parametrize(
+    ("body", "fragments"),
+    [
+        ("    c.totl_steps = 3\n    return c", (":4: ", 'Did you mean "total_steps"')),
+        ("    c.seed = 'x'\n    return c", (":4: ", "seed")),
+        ("    c.load_llama_config = '1b'\n    return c", ("default_config('1b')",)),
+        ("    return default_config('2b')", (":4: ", "--load_llama_config=")),
+        ("    return c +", (":4: ", "SyntaxError")),
+        ("    return 3", ("get_config() gave a int",)),
+        ("    c.update_llama_config = 'dict(x=1)'\n    return c", ("the model has no 'x'",)),
+        ("    with c.unlocked():\n        c.llama.headdim = 3\n    return c", ("llama.headdim", "head_dim")),
+        ("    with c.unlocked(), c.ignore_type():\n        c.llama = 3\n    return c", ("--llama is a group",)),
+        ("    c.llama.head_dim = 'x'\n    return c", ("--llama.head_dim='x' is not a whole number",)),
+    ],
+)
+def test_recipe_mistakes_name_the_line(tmp_path, body, fragments):
+    recipe = tmp_path / "bad.py"
+    recipe.write_text(
+        f"from ringbpt.config import default_config\ndef get_config():\n    c = default_config()\n{body}\n"
+    )
+    message = refusal(f"--config={recipe}")
+    for fragment in fragments:
+        assert fragment in message
+
+
+# --- how flags are written ---
+
+
+def test_ways_to_write_a_flag():
+    line = (
+        "--seed 7 --dtype=fp32 --autoresume --nosave_final --llama.noscan_layers --logger.online true "
+        "--log_all_worker=1 --optimizer.adamw_optimizer.lr=1 --load_checkpoint '' --llama.head_dim=None "
+        "--llama.num_key_value_heads=4 --llama.mesh_dim="
+    )
+    tree = parse_args(shlex.split(line))
+    assert (tree.seed, tree.dtype, tree.autoresume, tree.save_final) == (7, "fp32", True, False)
+    assert (tree.llama.scan_layers, tree.logger.online, tree.log_all_worker) == (False, True, True)
+    assert tree.optimizer.adamw_optimizer.lr == 1.0
+    assert isinstance(tree.optimizer.adamw_optimizer.lr, float)
+    assert (tree.llama.head_dim, tree.llama.num_key_value_heads, tree.llama.mesh_dim) == (None, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--totl_steps=3"], ("--totl_steps", "--total_steps")),
+        (["--mesh-dim=1,1,1,1"], ("--mesh_dim?",)),
+        (["--lr=3"], ("--optimizer.adamw_optimizer.lr?",)),
+        (["--llama.hiden_size=3"], ("--llama.hidden_size?",)),
+        (["--llama=3"], ("group",)),
+        (["--mesh_shape=1,1,1,1"], ("--mesh_shape is no flag",)),
+        (["train"], ("'train' is no flag", "--name=value")),
+        (["-seed=3"], ("'-seed=3'",)),
+        (["--seed"], ("--seed needs a value", "--seed=42")),
+        (["--seed", "--autoresume"], ("--seed needs a value",)),
+        (["--seed=1", "--seed=2"], ("--seed is given twice",)),
+        (["--autoresume", "--noautoresume"], ("--autoresume is given twice",)),
+        (["--noseed"], ("--noseed is no flag", "--seed?")),
+        (["--total_steps=1e4"], ("--total_steps='1e4'", "10000")),
+        (["--total_steps=ten"], ("whole number", "10000")),
+        (["--total_steps="], ("whole number",)),
+        (["--total_steps=" + "9" * 5000], ("whole number",)),
+        (["--total_steps=" + "9" * 50], ("whole number",)),
+        (["--autoresume=maybe"], ("True or False",)),
+        (["--optimizer.adamw_optimizer.lr=__import__('os')"], ("is not a number",)),
+        (["--load_checkpoint=params::a\0b"], ("NUL",)),
+        (["--load_llama_config=7B"], ("--load_llama_config=7b",)),
+        (["--config=configs/nope.py"], ("configs/nope.py", "configs/debug.py")),
+        (["--config=README.md"], ("README.md is no recipe",)),
+    ],
+)
+def test_flags_written_wrong(argv, fragments):
+    message = refusal(*argv)
+    for fragment in fragments:
+        assert fragment in message
+
+
+# --- update_llama_config ---
+
+
+def test_literals():
+    text = "dict(a=1, b='x', c=True, d=-2.5, e=None, f=dict(g=(1, [2])))"
+    assert read_literals("-", text) == {"a": 1, "b": "x", "c": True, "d": -2.5, "e": None, "f": {"g": [1, [2]]}}
+    assert read_literals("-", "{'a': 1, 'b': {'c': 2}}") == {"a": 1, "b": {"c": 2}}
+    assert read_literals("-", " ") == read_literals("-", "dict()") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('touch /tmp/never')",
+        "().__class__.__base__.__subclasses__()",
+        "9**9**9",
+        "dict(theta=9**9**9)",
+        "dict(theta=1+1)",
+        "dict(theta=abs(1))",
+        "dict(**{'theta': 1})",
+        "{**{}}",
+        "{theta: 1}",
+        "dict([('theta', 1)])",
+        "dict(theta=1, theta=2)",
+        "dict(theta=b'1')",
+        "dict(theta=1j)",
+        "dict(theta=f'{1}')",
+        "dict(theta=...)",
+        "dict(theta=[x for x in (1,)])",
+        "dict.fromkeys('a')",
+        "dict(theta=1",
+        "[1]",
+        "dict(theta=dict(a=dict(a=dict(a=dict(a=1)))))",
+        "(" * 8000,
+        "dict(theta=" + "not " * 2000 + "1)",
+        "dict(theta=" + "-" * 8000 + "1)",
+        "dict(theta=" + "1" * 9000 + ")",
+        "dict(theta='1\0')",
+        "dict(theta='much')",
+        "dict(theta=(1,))",
+        "dict(scan_mlp=2)",
+        "dict(head_dim=True)",
+        "dict(head_dim=64.0)",
+        "dict(remat_block=1)",
+    ],
+)
+def test_update_refuses_what_is_no_literal_of_the_type(text):
+    assert refusal(f"--update_llama_config={text}").startswith("--update_llama_config")
+
+
+def test_update_names_the_nearest_key():
+    assert "'scan_mlp_chunk_size'" in refusal("--update_llama_config=dict(scan_mlp_chunksize=3)")
+
+
+def test_mesh_dim_in_update_must_be_the_mesh():
+    same = configured(DEBUG, "--mesh_dim=1,2,1,-1", "--update_llama_config=dict(mesh_dim='fsdp:2,sp:4')")
+    assert same.mesh_shape == (1, 2, 1, 4)
+    for other in ("1,1,1,8", "1,1,4,64", "a"):
+        message = refusal(DEBUG, "--mesh_dim=1,2,1,4", f"--update_llama_config=dict(mesh_dim='{other}')")
+        assert "--mesh_dim='1,2,1,4'" in message and f"'{other}'" in message
+
+
+# --- the mesh ---
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("1,-1,1,1", (1, 8, 1, 1)),
+        ("2,1,2,2", (2, 1, 2, 2)),
+        (" 1, 2 ,-1,2", (1, 2, 2, 2)),
+        ("dp:1,fsdp:-1,tp:1,sp:4", (1, 2, 1, 4)),
+        ("sp:4,fsdp:2", (1, 2, 1, 4)),
+        ("1,1,-1,8", (1, 1, 1, 8)),
+    ],
+)
+def test_mesh(text, shape):
+    assert parse_mesh_dim(text, 8) == (shape, False)
+    assert parse_mesh_dim("!" + text, 8) == (shape, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("0,1,1,8", ("'0' is no size",)),
+        ("-2,1,1,8", ("'-2' is no size",)),
+        ("-1,-1,1,1", ("more than one -1",)),
+        ("1,1,8", ("3 sizes",)),
+        ("", ("sizes",)),
+        ("a,b", ("2 sizes",)),
+        ("1,1,1,x", ("'x' is no size",)),
+        ("1,1,1,8.0", ("'8.0' is no size",)),
+        ("dp:1,ssp:8", ("'ssp'", "did you mean sp")),
+        ("sp:1,sp:8", ("'sp' twice",)),
+        ("1,1,1,16", ("16 devices", "there are 8", "'1,1,1,8'", "--num_cpu_devices=16")),
+        ("1,1,4,64", ("256 devices", "'1,1,4,2'")),
+        ("1,3,1,-1", ("a multiple of 3", "there are 8")),
+        ("1,1,1,4", ("4 devices", "'1,1,1,8'")),
+    ],
+)
+def test_mesh_mistakes(text, fragments):
+    message = refusal(f"--mesh_dim={text}")
+    assert message.startswith(f"--mesh_dim='{text}'")
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_nearest_mesh_fits():
+    for text in ("3,5,7,2", "1,64,4,1", "-1,3,1,1", "9,9,9,9", "1,1,1,4", "1,1,16,1"):
+        for devices in (1, 2, 8, 40):
+            with pytest.raises(UserError) as caught:
+                parse_mesh_dim(text, devices)
+            fits = re.search(r"--mesh_dim='([^']*)' fits", str(caught.value))[1]
+            assert parse_mesh_dim(fits, devices)
+
+
+def test_axes_are_the_alphabets():
+    assert config_checks.AXES == dims.AXES
+
+
+# --- names that other trainers use ---
+
+
+@pytest.mark.parametrize("alias", ["ring_attn_size", "sequence_parallel_degree", "sequence_parallel_size"])
+def test_sp_aliases(alias):
+    assert configured(DEBUG, f"--{alias}=4").mesh_shape == (1, 2, 1, 4)  # the recipe's 1,1,1,-1: fsdp takes the rest
+    assert configured(DEBUG, "--mesh_dim=1,-1,2,1", f"--{alias}=2").mesh_shape == (1, 2, 2, 2)
+    assert configured(DEBUG, "--mesh_dim=!sp:4,dp:2", f"--{alias}=4").mesh_shape == (2, 1, 1, 4)
+    assert "contradict" in refusal(DEBUG, "--mesh_dim=1,1,1,8", f"--{alias}=4")
+    assert "contradict" in refusal(DEBUG, f"--{alias}=4", "--context_parallel_size=2")
+    assert f"--{alias}=0" in refusal(DEBUG, f"--{alias}=0")
+    assert "--mesh_dim='a'" in refusal("--mesh_dim=a", f"--{alias}=4")
+
+
+def test_other_aliases():
+    config = configured(DEBUG, "--ring_attn_func=zigzag-ring", "--cutoff_len=256", "--heads_k_stride=2")
+    assert (config.llama.attention_type, config.llama.sequence_layout) == ("ring_blockwise", "zigzag")
+    assert config.train_dataset.seq_length == config.eval_dataset.seq_length == 256
+    assert config.llama.heads_k_stride == 2
+    assert configured(DEBUG, "--ring_head_stride=4").llama.heads_k_stride == 4
+    for alias in ("max_len", "sequence_len"):
+        tree = parse_args([f"--{alias}=512", "--train_dataset.type=json"])
+        assert tree.train_dataset.json_dataset.seq_length == 512
+        assert tree.train_dataset.python_dataset.seq_length == 1024
+    for alias in ("packing_samples", "sample_packing"):
+        assert parse_args([f"--{alias}"]).train_dataset.packing == "first_fit"
+        assert parse_args([DEBUG, f"--no{alias}"]).train_dataset.packing == "concat"
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--ring_attn_func=varlen_llama3"], ("not here yet", "batch_ring")),
+        (["--ring_attn_func=stripe"], ("none of", "batch_ring")),
+        (["--max_len=64", "--train_dataset.json_dataset.seq_length=32"], ("--max_len=64", "seq_length=32")),
+        (["--max_len=64", "--cutoff_len=32"], ("--cutoff_len=32", "=64")),
+        (["--ring_attn_func=batch_ring", "--llama.attention_type=standard"], ("ring_blockwise", "=standard")),
+        (["--sample_packing", "--train_dataset.packing=concat"], ("first_fit", "=concat")),
+    ],
+)
+def test_alias_mistakes(argv, fragments):
+    message = refusal(*argv)
+    for fragment in fragments:
+        assert fragment in message
+
+
+# --- values that do not go together: the message names both, and what it proposes works ---
+
+SEQ = "--train_dataset.python_dataset.seq_length"
+BATCH = "--train_dataset.python_dataset.batch_size"
+EVAL_SEQ = "--eval_dataset.python_dataset.seq_length"
+EVAL_BATCH = "--eval_dataset.python_dataset.batch_size"
+ADAMW = "--optimizer.adamw_optimizer."
+
+# (flags after the debug recipe, what the message names, proposals: each is in the message and, given instead, works)
+PAIRS = [
+    ([f"{SEQ}=500"], ["sp=8"], [f"{SEQ}=496", f"{SEQ}=504"]),
+    ([f"{SEQ}=264", "--llama.sequence_layout=zigzag"], ["2*sp=16"], [f"{SEQ}=256", f"{SEQ}=272"]),
+    ([f"{EVAL_SEQ}=500"], ["sp=8"], [f"{EVAL_SEQ}=496", f"{EVAL_SEQ}=504"]),
+    ([f"{SEQ}=2048"], ["--llama.max_sequence_length=1024"], [f"{SEQ}=1024", "--llama.max_sequence_length=2048"]),
+    (["--llama.max_sequence_length=256"], [f"{SEQ}=512"], ["--llama.max_sequence_length=512"]),
+    ([f"{SEQ}=1024", "--llama.loss_chunk_size=48"], ["128 tokens", SEQ, "sp=8"], ["--llama.loss_chunk_size=32"]),
+    ([f"{SEQ}=1024", "--llama.scan_mlp_chunk_size=48"], ["128 tokens"], ["--llama.scan_mlp_chunk_size=64"]),
+    ([f"{EVAL_SEQ}=1024", "--llama.loss_chunk_size=100"], [EVAL_SEQ], ["--llama.loss_chunk_size=128"]),
+    (["--llama.hidden_size=132", "--llama.head_dim=32"], ["fsdp*sp=1*8"], ["sp=6"]),
+    (["--llama.hidden_size=130"], ["--llama.num_attention_heads=4"], ["--llama.hidden_size=128"]),
+    (["--llama.attention_type=blockwise"], ["sp=8"], ["--llama.attention_type=ring_blockwise"]),
+    (["--llama.num_key_value_heads=3"], ["heads=4"], [f"--llama.num_key_value_heads={n}" for n in (2, 4)]),
+    (["--llama.head_dim=33"], ["odd"], ["--llama.head_dim=32", "--llama.head_dim=34"]),
+    (["--llama.num_attention_heads=128"], ["--llama.head_dim=1"], ["--llama.head_dim=2"]),
+    (["--mesh_dim=1,1,8,1"], ["num_attention_heads=4", "tp=8", "tp=4"], ["--llama.num_attention_heads=8"]),
+    (["--mesh_dim=1,2,4,1", "--llama.num_key_value_heads=2"], ["tp=4", "tp=2"], ["--llama.num_key_value_heads=4"]),
+    (["--mesh_dim=1,2,4,1", "--llama.intermediate_size=254"], ["tp=2"], ["--llama.intermediate_size=252"]),
+    (["--mesh_dim=1,2,4,1", "--llama.vocab_size=257"], ["tp=1"], ["--llama.vocab_size=260"]),
+    (["--mesh_dim=1,2,2,2", "--llama.heads_k_stride=3"], ["2 key/value heads"], ["--llama.heads_k_stride=2"]),
+    (["--mesh_dim=2,2,1,2", f"{BATCH}=6"], ["dp*fsdp=2*2"], [f"{BATCH}=4", f"{BATCH}=8"]),
+    (["--mesh_dim=2,2,1,2", f"{EVAL_BATCH}=6"], ["dp*fsdp=2*2"], [f"{EVAL_BATCH}=4", f"{EVAL_BATCH}=8"]),
+    (["--optimizer.accumulate_gradient_steps=5"], ["accumulate_gradient_steps=5"], [f"{BATCH}=30", f"{BATCH}=35"]),
+    ([f"{ADAMW}lr_warmup_steps=600"], [f"{ADAMW}lr_decay_steps=500"], [f"{ADAMW}lr_warmup_steps=499"]),
+    ([f"{ADAMW}lr_decay_steps=50"], [f"{ADAMW}lr_warmup_steps=50"], [f"{ADAMW}lr_decay_steps=51"]),
+    (
+        ["--optimizer.schedule=wsd", f"{ADAMW}lr_warmup_steps=600"],
+        [f"{ADAMW}lr_decay_steps=500"],
+        [f"{ADAMW}lr_warmup_steps=500", f"{ADAMW}lr_decay_steps=600"],
+    ),
+    (["--optimizer.type=palm", "--optimizer.schedule=wsd"], ["--optimizer.schedule=wsd"], ["--optimizer.type=adamw"]),
+    (
+        ["--llama.rope_scaling_type=llama3", "--llama.rope_scaling_low_freq_factor=4"],
+        ["--llama.rope_scaling_high_freq_factor=4.0"],
+        [],
+    ),
+    (["--eval_dataset.type=json"], ["--eval_steps=100", "--eval_dataset.json_dataset.path"], ["--eval_steps=0"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "names", "proposals"), PAIRS, ids=lambda part: " ".join(part) or "-")
+def test_pairs(argv, names, proposals):
+    message = refusal(DEBUG, *argv)
+    assert message.startswith("--")
+    for fragment in names + proposals:
+        assert fragment in message
+    for proposal in proposals:
+        if not proposal.startswith("--"):
+            continue
+        kept = [flag for flag in argv if flag.split("=")[0] != proposal.split("=")[0]]
+        configured(DEBUG, *kept, proposal)
+
+
+def test_sp_3_is_refused_with_what_works():
+    message = refusal(DEBUG, "--mesh_dim=1,1,1,3", f"{SEQ}=576", f"{EVAL_SEQ}=576", devices=3)
+    assert "--llama.hidden_size=128" in message and "sp=2 or sp=4" in message
+    config = configured(
+        DEBUG,
+        "--mesh_dim=1,1,1,3",
+        "--update_llama_config=dict(hidden_size=96)",
+        f"{SEQ}=576",
+        "--eval_steps=0",
+        devices=3,
+    )
+    assert config.mesh_shape == (1, 1, 1, 3)
+
+
+def test_nearest_split_of_the_weights():
+    assert "fsdp=4" in refusal(DEBUG, "--mesh_dim=1,6,1,1", devices=6)
+    assert "a product fsdp*sp=8 or a product fsdp*sp=16" in refusal(DEBUG, "--mesh_dim=1,3,1,3", devices=9)
+
+
+# (name, value, what the message proposes)
+SINGLES = [
+    ("dtype", "bf15", "--dtype='bf16'"),
+    ("objective", "dpo", "--objective='sft'"),
+    ("checkpointer.float_dtype", "int8", "none of"),
+    ("llama.attention_type", "ring", "--llama.attention_type='ring_"),
+    ("llama.sequence_layout", "zig-zag", "'zigzag'"),
+    ("llama.rope_scaling_type", "llama", "'llama3'"),
+    ("llama.remat_block", "nothing_savable", "'nothing_saveable'"),
+    ("llama.remat_attention", "full", "none of"),
+    ("llama.remat_mlp", "dots", "none of"),
+    ("optimizer.type", "adam", "'adamw'"),
+    ("optimizer.schedule", "cosine", "'warmup_cosine'"),
+    ("train_dataset.type", "jsonl", "'json'"),
+    ("train_dataset.type", "huggingface", "not here yet"),
+    ("eval_dataset.packing", "firstfit", "'first_fit'"),
+    ("train_dataset.python_dataset.split", "test", "none of"),
+    ("seed", "-1", "--seed=0"),
+    ("seed", str(2**32), f"--seed={2**32 - 1}"),
+    ("total_steps", "0", "--total_steps=1"),
+    ("log_freq", "0", "--log_freq=1"),
+    ("eval_steps", "-1", "--eval_steps=0"),
+    ("eval_batches", "0", "--eval_batches=1"),
+    ("save_model_freq", "-5", "--save_model_freq=0"),
+    ("save_milestone_freq", "-5", "--save_milestone_freq=0"),
+    ("num_cpu_devices", "-1", "--num_cpu_devices=0"),
+    ("optimizer.accumulate_gradient_steps", "0", "=1"),
+    ("optimizer.wsd_decay_fraction", "0", "=0.1"),
+    ("optimizer.wsd_decay_fraction", "1.5", "=1"),
+    ("optimizer.adamw_optimizer.lr", "nan", "=0.01"),
+    ("optimizer.adamw_optimizer.lr", "-1e-4", "=0"),
+    ("optimizer.adamw_optimizer.lr", "inf", "=0.01"),
+    ("optimizer.adamw_optimizer.weight_decay", "-0.1", "=0"),
+    ("optimizer.adamw_optimizer.weight_decay", "nan", "=0.0001"),
+    ("optimizer.adamw_optimizer.b1", "1", "0.9"),
+    ("optimizer.adamw_optimizer.clip_gradient", "-1", "=0"),
+    ("optimizer.adamw_optimizer.lr_warmup_steps", "-1", "=0"),
+    ("llama.num_attention_heads", "0", "=1"),
+    ("llama.num_key_value_heads", "0", "=1"),
+    ("llama.vocab_size", "-1", "=1"),
+    ("llama.rms_norm_eps", "0", "=1e-06"),
+    ("llama.attn_pdrop", "0.1", "dropout is not supported"),
+    ("llama.resid_pdrop", "0.1", "dropout is not supported"),
+    ("llama.embd_pdrop", "0.1", "dropout is not supported"),
+    ("llama.param_scan_axis", "3", "=2"),
+    ("llama.scan_query_chunk_size", "0", "=1"),
+    ("llama.scan_key_chunk_size", "-1", "=1"),
+    ("llama.heads_k_stride", "0", "=1"),
+    ("train_dataset.python_dataset.batch_size", "0", "=1"),
+    ("eval_dataset.python_dataset.seq_length", "0", "=1"),
+    ("load_checkpoint", "/a/b", "--load_checkpoint='params::/a/b'"),
+    ("load_checkpoint", "param::/a/b", "'params::/a/b'"),
+    ("load_checkpoint", "params::", "no path"),
+    ("load_checkpoint", "huggingface::/a", "not here yet"),
+    ("logger.experiment_id", "../../x", "--logger.experiment_id=x"),
+    ("logger.experiment_id", "/etc", "--logger.experiment_id=etc"),
+    ("logger.experiment_id", "..", "--logger.experiment_id=run"),
+    ("logger.experiment_id", "-x", "--logger.experiment_id=x"),
+    ("jax_distributed.num_processes", "0", "=1"),
+    ("jax_distributed.process_id", "-1", "=0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "proposal"), SINGLES)
+def test_single_values(name, value, proposal):
+    message = refusal(DEBUG, f"--{name}={value}")
+    assert message.startswith(f"--{name}=")
+    assert proposal in message.split("=", 1)[1]
+
+
+def test_process_id_within_the_processes():
+    argv = [DEBUG, "--jax_distributed.num_processes=2"]
+    assert "from 0 to 1" in refusal(*argv, "--jax_distributed.process_id=2")
+    assert configured(*argv, "--jax_distributed.process_id=1").jax_distributed.process_id == 1
+
+
+def test_optimizers_own_conditions():
+    assert "lr_warmup_steps=1" in refusal(
+        DEBUG, "--optimizer.type=palm", "--optimizer.palm_optimizer.lr_warmup_steps=0"
+    )
+    assert "above 0" in refusal(DEBUG, "--optimizer.type=muon", "--optimizer.muon_optimizer.lr=0")
+    for kind in ("adamw", "palm", "lion", "muon"):  # an optimizer that is not chosen may hold anything finite
+        assert configured(DEBUG, f"--optimizer.type={kind}", "--eval_steps=0").optimizer.type == kind
+    assert configured(DEBUG, "--optimizer.lion_optimizer.lr=-1").optimizer.type == "adamw"
+
+
+@pytest.mark.parametrize("schedule", ["warmup_cosine", "warmup_linear", "wsd"])
+def test_the_longest_warmup_that_is_allowed_builds(schedule):
+    longest = 499 if schedule == "warmup_cosine" else 500
+    argv = [DEBUG, f"--optimizer.schedule={schedule}", f"{ADAMW}lr_warmup_steps="]
+    refusal(*argv[:-1], f"{argv[-1]}{longest + 1}")
+    _, rate = make_optimizer(configured(*argv[:-1], f"{argv[-1]}{longest}").optimizer)
+    assert float(rate(longest)) > 0
+
+
+def test_what_must_be_accepted():
+    config = configured(
+        DEBUG,
+        "--llama.scan_query_chunk_size=100",  # any attention chunk works
+        "--llama.loss_chunk_size=1000",  # at least the local length: one chunk
+        "--llama.scan_mlp=False",
+        "--llama.scan_mlp_chunk_size=7",  # not used
+        "--dtype=float32",
+        "--checkpointer.float_dtype=bfloat16",
+        "--load_checkpoint=params::/a::b",
+        "--autoresume",
+        "--logger.experiment_id=run_7b.v2",
+        "--llama.remat_mlp=save_attention",
+    )
+    assert (config.dtype, config.checkpointer.float_dtype) == ("fp32", "bf16")
+    assert configured(DEBUG, "--eval_steps=0", f"{EVAL_BATCH}=7", f"{EVAL_SEQ}=7", "--mesh_dim=2,1,1,4").eval_steps == 0
+    assert configured(DEBUG, "--llama.attention_type=standard", "--mesh_dim=1,8,1,1").mesh_shape == (1, 8, 1, 1)
+
+
+@pytest.mark.parametrize("value", ["0", "-7", "x:y,z"])
+def test_no_value_of_any_flag_is_a_crash(value):
+    for name in FLAG_TYPES:
+        try:
+            configured(DEBUG, f"--{name}={value}")
+        except UserError as error:
+            assert name in str(error) or name.rpartition(".")[2] in str(error)
+
+
+# --- what parse derives ---
+
+
+def test_derived_values():
+    config = configured(DEBUG)
+    assert (config.llama.num_key_value_heads, config.llama.head_dim) == (4, 32)
+    assert config.llama.sequence_layout == "zigzag"
+    assert configured(DEBUG, f"{SEQ}=504").llama.sequence_layout == "contiguous"
+    assert configured(DEBUG, f"{EVAL_SEQ}=504").llama.sequence_layout == "contiguous"
+    assert configured(DEBUG, f"{EVAL_SEQ}=504", "--eval_steps=0").llama.sequence_layout == "zigzag"
+    assert configured(DEBUG, "--llama.sequence_layout=striped").llama.sequence_layout == "striped"
+    assert configured(DEBUG, "--mesh_dim=8,1,1,1").llama.sequence_layout == "contiguous"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_parse_leaves_the_tree_alone():
+    tree = parse_args([DEBUG])
+    before = tree.to_json()
+    assert parse(tree, 8) == parse(tree, 8)
+    assert tree.to_json() == before
+
+
+# --- showing it ---
+
+
+def test_format_config_is_a_command_line():
+    argv = [
+        DEBUG,
+        "--update_llama_config=dict(theta=5e5)",
+        "--logger.experiment_note=it's $HOME",
+        "--load_llama_config=1b",
+    ]
+    for shown in (parse_args(argv), configured(*argv)):
+        lines = format_config(shown).splitlines()
+        assert lines == sorted(lines)
+        assert "--llama.theta=500000.0" in lines
+        again = configured(*shlex.split(" ".join(lines)))
+        assert dataclasses.replace(again, update_llama_config="dict(theta=5e5)") == configured(*argv)
+
+
+def test_to_dict_is_json():
+    values = to_dict(configured(DEBUG))
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values["mesh_shape"] == [1, 1, 1, 8]
+
+
+def test_help_is_short_and_true():
+    text = help_text()
+    assert len(text.splitlines()) < 70
+    for flags in HELP.values():
+        for name in flags:
+            assert name in FLAG_TYPES or name == "config"
+            assert f"--{name}" in text
+
+
+def test_tables_name_real_flags():
+    named = {*config_checks.CHOICES, *config_checks.AT_LEAST, *config_checks.AT_MOST, *config_checks.ABOVE_ZERO}
+    assert named <= set(FLAG_TYPES)
+
+
+# --- the entries ---
+
+
+def test_run_main(capsys):
+    def main(argv):
+        if argv == ["interrupt"]:
+            raise KeyboardInterrupt
+        raise UserError("a\nb", code=4)
+
+    assert run_main(main, ["x"]) == 4
+    assert capsys.readouterr().err == "error: a b\n"
+    assert run_main(main, ["interrupt"]) == 130
+    assert run_main(lambda argv: None, []) == 0
+    assert run_main(lambda argv: 3, []) == 3
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda argv: 1 // 0, [])
+
+
+def test_answers_without_jax():
+    code = (
+        "import sys\nfrom ringbpt.config import *\n"
+        "parse(parse_args([]), 8); help_text(); assert not {'jax', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(run_main(lambda argv: parse(parse_args(argv), 8) and 0))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--sead=1"],
+        check=False,
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --sead is no flag: did you mean --seed?\n"
