@@ -46,8 +46,9 @@ class Loader:
 
     batch_size and seq_length are the global batch's; steps_per_epoch counts whole batches, and the rows that fill
     none are dropped. bytes_per_token: UTF-8 bytes of text per token, over what takes loss, so that loss in nats
-    / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_used, tokens_dropped (by reason): of the first epoch.
-    utilisation: the share of the places of a batch that hold a token. fingerprint: of the batches, whatever the step.
+    / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_used, tokens_dropped
+    (by reason): of the first epoch. utilisation: the share of the places of its batches that hold a token.
+    fingerprint: of the batches, whatever the step.
     """
 
     def __init__(self, cache: TokenCache, plan: Plan, dataset: DatasetConfig, bos_token_id: int | None, identity: str):
@@ -226,9 +227,9 @@ def _check_size(plan: Plan, cache: TokenCache, dataset: DatasetConfig, flag: str
     )
     shorter = (tokens - 1) // dataset.batch_size
     if plan.rows:
-        raise UserError(f"{problem}; {group}.batch_size={plan.rows} works")
+        raise UserError(f"{problem}; {group}.batch_size={plan.rows} is the largest that fits")
     if shorter and dataset.packing == "concat":
-        raise UserError(f"{problem}; {group}.seq_length={shorter} works")
+        raise UserError(f"{problem}; {group}.seq_length={shorter} is the longest that fits")
     raise UserError(f"{problem}; give more data")
 
 

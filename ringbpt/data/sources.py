@@ -114,8 +114,9 @@ class JsonSource:
                 f"(0x{line[error.start]:02x}); save it as UTF-8"
             ) from None
         except json.JSONDecodeError as error:
+            column = min(error.pos, len(error.doc.rstrip())) + 1
             raise UserError(
-                f"{self.location(index)}: malformed JSON at column {error.colno}: {error.msg}; "
+                f"{self.location(index)}: malformed JSON at column {column}: {error.msg}; "
                 "each line must be one JSON object"
             ) from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
@@ -151,9 +152,6 @@ class PythonSource:
     default_fields = "text"
 
     def __init__(self, config: PythonDatasetConfig, flag: str = "train_dataset"):
-        if config.split not in ("train", "heldout", "all"):
-            nearest = (get_close_matches(config.split, ("train", "heldout", "all"), 1, 0.0) or ["train"])[0]
-            raise UserError(f"--{flag}.python_dataset.split={config.split!r} is unknown: {nearest!r} works")
         self._root = Path(os.path.expanduser(config.path) or sysconfig.get_path("stdlib"))
         excluded = ("__pycache__",) if config.path else STDLIB_EXCLUDED
         if not self._root.is_dir():

@@ -1,0 +1,278 @@
+"""The loader: batches that depend on files, flags, seed and step alone, made once and refused in one line."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringbpt.config import (
+    DatasetConfig,
+    JsonDatasetConfig,
+    PythonDatasetConfig,
+    TextProcessorConfig,
+    TokenizerConfig,
+    UserError,
+)
+from ringbpt.data import loader as module
+from ringbpt.data.loader import Loader, cache_folder, make_loader
+from ringbpt.data.tokenizers import BytesTokenizer
+
+TOKENIZER = BytesTokenizer(TokenizerConfig("bytes"))
+
+
+@pytest.fixture
+def dataset(tmp_path) -> DatasetConfig:
+    """40 documents of 6..45 bytes, 1,020 in all."""
+    texts = [f"{number:02d} " + "é" * (number % 20) + "abc" * (number // 20) for number in range(40)]
+    content = "".join(json.dumps({"text": text, "prompt": "p"}) + "\n" for text in texts)
+    (tmp_path / "data.jsonl").write_text(content)
+    return DatasetConfig(
+        cache_dir=str(tmp_path / "cache"),
+        text_processor=TextProcessorConfig(fields="text"),
+        json_dataset=JsonDatasetConfig(path=str(tmp_path / "data.jsonl"), seq_length=16, batch_size=4),
+    )
+
+
+def with_json(dataset: DatasetConfig, **values) -> DatasetConfig:
+    return replace(dataset, json_dataset=replace(dataset.json_dataset, **values))
+
+
+def load(dataset: DatasetConfig, seed: int = 1, vocab_size: int = 258, **kwargs) -> Loader:
+    return make_loader(dataset, TOKENIZER, seed=seed, vocab_size=vocab_size, **kwargs)
+
+
+def arrays(loader: Loader, step: int, start: int = 0, stop: int | None = None) -> list[np.ndarray]:
+    batch = loader.rows(step, start, loader.batch_size if stop is None else stop)
+    assert not batch.columns
+    return [getattr(batch, field.name) for field in fields(batch)][:5]
+
+
+def digest(loader: Loader, steps) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for step in steps for array in arrays(loader, step))).hexdigest()
+
+
+def error(*args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def folders(dataset: DatasetConfig) -> list[Path]:
+    return [path for path in Path(dataset.cache_dir).iterdir() if path.suffix != ".lock"]
+
+
+def test_concat_in_order_is_the_file(dataset):
+    loader = load(dataset)
+    lines = Path(dataset.json_dataset.path).read_text().splitlines()
+    ids = [token for line in lines for token in (256, *json.loads(line)["text"].encode(), 257)]
+    token, target, weight, position, segment = arrays(loader, 2)
+    first = 2 * 4 * 16
+    np.testing.assert_array_equal(token.ravel(), ids[first : first + 64])
+    np.testing.assert_array_equal(target.ravel(), ids[first + 1 : first + 65])
+    np.testing.assert_array_equal(weight, target != 256)
+    np.testing.assert_array_equal(position, np.tile(np.arange(16), (4, 1)))
+    assert (segment == 1).all()
+    assert [array.dtype.name for array in (token, target, weight, position, segment)] == [
+        "int32",
+        "int32",
+        "float32",
+        "int32",
+        "int32",
+    ]
+    assert loader.steps_per_epoch == (len(ids) - 1) // 16 // 4
+    text_bytes = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    assert loader.bytes_per_token == text_bytes / (len(ids) - 40)  # bos takes no loss
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_rows_are_a_function_of_the_step(dataset, packing, tmp_path):
+    shuffled = replace(dataset, packing=packing, shuffle=True)
+    one = load(shuffled)
+    steps = range(3 * one.steps_per_epoch)
+    expected = [arrays(one, step) for step in steps]
+    other = load(replace(shuffled, cache_dir=str(tmp_path / "elsewhere")))
+    for step in reversed(steps):  # another order, one row at a time, out of another cache
+        for row in (3, 0, 2, 1):
+            for got, whole in zip(arrays(other, step, row, row + 1), expected[step], strict=True):
+                np.testing.assert_array_equal(got, whole[row : row + 1])
+    assert one.fingerprint == other.fingerprint
+    assert arrays(one, 0, 2, 2)[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_epochs_wrap_and_shuffle_anew(dataset, packing):
+    plain, shuffled = (load(replace(dataset, packing=packing, shuffle=shuffle)) for shuffle in (False, True))
+    epoch = plain.steps_per_epoch
+    assert digest(plain, range(epoch)) == digest(plain, range(5 * epoch, 6 * epoch))
+    size = shuffled.steps_per_epoch
+    assert len({digest(shuffled, range(start * size, (start + 1) * size)) for start in range(4)}) == 4
+    assert digest(load(replace(dataset, packing=packing, shuffle=True), seed=2), range(size)) != digest(
+        shuffled, range(size)
+    )
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_tokens_are_used_or_counted_as_dropped(dataset, packing):
+    loader = load(replace(dataset, packing=packing, shuffle=True))
+    total = sum(
+        len(json.loads(line)["text"].encode()) + 2 for line in Path(dataset.json_dataset.path).read_text().splitlines()
+    )
+    assert loader.tokens_used + sum(loader.tokens_dropped.values()) == total
+    real = sum(int((arrays(loader, step)[4] > 0).sum()) for step in range(loader.steps_per_epoch))
+    assert real == loader.tokens_used
+    assert loader.utilisation == real / (loader.steps_per_epoch * 4 * 16)
+    description = loader.describe()
+    assert "\n" not in description and "40 documents" in description and packing in description
+
+
+def test_workers_do_not_change_the_batches(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    one = load(dataset)
+    parallel = with_json(dataset, tokenizer_processes=2, tokenizer_parallel_chunk_size=3)
+    two = load(replace(parallel, cache_dir=str(tmp_path / "two")))
+    assert digest(one, range(one.steps_per_epoch)) == digest(two, range(one.steps_per_epoch))
+    assert one.fingerprint == two.fingerprint
+
+
+def test_tokenised_once(dataset, monkeypatch, capsys):
+    first = load(dataset)
+    assert capsys.readouterr().out.startswith("train_dataset: tokenised 40 documents, ")
+    monkeypatch.setattr(module, "tokenise", None)
+    again = load(replace(dataset, packing="first_fit", shuffle=True))
+    assert again.bytes_per_token == first.bytes_per_token and not capsys.readouterr().out
+    assert [path.name[:7] for path in folders(dataset)] == ["tokens-"]
+
+
+def test_what_decides_the_tokens_is_in_the_key(dataset):
+    prints = {load(dataset).fingerprint}
+    for other in (
+        replace(dataset, text_processor=replace(dataset.text_processor, add_eos_token=False)),
+        replace(dataset, text_processor=replace(dataset.text_processor, prepend_text="x")),
+        with_json(dataset, example_index_at_start=3),
+    ):
+        prints.add(load(other).fingerprint)
+    assert len(folders(dataset)) == 4
+    prints |= {
+        load(replace(dataset, packing="first_fit")).fingerprint,
+        load(replace(dataset, shuffle=True)).fingerprint,
+    }
+    prints |= {load(with_json(dataset, seq_length=8)).fingerprint, load(with_json(dataset, batch_size=2)).fingerprint}
+    with open(dataset.json_dataset.path, "a") as file:
+        file.write('{"text": "one more"}\n')
+    prints.add(load(dataset).fingerprint)
+    assert len(prints) == 9
+    assert (
+        load(replace(dataset, shuffle=True), seed=1).fingerprint
+        != load(replace(dataset, shuffle=True), seed=2).fingerprint
+    )
+    assert load(dataset, seed=1).fingerprint == load(dataset, seed=2).fingerprint
+
+
+def test_a_failure_leaves_no_tokens(dataset):
+    with open(dataset.json_dataset.path, "a") as file:
+        file.write('{"text": 3}\n')
+    assert error(dataset) == f"{dataset.json_dataset.path}:41: field 'text' is a number; it must be a string"
+    assert folders(dataset) == []
+
+
+@pytest.mark.parametrize("name", ["token.bin", "mask.bin", "offset.npy", "summary.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_cache_is_made_again(dataset, name, damage):
+    before = digest(load(dataset), range(3))
+    (folder,) = folders(dataset)
+    if damage == "cut":
+        os.truncate(folder / name, os.path.getsize(folder / name) // 2)
+    else:
+        (folder / name).unlink()
+    assert digest(load(dataset), range(3)) == before
+
+
+def test_always_start_with_bos(dataset):
+    plain, bos = load(dataset), load(with_json(dataset, always_start_with_bos=True))
+    for before, after in zip(arrays(plain, 1), arrays(bos, 1), strict=True):
+        np.testing.assert_array_equal(before[:, 1:], after[:, 1:])
+    assert (arrays(bos, 1)[0][:, 0] == 256).all() and (arrays(plain, 1)[0][:, 0] != 256).any()
+    np.testing.assert_array_equal(arrays(plain, 1)[1], arrays(bos, 1)[1])
+    assert plain.fingerprint != bos.fingerprint
+
+
+def test_python_files_are_the_default_corpus(tmp_path):
+    dataset = DatasetConfig(type="python", cache_dir=str(tmp_path), python_dataset=PythonDatasetConfig(split="heldout"))
+    loader = load(dataset, flag="eval_dataset")
+    token, *_ = arrays(loader, 0)
+    assert token[0, 0] == 256 and "import" in TOKENIZER.decode(token.ravel())
+    assert 0.99 < loader.bytes_per_token <= 1
+
+
+def test_a_token_id_that_the_model_lacks(dataset):
+    expected = "--llama.vocab_size=257 is too small for --tokenizer.vocab_file='bytes' (bytes), which gave the id 257: "
+    assert error(dataset, vocab_size=257) == expected + "--llama.vocab_size=258 works"
+    assert folders(dataset) == []
+    load(dataset)
+    assert error(dataset, vocab_size=257).endswith("--llama.vocab_size=258 works")  # and out of the cache
+    large = replace(dataset, text_processor=TextProcessorConfig(fields="text,<|70000|>"))
+    assert "--llama.vocab_size=70001 works" in error(large)
+
+
+def test_data_that_makes_no_batch(dataset):
+    group = "--eval_dataset.json_dataset"
+    message = error(with_json(dataset, batch_size=500), flag="eval_dataset")
+    assert message.startswith(f"{group}.batch_size=500 of seq_length=16 is more than the data: 40 documents of ")
+    rows = int(message.split(" make ")[1].split(" rows")[0])
+    assert message.endswith(f"{group}.batch_size={rows} is the largest that fits")
+    assert load(with_json(dataset, batch_size=rows)).steps_per_epoch == 1
+    message = error(with_json(dataset, seq_length=100_000), flag="eval_dataset")
+    longest = int(message.split(f"{group}.seq_length=")[1].split(" ")[0])
+    assert load(with_json(dataset, seq_length=longest)).steps_per_epoch == 1
+    assert "seq_length" in error(with_json(dataset, seq_length=longest + 1))
+    Path(dataset.json_dataset.path).write_text('{"text": "a"}\n')
+    bare = replace(dataset.text_processor, add_bos_token=False, add_eos_token=False)
+    assert error(replace(dataset, text_processor=bare, packing="first_fit")).endswith("give more data")
+    assert error(replace(dataset, text_processor=bare)).endswith("give more data")
+
+
+def test_labels_all_masked(dataset):
+    masked = replace(dataset, text_processor=TextProcessorConfig(fields="[text]", add_eos_token=False))
+    assert error(masked).startswith("--train_dataset.text_processor.fields='[text]': no token takes loss")
+
+
+def test_special_tokens_alone_take_loss(dataset):
+    loader = load(replace(dataset, text_processor=TextProcessorConfig(fields="[text]")))
+    assert loader.bytes_per_token == float("inf")  # 0 bits per byte, and no division by zero
+    assert sum(arrays(loader, step)[2].sum() for step in range(loader.steps_per_epoch)) > 0
+
+
+def test_fields_must_be_named_for_json(dataset):
+    unnamed = replace(dataset, text_processor=TextProcessorConfig())
+    assert error(unnamed).startswith("--train_dataset.text_processor.fields='': it must name the field")
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RINGBPT_CACHE", raising=False)
+    assert cache_folder(DatasetConfig()) == tmp_path / ".cache" / "ringbpt"
+    monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "env"))
+    assert cache_folder(DatasetConfig()) == tmp_path / "env"
+    assert cache_folder(DatasetConfig(cache_dir="~/mine")) == tmp_path / "mine"
+
+
+def test_a_cache_that_cannot_be_written(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    message = error(replace(dataset, cache_dir=str(tmp_path / "file")))
+    assert message.startswith(f"--train_dataset.cache_dir='{tmp_path}/file': ")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def test_gzip_and_plain_give_the_same_batches(dataset, tmp_path):
+    import gzip
+
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(Path(dataset.json_dataset.path).read_bytes()))
+    plain, packed = load(dataset), load(with_json(dataset, path=str(path)))
+    assert plain.fingerprint == packed.fingerprint and digest(plain, range(4)) == digest(packed, range(4))

@@ -1,0 +1,168 @@
+"""Packing: every token is in one place or counted as dropped, and predicts what follows it in the text."""
+
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringbpt.data.packing import OPEN_ROWS, Row, first_fit, make_plan, shuffled
+
+documents = st.lists(st.integers(0, 40), min_size=1, max_size=30)
+lengths_of_rows = st.integers(1, 24)
+
+
+def offsets_of(lengths) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def data(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Token i is 1000 + i, so a token says where it came from; every third takes no loss."""
+    places = np.arange(offsets[-1])
+    return (1000 + places).astype(np.int32), (places % 3 != 0).astype(np.uint8)
+
+
+def rows(plan, offsets: np.ndarray, epoch: int = 0) -> list[Row]:
+    return [plan.row(epoch, row, *data(offsets)) for row in range(plan.rows)]
+
+
+def plan_of(lengths, seq_length: int, packing: str, seed: int = 0, shuffle: bool = False):
+    offsets = offsets_of(lengths)
+    return make_plan(offsets, seq_length, packing=packing, seed=seed, shuffle=shuffle), offsets
+
+
+def assert_shapes(row: Row, seq_length: int) -> None:
+    assert all(array.shape == (seq_length,) for array in row)
+    assert [array.dtype.name for array in row] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+def test_concat_by_hand():
+    plan, offsets = plan_of([3, 4, 3], 4, "concat")
+    tokens, mask = np.arange(10, 20, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1], np.uint8)
+    assert (offsets.tolist(), plan.rows, plan.dropped) == ([0, 3, 7, 10], 2, {"end of the stream": 2})
+    second = plan.row(0, 1, tokens, mask)
+    assert second.token.tolist() == [14, 15, 16, 17]
+    assert second.target.tolist() == [15, 16, 17, 18]
+    assert second.weight.tolist() == [1, 1, 0, 1]
+    assert second.position.tolist() == [0, 1, 2, 3]
+    assert second.segment.tolist() == [1, 1, 1, 1]
+
+
+def test_first_fit_by_hand():
+    plan, _ = plan_of([3, 4, 2, 6, 1], 5, "first_fit")
+    tokens, mask = np.arange(10, 26, dtype=np.int32), np.ones(16, np.uint8)
+    mask[1] = 0
+    first, second, third = (plan.row(0, row, tokens, mask) for row in range(plan.rows))
+    assert first.token.tolist() == [10, 11, 12, 17, 18]  # documents 0 and 2
+    assert first.target.tolist() == [11, 12, 0, 18, 0]
+    assert first.weight.tolist() == [0, 1, 0, 1, 0]  # place 0 predicts token 1, which takes no loss
+    assert first.position.tolist() == [0, 1, 2, 0, 1]
+    assert first.segment.tolist() == [1, 1, 1, 2, 2]
+    assert second.token.tolist() == [13, 14, 15, 16, 0] and second.segment.tolist() == [1, 1, 1, 1, 0]
+    assert second.weight.tolist() == [1, 1, 1, 0, 0] and second.position.tolist() == [0, 1, 2, 3, 0]
+    assert third.token.tolist() == [19, 20, 21, 22, 23]  # document 3, whose last token is the last target
+    assert third.target.tolist() == [20, 21, 22, 23, 24] and third.weight.tolist() == [1] * 5
+    assert plan.dropped == {"documents of one token": 1, "last tokens of split documents": 1}
+    assert plan.tokens_in(0, 3) == 14
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents, lengths_of_rows, st.booleans(), st.integers(0, 3))
+def test_concat_is_the_stream(lengths, seq_length, shuffle, epoch):
+    plan, offsets = plan_of(lengths, seq_length, "concat", seed=5, shuffle=shuffle)
+    every = rows(plan, offsets, epoch)
+    assert plan.tokens_in(epoch, plan.rows) + sum(plan.dropped.values()) == sum(lengths)
+    if not every:
+        return
+    order = shuffled(len(lengths), 5, epoch) if shuffle else range(len(lengths))
+    stream = np.concatenate([1000 + np.arange(offsets[index], offsets[index + 1]) for index in order])
+    count = plan.rows * seq_length
+    np.testing.assert_array_equal(np.concatenate([row.token for row in every]), stream[:count])
+    np.testing.assert_array_equal(np.concatenate([row.target for row in every]), stream[1 : count + 1])
+    for row in every:
+        assert_shapes(row, seq_length)
+        np.testing.assert_array_equal(row.weight, (row.target - 1000) % 3 != 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents, lengths_of_rows, st.booleans(), st.integers(0, 3))
+def test_first_fit_predicts_each_next_token_of_each_document_once(lengths, seq_length, shuffle, epoch):
+    plan, offsets = plan_of(lengths, seq_length, "first_fit", seed=5, shuffle=shuffle)
+    tokens, mask = data(offsets)
+    seen, predicted = [], []
+    for number in range(plan.rows):
+        row = plan.row(epoch, number, tokens, np.ones_like(mask))
+        assert_shapes(row, seq_length)
+        real = row.segment > 0
+        assert not row.token[~real].any() and not row.weight[~real].any() and not row.position[~real].any()
+        starts = np.flatnonzero(real & (row.position == 0))
+        assert row.segment[starts].tolist() == list(range(1, len(starts) + 1))
+        for segment in range(1, len(starts) + 1):
+            piece = row.segment == segment
+            np.testing.assert_array_equal(row.position[piece], np.arange(piece.sum()))
+            np.testing.assert_array_equal(np.diff(row.token[piece]), 1)  # consecutive in the data, so in one document
+        seen += row.token[real].tolist()
+        predicted += [(int(a), int(b)) for a, b, w in zip(row.token, row.target, row.weight, strict=True) if w]
+        masked = plan.row(epoch, number, tokens, mask)
+        np.testing.assert_array_equal(masked.weight, row.weight * ((row.target - 1000) % 3 != 0))
+    pairs = [(1000 + i, 1001 + i) for a, b in pairwise(offsets) for i in range(a, b - 1)]
+    assert sorted(predicted) == pairs
+    assert len(set(seen)) == len(seen) == plan.tokens_in(epoch, plan.rows)
+    assert len(seen) + sum(plan.dropped.values()) == sum(lengths)
+
+
+def test_whole_documents_stay_whole():
+    plan, offsets = plan_of([5, 9, 16, 7, 3, 2, 16], 16, "first_fit", seed=1, shuffle=True)
+    pieces = [
+        row.token[row.segment == s].tolist() for row in rows(plan, offsets) for s in range(1, row.segment.max() + 1)
+    ]
+    whole = [list(range(1000 + a, 1000 + b)) for a, b in pairwise(offsets)]
+    assert sorted(pieces) == whole
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_seed_and_epoch_choose_the_order(packing):
+    lengths = np.random.default_rng(0).integers(1, 30, 60)
+
+    def digest(seed: int, epoch: int, shuffle: bool = True) -> bytes:
+        plan, offsets = plan_of(lengths, 16, packing, seed, shuffle)
+        return b"".join(array.tobytes() for row in rows(plan, offsets, epoch) for array in row)
+
+    assert digest(1, 2) == digest(1, 2)
+    assert len({digest(1, 0), digest(1, 1), digest(1, 2), digest(2, 0), digest(-1, 0)}) == 5
+    assert digest(1, 0, shuffle=False) == digest(2, 7, shuffle=False)
+    plan, offsets = plan_of(lengths, 16, packing, 1, True)
+    backwards = [plan.row(2, row, *data(offsets)) for row in reversed(range(plan.rows))][::-1]
+    assert b"".join(array.tobytes() for row in backwards for array in row) == digest(1, 2)
+
+
+def test_the_order_of_a_seed_never_changes():
+    """Recorded on numpy 2.4: another release must not change what a resumed run reads."""
+    assert shuffled(8, 42, 0).tolist() == [0, 1, 4, 2, 6, 5, 7, 3]
+    assert sorted(shuffled(1000, 3)) == list(range(1000))
+
+
+def test_first_fit_takes_the_first_open_row_with_room():
+    assert first_fit(np.array([6, 5, 3, 4, 2, 3]), 10)[0].tolist() == [0, 1, 0, 1, 2, 2]
+    assert first_fit(np.array([], np.int64), 10)[1] == 0
+
+
+def test_first_fit_is_dense_and_quick():
+    lengths = np.random.default_rng(0).lognormal(5, 1, 40_000).astype(np.int64).clip(2, 2048)
+    begin = time.process_time()
+    row, count = first_fit(lengths, 2048)
+    assert time.process_time() - begin < 3  # a scan of all rows takes minutes
+    filled = np.bincount(row, weights=lengths, minlength=count)
+    assert filled.max() <= 2048 and filled.sum() / (count * 2048) > 0.97
+    assert count / 10 > OPEN_ROWS
+
+
+def test_many_documents_are_planned_in_no_time():
+    lengths = np.full(2_000_000, 100)
+    begin = time.process_time()
+    plan, offsets = plan_of(lengths, 4096, "concat", 0, True)
+    tokens = np.broadcast_to(np.int32(7), offsets[-1:])
+    row = plan.row(3, plan.rows - 1, tokens, np.broadcast_to(np.uint8(1), offsets[-1:]))
+    assert row.token.tolist() == [7] * 4096 and time.process_time() - begin < 3
