@@ -5,10 +5,30 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
+from ml_collections import ConfigDict
 
 from ringbpt.attention.layouts import permutation
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
 from ringbpt.types import Batch
+
+
+def start_jax(tree: ConfigDict) -> int:
+    """Brings jax up as the flags say, before anything has touched a device; returns the number of devices.
+
+    num_cpu_devices splits the CPU, where there is no accelerator; initialize_jax_distributed joins the other processes.
+    """
+    if tree.num_cpu_devices:
+        jax.config.update("jax_num_cpu_devices", tree.num_cpu_devices)
+    distributed = tree.jax_distributed
+    if distributed.initialize_jax_distributed:
+        ids = distributed.local_device_ids
+        jax.distributed.initialize(
+            distributed.coordinator_address,
+            distributed.num_processes,
+            distributed.process_id,
+            local_device_ids=[int(i) for i in ids.split(",")] if ids else None,
+        )
+    return jax.device_count()
 
 
 def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:
