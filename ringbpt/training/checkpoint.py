@@ -6,6 +6,7 @@ and `meta` (JSON). Orbax writes into a temporary name and renames at the end, so
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,10 @@ class Checkpointer:
         if full:
             items["opt_state"] = ocp.args.PyTreeSave(flatten(opt_state))
         with _storage_errors(self._folder(step)):
+            if jax.process_index() == 0:
+                # Where nothing can be written, say so here: Orbax's threads would wait for their folder for minutes.
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.directory).close()
             self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
         self._last_save = (step, milestone)
 
@@ -437,13 +442,15 @@ def _kind(path: Path, where: str) -> str:
 def _stream(path: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=0)  # 0: up to 4 GiB a tensor, as msgpack allows
+        end = 0
         for key, value in unpacker:
             if not all(isinstance(part, str) for part in key) or not key or not isinstance(value, bytes):
                 raise ValueError("not a stream of (key, tensor) pairs")
             yield tuple(key), value
-        # An Unpacker takes the end of the file in the middle of a pair for the end of the stream.
-        if unpacker.tell() != path.stat().st_size:
-            raise ValueError(f"a tensor that begins at byte {unpacker.tell()} has no end")
+            end = unpacker.tell()
+    # An Unpacker takes the end of the file in the middle of a pair for the end of the stream.
+    if end != path.stat().st_size:
+        raise ValueError(f"the pair that begins at byte {end} has no end")
 
 
 def _flax(path: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
