@@ -189,7 +189,7 @@ def _check(where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any])
     """Raise UserError for the first leaf that is missing, has another shape or kind of dtype, or isn't wanted."""
     for name, leaf in wanted.items():
         if name not in saved:
-            raise UserError(f"{where}: {what} {name} is not in the checkpoint")
+            raise UserError(f"{where}: {what} {name} is not in the checkpoint; give the flags it was saved with")
         if tuple(saved[name].shape) != tuple(leaf.shape):
             shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(leaf.shape)} here"
             raise UserError(f"{where}: {what} {name} has shape {shapes}; give the flags it was saved with")
@@ -198,7 +198,9 @@ def _check(where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any])
             raise UserError(f"{where}: {what} {name} is {saved[name].dtype} in the checkpoint and {leaf.dtype} here")
     for name in saved:
         if name not in wanted:
-            raise UserError(f"{where}: {what} {name} of the checkpoint has no place here")
+            raise UserError(
+                f"{where}: {what} {name} of the checkpoint has no place here; give the flags it was saved with"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- --load_checkpoint

@@ -137,11 +137,11 @@ class MetricsWriter:
         return SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
 
 
-def format_row(row: Row, keys: Iterable[str] = tuple(key for key, *_ in SHOWN)) -> str:
-    """Those of `keys` that the row has (with or without `eval_`) as one line, in columns of fixed width."""
+def format_row(row: Row, keys: Iterable[str] | None = None) -> str:
+    """The shown values of a row, with or without `eval_` (of `keys` alone, if given), in columns of fixed width."""
     parts = []
     for key, label, number, unit in SHOWN:
-        value = row.get(key, row.get(f"eval_{key}")) if key in keys else None
+        value = row.get(key, row.get(f"eval_{key}")) if keys is None or key in keys else None
         if value is not None:
             parts.append(f"{label}{value:{number}}{unit}")
     return "  ".join(parts)

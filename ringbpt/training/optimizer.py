@@ -34,12 +34,13 @@ def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.
     Accumulation is not in here: the train step adds totals over micro-batches and calls the optimizer once.
     Raises KeyError for a type that isn't one of adamw, palm, lion, muon.
     """
-    group = {
+    groups: dict[str, AdamWConfig | PalmConfig | LionConfig | MuonConfig] = {
         "adamw": config.adamw_optimizer,
         "palm": config.palm_optimizer,
         "lion": config.lion_optimizer,
         "muon": config.muon_optimizer,
-    }[config.type]
+    }
+    group = groups[config.type]
     if isinstance(group, PalmConfig):
         schedule = _palm_schedule(group)
         optimizer = _palm(group, schedule)
