@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -196,7 +197,16 @@ _worker: tuple[Source, TextProcessor] | None = None
 def _start_worker(source: Source, tokenizer: TokenizerConfig, config: TextProcessorConfig, flag: str) -> None:
     global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = source, TextProcessor(config, make_tokenizer(tokenizer), flag)
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for ever for tasks of a parent that was killed: it holds both ends of their pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _tokenise_in_worker(start: int, stop: int) -> Chunk:

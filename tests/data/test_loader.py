@@ -4,7 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +151,56 @@ def test_tokenised_once(dataset, monkeypatch, capsys):
     again = load(replace(dataset, packing="first_fit", shuffle=True))
     assert again.bytes_per_token == first.bytes_per_token and not capsys.readouterr().out
     assert [path.name[:7] for path in folders(dataset)] == ["tokens-"]
+
+
+# Imports inside the guard: the workers import this file again, and need not import jax.
+KILLED = """
+if __name__ == "__main__":
+    import os, sys
+    from ringbpt.config import DatasetConfig, JsonDatasetConfig, TextProcessorConfig, TokenizerConfig
+    from ringbpt.data.loader import make_loader
+    from ringbpt.data.tokenizers import BytesTokenizer
+
+    os.cpu_count = lambda: 2
+    data = JsonDatasetConfig(path=sys.argv[1], tokenizer_processes=2, tokenizer_parallel_chunk_size=1)
+    dataset = DatasetConfig(cache_dir=sys.argv[2], text_processor=TextProcessorConfig(fields="text"), json_dataset=data)
+    make_loader(dataset, BytesTokenizer(TokenizerConfig("bytes")), seed=1, vocab_size=258)
+"""
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+def test_a_killed_run_leaves_no_workers_and_no_half_cache(dataset, tmp_path):
+    path, script = Path(dataset.json_dataset.path), tmp_path / "killed.py"
+    path.write_text(path.read_text() * 300)
+    script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, script, path, dataset.cache_dir], env=environment)
+    try:
+        tokens = f"{dataset.cache_dir}/tokens-*/token.bin"
+        assert until(lambda: any(os.path.getsize(file) for file in glob(tokens)), 60)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) >= 2
+    finally:
+        parent.kill()
+        parent.wait()
+    assert until(lambda: not any(running(int(child)) for child in children), 20)
+    assert [".partial" in folder.name for folder in folders(dataset)] == [True]
+    assert len(load(dataset).fingerprint) == 64
+    assert [".partial" in folder.name for folder in folders(dataset)] == [False]
 
 
 def test_what_decides_the_tokens_is_in_the_key(dataset):
