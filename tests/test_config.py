@@ -25,7 +25,6 @@ from ringbpt.config import (
     run_main,
     to_dict,
 )
-from ringbpt.config_checks import mesh_sizes
 
 DEBUG = "--config=configs/debug.py"
 SEQ = "--train_dataset.python_dataset.seq_length"
@@ -113,14 +112,6 @@ def test_no_flags_is_the_debug_recipe_and_any_flag_is_not():
     assert configured().mesh_shape == (1, 1, 1, 8)
     assert parse_args(["--print_config"]).llama.hidden_size == 128
     assert parse_args(["--seed=1"]).llama.hidden_size == 4096
-
-
-def test_every_recipe_is_sound():
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        tree = parse_args([f"--config={path}"])
-        sizes = mesh_sizes(tree.mesh_dim, "--mesh_dim")
-        devices = 8 if -1 in sizes else sizes[0] * sizes[1] * sizes[2] * sizes[3]
-        assert parse(tree, devices).total_steps > 0, path
 
 
 def test_order_of_recipe_preset_flags_and_update():
@@ -277,6 +268,7 @@ def test_literals():
         "dict(theta=" + "not " * 2000 + "1)",
         "dict(theta=" + "-" * 8000 + "1)",
         "dict(theta=" + "1" * 9000 + ")",
+        "dict(theta=1" + " " * 9000 + ")",
         "dict(theta='1\0')",
         "dict(theta='much')",
         "dict(theta=(1,))",
