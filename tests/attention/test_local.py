@@ -1,0 +1,165 @@
+"""Every local implementation against the dense reference: forward, lse, carry, gradients, on everything a mask can be."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from ringbpt.attention.core import Local, MaskSpec, Partial, merge
+from ringbpt.attention.local import blockwise, reference
+from ringbpt.types import TokenMeta
+
+REFERENCE = Local(reference.attend, reference.attend_bwd)
+
+
+def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: int, padding: int = 0) -> TokenMeta:
+    """Rows of `documents` documents of random lengths, and `padding` padded places at the end."""
+    position, segment = np.zeros((2, batch, length), np.int32)
+    for row in range(batch):
+        cuts = np.sort(rng.integers(0, length - padding + 1, documents - 1))
+        starts = [0, *cuts, length - padding]
+        for i, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            position[row, start:stop] = np.arange(stop - start)
+            segment[row, start:stop] = i + 1
+    return TokenMeta(position, segment)
+
+
+def arrays(rng, batch, length_T, length_S, heads, kv_heads, head_dim, dtype=np.float32):
+    shapes = [(batch, length_T, heads, head_dim), *[(batch, length_S, kv_heads, head_dim)] * 2]
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
+
+
+@partial(jax.jit, static_argnums=(0, 7))
+def results(local: Local, q, k, v, d_out, q_meta, kv_meta, mask, carry=None):
+    """Forward over these keys, and gradients with the global out and lse, which the reference supplies."""
+    part = local.attend(q, k, v, q_meta, kv_meta, mask, carry)
+    whole = reference.attend(q, k, v, q_meta, kv_meta, mask)
+    grads = local.attend_bwd(q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, q_meta, kv_meta, mask)
+    return (part.out_BTNH, part.lse_BTN, *grads)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert not np.isnan(a).any(), name
+        finite = np.isfinite(b)
+        assert (np.isfinite(a) == finite).all(), name
+        scale = max(np.abs(b[finite]).max(initial=0), 1.0)  # with one key a row, dq is 0 but for rounding
+        assert np.abs(a[finite] - b[finite]).max(initial=0) <= tolerance * scale, name
+
+
+MASKS = {"causal": MaskSpec(), "full": MaskSpec(causal=False), "window": MaskSpec(window=7), "both": MaskSpec(False, 9)}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_blockwise_is_the_reference(mask):
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = arrays(rng, 2, 48, 40, 4, 2, 16)
+    q_meta, kv_meta = packed_meta(rng, 2, 48, 3, padding=5), packed_meta(rng, 2, 40, 3, padding=3)
+    want = results(REFERENCE, q, k, v, d_out, q_meta, kv_meta, mask)
+    # Query blocks larger than key blocks and the reverse, sizes that divide and sizes that don't, one block.
+    for query_chunk, key_chunk in ((16, 8), (8, 16), (13, 7), (64, 64)):
+        local = blockwise.make_blockwise(query_chunk, key_chunk)
+        assert_close(results(local, q, k, v, d_out, q_meta, kv_meta, mask), want)
+
+
+@pytest.mark.parametrize("local", [REFERENCE, blockwise.make_blockwise(8, 8)], ids=["reference", "blockwise"])
+def test_a_carry_is_as_good_as_one_pass(local):
+    rng = np.random.default_rng(1)
+    q, k, v, _ = arrays(rng, 1, 24, 24, 2, 2, 8)
+    meta = packed_meta(rng, 1, 24, 2)
+    whole = local.attend(q, k, v, meta, meta, MaskSpec())
+    part = None
+    for keys in (slice(0, 8), slice(8, 24)):
+        kv_meta = TokenMeta(meta.position_BT[:, keys], meta.segment_BT[:, keys])
+        part = local.attend(q, k[:, keys], v[:, keys], meta, kv_meta, MaskSpec(), part)
+    np.testing.assert_allclose(part.out_BTNH, whole.out_BTNH, atol=1e-5)
+    np.testing.assert_allclose(part.lse_BTN, whole.lse_BTN, atol=1e-5)
+
+
+@pytest.mark.parametrize("local", [REFERENCE, blockwise.make_blockwise(8, 8)], ids=["reference", "blockwise"])
+def test_rows_without_keys_are_zero_and_never_nan(local):
+    rng = np.random.default_rng(2)
+    q, k, v, d_out = arrays(rng, 1, 16, 16, 2, 1, 8)
+    meta, elsewhere = packed_meta(rng, 1, 16, 1), packed_meta(rng, 1, 16, 1)
+    elsewhere = TokenMeta(elsewhere.position_BT, elsewhere.segment_BT + 1)
+    out, lse, *grads = results(local, q, k, v, d_out, meta, elsewhere, MaskSpec())
+    assert (np.asarray(out) == 0).all()
+    assert (np.asarray(lse) == -np.inf).all()
+    assert all((np.asarray(grad) == 0).all() for grad in grads)
+
+
+def test_merge_does_not_overflow_and_knows_nothing_as_nothing():
+    huge = Partial(jnp.full((1, 1, 1, 2), 3.0), jnp.full((1, 1, 1), 1000.0))
+    tiny = Partial(jnp.full((1, 1, 1, 2), 7.0), jnp.full((1, 1, 1), -1000.0))
+    nothing = Partial.empty((1, 1, 1, 2))
+    assert np.asarray(merge(huge, tiny).out_BTNH).tolist() == [[[[3.0, 3.0]]]]
+    assert np.asarray(merge(nothing, tiny).lse_BTN).tolist() == [[[-1000.0]]]
+    both = merge(nothing, nothing)
+    assert (np.asarray(both.out_BTNH) == 0).all() and (np.asarray(both.lse_BTN) == -np.inf).all()
+
+
+def test_reference_gradients_are_those_of_autodiff():
+    rng = np.random.default_rng(3)
+    q, k, v, d_out = arrays(rng, 1, 12, 12, 4, 2, 8)
+    meta = packed_meta(rng, 1, 12, 2)
+
+    def total(q, k, v):
+        return jnp.sum(reference.attend(q, k, v, meta, meta, MaskSpec()).out_BTNH * d_out)
+
+    whole = reference.attend(q, k, v, meta, meta, MaskSpec())
+    grads = reference.attend_bwd(q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, meta, meta, MaskSpec())
+    for got, want in zip(grads, jax.grad(total, (0, 1, 2))(q, k, v), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_blocks_nobody_sees_are_not_visited():
+    length, chunk = 64, 8
+    position = np.arange(length, dtype=np.int32)[None]
+    one, four = np.ones((1, length), np.int32), np.repeat(np.arange(1, 5, dtype=np.int32), 16)[None]
+
+    def visited(segment, mask):
+        meta = TokenMeta(position, segment)
+        return int(np.asarray(blockwise.block_visibility(meta, meta, mask, chunk, chunk)[0]).sum())
+
+    blocks = length // chunk
+    assert visited(one, MaskSpec(causal=False)) == blocks**2
+    assert visited(one, MaskSpec()) == blocks * (blocks + 1) // 2
+    assert visited(one, MaskSpec(window=8)) == 2 * blocks - 1
+    assert visited(four, MaskSpec()) == 4 * 3  # four documents of two blocks: three each
+    assert visited(np.zeros_like(one), MaskSpec()) == 0
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    documents=st.integers(1, 5),
+    kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 3]),
+    chunks=st.tuples(st.integers(1, 48), st.integers(1, 48)),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 40),
+)
+def test_any_shape(seed, batch, length, documents, kv_heads, group, chunks, causal, window):
+    rng = np.random.default_rng(seed)
+    q, k, v, d_out = arrays(rng, batch, length, length, kv_heads * group, kv_heads, 4)
+    meta = packed_meta(rng, batch, length, documents, padding=int(rng.integers(0, length)))
+    args = (q, k, v, d_out, meta, meta, MaskSpec(causal, window))
+    assert_close(results(blockwise.make_blockwise(*chunks), *args), results(REFERENCE, *args))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_accumulated_in_float32(dtype):
+    """Blockwise rounds its probabilities to the inputs' dtype and nothing else; out, lse and gradients are float32."""
+    rng = np.random.default_rng(4)
+    q, k, v, d_out = arrays(rng, 1, 64, 64, 2, 2, 32, dtype)
+    meta = packed_meta(rng, 1, 64, 2)
+    got = results(blockwise.make_blockwise(16, 16), q, k, v, d_out, meta, meta, MaskSpec())
+    assert all(array.dtype == jnp.float32 for array in got)
+    assert_close(got, results(REFERENCE, q, k, v, d_out, meta, meta, MaskSpec()), tolerance=2e-2)
