@@ -15,33 +15,34 @@ def get_config() -> ConfigDict:
     config.mesh_dim = "1,1,1,-1"
     config.num_cpu_devices = 8
     config.dtype = "fp32"
-    config.total_steps = 500
+    config.total_steps = 250
     config.log_freq = 10
-    config.eval_steps = 100
+    config.eval_steps = 50
+    config.eval_batches = 4
     config.tokenizer.vocab_file = "bytes"
 
     config.llama.vocab_size = 288
     config.llama.max_sequence_length = 1024
     config.llama.attention_type = "ring_blockwise"
-    config.llama.scan_query_chunk_size = 64
-    config.llama.scan_key_chunk_size = 64
+    config.llama.scan_query_chunk_size = 32
+    config.llama.scan_key_chunk_size = 32
     config.llama.scan_mlp = True
-    config.llama.scan_mlp_chunk_size = 64
-    config.llama.loss_chunk_size = 64
-    config.llama.remat_block = "nothing_saveable"
+    config.llama.scan_mlp_chunk_size = 32
+    config.llama.loss_chunk_size = 32
+    config.llama.remat_block = "save_attention"
 
     for dataset in (config.train_dataset, config.eval_dataset):
         dataset.type = "python"
         dataset.packing = "first_fit"
-        dataset.python_dataset.seq_length = 512
+        dataset.python_dataset.seq_length = 256
         dataset.python_dataset.batch_size = 32
     config.train_dataset.shuffle = True
     config.eval_dataset.python_dataset.split = "heldout"
 
     adamw = config.optimizer.adamw_optimizer
-    adamw.lr = 2e-3
-    adamw.end_lr = 2e-4
-    adamw.lr_warmup_steps = 50
+    adamw.lr = 4e-3
+    adamw.end_lr = 4e-4
+    adamw.lr_warmup_steps = 30
     adamw.lr_decay_steps = config.total_steps
     adamw.weight_decay = 0.1
     return config

@@ -1,5 +1,6 @@
 """The device mesh, and the one place where a host's arrays become global ones."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,12 +33,12 @@ def start_jax(tree: ConfigDict) -> int:
 
 
 def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A `dp, fsdp, tp, sp` mesh of `shape`, whose product is the number of devices.
+    """A `dp, fsdp, tp, sp` mesh of `shape`, over the first devices that fill it (a run's config fills them all).
 
     Neighbours on sp are neighbours on the interconnect where jax knows the topology; `plain_order` takes the
     devices as they are numbered.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices()[: math.prod(shape)] if devices is None else devices
     auto = (AxisType.Auto,) * len(AXES)
     if plain_order:
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)

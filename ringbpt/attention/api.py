@@ -59,7 +59,9 @@ def make_attention(
     if strategy == "none" and mesh.shape["sp"] > 1:
         raise NotImplementedError(f"strategy 'none' attends within one device; sp={mesh.shape['sp']} needs 'ring'")
     if heads_k_stride is not None:
-        raise NotImplementedError(f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out")
+        raise NotImplementedError(
+            f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
+        )
     share = _make_local(local, query_chunk_size, key_chunk_size)
     strategy_forward, strategy_backward = STRATEGIES[strategy]
     q_spec, kv_spec, row_spec, meta_spec = (spec(d, ACTIVATION_AXES) for d in ("B T N H", "B T K H", "B T N", "B T"))

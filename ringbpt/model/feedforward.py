@@ -7,6 +7,7 @@ Ref: Blockwise Parallel Transformer, arXiv:2305.19370.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
     Otherwise in chunks of the local length, which chunk_size divides or exceeds.
     """
     if chunk_size is None:
-        return lambda x, *weights: swiglu(x, *weights, matmul=lambda eq, a, w: project(mesh, eq, a, w))
+        return partial(swiglu, matmul=partial(project, mesh))
 
     d_dims = (0, 0, 1)  # where D stands in w_gate, w_up, w_down
     x_spec = spec("B T D", ACTIVATION_AXES)
@@ -61,7 +62,7 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
 
     def local_swiglu(x, w_gate, w_up, w_down):
         """This device's part of F: outputs, and gradients of x, are still to be summed over tp."""
-        return swiglu(x, w_gate, w_up, w_down, matmul=lambda eq, a, w: dot(eq, a, w, a.dtype))
+        return swiglu(x, w_gate, w_up, w_down, matmul=partial(dot, out_dtype=x.dtype))
 
     def gathered(x, weights):
         return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
@@ -69,7 +70,9 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
     def forward_local(x, *weights):
         whole = gathered(x, weights)
         return join_chunks(
-            lax.map(lambda chunk: lax.psum(local_swiglu(chunk, *whole), "tp"), split_chunks(x, min(chunk_size, x.shape[1])))
+            lax.map(
+                lambda chunk: lax.psum(local_swiglu(chunk, *whole), "tp"), split_chunks(x, min(chunk_size, x.shape[1]))
+            )
         )
 
     def backward_local(x, dy, *weights):
@@ -93,7 +96,5 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
     def feedforward(x, w_gate, w_up, w_down):
         return forward(x, w_gate, w_up, w_down)
 
-    feedforward.defvjp(
-        lambda *args: (feedforward(*args), args), lambda args, dy: backward(args[0], dy, *args[1:])
-    )
+    feedforward.defvjp(lambda *args: (feedforward(*args), args), lambda args, dy: backward(args[0], dy, *args[1:]))
     return feedforward

@@ -85,7 +85,7 @@ class Llama(nnx.Module):
         dims, std = make_dims(config), config.initializer_range
         self.embed = weight(rngs, dims, "V D", std)
         stack = nnx.vmap(Block, in_axes=(0, None, None), out_axes=config.param_scan_axis)
-        self.layers = stack(rngs.fork(split=dims.L), dims, std)
+        self.layers = stack(rngs.split(dims.L), dims, std)
         self.norm = ones(dims, "D")
         if not config.tie_word_embeddings:
             self.unembed = weight(rngs, dims, "D V", std)
@@ -126,9 +126,7 @@ class Model:
     def abstract_params(self) -> Any:
         """ShapeDtypeStructs with shardings: what a checkpoint restores into and what the planner compiles with."""
         shapes = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
-        )
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
     def token_stats(self, params: Params, batch: Batch) -> TokenStats:
         """What the model predicts at each place of a batch in layout order."""
@@ -205,4 +203,3 @@ class Model:
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
         return make_token_stats(self.mesh, self.config.llama.loss_chunk_size)
-

@@ -51,7 +51,7 @@ def make_token_stats(mesh: Mesh, chunk_size: int) -> Callable[..., TokenStats]:
 
     def forward_local(hidden, unembed, target):
         whole = gather_shards(unembed, 0, hidden.dtype)
-        chunks = lax.map(lambda chunk: chunk_stats(*chunk, whole), chunks_of(hidden, target))
+        chunks = lax.map(lambda chunk: chunk_stats(chunk[0], chunk[1], whole), chunks_of(hidden, target))
         return jax.tree.map(join_chunks, chunks)
 
     def backward_local(hidden, unembed, target, lse, entropy, d_logp, d_entropy):

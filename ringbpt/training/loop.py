@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import reduce
 from operator import add
@@ -15,18 +14,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ringbpt import hardware
 from ringbpt.config import Config, DatasetConfig, UserError, to_dict
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.mesh import make_mesh, put_batch
-from ringbpt.model.flops import forward_flops
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
-from ringbpt.training.checkpoint import Checkpointer, load_checkpoint
-from ringbpt.training.metrics import MetricsWriter
+from ringbpt.training.checkpoint import Checkpointer
+from ringbpt.training.metrics import Clock, MetricsWriter, bits_per_byte, due, say
 from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import abstract_state, start_state
+from ringbpt.training.state import first_state
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
 from ringbpt.types import Batch, Params
 
@@ -42,9 +39,9 @@ def train(config: Config) -> Path:
     optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
     run_dir = _run_dir(config)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpointer)
-    state, data_step = _first_state(config, model, optimizer, checkpointer, loader)
+    state, data_step = first_state(model, optimizer, checkpointer, loader.fingerprint)
     start = int(state.step)
-    _say(_describe(config, loader, eval_loader, run_dir, start))
+    say(_describe(config, loader, eval_loader, run_dir, start))
 
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     if jax.process_index() == 0:
@@ -74,8 +71,8 @@ def train(config: Config) -> Path:
         if pending is not None and (row := clock.tick(*pending)):
             log(row)
         pending = (done, metrics)
-        evaluates, saves = _due(done, config.eval_steps), _due(done, config.save_model_freq)
-        milestone = _due(done, config.save_milestone_freq)
+        evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
+        milestone = due(done, config.save_milestone_freq)
         if done == config.total_steps or evaluates or saves or milestone:
             if row := clock.tick(*pending):
                 log(row)
@@ -86,71 +83,11 @@ def train(config: Config) -> Path:
                 save(done, milestone)
             clock.restart()  # what was just done is no step's time
     if config.save_final:
-        save(config.total_steps, _due(config.total_steps, config.save_milestone_freq))
+        save(config.total_steps, due(config.total_steps, config.save_milestone_freq))
     checkpointer.close()
     writer.close()
-    _say(f"done: {run_dir}")
+    say(f"done: {run_dir}")
     return run_dir
-
-
-@dataclass
-class Clock:
-    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded."""
-
-    config: Config
-    bytes_per_token: float
-    _since: float | None = None
-    _steps: int = 0
-    _counts: dict[str, float] = field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
-
-    def restart(self) -> None:
-        """Forget the steps so far; the next one begins now."""
-        self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
-
-    def tick(self, step: int, metrics: Metrics) -> dict[str, float] | None:
-        """Waits for a step's metrics; the row to log if this step is one of log_freq (or the last), else None."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        compiled_just_now = self._since is None
-        if not compiled_just_now:
-            self._steps += 1
-            self._counts = {name: total + values[name] for name, total in self._counts.items()}
-        tokens, pairs = values.pop("tokens"), values.pop("pairs")
-        row = None
-        if _due(step, self.config.log_freq) or step == self.config.total_steps:
-            row = {"step": step, **values, "bits_per_byte": _bits_per_byte(values["loss"], self.bytes_per_token)}
-            if self._since is not None and self._steps:
-                row |= self._speeds(time.perf_counter() - self._since)
-            row |= {"tokens": tokens, "visible_pairs": pairs} | _device_memory()
-        if compiled_just_now or row:
-            self.restart()
-        return row
-
-    def _speeds(self, seconds: float) -> dict[str, float]:
-        speeds = {"step_seconds": seconds / self._steps, "tokens_per_second": self._counts["tokens"] / seconds}
-        device = hardware.find(jax.devices()[0].device_kind)
-        if device is not None:
-            flops = 3 * forward_flops(self.config.llama, self._counts["tokens"], self._counts["pairs"])
-            speeds["mfu"] = flops / seconds / (device.bf16_tflops * 1e12 * jax.device_count())
-        return speeds
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def _bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    return nats_per_token / float(np.log(2)) / bytes_per_token
-
-
-def _device_memory() -> dict[str, float]:
-    """Peak bytes on the first device, where the backend reports them (CPUs don't)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"device_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
 
 
 def _loader(config: Config, dataset: DatasetConfig, tokenizer: Any, flag: str) -> Loader:
@@ -163,9 +100,7 @@ def _put(config: Config, model: Model, loader: Loader, step: int) -> Batch:
     return put_batch(lambda a, b: loader.rows(step, a, b), shape, model.mesh, config.llama.sequence_layout)
 
 
-def _batches(
-    config: Config, model: Model, loader: Loader, steps: range, data_step: int
-) -> Iterator[tuple[int, Batch]]:
+def _batches(config: Config, model: Model, loader: Loader, steps: range, data_step: int) -> Iterator[tuple[int, Batch]]:
     """(step, batch) for each step; the next batch is made while the devices work on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         futures = [pool.submit(_put, config, model, loader, data_step)] if steps else []
@@ -184,51 +119,7 @@ def _evaluate(
     sums = [eval_step(params, _put(config, model, loader, i)) for i in batches]
     means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
     values = {f"eval_{name}": float(mean.value()) for name, mean in means.items()}
-    return {"step": step, **values, "eval_bits_per_byte": _bits_per_byte(values["eval_loss"], loader.bytes_per_token)}
-
-
-def _first_state(config: Config, model: Model, optimizer, checkpointer: Checkpointer, loader: Loader):
-    """(state, the step of the data to begin with): the run's own newest checkpoint, another's, or fresh."""
-    abstract, axis = abstract_state(model, optimizer), config.llama.param_scan_axis
-    data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
-    latest = checkpointer.latest_step() if config.autoresume else None
-    if latest is not None:
-        params, opt_state, meta = checkpointer.restore(latest, abstract.params, abstract.opt_state)
-        where = f"--autoresume from {checkpointer.directory}"
-    elif config.load_checkpoint:
-        loaded = load_checkpoint(config.load_checkpoint, abstract.params, abstract.opt_state, axis)
-        params, opt_state, meta = loaded.params, loaded.opt_state, loaded.meta
-        where = f"--load_checkpoint={config.load_checkpoint}"
-        if loaded.note:
-            _say(loaded.note)
-    else:
-        return start_state(model, optimizer, model.init(jax.random.key(config.seed))), data_step
-    if meta is None:
-        return start_state(model, optimizer, params), data_step
-    if meta["data"]["fingerprint"] != loader.fingerprint:
-        raise UserError(
-            f"{where}: the training data, its order or its packing is not what step {meta['step']} was trained on: "
-            "give the flags of that run, or take its weights alone with --load_checkpoint=trainstate_params::<path>"
-        )
-    if meta["step"] >= config.total_steps:
-        raise UserError(
-            f"{where}: step {meta['step']} is not below --total_steps={config.total_steps}: "
-            f"--total_steps={meta['step'] + 1} or more would go on"
-        )
-    if opt_state is None:
-        _say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
-    state = start_state(model, optimizer, params, meta["step"], opt_state)
-    return state, meta["data"]["step"]
-
-
-def _dataset_step(path: str) -> int:
-    """The place in the data that one of our checkpoints (a step's folder) stands at."""
-    try:
-        return int(json.loads((Path(path) / "meta" / "metadata").read_text())["data"]["step"])
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"--load_dataset_state={path}: no step folder of a checkpoint, such as runs/<run>/checkpoints/<step>"
-        ) from None
+    return {"step": step, **values, "eval_bits_per_byte": bits_per_byte(values["eval_loss"], loader.bytes_per_token)}
 
 
 def _run_dir(config: Config) -> Path:
@@ -260,5 +151,3 @@ def _describe(config: Config, loader: Loader, eval_loader: Loader | None, run_di
         f"data   {loader.describe()}",
     ]
     return "\n".join(lines + ([f"eval   {eval_loader.describe()}"] if eval_loader else []))
-
-

@@ -5,13 +5,16 @@ import datetime
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ringbpt import hardware
 from ringbpt.config import Config, UserError
+from ringbpt.model.flops import forward_flops
 
 Row = dict[str, float | int]
 
@@ -135,6 +138,67 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+
+
+@dataclasses.dataclass
+class Clock:
+    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded."""
+
+    config: Config
+    bytes_per_token: float
+    _since: float | None = None
+    _steps: int = 0
+    _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
+
+    def restart(self) -> None:
+        """Forget the steps so far; the next one begins now."""
+        self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
+
+    def tick(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
+        """Waits for a step's metrics; the row to log if this step is one of log_freq (or the last), else None."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        compiled_just_now = self._since is None
+        if not compiled_just_now:
+            self._steps += 1
+            self._counts = {name: total + values[name] for name, total in self._counts.items()}
+        tokens, pairs = values.pop("tokens"), values.pop("pairs")
+        row = None
+        if due(step, self.config.log_freq) or step == self.config.total_steps:
+            row = {"step": step, **values, "bits_per_byte": bits_per_byte(values["loss"], self.bytes_per_token)}
+            if self._since is not None and self._steps:
+                row |= self._speeds(time.perf_counter() - self._since)
+            row |= {"tokens": tokens, "visible_pairs": pairs} | _device_memory()
+        if compiled_just_now or row:
+            self.restart()
+        return row
+
+    def _speeds(self, seconds: float) -> dict[str, float]:
+        speeds = {"step_seconds": seconds / self._steps, "tokens_per_second": self._counts["tokens"] / seconds}
+        device = hardware.find(jax.devices()[0].device_kind)
+        if device is not None:
+            flops = 3 * forward_flops(self.config.llama, self._counts["tokens"], self._counts["pairs"])
+            speeds["mfu"] = flops / seconds / (device.bf16_tflops * 1e12 * jax.device_count())
+        return speeds
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def _device_memory() -> dict[str, float]:
+    """Peak bytes on the first device, where the backend reports them (CPUs don't)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"device_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+
+
+def say(text: str) -> None:
+    """Print, on the main process alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def format_row(row: Row, keys: Iterable[str] | None = None) -> str:

@@ -1,6 +1,8 @@
 """What a training step carries on: step, params, optimizer state; made on the mesh, sharded from the first byte."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ringbpt.config import UserError
 from ringbpt.model.llama import Model
+from ringbpt.training.checkpoint import Checkpointer, load_checkpoint
+from ringbpt.training.metrics import say
 from ringbpt.training.optimizer import state_specs
 from ringbpt.types import Array, Params
 
@@ -30,9 +35,7 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> Tr
         params=model.specs,
         opt_state=state_specs(optimizer, model.abstract_params, model.specs),
     )
-    return jax.tree.map(
-        lambda s: NamedSharding(model.mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    return jax.tree.map(lambda s: NamedSharding(model.mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
@@ -54,3 +57,51 @@ def start_state(
     if opt_state is None:
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     return TrainState(step=jax.device_put(jnp.int32(step), shardings.step), params=params, opt_state=opt_state)
+
+
+def first_state(
+    model: Model, optimizer: optax.GradientTransformation, checkpointer: Checkpointer, data_fingerprint: str
+) -> tuple[TrainState, int]:
+    """(state, the step of the data to begin with): the run's own newest checkpoint, another's, or fresh."""
+    config = model.config
+    abstract, axis = abstract_state(model, optimizer), config.llama.param_scan_axis
+    meta: dict[str, Any] | None
+    data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
+    latest = checkpointer.latest_step() if config.autoresume else None
+    if latest is not None:
+        params, opt_state, meta = checkpointer.restore(latest, abstract.params, abstract.opt_state)
+        where = f"--autoresume from {checkpointer.directory}"
+    elif config.load_checkpoint:
+        loaded = load_checkpoint(config.load_checkpoint, abstract.params, abstract.opt_state, axis)
+        params, opt_state, meta = loaded.params, loaded.opt_state, loaded.meta
+        where = f"--load_checkpoint={config.load_checkpoint}"
+        if loaded.note:
+            say(loaded.note)
+    else:
+        return start_state(model, optimizer, model.init(jax.random.key(config.seed))), data_step
+    if meta is None:
+        return start_state(model, optimizer, params), data_step
+    if meta["data"]["fingerprint"] != data_fingerprint:
+        raise UserError(
+            f"{where}: the training data, its order or its packing is not what step {meta['step']} was trained on: "
+            "give the flags of that run, or take its weights alone with --load_checkpoint=trainstate_params::<path>"
+        )
+    if meta["step"] >= config.total_steps:
+        raise UserError(
+            f"{where}: step {meta['step']} is not below --total_steps={config.total_steps}: "
+            f"--total_steps={meta['step'] + 1} or more would go on"
+        )
+    if opt_state is None:
+        say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
+    state = start_state(model, optimizer, params, meta["step"], opt_state)
+    return state, meta["data"]["step"]
+
+
+def _dataset_step(path: str) -> int:
+    """The place in the data that one of our checkpoints (a step's folder) stands at."""
+    try:
+        return int(json.loads((Path(path) / "meta" / "metadata").read_text())["data"]["step"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"--load_dataset_state={path}: no step folder of a checkpoint, such as runs/<run>/checkpoints/<step>"
+        ) from None

@@ -70,8 +70,8 @@ def make_train_step(
         metrics |= {name: means[name].total for name in ("tokens", "pairs")}
         metrics |= {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -1,6 +1,7 @@
-"""Every local implementation against the dense reference: forward, lse, carry, gradients, on everything a mask can be."""
+"""Every local implementation against the dense reference: forward, lse, carry, gradients, under every mask."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: in
     for row in range(batch):
         cuts = np.sort(rng.integers(0, length - padding + 1, documents - 1))
         starts = [0, *cuts, length - padding]
-        for i, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for i, (start, stop) in enumerate(pairwise(starts)):
             position[row, start:stop] = np.arange(stop - start)
             segment[row, start:stop] = i + 1
     return TokenMeta(position, segment)

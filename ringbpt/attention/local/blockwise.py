@@ -8,6 +8,7 @@ padding and every layout are skipped by one mechanism. Ref: FlashAttention-2 (ar
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ _NO_SEGMENT = jnp.iinfo(jnp.int32).max
 
 def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
     """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing."""
-    sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
+    sizes: dict[str, Any] = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
     return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
 
 
@@ -171,7 +172,9 @@ def attend_bwd(
     delta = row_delta(out, d_out)
     # A row without keys must get p = exp(score - lse) = 0, not exp(+inf).
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    q, d_out, delta, lse, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, d_out.astype(q.dtype), delta, lse, q_meta))
+    q, d_out, delta, lse, q_meta = jax.tree.map(
+        lambda x: _pad(x, size_T), (q, d_out.astype(q.dtype), delta, lse, q_meta)
+    )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
     some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
     visits, counts = _visits(some.T)
