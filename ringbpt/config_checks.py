@@ -87,7 +87,7 @@ ABOVE_ZERO = (
     "llama.rope_scaling_high_freq_factor",
     "optimizer.wsd_decay_fraction",
 )
-AT_MOST: dict[str, float] = {"seed": 2**32 - 1, "llama.param_scan_axis": 2, "optimizer.wsd_decay_fraction": 1}
+AT_MOST: dict[str, float] = {"seed": 2**32 - 1, "llama.param_scan_axis": 1, "optimizer.wsd_decay_fraction": 1}
 # The same, of the groups that optimizer.type and *_dataset.type choose; the other groups have no effect.
 OPTIMIZER_AT_LEAST: dict[str, float] = {
     "lr": 0,

@@ -207,7 +207,7 @@ SINGLES = [
     ("llama.attn_pdrop", "0.1", "dropout is not supported"),
     ("llama.resid_pdrop", "0.1", "dropout is not supported"),
     ("llama.embd_pdrop", "0.1", "dropout is not supported"),
-    ("llama.param_scan_axis", "3", "=2"),
+    ("llama.param_scan_axis", "2", "=1"),
     ("llama.scan_query_chunk_size", "0", "=1"),
     ("llama.scan_key_chunk_size", "-1", "=1"),
     ("llama.heads_k_stride", "0", "=1"),

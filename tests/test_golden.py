@@ -11,14 +11,14 @@ import pytest
 
 from tests.golden.make_losses import FILE, losses
 
-MESHES = ("1,1,1,1", "1,1,1,8", "1,2,2,2", "2,2,1,2", "1,8,1,1")
+MESHES = ((1, 1, 1, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 1, 2), (1, 8, 1, 1))
 # mesh, layout, scan_layers, accumulate: each value of each, and the pairs that differ most; the product is slow.
 CASES = [
-    ("1,1,1,1", "contiguous", True, 4),
-    ("1,1,1,8", "zigzag", True, 1),
-    ("1,2,2,2", "striped", False, 4),
-    ("2,2,1,2", "contiguous", True, 1),
-    ("1,8,1,1", "zigzag", False, 4),
+    ((1, 1, 1, 1), "contiguous", True, 4),
+    ((1, 1, 1, 8), "zigzag", True, 1),
+    ((1, 2, 2, 2), "striped", False, 4),
+    ((2, 2, 1, 2), "contiguous", True, 1),
+    ((1, 8, 1, 1), "zigzag", False, 4),
 ]
 PRODUCT = [
     case for case in product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4)) if case not in CASES
@@ -27,8 +27,8 @@ PRODUCT = [
 
 def check(mesh, layout, scan_layers, accumulate, tmp_path):
     got = losses(
+        mesh,
         [
-            f"--mesh_dim={mesh}",
             f"--llama.sequence_layout={layout}",
             f"--llama.scan_layers={scan_layers}",
             f"--optimizer.accumulate_gradient_steps={accumulate}",

@@ -6,15 +6,16 @@ One device, dense attention, layers in a Python loop, the feedforward in one pie
 """
 
 import json
+import math
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-
-import jax
 
 STEPS = 20
 FILE = Path(__file__).with_name("losses.json")
 PLAINEST = [
-    "--mesh_dim=1,1,1,1",
     "--llama.attention_type=standard",
     "--llama.sequence_layout=contiguous",
     "--llama.scan_layers=False",
@@ -24,20 +25,23 @@ PLAINEST = [
 ]
 
 
-def losses(flags: list[str], folder: str | Path) -> list[float]:
-    """The losses of the debug recipe's first steps, changed by `flags`, through the whole training loop."""
-    from ringbpt.config import parse, parse_args
-    from ringbpt.training.loop import train
-
-    common = ["--config=configs/debug.py", f"--total_steps={STEPS}", "--log_freq=1", "--eval_steps=0", "--nosave_final"]
-    tree = parse_args([*common, f"--logger.output_dir={folder}", "--logger.experiment_id=golden", *flags])
-    mesh = [int(size) for size in tree.mesh_dim.split(",")]
-    run = train(parse(tree, device_count=mesh[0] * mesh[1] * mesh[2] * mesh[3]))
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def losses(mesh: tuple[int, int, int, int], flags: list[str], folder: str | Path) -> list[float]:
+    """The losses of the debug recipe's first steps on `mesh`, changed by `flags`: the command as a user runs it."""
+    command = [
+        *(sys.executable, "-m", "ringbpt.train", "--config=configs/debug.py", *flags),
+        *(f"--mesh_dim={','.join(map(str, mesh))}", f"--num_cpu_devices={math.prod(mesh)}"),
+        *(f"--total_steps={STEPS}", "--log_freq=1", "--eval_steps=0", "--nosave_final"),
+        *(f"--logger.output_dir={folder}", "--logger.experiment_id=golden"),
+    ]
+    # Without the tests' own flags: a run is to be compiled as users compile it.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = (Path(folder) / "golden" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        FILE.write_text(json.dumps(losses(PLAINEST, folder), indent=1) + "\n")
+        FILE.write_text(json.dumps(losses((1, 1, 1, 1), PLAINEST, folder), indent=1) + "\n")
     print(FILE.read_text())

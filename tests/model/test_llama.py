@@ -58,11 +58,10 @@ def test_init_is_sharded_and_the_same_on_every_mesh(plain):
     assert w_q.addressable_shards[0].data.shape == (2, 8, 2, 8)
 
 
-@pytest.mark.parametrize("axis", [1, 2])
-def test_param_scan_axis_moves_the_layers(axis):
-    moved, first = make_model(param_scan_axis=axis), make_model()
+def test_param_scan_axis_moves_the_layers():
+    moved, first = make_model(param_scan_axis=1), make_model()
     params = first.init(jax.random.key(0))
-    other = {**params, "layers": jax.tree.map(lambda w: jnp.moveaxis(w, 0, min(axis, w.ndim - 1)), params["layers"])}
+    other = {**params, "layers": jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), params["layers"])}
     shapes = jax.tree.map(lambda x: x.shape, moved.abstract_params)
     assert shapes == jax.tree.map(lambda x: x.shape, other)
     a, b = (loss_and_grads(m, p, make_batch(m))[0] for m, p in ((moved, other), (first, params)))
@@ -93,8 +92,9 @@ def test_nothing_is_seen_ahead_or_across_documents():
         own = jnp.arange(32, dtype=jnp.int32)[None]
         return jnp.sum(model.hidden({**params, "embed": table}, own, batch.meta)[0, place])
 
+    grad_at = jax.jit(jax.grad(hidden_at))
     for place, seen in ((10, range(11)), (19, range(20)), (20, [20]), (25, range(20, 26))):
-        grads = jax.jit(jax.grad(hidden_at), static_argnums=1)(jnp.zeros((32, 32)), place)
+        grads = grad_at(jnp.zeros((32, 32)), place)
         assert np.flatnonzero(np.abs(np.asarray(grads)).max(axis=1)).tolist() == list(seen)
 
 
