@@ -15,9 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.weights import dot, project
-
-FSDP = ("fsdp", "sp")  # the axes over which a weight's D dim is split
+from ringbpt.model.weights import dot, gather_shards, project, scatter_grad
 
 
 def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
@@ -35,16 +33,6 @@ def join_chunks(chunks: jax.Array) -> jax.Array:
     """The inverse of split_chunks."""
     x = jnp.moveaxis(chunks, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def gather_shards(w: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """A weight whole in its D dim, in the compute dtype, inside shard_map."""
-    return lax.all_gather(w.astype(dtype), FSDP, axis=dim, tiled=True)
-
-
-def scatter_grad(dw: jax.Array, dim: int) -> jax.Array:
-    """The sum of every device's float32 gradient, each keeping its own share, inside shard_map."""
-    return lax.psum_scatter(lax.psum(dw, "dp"), FSDP, scatter_dimension=dim, tiled=True)
 
 
 def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Array]:

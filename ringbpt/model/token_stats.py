@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.feedforward import gather_shards, join_chunks, scatter_grad, split_chunks
-from ringbpt.model.weights import dot
+from ringbpt.model.feedforward import join_chunks, split_chunks
+from ringbpt.model.weights import dot, gather_shards, scatter_grad
 from ringbpt.types import TokenStats
 
 

@@ -5,9 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, Dims, spec, weight_spec
+from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, WEIGHT_AXES, Dims, spec, weight_spec
+
+FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
 
 
 def weight(rngs: nnx.Rngs, dims: Dims, letters: str, std: float) -> nnx.Param:
@@ -20,16 +23,28 @@ def ones(dims: Dims, letters: str) -> nnx.Param:
 
 
 def constrain(x: jax.Array, mesh: Mesh, sharding: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding))
 
 
 def constrain_activation(x: jax.Array, mesh: Mesh, letters: str) -> jax.Array:
     return constrain(x, mesh, spec(letters, ACTIVATION_AXES))
 
 
+def gather_shards(w: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
+    """Inside shard_map: a weight whole in its D dim, in the compute dtype. Cast first: half the bytes travel."""
+    return lax.all_gather(w.astype(dtype), FSDP, axis=dim, tiled=True)
+
+
+def scatter_grad(dw: jax.Array, dim: int) -> jax.Array:
+    """Inside shard_map: the sum of every device's float32 gradient, each keeping its own part of D."""
+    return lax.psum_scatter(lax.psum(dw, "dp"), FSDP, scatter_dimension=dim, tiled=True)
+
+
 def gather(w: jax.Array, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
-    """The weight as a matmul needs it: in the compute dtype, whole but for tp. Cast first: half the bytes travel."""
-    return constrain(w.astype(dtype), mesh, spec(letters, GATHERED_AXES))
+    """The same for a global array, said and not left to the partitioner, which may gather the activations instead."""
+    in_spec, out_spec, dim = weight_spec(letters), spec(letters, GATHERED_AXES), letters.split().index("D")
+    local = partial(gather_shards, dim=dim, dtype=dtype)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)(w)
 
 
 def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -74,23 +89,42 @@ def _project_bwd(mesh, equation, residuals, dy):
 project.defvjp(_project_fwd, _project_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def embed(mesh: Mesh, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array) -> jax.Array:
-    """The rows of the table that the tokens name, [B, T, D] in `dtype`; the gradient is summed in float32."""
-    return _embed_fwd(mesh, dtype, table_VD, token_BT)[0]
+    """The rows of the table that the tokens name, [B, T, D] in `dtype`; the gradient is summed in float32.
 
+    The table is never gathered: each device looks every token of its fsdp x sp group up in its own part of D, and an
+    all-to-all trades D for tokens. So a device holds no more than its own activations and its own part of the table.
+    """
+    table_spec, token_spec, x_spec = weight_spec("V D"), spec("B T", ACTIVATION_AXES), spec("B T D", ACTIVATION_AXES)
 
-def _embed_fwd(mesh, dtype, table_VD, token_BT):
-    x_BTD = jnp.take(gather(table_VD, mesh, "V D", dtype), token_BT, axis=0)
-    return constrain_activation(x_BTD, mesh, "B T D"), (table_VD, token_BT)
+    def lookup(table_vd, token_bt):
+        """(rows of this device's part of V, tokens outside it at -1) for all tokens of the group, [fsdp*sp, b, t]."""
+        token_Gbt = lax.all_gather(token_bt, FSDP)
+        local = token_Gbt - lax.axis_index("tp") * table_vd.shape[0]
+        return jnp.where((local >= 0) & (local < table_vd.shape[0]), local, -1)
 
+    def forward(table_vd, token_bt):
+        row_Gbt = lookup(table_vd, token_bt)
+        x_Gbtd = jnp.where(row_Gbt[..., None] >= 0, jnp.take(table_vd.astype(dtype), row_Gbt, axis=0, mode="clip"), 0)
+        x_Gbtd = lax.all_to_all(lax.psum(x_Gbtd, "tp"), FSDP, split_axis=0, concat_axis=0)
+        return jnp.moveaxis(x_Gbtd, 0, 2).reshape(*token_bt.shape, -1)
 
-def _embed_bwd(mesh, dtype, residuals, dx_BTD):
-    table_VD, token_BT = residuals
-    dx_BTD = constrain_activation(dx_BTD, mesh, "B T D").astype(table_VD.dtype)
-    # Said in two steps, or the partitioner would scatter the activations' D dim to where the table's is.
-    d_table = constrain(jnp.zeros_like(table_VD).at[token_BT].add(dx_BTD), mesh, spec("V D", GATHERED_AXES))
-    return constrain(d_table, mesh, weight_spec("V D")), None
+    def backward(table_vd, token_bt, dx_btD):
+        row_Gbt = lookup(table_vd, token_bt)
+        dx_Gbtd = jnp.moveaxis(dx_btD.reshape(*token_bt.shape, row_Gbt.shape[0], -1), 2, 0)
+        dx_Gbtd = lax.all_to_all(dx_Gbtd, FSDP, split_axis=0, concat_axis=0).astype(table_vd.dtype)
+        # A row of -1 would count from the end: one past it is dropped instead.
+        row_Gbt = jnp.where(row_Gbt < 0, table_vd.shape[0], row_Gbt)
+        return lax.psum(jnp.zeros_like(table_vd).at[row_Gbt].add(dx_Gbtd, mode="drop"), "dp")
 
+    @jax.custom_vjp
+    def rows(table_VD, token_BT):
+        specs = {"in_specs": (table_spec, token_spec), "out_specs": x_spec}
+        return jax.shard_map(forward, mesh=mesh, check_vma=False, **specs)(table_VD, token_BT)
 
-embed.defvjp(_embed_fwd, _embed_bwd)
+    def rows_bwd(residuals, dx_BTD):
+        specs = {"in_specs": (table_spec, token_spec, x_spec), "out_specs": table_spec}
+        return jax.shard_map(backward, mesh=mesh, check_vma=False, **specs)(*residuals, dx_BTD), None
+
+    rows.defvjp(lambda *args: (rows(*args), args), rows_bwd)
+    return rows(table_VD, token_BT)
