@@ -1,14 +1,18 @@
 """The one way into attention, for our model and for anybody's: global arrays in, global arrays out."""
 
+from functools import partial
+from types import ModuleType
+from typing import Any
+
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from ringbpt.attention.core import Local, MaskSpec
 from ringbpt.attention.local import blockwise, reference
-from ringbpt.attention.parallel import ring
-from ringbpt.dims import ACTIVATION_AXES, spec
+from ringbpt.attention.parallel import all_gather, ring, ulysses
+from ringbpt.dims import ACTIVATION_AXES, Axes, spec
 from ringbpt.types import TokenMeta
 
 # Names under which a remat policy can keep the forward's result, so that the backward never runs the ring again.
@@ -23,16 +27,40 @@ def _make_local(name: str, query_chunk_size: int, key_chunk_size: int) -> Local:
     raise ValueError(f"local attention {name!r} is none of reference, blockwise")
 
 
-def _local_forward(local, axis, q, k, v, q_meta, kv_meta, mask):
-    return local.attend(q, k, v, q_meta, kv_meta, mask)
+STRATEGIES = ("none", "ring", "all_gather", "ulysses", "ulysses_ring")
 
 
-def _local_backward(local, axis, q, k, v, out, lse, d_out, q_meta, kv_meta, mask):
-    return local.attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask)
+def _over(strategy: ModuleType, local: Local, axis: str, **options: Any) -> Local:
+    """A device's share, and how the shares meet over a mesh axis: again a Local, so that strategies nest."""
+    return Local(
+        attend=partial(strategy.forward, local, axis, **options),
+        attend_bwd=partial(strategy.backward, local, axis, **options),
+    )
 
 
-# How the devices' shares meet over sp: (forward, backward), both inside one shard_map.
-STRATEGIES = {"none": (_local_forward, _local_backward), "ring": (ring.forward, ring.backward)}
+def _make_strategy(
+    mesh: Mesh, strategy: str, local: Local, heads_k_stride: int | None, ulysses_degree: int | None
+) -> tuple[Local, Mesh, dict[str, Axes]]:
+    """The share of a device over sp, and the mesh and the axis table for it: ulysses_ring splits sp in two."""
+    sp, axes = mesh.shape["sp"], ACTIVATION_AXES
+    if strategy == "none":
+        if sp > 1:
+            raise NotImplementedError(f"strategy 'none' attends within one device; sp={sp} needs 'ring'")
+        return local, mesh, axes
+    if strategy == "ring":
+        return _over(ring, local, "sp"), mesh, axes
+    if strategy == "all_gather":
+        return _over(all_gather, local, "sp", heads_k_stride=heads_k_stride), mesh, axes
+    if strategy == "ulysses":
+        return _over(ulysses, local, "sp"), mesh, axes
+    if ulysses_degree is None or sp % ulysses_degree:
+        divisors = ", ".join(str(d) for d in range(1, sp + 1) if sp % d == 0)
+        raise ValueError(f"ulysses_ring needs a ulysses_degree that divides sp={sp}: one of {divisors}")
+    shape = (*(mesh.shape[axis] for axis in ("dp", "fsdp", "tp")), sp // ulysses_degree, ulysses_degree)
+    names = ("dp", "fsdp", "tp", "ring", "ulysses")
+    # The same devices in the same order: arrays sharded over sp are sharded over both of its halves as they are.
+    split = Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+    return _over(ulysses, _over(ring, local, "ring"), "ulysses"), split, {**axes, "T": ("ring", "ulysses")}
 
 
 def make_attention(
@@ -44,6 +72,7 @@ def make_attention(
     query_chunk_size: int = 1024,
     key_chunk_size: int = 1024,
     heads_k_stride: int | None = None,
+    ulysses_degree: int | None = None,
 ):
     """attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT) -> out_BTNH, in q's dtype.
 
@@ -52,31 +81,32 @@ def make_attention(
     q, k and v, gradients in their dtypes. Scores are scaled by H ** -0.5, accumulated in float32; a row that sees
     no key gives 0.
 
+    strategy: how shares meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
+    `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1.
+
     Raises ValueError for an unknown name, and NotImplementedError for what a strategy cannot do.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if strategy == "none" and mesh.shape["sp"] > 1:
-        raise NotImplementedError(f"strategy 'none' attends within one device; sp={mesh.shape['sp']} needs 'ring'")
-    if heads_k_stride is not None:
+    if heads_k_stride is not None and strategy != "all_gather":
         raise NotImplementedError(
             f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
         )
-    share = _make_local(local, query_chunk_size, key_chunk_size)
-    strategy_forward, strategy_backward = STRATEGIES[strategy]
-    q_spec, kv_spec, row_spec, meta_spec = (spec(d, ACTIVATION_AXES) for d in ("B T N H", "B T K H", "B T N", "B T"))
+    blocks = _make_local(local, query_chunk_size, key_chunk_size)
+    share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree)
+    q_spec, kv_spec, row_spec, meta_spec = (spec(dims, axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
 
     def on_shards(function, in_specs, out_specs):
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def forward(q, k, v, position, segment):
         meta = TokenMeta(position, segment)
-        part = strategy_forward(share, "sp", q, k, v, meta, meta, mask)
+        part = share.attend(q, k, v, meta, meta, mask)
         return part.out_BTNH.astype(q.dtype), part.lse_BTN
 
     def backward(q, k, v, position, segment, out, lse, d_out):
         meta = TokenMeta(position, segment)
-        grads = strategy_backward(share, "sp", q, k, v, out, lse, d_out, meta, meta, mask)
+        grads = share.attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
 
     inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec)

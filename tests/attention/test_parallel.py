@@ -40,6 +40,16 @@ CASES = [
     ((1, 2, 1, 4), "striped", "reference", MaskSpec(), 2, (4, 1)),
     ((1, 2, 1, 4), "zigzag", "reference", MaskSpec(causal=False), 2, (3, 3)),
 ]
+# strategy, its options, and a case as above.
+STRATEGY_CASES = [
+    ("all_gather", {}, ((1, 1, 1, 8), "zigzag", "blockwise", MaskSpec(), 2, (4, 2))),
+    ("all_gather", {"heads_k_stride": 1}, ((1, 2, 1, 4), "striped", "blockwise", MaskSpec(window=20), 3, (4, 4))),
+    ("ulysses", {}, ((1, 1, 1, 4), "contiguous", "blockwise", MaskSpec(), 4, (8, 4))),
+    ("ulysses", {}, ((2, 1, 1, 4), "zigzag", "reference", MaskSpec(), 2, (4, 2))),
+    ("ulysses", {}, ((1, 1, 2, 4), "striped", "blockwise", MaskSpec(causal=False), 1, (8, 2))),
+    ("ulysses_ring", {"ulysses_degree": 2}, ((1, 1, 1, 8), "zigzag", "blockwise", MaskSpec(), 3, (4, 2))),
+    ("ulysses_ring", {"ulysses_degree": 4}, ((1, 1, 1, 8), "contiguous", "blockwise", MaskSpec(window=20), 1, (4, 2))),
+]
 PRODUCT = [
     (mesh, layout, local, mask, documents, heads)
     for mesh in ((1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 1, 4), (1, 1, 2, 3))
@@ -51,12 +61,12 @@ PRODUCT = [
 ]
 
 
-def check(shape, layout, local, mask, documents, heads):
+def check(shape, layout, local, mask, documents, heads, **strategy):
     rng = np.random.default_rng(0)
     inputs = arrays(rng, 2, 96, 96, *heads, 16)
     meta = packed_meta(rng, 2, 96, documents, padding=7)
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(shape))])
-    options = {"local": local, "mask": mask, "query_chunk_size": 6, "key_chunk_size": 4}
+    options = {"local": local, "mask": mask, "query_chunk_size": 6, "key_chunk_size": 4, **strategy}
     got, want = run(mesh, layout, inputs, meta, **options), dense(inputs, meta, mask)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
@@ -65,6 +75,11 @@ def check(shape, layout, local, mask, documents, heads):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ring_is_dense_attention(case):
     check(*case)
+
+
+@pytest.mark.parametrize(("strategy", "options", "case"), STRATEGY_CASES, ids=str)
+def test_every_strategy_is_dense_attention(strategy, options, case):
+    check(*case, strategy=strategy, **options)
 
 
 @pytest.mark.slow
@@ -111,6 +126,10 @@ def test_what_it_cannot_do_it_refuses_by_name():
         make_attention(make_mesh((1, 1, 1, 8)), strategy="none")
     with pytest.raises(NotImplementedError, match="heads_k_stride"):
         make_attention(make_mesh((1, 1, 1, 8)), heads_k_stride=2)
+    with pytest.raises(ValueError, match="one of 1, 2, 4, 8"):
+        make_attention(make_mesh((1, 1, 1, 8)), strategy="ulysses_ring", ulysses_degree=3)
+    with pytest.raises(NotImplementedError, match="use ring"):
+        check((1, 1, 1, 8), "zigzag", "blockwise", MaskSpec(), 1, (4, 4), strategy="ulysses")
     with pytest.raises(ValueError, match="reference, blockwise"):
         make_attention(make_mesh((1, 1, 1, 8)), local="pallas")
 
