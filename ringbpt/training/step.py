@@ -27,14 +27,11 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_train_step(
-    model: Model, objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """step(state, batch) -> (state, metrics), jitted; the old state is donated.
+def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
+    """gradients(params, batch) -> (gradients of the mean loss, the objective's means); to be jitted by the caller.
 
     The loss is a total over a total weight; both are summed over micro-batches and shards before the one division,
-    so accumulation, packing and the mesh don't change the numbers. A batch without any weight changes nothing but
-    what the optimizer does on a zero gradient.
+    so accumulation, packing and the mesh don't change the numbers. Without any weight the gradients are zero.
     """
     config = model.config
     count = config.optimizer.accumulate_gradient_steps
@@ -43,27 +40,41 @@ def make_train_step(
         means = objective(model.token_stats(params, batch), batch, config) | batch_facts(batch)
         return means["loss"].total, means
 
-    def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
-        grads, means = jax.grad(total_loss, has_aux=True)(params, batch)
-        return grads, means
+    def totals(params: Params, batch: Batch) -> tuple[Params, Means]:
+        return jax.grad(total_loss, has_aux=True)(params, batch)
 
-    def summed_gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
+    def summed_totals(params: Params, batch: Batch) -> tuple[Params, Means]:
         if count == 1:
-            return gradients(params, batch)
+            return totals(params, batch)
 
         def add(sums, micro):
-            return jax.tree.map(jnp.add, sums, gradients(params, micro)), None
+            return jax.tree.map(jnp.add, sums, totals(params, micro)), None
 
         micros = micro_batches(batch, count)
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], micros))
+        shapes = jax.eval_shape(totals, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = jax.lax.with_sharding_constraint(zeros[0], model.shardings), zeros[1]
         return jax.lax.scan(add, zeros, micros)[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, means = summed_gradients(state.params, batch)
+    def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
+        grads, means = summed_totals(params, batch)
         weight = means["loss"].weight
-        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), grads)
+        return jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), grads), means
+
+    return gradients
+
+
+def make_train_step(
+    model: Model, objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """step(state, batch) -> (state, metrics), jitted; the old state is donated.
+
+    A batch without any weight changes nothing but what the optimizer does on a zero gradient.
+    """
+    gradients = make_gradients(model, objective)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, means = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: mean.value() for name, mean in means.items() if name not in ("tokens", "pairs")}
