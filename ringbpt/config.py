@@ -246,7 +246,11 @@ SP_ALIASES = ("ring_attn_size", "sequence_parallel_degree", "sequence_parallel_s
 SEQ_LENGTH_ALIASES = ("cutoff_len", "max_len", "sequence_len")
 PACKING_ALIASES = ("packing_samples", "sample_packing")
 STRIDE_ALIASES = ("ring_head_stride", "heads_k_stride")
-RING_FUNCTIONS = ("batch_ring", "zigzag_ring")
+RING_FUNCTIONS = {
+    "batch_ring": {"llama.sequence_parallel": "ring", "llama.sequence_layout": "zigzag"},
+    "zigzag_ring": {"llama.sequence_parallel": "ring", "llama.sequence_layout": "zigzag"},
+    "varlen_llama3": {"llama.sequence_parallel": "all_gather"},
+}
 ALIAS_TYPES: dict[str, Any] = (
     {"config": str, "ring_attn_func": str}
     | dict.fromkeys((*SP_ALIASES, *SEQ_LENGTH_ALIASES, *STRIDE_ALIASES), int)
@@ -372,13 +376,11 @@ def _apply_alias(tree: ConfigDict, name: str, value: Any, given: dict[str, Any])
         return
     if name == "ring_attn_func":
         function = value.replace("-", "_")
-        if function == "varlen_llama3":
-            raise UserError(f"--{name}={value} is not here yet: use the ring, --{name}=batch_ring")
         if function not in RING_FUNCTIONS:
             raise UserError(f"--{name}={value} is none of {', '.join(RING_FUNCTIONS)}: use --{name}=batch_ring")
-        ours = {"llama.attention_type": "ring_blockwise", "llama.sequence_layout": "zigzag"}
+        ours = {"llama.attention_type": "ring_blockwise"} | RING_FUNCTIONS[function]
     elif name in STRIDE_ALIASES:
-        ours = {"llama.heads_k_stride": value}
+        ours = {"llama.sequence_parallel": "all_gather", "llama.heads_k_stride": value}
     elif name in PACKING_ALIASES:
         ours = {"train_dataset.packing": "first_fit" if value else "concat"}
     else:
@@ -496,6 +498,7 @@ HELP: dict[str, dict[str, str]] = {
     "model": {
         "llama.attention_type": "standard, blockwise, ring_standard, ring_blockwise (ring_* for sp > 1)",
         "llama.max_sequence_length": "the longest sequence the model takes",
+        "llama.sequence_parallel": "how shares meet over sp: ring, all_gather, ulysses, ulysses_ring",
         "llama.sequence_layout": "how a sequence is dealt out over sp: auto, contiguous, zigzag, striped",
         "llama.scan_query_chunk_size": "block of queries; also scan_key_chunk_size",
         "llama.scan_mlp": "feedforward in chunks of llama.scan_mlp_chunk_size",

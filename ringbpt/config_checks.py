@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("sft",),
     "checkpointer.float_dtype": tuple(DTYPES),
     "llama.attention_type": ("standard", "blockwise", "ring_standard", "ring_blockwise"),
+    "llama.sequence_parallel": ("ring", "all_gather", "ulysses", "ulysses_ring"),
     "llama.sequence_layout": ("auto", "contiguous", "zigzag", "striped"),
     "llama.rope_scaling_type": ("", "linear", "llama3"),
     "llama.remat_block": REMAT_POLICIES,
@@ -73,6 +74,7 @@ AT_LEAST: dict[str, float] = {
     "llama.initializer_range": 0,
     "llama.rope_scaling_original_length": 1,
     "llama.heads_k_stride": 1,
+    "llama.ulysses_degree": 1,
     "llama.scan_query_chunk_size": 1,
     "llama.scan_key_chunk_size": 1,
     "llama.scan_mlp_chunk_size": 1,
@@ -398,17 +400,43 @@ def check_mesh(config: Config) -> None:
             f"--llama.hidden_size={llama.hidden_size} is not divisible by fsdp*sp={fsdp}*{sp} of --mesh_dim, which "
             f"split the weights: {_weights_fit(llama.hidden_size, fsdp, sp)}"
         )
-    stride = llama.heads_k_stride
-    if stride is not None and (kv_heads // tp) % stride:
-        raise UserError(
-            f"--llama.heads_k_stride={stride} does not divide the {kv_heads // tp} key/value heads of a device "
-            f"(--llama.num_key_value_heads={kv_heads} over tp={tp}): "
-            f"{either('--llama.heads_k_stride', nearest_divisors(kv_heads // tp, stride))}"
-        )
+    check_sequence_parallel(config)
     if sp > 1 and not llama.attention_type.startswith("ring"):
         raise UserError(
             f"--llama.attention_type='{llama.attention_type}' keeps a sequence on one device, but --mesh_dim has "
             f"sp={sp}: use --llama.attention_type=ring_blockwise, or sp=1"
+        )
+
+
+def check_sequence_parallel(config: Config) -> None:
+    """How shares meet over sp: what heads the gathering and the dealing out of heads leave to a device."""
+    llama, (_, _, tp, sp) = config.llama, config.mesh_shape
+    heads = llama.num_attention_heads // tp
+    kv_heads = (llama.num_key_value_heads or llama.num_attention_heads) // tp
+    stride, degree = llama.heads_k_stride, llama.ulysses_degree
+    if stride is not None and llama.sequence_parallel != "all_gather":
+        raise UserError(
+            f"--llama.heads_k_stride={stride} goes with gathered keys, not with --llama.sequence_parallel="
+            f"{llama.sequence_parallel}: add --llama.sequence_parallel=all_gather, or leave it out"
+        )
+    if stride is not None and kv_heads % stride:
+        raise UserError(
+            f"--llama.heads_k_stride={stride} does not divide the {kv_heads} key/value heads of a device "
+            f"(--llama.num_key_value_heads={llama.num_key_value_heads} over tp={tp}): "
+            f"{either('--llama.heads_k_stride', nearest_divisors(kv_heads, stride))}"
+        )
+    if (degree is not None) != (llama.sequence_parallel == "ulysses_ring") or (degree and sp % degree):
+        raise UserError(
+            f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={llama.sequence_parallel}: ulysses_ring, "
+            f"and only that, needs a divisor of sp={sp}: --llama.sequence_parallel=ulysses_ring and "
+            f"{either('--llama.ulysses_degree', nearest_divisors(sp, degree or sp))}"
+        )
+    dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(llama.sequence_parallel, 1)
+    if heads % dealt or (kv_heads % dealt and dealt % kv_heads):
+        raise UserError(
+            f"--llama.sequence_parallel={llama.sequence_parallel} deals {heads} query and {kv_heads} key/value heads "
+            f"of a device out to {dealt}, which is not possible: use --llama.sequence_parallel=ring, or "
+            f"{either('ulysses_ring with --llama.ulysses_degree', nearest_divisors(math.gcd(kv_heads, sp), dealt)[:1])}"
         )
 
 

@@ -193,7 +193,9 @@ class LlamaConfig:
     rope_scaling_original_length: int = 8192
     attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
     sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
-    heads_k_stride: int | None = None
+    sequence_parallel: str = "ring"  # how shares meet over sp: ring | all_gather | ulysses | ulysses_ring
+    heads_k_stride: int | None = None  # all_gather: kv heads gathered at a time; None: all
+    ulysses_degree: int | None = None  # ulysses_ring: devices that trade heads; sp / ulysses_degree form the ring
     scan_attention: bool = False
     scan_query_chunk_size: int = 1024
     scan_key_chunk_size: int = 1024

@@ -26,7 +26,7 @@ from ringbpt.config import (
     to_dict,
 )
 
-DEBUG = "--config=configs/debug.py"
+DEBUG = "--config=tests/recipe.py"
 SEQ = "--train_dataset.python_dataset.seq_length"
 EVAL_SEQ = "--eval_dataset.python_dataset.seq_length"
 
@@ -309,11 +309,12 @@ def test_sp_aliases(alias):
 
 
 def test_other_aliases():
-    config = configured(DEBUG, "--ring_attn_func=zigzag-ring", "--cutoff_len=256", "--heads_k_stride=2")
+    config = configured(DEBUG, "--ring_attn_func=zigzag-ring", "--cutoff_len=256")
     assert (config.llama.attention_type, config.llama.sequence_layout) == ("ring_blockwise", "zigzag")
     assert config.train_dataset.seq_length == config.eval_dataset.seq_length == 256
-    assert config.llama.heads_k_stride == 2
-    assert configured(DEBUG, "--ring_head_stride=4").llama.heads_k_stride == 4
+    gathered = configured(DEBUG, "--ring_head_stride=4")
+    assert (gathered.llama.sequence_parallel, gathered.llama.heads_k_stride) == ("all_gather", 4)
+    assert configured(DEBUG, "--ring_attn_func=varlen_llama3", "--heads_k_stride=2").llama.heads_k_stride == 2
     for alias in ("max_len", "sequence_len"):
         tree = parse_args([f"--{alias}=512", "--train_dataset.type=json"])
         assert tree.train_dataset.json_dataset.seq_length == 512
@@ -326,7 +327,7 @@ def test_other_aliases():
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["--ring_attn_func=varlen_llama3"], ("not here yet", "batch_ring")),
+        (["--ring_attn_func=batch_ring", "--heads_k_stride=2"], ("all_gather", "leave one of them out")),
         (["--ring_attn_func=stripe"], ("none of", "batch_ring")),
         (["--max_len=64", "--train_dataset.json_dataset.seq_length=32"], ("--max_len=64", "seq_length=32")),
         (["--max_len=64", "--cutoff_len=32"], ("--cutoff_len=32", "=64")),

@@ -8,7 +8,7 @@ from ringbpt import config_checks, dims
 from ringbpt.config import FLAG_TYPES, Config, UserError, parse, parse_args, parse_mesh_dim
 from ringbpt.training.optimizer import make_optimizer
 
-DEBUG = "--config=configs/debug.py"
+DEBUG = "--config=tests/recipe.py"
 
 
 def configured(*argv: str, devices: int = 8) -> Config:
@@ -110,7 +110,14 @@ PAIRS = [
     (["--mesh_dim=1,2,4,1", "--llama.num_key_value_heads=2"], ["tp=4", "tp=2"], ["--llama.num_key_value_heads=4"]),
     (["--mesh_dim=1,2,4,1", "--llama.intermediate_size=254"], ["tp=2"], ["--llama.intermediate_size=252"]),
     (["--mesh_dim=1,2,4,1", "--llama.vocab_size=257"], ["tp=1"], ["--llama.vocab_size=260"]),
-    (["--mesh_dim=1,2,2,2", "--llama.heads_k_stride=3"], ["2 key/value heads"], ["--llama.heads_k_stride=2"]),
+    (["--llama.heads_k_stride=2"], ["sequence_parallel=ring"], ["--llama.sequence_parallel=all_gather"]),
+    (["--llama.ulysses_degree=4"], ["sp=8"], ["--llama.sequence_parallel=ulysses_ring"]),
+    (["--llama.sequence_parallel=ulysses"], ["4 query and 4 key/value heads"], ["--llama.sequence_parallel=ring"]),
+    (
+        ["--mesh_dim=1,2,2,2", "--llama.sequence_parallel=all_gather", "--llama.heads_k_stride=3"],
+        ["2 key/value heads"],
+        ["--llama.heads_k_stride=2"],
+    ),
     (["--mesh_dim=2,2,1,2", f"{BATCH}=6"], ["dp*fsdp=2*2"], [f"{BATCH}=4", f"{BATCH}=8"]),
     (["--mesh_dim=2,2,1,2", f"{EVAL_BATCH}=6"], ["dp*fsdp=2*2"], [f"{EVAL_BATCH}=4", f"{EVAL_BATCH}=8"]),
     (["--optimizer.accumulate_gradient_steps=5"], ["accumulate_gradient_steps=5"], [f"{BATCH}=30", f"{BATCH}=35"]),

@@ -34,12 +34,12 @@ REMAT_POLICIES = {
     "save_attention": _policies.save_only_these_names(*SAVED_NAMES),
 }
 
-# attention_type -> (strategy over sp, local implementation)
+# attention_type -> local implementation; those called ring_* let shares meet over sp, as sequence_parallel says.
 ATTENTION_TYPES = {
-    "standard": ("none", "reference"),
-    "blockwise": ("none", "blockwise"),
-    "ring_standard": ("ring", "reference"),
-    "ring_blockwise": ("ring", "blockwise"),
+    "standard": "reference",
+    "blockwise": "blockwise",
+    "ring_standard": "reference",
+    "ring_blockwise": "blockwise",
 }
 
 
@@ -184,15 +184,15 @@ class Model:
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:
         llama = self.config.llama
-        strategy, local = ATTENTION_TYPES[llama.attention_type]
         return make_attention(
             self.mesh,
-            strategy=strategy,
-            local=local,
+            strategy=llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
+            local=ATTENTION_TYPES[llama.attention_type],
             mask=MaskSpec(causal=True),
             query_chunk_size=llama.scan_query_chunk_size,
             key_chunk_size=llama.scan_key_chunk_size,
             heads_k_stride=llama.heads_k_stride,
+            ulysses_degree=llama.ulysses_degree,
         )
 
     @cached_property
