@@ -48,31 +48,37 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
     x_spec = spec("B T D", ACTIVATION_AXES)
     w_specs = (weight_spec("D F"), weight_spec("D F"), weight_spec("F D"))
 
-    def local_swiglu(x, w_gate, w_up, w_down):
-        """This device's part of F: outputs, and gradients of x, are still to be summed over tp."""
-        return swiglu(x, w_gate, w_up, w_down, matmul=partial(dot, out_dtype=x.dtype))
-
     def gathered(x, weights):
         return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
 
+    def chunks_of(x):
+        return split_chunks(x, min(chunk_size, x.shape[1]))
+
+    # Each device has its part of F: a chunk's output, and the gradient of its input, are summed over tp.
     def forward_local(x, *weights):
-        whole = gathered(x, weights)
-        return join_chunks(
-            lax.map(
-                lambda chunk: lax.psum(local_swiglu(chunk, *whole), "tp"), split_chunks(x, min(chunk_size, x.shape[1]))
-            )
-        )
+        whole, matmul = gathered(x, weights), partial(dot, out_dtype=x.dtype)
+        return join_chunks(lax.map(lambda chunk: lax.psum(swiglu(chunk, *whole, matmul), "tp"), chunks_of(x)))
 
     def backward_local(x, dy, *weights):
-        whole = gathered(x, weights)
+        """By hand, so that weights' gradients are summed in float32 while every product has the compute dtype."""
+        w_gate, w_up, w_down = whole = gathered(x, weights)
+        matmul, weigh = partial(dot, out_dtype=x.dtype), partial(dot, out_dtype=jnp.float32)
 
         def chunk_backward(sums, chunk):
-            x_chunk, dy_chunk = chunk
-            dx, *dws = jax.vjp(local_swiglu, x_chunk, *whole)[1](dy_chunk)
-            return [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)], lax.psum(dx, "tp")
+            x, dy = chunk
+            gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
+            hidden, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+            d_gate, d_up = hidden_vjp(matmul("BTD,FD->BTF", dy, w_down))
+            dx = matmul("BTF,DF->BTD", d_gate, w_gate) + matmul("BTF,DF->BTD", d_up, w_up)
+            dws = (
+                weigh("BTD,BTF->DF", x, d_gate),
+                weigh("BTD,BTF->DF", x, d_up),
+                weigh("BTF,BTD->FD", hidden, dy),
+            )
+            return [s + dw for s, dw in zip(sums, dws, strict=True)], lax.psum(dx, "tp")
 
-        chunks = tuple(split_chunks(a, min(chunk_size, x.shape[1])) for a in (x, dy))
-        sums, dx = lax.scan(chunk_backward, [jnp.zeros(w.shape, jnp.float32) for w in whole], chunks)
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]
+        sums, dx = lax.scan(chunk_backward, zeros, (chunks_of(x), chunks_of(dy)))
         return join_chunks(dx), *(scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
 
     forward = jax.shard_map(forward_local, mesh=mesh, in_specs=(x_spec, *w_specs), out_specs=x_spec, check_vma=False)
