@@ -56,8 +56,10 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
 
     # Each device has its part of F: a chunk's output, and the gradient of its input, are summed over tp.
     def forward_local(x, *weights):
-        whole, matmul = gathered(x, weights), partial(dot, out_dtype=x.dtype)
-        return join_chunks(lax.map(lambda chunk: lax.psum(swiglu(chunk, *whole, matmul), "tp"), chunks_of(x)))
+        w_gate, w_up, w_down = gathered(x, weights)
+        matmul = partial(dot, out_dtype=x.dtype)
+        chunks = lax.map(lambda chunk: lax.psum(swiglu(chunk, w_gate, w_up, w_down, matmul), "tp"), chunks_of(x))
+        return join_chunks(chunks)
 
     def backward_local(x, dy, *weights):
         """By hand, so that weights' gradients are summed in float32 while every product has the compute dtype."""

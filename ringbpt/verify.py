@@ -1,0 +1,276 @@
+"""`python -m ringbpt.verify <flags of ringbpt.train>`: is the step the same on other meshes, layouts, strategies?
+
+One step of the given configuration is run again along every dimension in which a run may differ without its numbers
+differing; each loss and each group of gradients is compared with the plainest program there is (one device, dense
+attention, a Python loop over layers). The table goes to the terminal; exit code 1 where a tolerance is passed, and a
+line that says along which dimension the numbers part.
+
+    --tolerance=1e-5     of the loss and of the gradients, relative (bf16: 2e-2 unless given)
+    --json=FILE          the table as JSON
+    --real_devices       on the accelerators at hand instead of 8 virtual CPU devices
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringbpt.config import Config, UserError, help_text, parse, parse_args, read_value, run_main
+from ringbpt.config_checks import check
+
+if TYPE_CHECKING:
+    from ringbpt.types import Batch
+
+GROUPS = {
+    "embedding": ("embed", "unembed"),
+    "attention": ("w_q", "w_k", "w_v", "w_o"),
+    "feedforward": ("w_gate", "w_up", "w_down"),
+    "norms": ("attention_norm", "feedforward_norm", "norm"),
+}
+OWN_FLAGS = {"tolerance": float, "json": str, "real_devices": bool}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of computing the same step; the fields are the dimensions along which numbers could part."""
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    sp: int = 1
+    layout: str = "contiguous"
+    strategy: str = "none"
+    local: str = "standard"
+    packing: str = "as given"  # or "alone": each document in a row of its own
+    accumulate: int = 1
+    layers: str = "loop"
+    feedforward: str = "whole"
+    remat: str = ""
+
+    def apply(self, config: Config) -> Config:
+        """The config with this variant's choices. Raises UserError where they don't fit the model or the data."""
+        ring = self.strategy != "none"
+        llama = replace(
+            config.llama,
+            sequence_layout=self.layout,
+            attention_type=f"ring_{self.local}" if ring else self.local,
+            sequence_parallel=self.strategy if ring else "ring",
+            ulysses_degree=2 if self.strategy == "ulysses_ring" else None,
+            heads_k_stride=None,
+            scan_layers=self.layers == "scanned",
+            scan_mlp=self.feedforward == "blockwise",
+            remat_block=self.remat,
+        )
+        config = replace(
+            config,
+            mesh_shape=(self.dp, self.fsdp, self.tp, self.sp),
+            llama=llama,
+            eval_steps=0,
+            optimizer=replace(config.optimizer, accumulate_gradient_steps=self.accumulate),
+        )
+        check(config)
+        return config
+
+
+def given_variant(config: Config) -> Variant:
+    """The configuration as it was asked for, as a variant."""
+    llama = config.llama
+    ring = llama.attention_type.startswith("ring")
+    return Variant(
+        *config.mesh_shape,
+        layout=llama.sequence_layout,
+        strategy=llama.sequence_parallel if ring else "none",
+        local=llama.attention_type.removeprefix("ring_"),
+        accumulate=config.optimizer.accumulate_gradient_steps,
+        layers="scanned" if llama.scan_layers else "loop",
+        feedforward="blockwise" if llama.scan_mlp else "whole",
+        remat=llama.remat_block,
+    )
+
+
+def variants(config: Config, device_count: int) -> list[Variant]:
+    """The given one; it with each other value of each dimension; and the other meshes with each layout."""
+    given = given_variant(config)
+    wanted = [given]
+    choices: dict[str, tuple[Any, ...]] = {
+        "layout": ("contiguous", "zigzag", "striped"),
+        "strategy": ("ring", "all_gather", "ulysses", "ulysses_ring"),
+        "local": ("standard", "blockwise"),
+        "packing": ("alone",),
+        "accumulate": (1, 2, 4),
+        "layers": ("loop", "scanned"),
+        "feedforward": ("whole", "blockwise"),
+        "remat": ("", "nothing_saveable", "save_attention", "dots_saveable"),
+    }
+    for name, values in choices.items():
+        for value in values:
+            changed: dict[str, Any] = {name: value}
+            wanted.append(replace(given, **changed))
+    n = device_count
+    meshes = [(1, 1, 1, n), (1, n, 1, 1), (n, 1, 1, 1), (1, 2, 2, n // 4), (2, 2, 1, n // 4), (2, 1, 1, n // 2)]
+    for mesh, layout in product(meshes, ("contiguous", "zigzag", "striped")):
+        if math.prod(mesh) <= n and 0 not in mesh and (mesh[3] > 1 or layout == "contiguous"):
+            strategy = given.strategy if given.strategy != "none" or mesh[3] == 1 else "ring"
+            wanted.append(
+                replace(given, dp=mesh[0], fsdp=mesh[1], tp=mesh[2], sp=mesh[3], layout=layout, strategy=strategy)
+            )
+    wanted += [replace(v, strategy=s) for v in wanted[-1:] for s in ("all_gather", "ulysses")]
+    return [variant for variant in dict.fromkeys(wanted) if _fits(variant, config)]
+
+
+def _fits(variant: Variant, config: Config) -> bool:
+    try:
+        variant.apply(config)
+    except UserError:
+        return False
+    return True
+
+
+def alone(batch: "Batch", rows: int) -> "Batch":
+    """Each document of a packed host batch in a row of its own, padded; `rows` divides the number of rows."""
+    import jax
+    import numpy as np
+
+    documents = [(row, i) for row, segment in enumerate(batch.segment_BT) for i in np.unique(segment[segment > 0])]
+    shape = (-(-len(documents) // rows) * rows, batch.token_BT.shape[1])
+    result = jax.tree.map(lambda x: np.zeros(shape, x.dtype), batch)
+    for place, (row, i) in enumerate(documents):
+        inside = batch.segment_BT[row] == i
+        for old, new in zip(jax.tree.leaves(batch), jax.tree.leaves(result), strict=True):
+            new[place, : inside.sum()] = old[row, inside]
+        result.segment_BT[place, : inside.sum()] = 1
+    return result
+
+
+def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
+    """{"loss": float, group: the gradients of its weights as one float64 vector} of one step."""
+    import jax
+    import numpy as np
+
+    from ringbpt.mesh import make_mesh, put_batch
+    from ringbpt.model.llama import Model
+    from ringbpt.objectives import OBJECTIVES
+    from ringbpt.training.step import make_gradients
+
+    model = Model(config, make_mesh(config.mesh_shape))
+    rows = lambda start, stop: jax.tree.map(lambda x: x[start:stop], host)  # noqa: E731
+    batch = put_batch(rows, host.token_BT.shape, model.mesh, config.llama.sequence_layout)
+    params = model.init(jax.random.key(seed))
+    grads, means = jax.jit(make_gradients(model, OBJECTIVES[config.objective]))(params, batch)
+    numbers: dict[str, Any] = {"loss": float(means["loss"].value())}
+    leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
+    for group, names in GROUPS.items():
+        numbers[group] = np.concatenate([leaves[name] for name in names if name in leaves])
+    return numbers
+
+
+def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
+    """{"loss": relative difference, group: ||got - want|| / ||want||, "group norm", "group direction": 1 - cosine}."""
+    import numpy as np
+
+    found = {"loss": abs(got["loss"] - want["loss"]) / abs(want["loss"])}
+    for group in GROUPS:
+        a, b = got[group], want[group]
+        norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+        found[group] = float(np.linalg.norm(a - b)) / max(norm_b, 1e-30)
+        found[f"{group} norm"] = abs(norm_a / max(norm_b, 1e-30) - 1)
+        found[f"{group} direction"] = 1 - float(a @ b) / max(norm_a * norm_b, 1e-30)
+    return {name: value if math.isfinite(value) else math.inf for name, value in found.items()}
+
+
+def parting(passed: list[Variant], failed: list[Variant]) -> list[str]:
+    """The fewest dimensions whose values tell the failed from the passed: ["sp, strategy: 8 ring"]."""
+    for count in (1, 2, 3):
+        lines = []
+        for names in combinations(asdict(Variant()), count):
+            bad, good = ({tuple(getattr(v, name) for name in names) for v in group} for group in (failed, passed))
+            if bad and not bad & good:
+                shown = sorted(" ".join(str(value) or "none" for value in values) for values in bad)
+                lines.append(f"{', '.join(names)}: {'; '.join(shown)}")
+        if lines:
+            return lines
+    return []
+
+
+def verify(config: Config, device_count: int, tolerance: float, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs every variant and compares; the report as a JSON-serialisable dict with "ok" and "parting"."""
+    from ringbpt.data.loader import make_loader
+    from ringbpt.data.tokenizers import make_tokenizer
+
+    vocab_size = config.llama.vocab_size
+    loader = make_loader(
+        config.train_dataset, make_tokenizer(config.tokenizer), seed=config.seed, vocab_size=vocab_size
+    )
+    host = loader.rows(0, 0, loader.batch_size)
+    plain = Variant()
+    todo = variants(config, device_count)
+    say(f"{len(todo)} variants against the plainest; tolerance {tolerance:g}; {loader.describe()}")
+    want = step_numbers(plain.apply(config), host, config.seed)
+    rows, started = [], time.perf_counter()
+    for i, variant in enumerate(todo):
+        divisor = variant.dp * variant.fsdp * variant.accumulate
+        batch = alone(host, divisor) if variant.packing == "alone" else host
+        found = differences(step_numbers(variant.apply(config), batch, config.seed), want)
+        worst = max(value for name, value in found.items() if "direction" not in name)
+        rows.append({"variant": asdict(variant), "differences": found, "worst": worst, "ok": worst <= tolerance})
+        left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
+        say(f"{'ok  ' if rows[-1]['ok'] else 'FAIL'} {_line(variant, plain, found)}  ({left:.0f} s left)")
+    failed = [variant for variant, row in zip(todo, rows, strict=True) if not row["ok"]]
+    passed = [plain, *(variant for variant, row in zip(todo, rows, strict=True) if row["ok"])]
+    report = {"tolerance": tolerance, "loss": want["loss"], "rows": rows, "ok": not failed}
+    return report | {"parting": parting(passed, failed)}
+
+
+def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
+    changed = {name: value for name, value in asdict(variant).items() if value != getattr(plain, name)}
+    what = " ".join(f"{name}={value}" for name, value in changed.items())
+    groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", *GROUPS))
+    return f"{groups}  {what}"
+
+
+def _own_flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    for word in argv:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in OWN_FLAGS:
+            yield word, (text if equals else None)
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text('verify')}")
+        return 0
+    own: dict[str, Any] = {}
+    for word, text in _own_flags(argv):
+        name = word.removeprefix("--").partition("=")[0]
+        own[name] = read_value(f"--{name}", "True" if text is None else text, OWN_FLAGS[name], None)
+    own_words = {word for word, _ in _own_flags(argv)}
+    tree = parse_args([word for word in argv if word not in own_words])
+    import jax
+
+    from ringbpt.mesh import start_jax
+
+    if not own.get("real_devices"):
+        jax.config.update("jax_platforms", "cpu")
+        tree.num_cpu_devices = tree.num_cpu_devices or 8
+    device_count = start_jax(tree)
+    config = parse(tree, device_count)
+    if config.dtype == "fp32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    tolerance = own.get("tolerance") or (1e-5 if config.dtype == "fp32" else 2e-2)
+    report = verify(config, device_count, tolerance)
+    if own.get("json"):
+        Path(own["json"]).write_text(json.dumps(report, indent=1) + "\n")
+    bad = sum(not row["ok"] for row in report["rows"])
+    for line in report["parting"]:
+        print(f"the numbers part along {line}")
+    print(f"{len(report['rows']) - bad} of {len(report['rows'])} variants agree with the plainest to {tolerance:g}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,105 @@
+"""The verifier finds nothing where nothing is wrong, and names the dimension of each of three planted faults."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ringbpt import mesh, verify
+from ringbpt.attention.parallel import ring
+from ringbpt.config import parse, parse_args
+
+FLAGS = [
+    "--config=tests/recipe.py",
+    "--train_dataset.python_dataset.seq_length=64",
+    "--train_dataset.python_dataset.batch_size=4",
+    "--eval_steps=0",
+    "--llama.num_hidden_layers=1",
+    "--llama.intermediate_size=64",
+    "--mesh_dim=1,1,1,2",
+]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):  # documents of which several share a row
+        (folder / f"{i}.py").write_text(f"# {i}\n" + "pass\n" * (1 + i % 5))
+    monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "cache"))
+    flags = [*FLAGS, f"--train_dataset.python_dataset.path={folder}", "--train_dataset.python_dataset.split=all"]
+    config = parse(parse_args(flags), device_count=2)
+    given = verify.given_variant(config)
+    some = [given, replace(given, sp=1), replace(given, strategy="all_gather"), replace(given, packing="alone")]
+    monkeypatch.setattr(verify, "variants", lambda config, device_count: some)
+    return config
+
+
+def run(config):
+    return verify.verify(config, 2, 1e-5, say=lambda line: None)
+
+
+def test_nothing_parts(config):
+    report = run(config)
+    assert report["ok"] and report["parting"] == []
+    assert [row["worst"] < 2e-6 for row in report["rows"]] == [True] * 4
+
+
+def test_a_hop_that_never_arrives(config, monkeypatch):
+    monkeypatch.setattr(ring, "_send", lambda x, axis, size: x)
+    report = run(config)
+    assert [row["ok"] for row in report["rows"]] == [False, True, True, False]
+    assert report["parting"] == ["sp, strategy: 2 ring"]
+
+
+def corrupt(monkeypatch, change):
+    """Every batch goes to the devices changed: change(host batch, sp) -> host batch."""
+    put_batch = mesh.put_batch
+
+    def put(rows, shape_BT, mesh, layout):
+        return put_batch(lambda a, b: change(rows(a, b), mesh.shape["sp"]), shape_BT, mesh, layout)
+
+    monkeypatch.setattr(mesh, "put_batch", put)
+
+
+def test_labels_shifted_in_each_shard(config, monkeypatch):
+    def shifted_in_shards(batch, sp):
+        target = batch.target_BT.reshape(len(batch.target_BT), sp, -1).copy()
+        if sp > 1:
+            target[:, :, -1] = 0  # the last label of each shard is lost
+        return replace(batch, target_BT=target.reshape(batch.target_BT.shape))
+
+    corrupt(monkeypatch, shifted_in_shards)
+    report = run(config)
+    assert not report["ok"]
+    # Alone in its row, no document is long enough to reach a shard's end.
+    assert report["parting"] == ["sp, packing: 2 as given"]
+
+
+def test_a_document_boundary_ignored(config, monkeypatch):
+    corrupt(monkeypatch, lambda batch, sp: replace(batch, segment_BT=np.minimum(batch.segment_BT, 1)))
+    report = run(config)
+    assert not report["ok"]
+    assert report["parting"] == ["packing: alone"]
+
+
+def test_the_debug_recipe_has_enough_variants():
+    config = parse(parse_args(["--config=configs/debug.py"]), device_count=8)
+    found = verify.variants(config, 8)
+    assert len(found) >= 24
+    assert {variant.layout for variant in found} == {"contiguous", "zigzag", "striped"}
+    assert {variant.strategy for variant in found} >= {"ring", "all_gather", "ulysses", "ulysses_ring"}
+
+
+def test_alone_keeps_every_token_and_its_target():
+    from ringbpt.types import Batch
+
+    segment = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
+    token = np.arange(12, dtype=np.int32).reshape(2, 6)
+    batch = Batch(token, token + 1, (segment > 0).astype(np.float32), token % 3, segment)
+    split = verify.alone(batch, 4)
+    assert split.segment_BT.tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0] * 6]
+    assert split.token_BT[1].tolist() == [2, 3, 4, 0, 0, 0]
+    for name in ("token_BT", "target_BT", "weight_BT", "position_BT"):
+        old, new = getattr(batch, name)[segment > 0], getattr(split, name)[split.segment_BT > 0]
+        assert old.tolist() == new.tolist()  # rows and documents keep their order
