@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -233,23 +233,25 @@ def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
     return f"{groups}  {what}"
 
 
-def _own_flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+def _own_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(this verb's own flags, read; the words that are ringbpt.train's)."""
+    own: dict[str, Any] = {}
+    rest = []
     for word in argv:
-        name, equals, text = word.removeprefix("--").partition("=")
+        name, _, text = word.removeprefix("--").partition("=")
         if word.startswith("--") and name in OWN_FLAGS:
-            yield word, (text if equals else None)
+            own[name] = read_value(f"--{name}", text or "True", OWN_FLAGS[name], None)
+        else:
+            rest.append(word)
+    return own, rest
 
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{help_text('verify')}")
         return 0
-    own: dict[str, Any] = {}
-    for word, text in _own_flags(argv):
-        name = word.removeprefix("--").partition("=")[0]
-        own[name] = read_value(f"--{name}", "True" if text is None else text, OWN_FLAGS[name], None)
-    own_words = {word for word, _ in _own_flags(argv)}
-    tree = parse_args([word for word in argv if word not in own_words])
+    own, argv = _own_flags(argv)
+    tree = parse_args(argv)
     import jax
 
     from ringbpt.mesh import start_jax
@@ -259,8 +261,6 @@ def main(argv: list[str]) -> int:
         tree.num_cpu_devices = tree.num_cpu_devices or 8
     device_count = start_jax(tree)
     config = parse(tree, device_count)
-    if config.dtype == "fp32":
-        jax.config.update("jax_default_matmul_precision", "highest")
     tolerance = own.get("tolerance") or (1e-5 if config.dtype == "fp32" else 2e-2)
     report = verify(config, device_count, tolerance)
     if own.get("json"):
