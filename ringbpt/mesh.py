@@ -1,6 +1,7 @@
 """The device mesh, and the one place where a host's arrays become global ones."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ringbpt.attention.layouts import permutation
+from ringbpt.config import UserError
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
 from ringbpt.types import Batch
 
@@ -22,7 +24,9 @@ def start_jax(tree: ConfigDict) -> int:
         jax.config.update("jax_num_cpu_devices", tree.num_cpu_devices)
     distributed = tree.jax_distributed
     if distributed.initialize_jax_distributed:
-        ids = distributed.local_device_ids
+        ids = distributed.local_device_ids or ""
+        if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", ids):
+            raise UserError(f"--jax_distributed.local_device_ids={ids!r} is no list of numbers, as 0,1")
         jax.distributed.initialize(
             distributed.coordinator_address,
             distributed.num_processes,

@@ -233,13 +233,8 @@ def load_checkpoint(
     Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
     missing, has no place or has another shape.
     """
-    prefix, _, name = spec.partition("::")
-    where = f"--load_checkpoint={spec}"
-    if prefix not in PREFIXES or not name:
-        raise UserError(f"{where}: expected one of {', '.join(f'{prefix}::PATH' for prefix in PREFIXES)}")
-    path = Path(name).expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"{where}: no such file or folder")
+    prefix, path = find_checkpoint(spec)
+    where, name = f"--load_checkpoint={spec}", spec.partition("::")[2]
     if path.is_file():
         params = _load_original(path, where, prefix.startswith("trainstate"), abstract_params, layer_axis)
         note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
@@ -258,6 +253,18 @@ def load_checkpoint(
     params, opt_state, meta = _restore(orbax, folder, where, abstract_params, abstract_opt_state)
     orbax.close()
     return LoadedState(params, opt_state, meta)
+
+
+def find_checkpoint(spec: str) -> tuple[str, Path]:
+    """(prefix, path) of `--load_checkpoint=PREFIX::PATH`. Raises UserError for another prefix and a missing path."""
+    prefix, _, name = spec.partition("::")
+    where = f"--load_checkpoint={spec}"
+    if prefix not in PREFIXES or not name:
+        raise UserError(f"{where}: expected one of {', '.join(f'{prefix}::PATH' for prefix in PREFIXES)}")
+    path = Path(name).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{where}: no such file or folder")
+    return prefix, path
 
 
 def _newest(path: Path, where: str) -> Path:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from functools import reduce
 from operator import add
@@ -20,7 +21,7 @@ from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
-from ringbpt.training.checkpoint import Checkpointer
+from ringbpt.training.checkpoint import Checkpointer, find_checkpoint
 from ringbpt.training.metrics import Clock, MetricsWriter, bits_per_byte, due, say
 from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import first_state
@@ -29,26 +30,24 @@ from ringbpt.types import Batch, Params
 
 
 def train(config: Config) -> Path:
-    """Trains as the config says and returns the run's folder."""
-    # ── what there is to train, and on what ──────────────────────────────────────────────────────────────────────
+    """Trains as the config says and returns the run's folder; what is wrong with the data or a checkpoint is a
+    UserError before anything is written. Stopped by an exception, it leaves the metrics, their picture and whole
+    checkpoints behind.
+    """
+    # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
+    run_dir = _run_dir(config)
+    if config.load_checkpoint:
+        find_checkpoint(config.load_checkpoint)
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer = make_tokenizer(config.tokenizer)
     loader = _loader(config, config.train_dataset, tokenizer, "train_dataset")
     eval_loader = _loader(config, config.eval_dataset, tokenizer, "eval_dataset") if config.eval_steps else None
     model = Model(config, mesh)
     optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
-    run_dir = _run_dir(config)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpointer)
     state, data_step = first_state(model, optimizer, checkpointer, loader.fingerprint)
     start = int(state.step)
     say(_describe(config, loader, eval_loader, run_dir, start))
-
-    # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
-    if jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    writer = MetricsWriter(run_dir, config, is_main=jax.process_index() == 0)
-    writer.resume_from(start)
 
     def save(step: int, milestone: bool) -> None:
         meta = {"data": {"step": data_step + step - start, "fingerprint": loader.fingerprint}}
@@ -62,32 +61,43 @@ def train(config: Config) -> Path:
     train_step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
     eval_step = make_eval_step(model, OBJECTIVES[config.objective])
     clock = Clock(config, loader.bytes_per_token)
-    if eval_loader and start == 0:
-        log(_evaluate(config, model, eval_step, state.params, eval_loader, 0))
-    pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
-    for step, batch in _batches(config, model, loader, range(start, config.total_steps), data_step):
-        state, metrics = train_step(state, batch)
-        done = step + 1
-        if pending is not None and (row := clock.tick(*pending)):
-            log(row)
-        pending = (done, metrics)
-        evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
-        milestone = due(done, config.save_milestone_freq)
-        if done == config.total_steps or evaluates or saves or milestone:
-            if row := clock.tick(*pending):
+    # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
+    with closing(_start_writing(config, run_dir, start)) as writer, closing(checkpointer):
+        if eval_loader and start == 0:
+            log(_evaluate(config, model, eval_step, state.params, eval_loader, 0))
+        pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
+        for step, batch in _batches(config, model, loader, range(start, config.total_steps), data_step):
+            state, metrics = train_step(state, batch)
+            done = step + 1
+            if pending is not None and (row := clock.tick(*pending)):
                 log(row)
-            pending = None
-            if eval_loader and (evaluates or done == config.total_steps):
-                log(_evaluate(config, model, eval_step, state.params, eval_loader, done))
-            if saves or milestone:
-                save(done, milestone)
-            clock.restart()  # what was just done is no step's time
-    if config.save_final:
-        save(config.total_steps, due(config.total_steps, config.save_milestone_freq))
-    checkpointer.close()
-    writer.close()
+            pending = (done, metrics)
+            evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
+            milestone = due(done, config.save_milestone_freq)
+            if done == config.total_steps or evaluates or saves or milestone:
+                if row := clock.tick(*pending):
+                    log(row)
+                pending = None
+                if eval_loader and (evaluates or done == config.total_steps):
+                    log(_evaluate(config, model, eval_step, state.params, eval_loader, done))
+                if saves or milestone:
+                    save(done, milestone)
+                clock.restart()  # what was just done is no step's time
+        if config.save_final:
+            save(config.total_steps, due(config.total_steps, config.save_milestone_freq))
     say(f"done: {run_dir}")
     return run_dir
+
+
+def _start_writing(config: Config, run_dir: Path, start: int) -> MetricsWriter:
+    """Makes the run's folder, with its config.json, and its metrics go on after step `start`."""
+    is_main = jax.process_index() == 0
+    writer = MetricsWriter(run_dir, config, is_main)
+    if is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    writer.resume_from(start)
+    return writer
 
 
 def _loader(config: Config, dataset: DatasetConfig, tokenizer: Any, flag: str) -> Loader:

@@ -33,7 +33,7 @@ SHOWN_IN_BAR = ("loss", "bits_per_byte", "tokens_per_second")  # fits 80 columns
 
 
 class MetricsWriter:
-    """Writes a run's metrics into `run_dir`, which must exist.
+    """Writes a run's metrics into `run_dir`, which must exist by the first row.
 
     Only the main process writes (`is_main`); with log_all_worker the others write too, to files and curves of their
     own (metrics.worker3.jsonl, tensorboard/worker3), and only the main one speaks on the terminal and draws.
@@ -260,6 +260,7 @@ def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:
         raise UserError(
             '--logger.online=True: wandb is not installed; pip install "ringbpt[wandb]" or --logger.online=False'
         ) from None
+    run_dir.mkdir(parents=True, exist_ok=True)  # else wandb would keep its files elsewhere
     name = run_dir.name
     return wandb.init(
         project="--".join(filter(None, (config.logger.prefix, config.logger.project_id))),
