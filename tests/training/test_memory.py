@@ -1,0 +1,110 @@
+"""The account of memory against compiled programs: the 1b model's own step, from abstract arrays.
+
+python -m pytest tests/training/test_memory.py -s          prints the account beside the compiler's number
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from ringbpt.config import PRESETS, Config, LlamaConfig, OptimizerConfig
+from ringbpt.training.memory import account
+from tests.model.test_programs import compile_step
+
+MIB = 2**20
+ONE_B = {
+    **PRESETS["1b"],
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "attention_type": "ring_blockwise",
+    "sequence_layout": "zigzag",
+    "scan_query_chunk_size": 256,
+    "scan_key_chunk_size": 256,
+    "scan_mlp": True,
+    "scan_mlp_chunk_size": 256,
+    "loss_chunk_size": 256,
+    "remat_block": "nothing_saveable",
+}
+ALIVE_THROUGHOUT = ("params", "optimizer")
+
+
+def config_of(mesh, dtype="fp32", **llama) -> Config:
+    return Config(dtype=dtype, mesh_shape=mesh, llama=LlamaConfig(**ONE_B | llama))
+
+
+def check(mesh, rows, length, tolerance=0.1, dtype="fp32", widened=(), **llama):
+    """The named parts sum to the compiler's temporary bytes, and the state to its arguments."""
+    config = config_of(mesh, dtype, **llama)
+    parts = account(config, rows, length)
+    memory = compile_step(mesh, config.llama, rows, length, dtype).memory_analysis()
+    parts |= {f"{name}, widened": parts[name] for name in widened}
+    temporary = sum(size for name, size in parts.items() if name not in ALIVE_THROUGHOUT)
+    print(f"\nmesh {mesh}, {rows} x {length} tokens, {dtype}, {llama}")
+    for name, size in parts.items():
+        print(f"  {name:<30} {size / MIB:8.1f} MiB")
+    print(f"  temporary: named {temporary / MIB:.1f} MiB, compiled {memory.temp_size_in_bytes / MIB:.1f} MiB")
+    state = sum(parts[name] for name in ALIVE_THROUGHOUT)
+    assert abs(state / memory.argument_size_in_bytes - 1) < 0.01
+    assert abs(temporary / memory.temp_size_in_bytes - 1) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "length"), [((1, 1, 1, 8), 1, 16384), ((1, 1, 1, 8), 1, 65536), ((1, 2, 2, 2), 2, 16384)], ids=str
+)
+def test_the_1b_step_is_accounted_for(mesh, rows, length):
+    check(mesh, rows, length)
+
+
+@pytest.mark.slow
+def test_grouped_keys_and_saved_attention_are_accounted_for():
+    check((1, 1, 1, 8), 1, 65536, num_key_value_heads=4, remat_block="save_attention")
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_fills_the_loss():
+    check((1, 1, 1, 8), 1, 16384, vocab_size=128256, num_hidden_layers=4, loss_chunk_size=1024)
+
+
+@pytest.mark.slow
+def test_bf16_is_accounted_for():
+    """The CPU, which has no bf16, turns all saved inputs into float32 at once."""
+    check((1, 1, 1, 8), 1, 16384, dtype="bf16", widened=["saved layer inputs"])
+
+
+def test_what_grows_with_what():
+    """Each part depends on the flags that it should, exactly."""
+    base = account(config_of((1, 1, 1, 8)), 1, 16384)
+    assert base["saved layer inputs"] == 22 * 2048 * 2048 * 4
+    assert base["optimizer"] == pytest.approx(2 * base["params"], rel=1e-3)
+    longer = account(config_of((1, 1, 1, 8)), 1, 65536)
+    assert longer["saved layer inputs"] == 4 * base["saved layer inputs"]
+    same = ("params", "optimizer", "gradients", "unembedding", "layer weights")
+    assert all(longer[name] == base[name] for name in same)
+    half = account(config_of((1, 1, 2, 8)), 1, 16384)
+    assert all(half[name] == base[name] / 2 for name in ("unembedding", "layer weights"))
+    assert half["saved layer inputs"] == base["saved layer inputs"]
+    saved = account(config_of((1, 1, 1, 8), remat_block="save_attention"), 1, 16384)
+    assert saved["saved layer inputs"] == 2 * base["saved layer inputs"] + 22 * 2048 * 16 * 4
+    bf16 = account(config_of((1, 1, 1, 8), "bf16"), 1, 16384)
+    assert bf16["saved layer inputs"] == base["saved layer inputs"] / 2 and bf16["gradients"] == base["gradients"]
+
+
+def test_accumulation_trades_activations_for_a_second_set_of_gradients():
+    config = config_of((1, 1, 1, 8))
+    split = replace(config, optimizer=OptimizerConfig(accumulate_gradient_steps=4))
+    one, parts = account(config, 4, 16384), account(split, 4, 16384)
+    assert parts["saved layer inputs"] == one["saved layer inputs"] / 4
+    assert parts["gradients"] == one["gradients"] + one["params"]
+
+
+def test_a_pod_needs_no_devices():
+    assert account(config_of((1, 1, 4, 64)), 1, 2**21)["params"] > 0
+
+
+NO_COUNT = [{"remat_block": ""}, {"scan_mlp": False}, {"attention_type": "standard"}, {"sequence_parallel": "ulysses"}]
+
+
+@pytest.mark.parametrize("llama", NO_COUNT, ids=str)
+def test_programs_without_a_count_are_refused(llama):
+    with pytest.raises(NotImplementedError, match="--llama"):
+        account(config_of((1, 1, 1, 8), **llama), 1, 16384)
