@@ -27,12 +27,18 @@ def start_jax(tree: ConfigDict) -> int:
         ids = distributed.local_device_ids or ""
         if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", ids):
             raise UserError(f"--jax_distributed.local_device_ids={ids!r} is no list of numbers, as 0,1")
-        jax.distributed.initialize(
-            distributed.coordinator_address,
-            distributed.num_processes,
-            distributed.process_id,
-            local_device_ids=[int(i) for i in ids.split(",")] if ids else None,
-        )
+        try:
+            jax.distributed.initialize(
+                distributed.coordinator_address,
+                distributed.num_processes,
+                distributed.process_id,
+                local_device_ids=[int(i) for i in ids.split(",")] if ids else None,
+            )
+        except ValueError as error:  # nothing was given, and this is no cluster that jax knows
+            raise UserError(
+                f"--jax_distributed.initialize_jax_distributed: {error} Give --jax_distributed.coordinator_address="
+                "<host>:<port>, num_processes and process_id"
+            ) from None
     return jax.device_count()
 
 
