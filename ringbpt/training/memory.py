@@ -105,9 +105,11 @@ def _layer_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     d = make_dims(config.llama)
     token_rows, chunk = b * t, b * min(config.llama.scan_mlp_chunk_size, t)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
+    # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
+    gathered = size if config.optimizer.accumulate_gradient_steps > 1 else 0
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * d.V // tp * 4,
+        "unembedding": d.D * d.V // tp * (gathered + 4),
         "loss chunk": 0,
         "layer weights": 3 * d.D * feedforward * (size + FEEDFORWARD_SUMS * 4) + 2 * d.D * (query + key) * size,
         "layer activations": token_rows * (d.D * MODEL_ARRAYS + query * QUERY_ARRAYS + key * KEY_ARRAYS) * size

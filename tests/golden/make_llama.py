@@ -18,22 +18,25 @@ SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "head_dim": 8,
     "rms_norm_eps": 1e-5,
 }
 # What transformers' LlamaConfig is told beyond SIZES; a row of the batch holds documents of these lengths.
 CASES = {
     "mha": {
         "num_key_value_heads": 4,
+        "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "gqa_tied": {
         "num_key_value_heads": 2,
+        "head_dim": 8,
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    # 16, so that one wavelength (32 of 64 positions) lies where llama3 blends, and heads are wider than D / N.
     "llama3": {
         "num_key_value_heads": 2,
+        "head_dim": 16,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -45,6 +48,7 @@ CASES = {
     },
     "linear": {
         "num_key_value_heads": 2,
+        "head_dim": 8,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
 }
@@ -59,8 +63,8 @@ GRADIENTS = (
 def weights(case: str) -> dict[str, np.ndarray]:
     """float32, by transformers' names; large enough for every part of the model to matter."""
     D, F, V = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["vocab_size"]
-    NH, KH = (CASES[case]["num_key_value_heads"] if kv else SIZES["num_attention_heads"] for kv in (False, True))
-    NH, KH = NH * SIZES["head_dim"], KH * SIZES["head_dim"]
+    H = CASES[case]["head_dim"]
+    NH, KH = SIZES["num_attention_heads"] * H, CASES[case]["num_key_value_heads"] * H
     layer = {
         "self_attn.q_proj": (NH, D), "self_attn.k_proj": (KH, D), "self_attn.v_proj": (KH, D),
         "self_attn.o_proj": (D, NH), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
@@ -72,7 +76,7 @@ def weights(case: str) -> dict[str, np.ndarray]:
         shapes |= {"lm_head": (V, D)}
     rng = np.random.RandomState(0)
     draw = {name: rng.randn(*shape) for name, shape in shapes.items()}
-    return {f"{name}.weight": (0.3 * x if x.ndim == 2 else 1 + 0.3 * x).astype(np.float32) for name, x in draw.items()}
+    return {f"{name}.weight": (0.2 * x if x.ndim == 2 else 1 + 0.3 * x).astype(np.float32) for name, x in draw.items()}
 
 
 def documents(case: str) -> list[np.ndarray]:
