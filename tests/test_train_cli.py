@@ -231,7 +231,7 @@ def test_two_processes_are_one_run(tmp_path):
         *("--eval_batches=1", "--update_llama_config=dict(hidden_size=32,intermediate_size=64,scan_mlp=False)"),
         *(f"--{split}.{size}" for split in splits for size in ("seq_length=64", "batch_size=4")),
         *(f"--{split}.path={Path(json.__file__).parent}" for split in splits),  # a few files of the library
-        *("--eval_dataset.python_dataset.split=all", "--llama.remat_block="),
+        *("--eval_dataset.python_dataset.split=all", "--llama.remat_block=", "--llama.attention_type=ring_standard"),
     ]
     together = [
         *debug,
