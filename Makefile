@@ -12,8 +12,8 @@ PYTHON := $(or $(PYTHON),$(shell for python in python3.11 python3.12 python3; do
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done))
 ARGS ?=
 TESTS ?= tests
-# Two test processes, a whole file each at a time: compiling dominates, and a file's tests share what they compile.
-PYTEST ?= $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# Two test processes, half the tests each in order (a file's tests share what they compile); the first to end helps out.
+PYTEST ?= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.base

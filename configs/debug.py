@@ -2,7 +2,7 @@
 
 Command:   python -m ringbpt.train          (the same as: python -m ringbpt.train --config=configs/debug.py)
 Hardware:  two CPU cores; nothing is downloaded
-Expected:
+Expected:  held-out bits per byte falls from 8.15 to 2.59 in 250 steps, 5 to 8 minutes
 """
 
 from ml_collections import ConfigDict
