@@ -182,7 +182,7 @@ def test_ctrl_c_is_one_line_and_leaves_the_curve(files, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         # A shell's background jobs, and so perhaps these tests, are started with SIGINT ignored, and hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     try:
         assert process.stdout is not None
