@@ -5,24 +5,9 @@ import re
 import pytest
 
 from ringbpt import config_checks, dims
-from ringbpt.config import FLAG_TYPES, Config, UserError, parse, parse_args, parse_mesh_dim
+from ringbpt.config import FLAG_TYPES, UserError, parse_mesh_dim
 from ringbpt.training.optimizer import make_optimizer
-
-DEBUG = "--config=tests/recipe.py"
-
-
-def configured(*argv: str, devices: int = 8) -> Config:
-    return parse(parse_args(list(argv)), devices)
-
-
-def refusal(*argv: str, devices: int = 8) -> str:
-    """The one line that a command line is refused with."""
-    with pytest.raises(UserError) as caught:
-        configured(*argv, devices=devices)
-    assert caught.value.code == 2
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.test_config import DEBUG, EVAL_SEQ, SEQ, configured, refusal
 
 # --- the mesh ---
 
@@ -84,9 +69,7 @@ def test_axes_are_the_alphabets():
 
 # --- values that do not go together: the message names both, and what it proposes works ---
 
-SEQ = "--train_dataset.python_dataset.seq_length"
 BATCH = "--train_dataset.python_dataset.batch_size"
-EVAL_SEQ = "--eval_dataset.python_dataset.seq_length"
 EVAL_BATCH = "--eval_dataset.python_dataset.batch_size"
 ADAMW = "--optimizer.adamw_optimizer."
 

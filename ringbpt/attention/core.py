@@ -74,6 +74,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(out_BTNH, lse_BTN)
 
 
+def gather_meta(meta: TokenMeta, axis: str) -> TokenMeta:
+    """Inside shard_map: the places of the tokens of every device of the axis, one after the other."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), meta)
+
+
 def row_delta(out_BTNH: jax.Array, d_out_BTNH: jax.Array) -> Float[Array, "B T N"]:
     """sum_H out * d_out, the term every score's gradient subtracts. Ref: FlashAttention-2, arXiv:2307.08691, eq. 4."""
     return jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1)

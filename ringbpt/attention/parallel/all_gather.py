@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial
+from ringbpt.attention.core import Local, MaskSpec, Partial, gather_meta
 from ringbpt.types import TokenMeta
-
-
-def _gather(x: jax.Array, axis: str) -> jax.Array:
-    return lax.all_gather(x, axis, axis=1, tiled=True)
 
 
 def _stride(heads_k_stride: int | None, kv_heads: int) -> int:
@@ -41,7 +37,7 @@ def forward(
 ) -> Partial:
     """Attention of this device's queries over everybody's keys."""
     count = k.shape[2] // _stride(heads_k_stride, k.shape[2])
-    whole_meta = jax.tree.map(lambda x: _gather(x, axis), kv_meta)
+    whole_meta = gather_meta(kv_meta, axis)
 
     def group(heads):
         q, kv = heads[0], _gather_pair(heads[1], heads[2], axis)
@@ -61,7 +57,7 @@ def backward(
 ):  # fmt: skip
     """Gradients towards this device's q, k and v (float32); K and V are gathered again, not kept."""
     count = k.shape[2] // _stride(heads_k_stride, k.shape[2])
-    whole_meta = jax.tree.map(lambda x: _gather(x, axis), kv_meta)
+    whole_meta = gather_meta(kv_meta, axis)
 
     def group(heads):
         q, k, v, out, lse, d_out = heads

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial
+from ringbpt.attention.core import Local, MaskSpec, Partial, gather_meta
 from ringbpt.types import TokenMeta
 
 
@@ -38,15 +38,11 @@ def _copies(heads: int, kv_heads: int, size: int) -> int:
     return max(1, size // kv_heads)
 
 
-def _whole(meta: TokenMeta, axis: str) -> TokenMeta:
-    return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), meta)
-
-
 def forward(local: Local, axis: str, q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> Partial:
     """Attention of this device's queries over everybody's keys."""
     copies = _copies(q.shape[2], k.shape[2], lax.axis_size(axis))
     q, k, v = (_to_heads(x, axis) for x in (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)))
-    part = local.attend(q, k, v, _whole(q_meta, axis), _whole(kv_meta, axis), mask)
+    part = local.attend(q, k, v, gather_meta(q_meta, axis), gather_meta(kv_meta, axis), mask)
     return Partial(_to_sequence(part.out_BTNH, axis), _to_sequence(part.lse_BTN, axis))
 
 
@@ -57,7 +53,9 @@ def backward(
     kv_heads = k.shape[2]
     copies = _copies(q.shape[2], kv_heads, lax.axis_size(axis))
     rows = (q, jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2), out, lse, d_out)
-    grads = local.attend_bwd(*(_to_heads(x, axis) for x in rows), _whole(q_meta, axis), _whole(kv_meta, axis), mask)
+    grads = local.attend_bwd(
+        *(_to_heads(x, axis) for x in rows), gather_meta(q_meta, axis), gather_meta(kv_meta, axis), mask
+    )
     dq, dk, dv = (_to_sequence(grad, axis) for grad in grads)
 
     def sum_copies(d_BTKH):
