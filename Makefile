@@ -19,6 +19,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.base
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
+ORACLE := $(VENV)/.oracle
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,7 +31,7 @@ train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devi
 test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-all: $(DEV)  ## all tests
+test-all: $(ORACLE)  ## all tests, those against transformers on torch too
 	$(PYTEST) $(TESTS)
 
 lint: $(DEV)  ## ruff and mypy, as CI runs them
@@ -54,8 +55,9 @@ aot-cuda: $(CORE)  ## compilers for NVIDIA GPUs that are not here
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
 
-# Three stamps, so that `make train` does not wait for what only the tests need. The first carries the interpreter's
-# name, so that another PYTHON gets its own packages; --clear, so that nothing undeclared survives.
+# A stamp each, so that `make train` does not wait for what only the tests need, nor `make test` for torch. The first
+# carries the interpreter's name, so that another PYTHON gets its own packages; --clear, so that nothing undeclared
+# survives.
 $(BASE)-$(notdir $(PYTHON)): pyproject.toml
 	@test -n "$(PYTHON)" || { echo 'make: no Python 3.11 or newer found; name one with PYTHON=...' >&2; exit 2; }
 	@echo "[setup 1/3] $(VENV): $$($(PYTHON) --version)"
@@ -70,3 +72,7 @@ $(DEV): $(CORE)
 	@echo "[setup 3/3] what tests and lint need: about 100 MB"
 	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && touch $@ && \
 	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
+
+$(ORACLE): $(DEV)
+	@echo "[oracle] torch for the CPU, which the slow tests compare with: about 200 MB"
+	@$(INSTALL) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu --editable '.[oracle]' && touch $@
