@@ -26,7 +26,7 @@ help:  ## this list
 	@echo '  variables: ARGS (flags of train), TESTS (what test runs), PYTHON, VENV'
 
 train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devices; ARGS="--flag=value ..."
-	$(VENV)/bin/python -m ringbpt.train $(ARGS)
+	$(VENV)/bin/python -m ringbpt.train $(if $(findstring --config,$(ARGS)),,--config=configs/debug.py) $(ARGS)
 
 test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
 	$(PYTEST) -m "not slow" $(TESTS)

@@ -72,6 +72,15 @@ def test_make_targets_exist(_, words):
     assert result.returncode == 0, result.stderr
 
 
+def test_make_train_changes_the_recipe_by_flags():
+    """Flags alone would mean the plain defaults, which have no tokenizer."""
+    for args, steps in (("", 250), ("--total_steps=5", 5), ("--config=tests/recipe.py", 500)):
+        command = ["make", "--dry-run", "train", f"ARGS={args}"]
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        words = shown.strip().splitlines()[-1].split()
+        assert parse(parse_args(words[words.index("ringbpt.train") + 1 :]), 8).total_steps == steps
+
+
 @pytest.mark.parametrize(("_", "words"), marked("run"))
 def test_command_runs(_, words):
     assert words[0] in ("python", "python3")
