@@ -1,5 +1,6 @@
 """The one way into attention, for our model and for anybody's: global arrays in, global arrays out."""
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,12 +20,18 @@ from ringbpt.types import TokenMeta
 SAVED_NAMES = ("attention_out", "attention_lse")
 
 
-def _make_local(name: str, query_chunk_size: int, key_chunk_size: int) -> Local:
-    if name == "reference":
-        return Local(reference.attend, reference.attend_bwd)
-    if name == "blockwise":
-        return blockwise.make_blockwise(query_chunk_size, key_chunk_size)
-    raise ValueError(f"local attention {name!r} is none of reference, blockwise")
+# Each: (a device that it will run on, query_chunk_size, key_chunk_size) -> Local. A size is the most tokens that a
+# block may have; None leaves it to the implementation.
+LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
+    "reference": lambda device, *sizes: Local(reference.attend, reference.attend_bwd),
+    "blockwise": lambda device, *sizes: blockwise.make_blockwise(*(size or 1024 for size in sizes)),
+}
+
+
+def _make_local(name: str, device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
+    if name not in LOCALS:
+        raise ValueError(f"local attention {name!r} is none of {', '.join(LOCALS)}")
+    return LOCALS[name](device, query_chunk_size, key_chunk_size)
 
 
 STRATEGIES = ("none", "ring", "all_gather", "ulysses", "ulysses_ring")
@@ -69,8 +76,8 @@ def make_attention(
     strategy: str = "ring",
     local: str = "blockwise",
     mask: MaskSpec = MaskSpec(),
-    query_chunk_size: int = 1024,
-    key_chunk_size: int = 1024,
+    query_chunk_size: int | None = None,
+    key_chunk_size: int | None = None,
     heads_k_stride: int | None = None,
     ulysses_degree: int | None = None,
 ):
@@ -84,6 +91,9 @@ def make_attention(
     strategy: how shares meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
     `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1.
 
+    local: what a device computes its share with, one of LOCALS, in blocks of at most query_chunk_size queries and
+    key_chunk_size keys; None: as the implementation thinks best.
+
     Raises ValueError for an unknown name, and NotImplementedError for what a strategy cannot do.
     """
     if strategy not in STRATEGIES:
@@ -92,7 +102,7 @@ def make_attention(
         raise NotImplementedError(
             f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
         )
-    blocks = _make_local(local, query_chunk_size, key_chunk_size)
+    blocks = _make_local(local, mesh.devices.flat[0], query_chunk_size, key_chunk_size)
     share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree)
     q_spec, kv_spec, row_spec, meta_spec = (spec(dims, axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
 

@@ -1,7 +1,6 @@
 """Every local implementation against the dense reference: forward, lse, carry, gradients, under every mask."""
 
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -13,51 +12,24 @@ from hypothesis import strategies as st
 from ringbpt.attention.core import Local, MaskSpec, Partial, merge
 from ringbpt.attention.local import blockwise, reference
 from ringbpt.types import TokenMeta
-
-REFERENCE = Local(reference.attend, reference.attend_bwd)
-
-
-def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: int, padding: int = 0) -> TokenMeta:
-    """Rows of `documents` documents of random lengths, and `padding` padded places at the end."""
-    position, segment = np.zeros((2, batch, length), np.int32)
-    for row in range(batch):
-        cuts = np.sort(rng.integers(0, length - padding + 1, documents - 1))
-        starts = [0, *cuts, length - padding]
-        for i, (start, stop) in enumerate(pairwise(starts)):
-            position[row, start:stop] = np.arange(stop - start)
-            segment[row, start:stop] = i + 1
-    return TokenMeta(position, segment)
-
-
-def arrays(rng, batch, length_T, length_S, heads, kv_heads, head_dim, dtype=np.float32):
-    shapes = [(batch, length_T, heads, head_dim), *[(batch, length_S, kv_heads, head_dim)] * 2]
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
+from tests.attention import suite
+from tests.attention.suite import REFERENCE, arrays, assert_close, packed_meta
 
 
 @partial(jax.jit, static_argnums=(0, 7))
-def results(local: Local, q, k, v, d_out, q_meta, kv_meta, mask, carry=None):
+def results(local: Local, q, k, v, d_out, q_meta, kv_meta, mask):
     """Forward over these keys, and gradients with the global out and lse, which the reference supplies."""
-    part = local.attend(q, k, v, q_meta, kv_meta, mask, carry)
     whole = reference.attend(q, k, v, q_meta, kv_meta, mask)
-    grads = local.attend_bwd(q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, q_meta, kv_meta, mask)
-    return (part.out_BTNH, part.lse_BTN, *grads)
+    return suite.results(local, 0, q, k, v, d_out, q_meta, kv_meta, mask, whole)
 
 
-def assert_close(got, want, tolerance=2e-5):
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert not np.isnan(a).any(), name
-        finite = np.isfinite(b)
-        assert (np.isfinite(a) == finite).all(), name
-        scale = max(np.abs(b[finite]).max(initial=0), 1.0)  # with one key a row, dq is 0 but for rounding
-        assert np.abs(a[finite] - b[finite]).max(initial=0) <= tolerance * scale, name
+@pytest.mark.parametrize("case", suite.CASES, ids=str)
+def test_blockwise_passes_the_suite(case):
+    suite.check(blockwise.make_blockwise(128, 64), case)
 
 
-MASKS = {"causal": MaskSpec(), "full": MaskSpec(causal=False), "window": MaskSpec(window=7), "both": MaskSpec(False, 9)}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_blockwise_is_the_reference(mask):
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(causal=False, window=9)], ids=["causal", "window"])
+def test_any_block_sizes_are_the_reference(mask):
     rng = np.random.default_rng(0)
     q, k, v, d_out = arrays(rng, 2, 48, 40, 4, 2, 16)
     q_meta, kv_meta = packed_meta(rng, 2, 48, 3, padding=5), packed_meta(rng, 2, 40, 3, padding=3)
@@ -68,27 +40,25 @@ def test_blockwise_is_the_reference(mask):
         assert_close(results(local, q, k, v, d_out, q_meta, kv_meta, mask), want)
 
 
-@pytest.mark.parametrize("local", [REFERENCE, blockwise.make_blockwise(8, 8)], ids=["reference", "blockwise"])
-def test_a_carry_is_as_good_as_one_pass(local):
+def test_a_carry_is_as_good_as_one_pass():
     rng = np.random.default_rng(1)
     q, k, v, _ = arrays(rng, 1, 24, 24, 2, 2, 8)
     meta = packed_meta(rng, 1, 24, 2)
-    whole = local.attend(q, k, v, meta, meta, MaskSpec())
+    whole = reference.attend(q, k, v, meta, meta, MaskSpec())
     part = None
     for keys in (slice(0, 8), slice(8, 24)):
         kv_meta = TokenMeta(meta.position_BT[:, keys], meta.segment_BT[:, keys])
-        part = local.attend(q, k[:, keys], v[:, keys], meta, kv_meta, MaskSpec(), part)
+        part = reference.attend(q, k[:, keys], v[:, keys], meta, kv_meta, MaskSpec(), part)
     np.testing.assert_allclose(part.out_BTNH, whole.out_BTNH, atol=1e-5)
     np.testing.assert_allclose(part.lse_BTN, whole.lse_BTN, atol=1e-5)
 
 
-@pytest.mark.parametrize("local", [REFERENCE, blockwise.make_blockwise(8, 8)], ids=["reference", "blockwise"])
-def test_rows_without_keys_are_zero_and_never_nan(local):
+def test_rows_without_keys_are_zero_and_never_nan():
     rng = np.random.default_rng(2)
     q, k, v, d_out = arrays(rng, 1, 16, 16, 2, 1, 8)
     meta, elsewhere = packed_meta(rng, 1, 16, 1), packed_meta(rng, 1, 16, 1)
     elsewhere = TokenMeta(elsewhere.position_BT, elsewhere.segment_BT + 1)
-    out, lse, *grads = results(local, q, k, v, d_out, meta, elsewhere, MaskSpec())
+    out, lse, *grads = results(REFERENCE, q, k, v, d_out, meta, elsewhere, MaskSpec())
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
     assert all((np.asarray(grad) == 0).all() for grad in grads)

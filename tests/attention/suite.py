@@ -1,0 +1,160 @@
+"""The cases that every local implementation goes through, and the dense reference that it is held to.
+
+A test file of an implementation parametrises over `CASES` and calls `check`; what it refuses it names, case by case,
+so that nothing is left out in silence:
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_the_suite(case):
+        check(make_it(128, 128), case, refuses={"odd heads"})
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringbpt.attention.core import Local, MaskSpec, Partial
+from ringbpt.attention.layouts import permutation
+from ringbpt.attention.local import reference
+from ringbpt.types import TokenMeta
+
+REFERENCE = Local(reference.attend, reference.attend_bwd)
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention of T queries to S keys. The sizes are those of two or three blocks of 128, where there are blocks.
+
+    hop: (layout, devices, whose queries, whose keys): one hop of a ring; empty: queries and keys of one text.
+    split: the first so many keys go in first, the rest with their result as the carry; 0: all at once.
+    strangers: queries and keys are of different documents, from this row on.
+    """
+
+    name: str
+    T: int = 256
+    S: int = 256
+    heads: tuple[int, int] = (2, 2)
+    head_dim: int = 64
+    batch: int = 1
+    mask: MaskSpec = MaskSpec()
+    documents: int = 1
+    padding: int = 0
+    hop: tuple[str, int, int, int] | None = None
+    split: int = 0
+    strangers: int | None = None
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# One case for each way in which attention differs, several ways at a time: interpreters are slow.
+CASES = (
+    Case("causal"),
+    Case("full, more keys than queries", T=128, S=384, heads=(2, 1), mask=MaskSpec(causal=False)),
+    Case("packed, grouped, padded", heads=(4, 2), batch=2, documents=4, padding=30, split=128),
+    Case("window over documents", T=384, S=384, documents=2, mask=MaskSpec(window=70)),
+    Case("window, both sides", mask=MaskSpec(causal=False, window=40), heads=(2, 1), split=128),
+    Case("zigzag hop", hop=("zigzag", 4, 1, 2), heads=(4, 1), split=128, documents=3, padding=100),
+    Case("striped hop", hop=("striped", 4, 2, 3), split=128),
+    Case("nothing visible", hop=("contiguous", 2, 0, 1)),
+    Case("a row without keys", batch=2, documents=2, strangers=1, split=128),
+    Case("odd lengths", T=77, S=201, documents=2, heads=(3, 1), mask=MaskSpec(causal=False)),
+    Case("odd heads", T=130, S=130, head_dim=96, heads=(3, 3), split=65),
+    Case("wide heads", T=128, S=256, head_dim=256, heads=(2, 1), documents=2),
+    Case("bf16", head_dim=128, heads=(4, 2), documents=3, padding=20, split=128, dtype="bfloat16"),
+    Case("bf16 hop", hop=("zigzag", 2, 1, 0), heads=(2, 1), split=128, dtype="bfloat16"),
+    Case("one token", T=1, S=1, heads=(1, 1)),
+)
+
+
+def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: int, padding: int = 0) -> TokenMeta:
+    """Rows of `documents` documents of random lengths, and `padding` padded places at the end."""
+    position, segment = np.zeros((2, batch, length), np.int32)
+    for row in range(batch):
+        cuts = np.sort(rng.integers(0, length - padding + 1, documents - 1))
+        starts = [0, *cuts, length - padding]
+        for i, (start, stop) in enumerate(pairwise(starts)):
+            position[row, start:stop] = np.arange(stop - start)
+            segment[row, start:stop] = i + 1
+    return TokenMeta(position, segment)
+
+
+def arrays(rng, batch, length_T, length_S, heads, kv_heads, head_dim, dtype=np.float32):
+    shapes = [(batch, length_T, heads, head_dim), *[(batch, length_S, kv_heads, head_dim)] * 2]
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
+
+
+def metas(case: Case, rng: np.random.Generator) -> tuple[TokenMeta, TokenMeta]:
+    """Where the queries and where the keys of a case stand."""
+    if case.hop:
+        layout, devices, queries, keys = case.hop
+        meta = packed_meta(rng, case.batch, case.T * devices, case.documents, case.padding)
+        order = permutation(layout, case.T * devices, devices).reshape(devices, case.T)
+        q_meta, kv_meta = (jax.tree.map(lambda x, i=i: x[:, order[i]], meta) for i in (queries, keys))
+    else:
+        meta = packed_meta(rng, case.batch, max(case.T, case.S), case.documents, case.padding)
+        q_meta, kv_meta = (jax.tree.map(lambda x, n=n: x[:, :n], meta) for n in (case.T, case.S))
+    if case.strangers is not None:
+        segment_BT = kv_meta.segment_BT.copy()
+        segment_BT[case.strangers :] += 100
+        kv_meta = replace(kv_meta, segment_BT=segment_BT)
+    return q_meta, kv_meta
+
+
+@cache
+def inputs(case: Case) -> tuple:
+    """q, k, v, d_out and the two metas; the numbers are those of the dtype, so that both sides start alike."""
+    rng = np.random.default_rng(0)
+    tensors = arrays(rng, case.batch, case.T, case.S, *case.heads, case.head_dim, case.dtype)
+    return (*tensors, *metas(case, rng))
+
+
+def results(local: Local, split: int, q, k, v, d_out, q_meta, kv_meta, mask: MaskSpec, whole: Partial):
+    """out and lse, the first `split` keys handed on as a carry; and dq, dk, dv with the global out and lse."""
+    part = None
+    for keys in (slice(split), slice(split, None)) if split else (slice(None),):
+        some_meta = jax.tree.map(lambda x, keys=keys: x[:, keys], kv_meta)
+        part = local.attend(q, k[:, keys], v[:, keys], q_meta, some_meta, mask, part)
+    assert part is not None
+    grads = local.attend_bwd(q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, q_meta, kv_meta, mask)
+    return (part.out_BTNH, part.lse_BTN, *grads)
+
+
+@cache
+def wanted(case: Case) -> tuple:
+    """What the dense reference says: out, lse, dq, dk, dv."""
+    q, k, v, d_out, q_meta, kv_meta = inputs(case)
+    whole = reference.attend(q, k, v, q_meta, kv_meta, case.mask)
+    return results(REFERENCE, 0, q, k, v, d_out, q_meta, kv_meta, case.mask, whole)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    """Each of out, lse, dq, dk, dv within `tolerance` of the its kind's largest number; infinite in the same places."""
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert not np.isnan(a).any(), name
+        finite = np.isfinite(b)
+        assert (np.isfinite(a) == finite).all(), name
+        scale = max(np.abs(b[finite]).max(initial=0), 1.0)  # with one key a row, dq is 0 but for rounding
+        assert np.abs(a[finite] - b[finite]).max(initial=0) <= tolerance * scale, name
+
+
+def check(local: Local, case: Case, refuses: Collection[str] = ()) -> None:
+    """Holds an implementation to the reference; those in `refuses` must raise, naming what to use instead."""
+    q, k, v, d_out, q_meta, kv_meta = inputs(case)
+    whole = Partial(*wanted(case)[:2])
+    run = jax.jit(partial(results, local, case.split, mask=case.mask))
+    if case.name in refuses:
+        with pytest.raises(NotImplementedError, match="use "):
+            run(q, k, v, d_out, q_meta, kv_meta, whole=whole)
+        return
+    got = run(q, k, v, d_out, q_meta, kv_meta, whole=whole)
+    assert all(array.dtype == jnp.float32 for array in got)
+    assert_close(got, wanted(case), tolerance=2e-5 if case.dtype == "float32" else 2e-2)
