@@ -18,6 +18,7 @@ PYTEST ?= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 BASE := $(VENV)/.base
 CORE := $(VENV)/.core
+AOT_CUDA := $(VENV)/.aot-cuda
 DEV := $(VENV)/.dev
 ORACLE := $(VENV)/.oracle
 
@@ -46,11 +47,7 @@ format: $(DEV)  ## what ruff can mend by itself
 aot: $(CORE)  ## compilers for TPUs that are not here
 	$(INSTALL) --editable '.[aot]'
 
-# The compiler alone, at the version of the jax that is installed: its dependencies are gigabytes of CUDA libraries
-# that only a machine with a GPU can use.
-aot-cuda: $(CORE)  ## compilers for NVIDIA GPUs that are not here
-	version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
-	$(INSTALL) --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc
+aot-cuda: $(AOT_CUDA)  ## compilers for NVIDIA GPUs that are not here
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
@@ -68,8 +65,15 @@ $(CORE): $(BASE)-$(notdir $(PYTHON))
 	@echo "[setup 2/3] jax, flax and what training needs: about 300 MB, a minute or two"
 	@start=$$(date +%s); $(INSTALL) --editable . && touch $@ && echo "[setup 2/3] took $$(( $$(date +%s) - start )) s"
 
-$(DEV): $(CORE)
-	@echo "[setup 3/3] what tests and lint need: about 100 MB"
+# The compiler alone, at the version of the jax that is installed: its dependencies are gigabytes of CUDA libraries
+# that only a machine with a GPU can use.
+$(AOT_CUDA): $(CORE)
+	@echo "[setup] the compiler for NVIDIA GPUs, without CUDA: about 250 MB"
+	@version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(INSTALL) --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc && touch $@
+
+$(DEV): $(CORE) $(AOT_CUDA)
+	@echo "[setup 3/3] what tests and lint need, the compiler for TPUs among it: about 300 MB"
 	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && touch $@ && \
 	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
 

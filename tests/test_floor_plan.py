@@ -23,7 +23,7 @@ LEVELS = [
     {"mesh", "attention", "data"},
     {"model", "convert", "objectives"},
     {"training"},
-    {"rollout"},
+    {"rollout", "planning"},
     {"train", "plan", "verify", "inspect", "generate", "evaluate", "checkpoint", "launch"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -18,6 +18,8 @@ from ringbpt.types import TokenMeta
 
 # Names under which a remat policy can keep the forward's result, so that the backward never runs the ring again.
 SAVED_NAMES = ("attention_out", "attention_lse")
+# The name under which attention's own operations stand in a compiled program; planning.overlap looks for it.
+SCOPE = "attention"
 
 
 # Each: (a device that it will run on, query_chunk_size, key_chunk_size) -> Local. A size is the most tokens that a
@@ -111,12 +113,14 @@ def make_attention(
 
     def forward(q, k, v, position, segment):
         meta = TokenMeta(position, segment)
-        part = share.attend(q, k, v, meta, meta, mask)
+        with jax.named_scope(SCOPE):
+            part = share.attend(q, k, v, meta, meta, mask)
         return part.out_BTNH.astype(q.dtype), part.lse_BTN
 
     def backward(q, k, v, position, segment, out, lse, d_out):
         meta = TokenMeta(position, segment)
-        grads = share.attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
+        with jax.named_scope(SCOPE):
+            grads = share.attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
 
     inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec)

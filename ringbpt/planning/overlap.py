@@ -1,0 +1,125 @@
+"""Does every hop of a ring hide behind computation? Read off the schedule that the compiler chose.
+
+A hop is a transfer that ring.py asked for (a ppermute). It is hidden where it starts before, and is waited for after,
+at least one attention computation: a loop over blocks or a kernel. A test asks so:
+
+    hops = ring_hops(compiled.as_text())          # of a gradient on sp > 2: forward and backward
+    assert hops and not exposed(hops), exposed(hops)
+
+The program must be scheduled: compiled for a TPU or a GPU (planning.topologies), here or not; the CPU's is not.
+Kernels count by their being custom calls; what they are called does not matter.
+"""
+
+from dataclasses import dataclass
+
+from ringbpt.attention.api import SCOPE
+from ringbpt.planning.hlo import Computation, Instruction, Module, parse, shape_bytes
+
+# Custom calls that compute nothing.
+_PLUMBING = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "MoveTo")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One transfer in the program, run `times` times a call.
+
+    hidden_by: the attention computations between its start and its end. synchronous: nothing else can run meanwhile.
+    in_loop: it stands in a loop's body. bytes: what one device sends each time.
+    """
+
+    name: str
+    computation: str
+    bytes: int
+    times: int
+    in_loop: bool
+    backward: bool
+    synchronous: bool
+    hidden_by: tuple[str, ...]
+
+    @property
+    def hidden(self) -> bool:
+        return bool(self.hidden_by) and not self.synchronous
+
+    def __str__(self) -> str:
+        how = "synchronous" if self.synchronous else f"behind {', '.join(self.hidden_by) or 'nothing'}"
+        which = "backward" if self.backward else "forward"
+        return f"{which} {self.name} in {self.computation}, {self.bytes} bytes x {self.times}: {how}"
+
+
+def exposed(hops: list[Hop]) -> list[str]:
+    """A line for each hop that nothing hides."""
+    return [str(hop) for hop in hops if not hop.hidden]
+
+
+def ring_hops(text: str) -> list[Hop]:
+    """Every hop of the program `compiled.as_text()`. Raises ValueError where it is not scheduled."""
+    module = parse(text)
+    if not module.scheduled:
+        raise ValueError("the program has no schedule to read: compile it for a TPU or a GPU")
+    bodies = {i.attribute("body") for c in module.computations.values() for i in c.instructions if i.opcode == "while"}
+    hops, seen = [], set()
+    for instruction, computation, times in module.executed():
+        if not _is_hop(module, instruction) or (computation.name, instruction.name) in seen:
+            continue
+        seen.add((computation.name, instruction.name))
+        between = _between(computation, instruction)
+        hops.append(
+            Hop(
+                name=instruction.name,
+                computation=computation.name,
+                bytes=_sent_bytes(computation, instruction),
+                times=times,
+                in_loop=computation.name in bodies,
+                backward="transpose(" in instruction.op_name,
+                synchronous=not between,
+                hidden_by=tuple(i.name for i in between if _is_attention(module, i, instruction)),
+            )
+        )
+    return hops
+
+
+def _is_hop(module: Module, instruction: Instruction) -> bool:
+    """A permute that the program asked for: those that the partitioner invents carry another operation's name."""
+    permutes = instruction.opcode in ("collective-permute", "collective-permute-start") or (
+        instruction.opcode == "async-start"
+        and any(i.opcode == "collective-permute" for i in module.inside(instruction))
+    )
+    return permutes and instruction.op_name.endswith("ppermute")
+
+
+def _sent_bytes(computation: Computation, hop: Instruction) -> int:
+    operands = (computation.by_name.get(name) for name in hop.operands)
+    return sum(shape_bytes(operand.shape) for operand in operands if operand)
+
+
+def _between(computation: Computation, start: Instruction) -> list[Instruction]:
+    """What is scheduled while the transfer is under way; [] for one that is synchronous."""
+    if not start.opcode.endswith("-start") or '"is_sync":true' in start.attributes:
+        return []
+    first = computation.instructions.index(start)
+    for i, instruction in enumerate(computation.instructions[first + 1 :], first + 1):
+        if instruction.opcode.endswith("-done") and start.name in instruction.operands:
+            return computation.instructions[first + 1 : i]
+    # It ends in another computation (the next turn of a loop): all that follows here runs meanwhile.
+    return computation.instructions[first + 1 :]
+
+
+def _scope(op_name: str) -> str:
+    """What of an operation's name it shares with all of the same attention: up to its scope, or to its shard_map."""
+    before, scope, _ = op_name.rpartition(f"/{SCOPE}/")
+    return before + scope or op_name.rpartition("shard_map/")[0]
+
+
+def _is_attention(module: Module, instruction: Instruction, hop: Instruction) -> bool:
+    """A loop, a branch or a kernel of the hop's own attention that multiplies matrices."""
+    if instruction.opcode not in ("while", "conditional", "call", "custom-call", "fusion", "async-start"):
+        return False
+    if _scope(instruction.op_name) != _scope(hop.op_name):
+        return False
+    return any(_multiplies(i) for i in (instruction, *module.inside(instruction)))
+
+
+def _multiplies(instruction: Instruction) -> bool:
+    if instruction.opcode == "custom-call":
+        return not any(name in instruction.attributes for name in _PLUMBING)
+    return instruction.opcode in ("dot", "convolution")

@@ -1,0 +1,229 @@
+"""Machines that are not here: the names people use -> abstract devices that a program can be compiled for.
+
+A kernel's or a ring's test compiles so, on a laptop:
+
+    machine = topology("v5e-8")                                     # or v4-16, 8xh200, 4x8xh100, cpu-8
+    mesh = make_mesh((1, 1, 1, 8), devices=machine.devices)
+    attend = make_attention(mesh, ...)
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(None, "sp")))
+    compiled = machine.compile(jax.jit(attend), x, x, x, meta, meta)
+    compiled.memory_analysis(); ring_hops(compiled.as_text())        # planning.overlap
+
+`need(name)` raises UserError with what to install where the compiler is missing: a test skips on it.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ringbpt import hardware
+from ringbpt.config import UserError
+from ringbpt.config_checks import nearest_name
+from ringbpt.hardware import Hardware
+
+_CUBES = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+    1024: "8x8x16", 2048: "8x16x16",
+}  # fmt: skip
+_SQUARES = {4: "2x2", 16: "4x4", 64: "8x8", 128: "8x16", 256: "16x16"}
+_LITE = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
+# Generation -> what its names count (2: TensorCores, two a chip; 1: chips), the shape of so many chips, and options.
+_TPUS: dict[str, tuple[int, dict[int, str], dict[str, Any]]] = {
+    "v2": (2, _SQUARES, {}),
+    "v3": (2, _SQUARES | {512: "16x32", 1024: "32x32"}, {}),
+    "v4": (2, _CUBES, {"chip_config_name": "megacore"}),  # both cores of a chip are one device
+    "v5p": (2, _CUBES | {4096: "16x16x16"}, {}),
+    "v5e": (1, _LITE, {}),
+    "v6e": (1, _LITE, {}),
+}
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e"}
+
+# cores, floating-point units a core, shared memory a core, L2 in MiB, GHz, bytes, compute capability.
+_GPUS = {
+    "A100": (108, 64, 167936, 40, 1.41, 85100068864, "major: 8"),
+    "H100": (132, 128, 233472, 50, 1.98, 84942979072, "major: 9 feature_extension: ACCELERATED_FEATURES"),
+    "H200": (132, 128, 233472, 50, 1.98, 151397597184, "major: 9 feature_extension: ACCELERATED_FEATURES"),
+}
+_GPU_NAME = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?(a100|h100|h200)(?:-(?:sxm-?)?(80|141)gb?)?")
+
+# The part of a GPU's memory that a run can be given: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax's own default is 0.75).
+GPU_FRACTION = 0.95
+
+
+@dataclass(frozen=True)
+class Topology:
+    """name: as it was asked for. devices: abstract ones (real ones for a CPU). hosts: how many of them share a host.
+
+    memory: bytes that a program may use on one device; None where nobody knows (a CPU).
+    """
+
+    name: str
+    platform: str  # tpu | cuda | cpu
+    devices: tuple[jax.Device, ...]
+    devices_per_host: int
+    hardware: Hardware | None
+
+    @property
+    def memory(self) -> int | None:
+        if self.hardware is None:
+            return None
+        part = GPU_FRACTION if self.platform == "cuda" else 1.0
+        return int(part * self.hardware.hbm_gib * 2**30)
+
+    def lower(self, jitted: Any, *args: Any) -> Any:
+        return jitted.trace(*args).lower(lowering_platforms=(self.platform,))
+
+    def compile(self, jitted: Any, *args: Any, options: dict[str, Any] | None = None) -> Any:
+        """The compiled program of a jitted function for this machine; args are ShapeDtypeStructs with shardings.
+
+        options: further compiler options ({"xla_dump_to": folder}). What does not fit the memory is a
+        jax.errors.JaxRuntimeError with RESOURCE_EXHAUSTED (planning.program reads it).
+        """
+        # Autotuning times kernels on a GPU, and there is none.
+        own: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
+        with quiet(self.platform != "cpu"):
+            return self.lower(jitted, *args).compile(own | (options or {}))
+
+
+def names() -> list[str]:
+    """Every TPU's name, and an example of each GPU's and of the CPU's."""
+    tpus = [f"{kind}-{count * cores}" for kind, (cores, shapes, _) in _TPUS.items() for count in shapes]
+    return [*tpus, *(f"{n}{gpu.lower()}" for gpu in _GPUS for n in ("", "8x", "4x8x")), "cpu-8"]
+
+
+def topology(name: str) -> Topology:
+    """The machine of that name: v4-512, v5litepod-8, 8xa100-80g, 4x8xh100 (nodes x GPUs), h200, cpu-8.
+
+    v2 to v5p count TensorCores, two a chip, as their vendor does; v5e and v6e count chips. Raises UserError for a
+    name that is none, or with what to install where the compiler is missing.
+    """
+    plain = name.strip().lower()
+    if match := _GPU_NAME.fullmatch(plain):
+        return _gpu(name, match)
+    kind, _, count = plain.rpartition("-")
+    kind = _ALIASES.get(kind, kind)
+    if not re.fullmatch("[0-9]{1,6}", count) or kind not in (*_TPUS, "cpu"):
+        raise UserError(_unknown(name))
+    return _cpu(name, int(count)) if kind == "cpu" else _tpu(name, kind, int(count))
+
+
+def _unknown(name: str) -> str:
+    sizes = ", ".join(f"{kind}-{cores * min(s)} to {kind}-{cores * max(s)}" for kind, (cores, s, _) in _TPUS.items())
+    gpus = ", ".join(f"8x{gpu.lower()}" for gpu in _GPUS)
+    return (
+        f"--topology='{name}' is no machine known here: {sizes}, {gpus} (4x8xh100: 4 nodes of 8), cpu-8; "
+        f"did you mean --topology={nearest_name(name, names())}?"
+    )
+
+
+def _cpu(name: str, count: int) -> Topology:
+    devices = jax.devices("cpu")
+    if not 0 < count <= len(devices):
+        raise UserError(f"--topology={name}: this process has {len(devices)} CPU devices: --num_cpu_devices={count}")
+    return Topology(name, "cpu", tuple(devices[:count]), count, None)
+
+
+def _tpu(name: str, kind: str, count: int) -> Topology:
+    cores, shapes, options = _TPUS[kind]
+    if count % cores or count // cores not in shapes:
+        near = sorted(shapes, key=lambda chips: abs(math.log(chips * cores / max(count, 1))))[:2]
+        counts = " or ".join(f"{kind}-{chips * cores}" for chips in sorted(near))
+        raise UserError(f"--topology={name}: {kind} machines come as powers of two: {counts}")
+    need("tpu")
+    from jax.experimental import topologies
+
+    shape = shapes[count // cores]
+    if shape == "1x1":
+        options = {**options, "chips_per_host_bounds": (1, 1, 1)}
+    with quiet():
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
+    devices = tuple(found.devices)
+    per_chip = 2 if kind in ("v2", "v3") else 1
+    return Topology(name, "tpu", devices, min(4 * per_chip, len(devices)), hardware.find(devices[0].device_kind))
+
+
+def _gpu(name: str, match: re.Match[str]) -> Topology:
+    first, second, model, gib = match.groups()
+    nodes, gpus = (int(first), int(second)) if second else (1, int(first or 1))
+    known = hardware.find(model)
+    assert known
+    if nodes < 1 or gpus < 1 or (gib and (gib == "141") != (model == "h200")):
+        raise UserError(_unknown(name))
+    need("cuda")
+    from jax.experimental import topologies
+
+    with quiet():
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=_gpu_config(known), topology=f"{nodes}x1x{gpus}"
+        )
+    return Topology(name, "cuda", tuple(found.devices), gpus, known)
+
+
+def _gpu_config(known: Hardware) -> str:
+    """The text of XLA's GpuTargetConfigProto: everything that its compiler asks a device for."""
+    cores, units, shared, l2, clock, size, capability = _GPUS[known.name]
+    return f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+        shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared - 1024}
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+        registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
+        memory_bandwidth: {int(known.hbm_gb_per_s * 1e9)} l2_cache_size: {l2 * 2**20} device_memory_size: {size}
+        cuda_compute_capability {{ {capability} }}
+      }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }}
+      device_description_str: "{known.device_kinds[0]}"
+    """
+
+
+def need(platform: str) -> None:
+    """Raises UserError with what to install where the compiler of `platform` (tpu, cuda, cpu) is missing.
+
+    Also says to it, before it starts, that no device is there and that others may be using it at the same time.
+    """
+    if platform == "tpu":
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError("the compiler for TPUs is not installed: make aot, or pip install 'jax[tpu]'")
+        for variable, value in {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: several processes may compile at once
+            "TPU_SKIP_MDS_QUERY": "1",  # no question to a cloud's metadata server
+            "TPU_MIN_LOG_LEVEL": "3",
+            "TPU_STDERR_LOG_LEVEL": "3",
+        }.items():
+            os.environ.setdefault(variable, value)
+    elif platform == "cuda":
+        plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+        if importlib.util.find_spec("jax_plugins") is None or not any(map(importlib.util.find_spec, plugins)):
+            raise UserError(
+                "the compiler for NVIDIA GPUs is not installed: make aot-cuda, or pip install 'jax[cuda13]'"
+            )
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """While it lasts, nothing reaches the process's stderr: compilers without a device complain at length there.
+
+    An exception still carries its own message.
+    """
+    if not on:
+        yield
+        return
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

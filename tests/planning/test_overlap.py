@@ -1,0 +1,94 @@
+"""Every hop of the ring hides behind computation, on machines that are not here; a ring that waits is caught."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ringbpt.attention import make_attention
+from ringbpt.attention.core import Partial
+from ringbpt.attention.parallel import ring
+from ringbpt.config import UserError
+from ringbpt.mesh import make_mesh
+from ringbpt.planning.overlap import exposed, ring_hops
+from ringbpt.planning.topologies import need, topology
+
+MACHINES = ["v4-8", "v5p-8", "v5e-4", "v6e-4", "4xh200"]
+
+
+def compiler(name: str):
+    """The machine; the test is skipped where its compiler is not installed."""
+    try:
+        need("cuda" if "h200" in name else "tpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    return topology(name)
+
+
+def program(name: str, length: int = 512, **options) -> str:
+    """The gradient of one attention by ring over the machine's devices."""
+    machine = compiler(name)
+    sp = len(machine.devices)
+    mesh = make_mesh((1, 1, 1, sp), devices=machine.devices)
+    attend = make_attention(mesh, query_chunk_size=length // 2, key_chunk_size=length // 2, **options)
+    sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
+    x = jax.ShapeDtypeStruct((1, sp * length, 2, 128), jnp.bfloat16, sharding=sharding)
+    meta = jax.ShapeDtypeStruct((1, sp * length), jnp.int32, sharding=sharding)
+
+    def total(q, k, v, position, segment):
+        return jnp.sum(attend(q, k, v, position, segment).astype(jnp.float32) ** 2)
+
+    return machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), x, x, x, meta, meta).as_text()
+
+
+def check(text: str, sp: int):
+    hops = ring_hops(text)
+    assert not exposed(hops), exposed(hops)
+    # K and V: n - 1 forward and n - 1 backward. Their gradients, as many, and one of zeros to keep one loop body.
+    assert sum(hop.times for hop in hops if not hop.backward) == sp - 1
+    assert {hop.in_loop for hop in hops if not hop.backward} == {True}
+    assert any(hop.in_loop for hop in hops if hop.backward)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_hop_hides_behind_attention(name):
+    check(program(name), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-16", "v5p-16", "v5e-8", "v6e-8", "8xh200"])
+def test_every_hop_hides_behind_attention_on_eight(name):
+    check(program(name, length=1024), 8)
+
+
+def waiting_forward(local, axis, q, k, v, q_meta, kv_meta, mask):
+    """A ring that sends its keys only when it has computed with them."""
+    size, meta_at = lax.axis_size(axis), ring._all_metas(kv_meta, axis)
+
+    def hop(state, i):
+        part, kv = state
+        part, kv = lax.optimization_barrier((local.attend(q, kv[0], kv[1], q_meta, meta_at(i), mask, part), kv))
+        return (part, ring._send(kv, axis, size)), None
+
+    (part, kv), _ = lax.scan(hop, (Partial.empty(q.shape), jnp.stack([k, v])), jnp.arange(size - 1))
+    return local.attend(q, kv[0], kv[1], q_meta, meta_at(size - 1), mask, part)
+
+
+@pytest.mark.parametrize("name", ["v5e-4", pytest.param("4xh200", marks=pytest.mark.slow)])
+def test_a_ring_that_waits_is_caught(name, monkeypatch):
+    monkeypatch.setattr(ring, "forward", waiting_forward)
+    hops = ring_hops(program(name))
+    assert exposed(hops) == [str(hop) for hop in hops if not hop.backward]
+
+
+def test_the_compilers_are_here():
+    """Where none is installed, every test above is skipped: `make test` installs both."""
+    need("tpu")
+    need("cuda")
+
+
+def test_a_program_without_a_schedule_is_refused():
+    text = jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()
+    with pytest.raises(ValueError, match="compile it for a TPU or a GPU"):
+        ring_hops(text.replace("is_scheduled=true", "is_scheduled=false"))

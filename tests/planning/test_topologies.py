@@ -1,0 +1,87 @@
+"""The names people use for machines, and what is said about those that are none."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ringbpt.config import UserError
+from ringbpt.planning import topologies
+from ringbpt.planning.topologies import need, topology
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "per_host"),
+    [
+        ("v4-8", "v4", 4, 4),
+        ("v4-512", "v4", 256, 4),
+        ("v5p-16", "v5p", 8, 4),
+        ("v5litepod-1", "v5e", 1, 1),
+        ("v5e-256", "v5e", 256, 4),
+        ("V6e-8", "v6e", 8, 4),
+        ("v3-512", "v3", 512, 8),
+        ("h200", "H200", 1, 1),
+        ("8xa100-80g", "A100", 8, 8),
+        ("4x8xh100", "H100", 32, 8),
+    ],
+)
+def test_names_people_use(name, kind, count, per_host):
+    try:
+        need("cuda" if "x" in name or name.startswith("h") else "tpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    machine = topology(name)
+    assert machine.hardware and machine.hardware.name == kind
+    assert (len(machine.devices), machine.devices_per_host) == (count, per_host)
+    assert machine.memory and 0.9 < machine.memory / 2**30 / machine.hardware.hbm_gib <= 1
+
+
+def test_cpus_are_the_ones_of_this_process():
+    machine = topology("cpu-8")
+    assert len(machine.devices) == 8 and machine.memory is None
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("v4-500", "v4 machines come as powers of two: v4-256 or v4-512"),
+        ("v5e-3", "v5e-4"),
+        ("v7-8", "v2-8 to v2-512"),
+        ("8xh200-80g", "did you mean --topology=8xh200?"),
+        ("4x8xb200", "did you mean --topology=4x8xh200?"),
+        ("v4", "did you mean"),
+        ("cpu-99", "8 CPU devices"),
+        ("0xh100", "did you mean"),
+    ],
+)
+def test_what_is_no_machine_is_answered_in_one_line(name, answer):
+    with pytest.raises(UserError, match="--topology=") as error:
+        topology(name)
+    assert answer in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "answer"), [("v4-8", "make aot,"), ("8xh100", "make aot-cuda")])
+def test_a_missing_compiler_is_one_line_that_says_what_to_install(name, answer, monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=answer):
+        topology(name)
+
+
+def test_two_processes_compile_for_tpus_at_once():
+    """libtpu takes a lock for a device that is its own; nobody holds one here."""
+    try:
+        need("tpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    code = (
+        "import jax, sys; from ringbpt.planning.topologies import topology; machine = topology('v5e-1')\n"
+        "x = jax.ShapeDtypeStruct((8, 8), 'float32', sharding=jax.sharding.SingleDeviceSharding(machine.devices[0]))\n"
+        "machine.compile(jax.jit(lambda x: x @ x), x); print('ready', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2  # both alive, both have compiled
+    finally:
+        ends = [process.communicate(timeout=60) for process in both]
+    assert [err for _, err in ends] == ["", ""]  # and no complaint that there is no TPU
