@@ -1,7 +1,7 @@
 """What every attention shares: who sees whom, a partial result, and how two partial results become one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,60 @@ def visible(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> Bool[Array
     if mask.window is not None:
         seen_BTS &= jnp.abs(distance_BTS) < mask.window
     return seen_BTS
+
+
+_BEYOND = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Per row and block: least and greatest position and segment; padding is in no segment's range."""
+
+    position_min: Array  # each [B, blocks]
+    position_max: Array
+    segment_min: Array
+    segment_max: Array
+    padded: Array
+
+    def map(self, function: Callable[[Array], Array]) -> "_Range":
+        return _Range(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+def _ranges(meta: TokenMeta, size: int) -> _Range:
+    position, segment = (x.reshape(x.shape[0], -1, size) for x in (meta.position_BT, meta.segment_BT))
+    real = segment != 0
+    xp = real.__array_namespace__()
+    return _Range(
+        position_min=xp.min(xp.where(real, position, _BEYOND), axis=-1),
+        position_max=xp.max(xp.where(real, position, -1), axis=-1),
+        segment_min=xp.min(xp.where(real, segment, _BEYOND), axis=-1),
+        segment_max=xp.max(segment, axis=-1),
+        padded=~xp.all(real, axis=-1),
+    )
+
+
+def block_visibility(
+    q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
+) -> tuple[Bool[Array, "query_blocks key_blocks"], Bool[Array, "query_blocks key_blocks"]]:
+    """(some, all), bool [query blocks, key blocks]: may some row hold a visible pair; is every pair visible.
+
+    `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
+    lengths here. Of jax arrays on the device, of numpy arrays on the host: one rule for what is done and counted.
+    """
+    q = _ranges(q_meta, query_chunk_size).map(lambda x: x[:, :, None])
+    k = _ranges(kv_meta, key_chunk_size).map(lambda x: x[:, None, :])
+    some = (k.segment_min <= q.segment_max) & (q.segment_min <= k.segment_max)
+    every = (q.segment_min == k.segment_max) & (q.segment_max == k.segment_min) & ~q.padded & ~k.padded
+    if mask.causal:
+        some &= k.position_min <= q.position_max
+        every &= k.position_max <= q.position_min
+    if mask.window is not None:
+        some &= q.position_min - k.position_max < mask.window
+        every &= q.position_max - k.position_min < mask.window
+        if not mask.causal:
+            some &= k.position_min - q.position_max < mask.window
+            every &= k.position_max - q.position_min < mask.window
+    return some.any(axis=0), every.all(axis=0)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

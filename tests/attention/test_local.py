@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, merge
+from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge
 from ringbpt.attention.local import blockwise, reference
 from ringbpt.types import TokenMeta
 from tests.attention import suite
@@ -95,7 +95,7 @@ def test_blocks_nobody_sees_are_not_visited():
 
     def visited(segment, mask):
         meta = TokenMeta(position, segment)
-        return int(np.asarray(blockwise.block_visibility(meta, meta, mask, chunk, chunk)[0]).sum())
+        return int(np.asarray(block_visibility(meta, meta, mask, chunk, chunk)[0]).sum())
 
     blocks = length // chunk
     assert visited(one, MaskSpec(causal=False)) == blocks**2

@@ -6,7 +6,6 @@ padding and every layout are skipped by one mechanism. Ref: FlashAttention-2 (ar
 (arXiv:2305.19370).
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,64 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, visible
+from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, row_delta, visible
 from ringbpt.types import TokenMeta
-
-_NO_SEGMENT = jnp.iinfo(jnp.int32).max
 
 
 def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
     """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing."""
     sizes: dict[str, Any] = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
     return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Range:
-    """Per row and block: least and greatest position and segment; padding is in no segment's range."""
-
-    position_min: jax.Array  # each [B, blocks]
-    position_max: jax.Array
-    segment_min: jax.Array
-    segment_max: jax.Array
-    padded: jax.Array
-
-
-def _ranges(meta: TokenMeta, size: int) -> _Range:
-    position, segment = (x.reshape(x.shape[0], -1, size) for x in (meta.position_BT, meta.segment_BT))
-    real = segment != 0
-    return _Range(
-        position_min=jnp.min(jnp.where(real, position, _NO_SEGMENT), axis=-1),
-        position_max=jnp.max(jnp.where(real, position, -1), axis=-1),
-        segment_min=jnp.min(jnp.where(real, segment, _NO_SEGMENT), axis=-1),
-        segment_max=jnp.max(segment, axis=-1),
-        padded=~jnp.all(real, axis=-1),
-    )
-
-
-def block_visibility(
-    q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """(some, all), bool [query blocks, key blocks]: may some row hold a visible pair; is every pair visible.
-
-    `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
-    lengths here.
-    """
-    q = jax.tree.map(lambda x: x[:, :, None], _ranges(q_meta, query_chunk_size))
-    k = jax.tree.map(lambda x: x[:, None, :], _ranges(kv_meta, key_chunk_size))
-    some = (k.segment_min <= q.segment_max) & (q.segment_min <= k.segment_max)
-    every = (q.segment_min == k.segment_max) & (q.segment_max == k.segment_min) & ~q.padded & ~k.padded
-    if mask.causal:
-        some &= k.position_min <= q.position_max
-        every &= k.position_max <= q.position_min
-    if mask.window is not None:
-        some &= q.position_min - k.position_max < mask.window
-        every &= q.position_max - k.position_min < mask.window
-        if not mask.causal:
-            some &= k.position_min - q.position_max < mask.window
-            every &= k.position_max - q.position_min < mask.window
-    return jnp.any(some, axis=0), jnp.all(every, axis=0)
 
 
 def _visits(some: jax.Array) -> tuple[jax.Array, jax.Array]:

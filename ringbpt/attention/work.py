@@ -1,0 +1,128 @@
+"""How much attention each device does, counted instead of timed: visible pairs and blocks, by device and by hop.
+
+What a layout is worth under a mask and a packing does not need a pod to be seen: a pair of tokens is visible or not.
+Everything here is numpy on the host.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringbpt.attention.core import MaskSpec, block_visibility
+from ringbpt.attention.layouts import permutation
+from ringbpt.types import TokenMeta
+
+
+@dataclass(frozen=True)
+class Work:
+    """What device r meets at hop h of a ring, that is, on the keys of device (r - h) % sp. All [sp, hops], int64.
+
+    pairs: visible pairs of a query and a key. blocks: the blocks that are computed, in some of which only a part is
+    visible; full: those of them that need no mask. blocks_a_hop: how many there are, computed or skipped.
+    """
+
+    pairs: np.ndarray
+    blocks: np.ndarray
+    full: np.ndarray
+    blocks_a_hop: int
+
+    @property
+    def balance(self) -> float:
+        """The most loaded device's visible pairs over the average: what a causal mask costs a layout. 1 is best."""
+        return _balance(self.pairs.sum(axis=1))
+
+    @property
+    def block_balance(self) -> float:
+        """The same of the blocks that are computed."""
+        return _balance(self.blocks.sum(axis=1))
+
+    @property
+    def hop_balance(self) -> float:
+        """The same where all devices wait for each other after each hop, as a ring that hides nothing makes them."""
+        slowest, mean = self.pairs.max(axis=0).sum(), self.pairs.sum() / len(self.pairs)
+        return float(slowest / mean) if mean else 1.0
+
+    @property
+    def skipped(self) -> float:
+        """The share of all blocks that nobody computes."""
+        return 1 - float(self.blocks.sum()) / (self.blocks.size * self.blocks_a_hop)
+
+    @property
+    def hops(self) -> int:
+        """Hops after which no device meets anything visible any more: transfers of K and V that are needed."""
+        return int(np.flatnonzero(self.pairs.any(axis=0)).max(initial=0))
+
+    def __str__(self) -> str:
+        """A table: a line for each device, and what it comes to."""
+        lines = [
+            f"{'device':>6} {'visible pairs':>15} {'share':>7} {'blocks':>9} {'no mask':>9} {'hops with work':>15}"
+        ]
+        total = max(self.pairs.sum(), 1)
+        for r, (pairs, blocks, full) in enumerate(zip(self.pairs, self.blocks, self.full, strict=True)):
+            lines.append(
+                f"{r:>6} {pairs.sum():>15,} {pairs.sum() / total:>7.1%} {blocks.sum():>9,} {full.sum():>9,} "
+                f"{np.count_nonzero(pairs):>15}"
+            )
+        lines.append(
+            f"max/mean {self.balance:.3f} in pairs, {self.block_balance:.3f} in blocks; {self.skipped:.1%} of the "
+            f"blocks skipped; {self.hops} of {self.pairs.shape[1] - 1} hops needed"
+        )
+        return "\n".join(lines)
+
+
+def _balance(loads: np.ndarray) -> float:
+    return float(loads.max() / loads.mean()) if loads.any() else 1.0
+
+
+def count(
+    meta: TokenMeta,
+    layout: str,
+    sp: int,
+    mask: MaskSpec = MaskSpec(),
+    query_chunk_size: int = 1024,
+    key_chunk_size: int = 1024,
+) -> Work:
+    """The work of attention over the host batch `meta` (in text order) dealt out to sp devices.
+
+    Raises ValueError where the layout cannot deal out the length (see layouts.permutation).
+    """
+    order = permutation(layout, meta.position_BT.shape[1], sp)
+    position, segment = (np.asarray(x)[:, order].astype(np.int64) for x in (meta.position_BT, meta.segment_BT))
+    devices = [TokenMeta(p, s) for p, s in zip(np.split(position, sp, 1), np.split(segment, sp, 1), strict=True)]
+    tokens = position.shape[1] // sp
+    size_T, size_S = min(query_chunk_size, tokens), min(key_chunk_size, tokens)
+    pairs, blocks, full = np.zeros((3, sp, sp), np.int64)
+    for hop in range(sp):
+        for r, q in enumerate(devices):
+            kv = devices[(r - hop) % sp]
+            pairs[r, hop] = visible_pairs(q, kv, mask)
+            some, every = block_visibility(_padded(q, size_T), _padded(kv, size_S), mask, size_T, size_S)
+            blocks[r, hop], full[r, hop] = some.sum(), every.sum()
+    return Work(pairs, blocks, full, -(-tokens // size_T) * -(-tokens // size_S))
+
+
+# Documents stand this far apart on one line: further than any window reaches.
+_FAR = 2**32
+
+
+def visible_pairs(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> int:
+    """Pairs of a query and a key that see each other, without making the mask: n log n in the number of tokens."""
+    total = 0
+    for row in range(len(q_meta.position_BT)):
+        (q, q_real), (k, k_real) = (_places(meta, row) for meta in (q_meta, kv_meta))
+        q, k = q[q_real], np.sort(k[k_real])
+        reach = _FAR if mask.window is None else mask.window - 1
+        ahead = 0 if mask.causal else reach
+        total += int((np.searchsorted(k, q + ahead, "right") - np.searchsorted(k, q - reach, "left")).sum())
+    return total
+
+
+def _places(meta: TokenMeta, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """(each token's place on one line on which documents lie far apart, whether it is a token at all)."""
+    segment = meta.segment_BT[row].astype(np.int64)
+    return meta.position_BT[row] + segment * (4 * _FAR), segment != 0
+
+
+def _padded(meta: TokenMeta, size: int) -> TokenMeta:
+    rest = -meta.position_BT.shape[1] % size
+    return TokenMeta(*(np.pad(x, ((0, 0), (0, rest))) for x in (meta.position_BT, meta.segment_BT)))
