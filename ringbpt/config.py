@@ -50,6 +50,7 @@ from ringbpt.config_fields import (
     UserError,
     flag_values,
 )
+from ringbpt.families import llama_fields, read_json
 
 __all__ = [
     "FLAG_TYPES",
@@ -110,6 +111,19 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
     unsaid = {"rms_norm_eps": LlamaConfig.rms_norm_eps, "num_key_value_heads": None, "head_dim": None}
     for key, value in (unsaid | PRESETS[name]).items():
         _set(tree, f"llama.{key}", value)
+
+
+def _apply_huggingface(tree: ConfigDict, checkpoint: str) -> None:
+    """The model that a Hugging Face folder holds, and its tokenizer, where no other is asked for."""
+    folder = Path(checkpoint.removeprefix(HUGGINGFACE)).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--load_checkpoint={checkpoint}: no such folder")
+    longest = tree.llama.max_sequence_length
+    for key, value in llama_fields(read_json(folder / "config.json"), str(folder / "config.json")).items():
+        _set(tree, f"llama.{key}", value)
+    tree.llama.max_sequence_length = max(longest, tree.llama.max_sequence_length)
+    if not tree.tokenizer.vocab_file:
+        tree.tokenizer.vocab_file = str(folder)
 
 
 def _set(tree: ConfigDict, name: str, value: Any) -> None:
@@ -240,6 +254,7 @@ def _update_llama(tree: ConfigDict, text: str) -> None:
 # --- the command line ---
 
 UPDATE = "update_llama_config"
+HUGGINGFACE = "huggingface::"  # before a --load_checkpoint
 ENTRY_FLAGS = ("help", "print_config")  # the entries' own: they ask about the flags and are none
 # What other trainers call the sp axis.
 SP_ALIASES = ("ring_attn_size", "sequence_parallel_degree", "sequence_parallel_size", "context_parallel_size")
@@ -261,9 +276,10 @@ ALIAS_TYPES: dict[str, Any] = (
 def parse_args(argv: list[str], default_recipe: str = "configs/debug.py") -> ConfigDict:
     """The tree that a command line (without the program's name) asks for; `parse` checks and freezes it.
 
-    In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the other flags, other
-    trainers' names for them, --update_llama_config. Without any flag the run starts from `default_recipe`. --help and
-    --print_config are left to the caller. Raises UserError for what is no flag, is given twice, or is of another type.
+    In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the config.json of a
+    `huggingface::` checkpoint, the other flags, other trainers' names for them, --update_llama_config. Without any
+    flag the run starts from `default_recipe`. --help and --print_config are left to the caller. Raises UserError for
+    what is no flag, is given twice, or is of another type.
     """
     given = _read_flags(argv)
     if not given:
@@ -272,6 +288,8 @@ def parse_args(argv: list[str], default_recipe: str = "configs/debug.py") -> Con
     tree = load_recipe(path) if path else default_config()
     if given.get("load_llama_config"):
         _apply_preset(tree, given["load_llama_config"])
+    if given.get("load_checkpoint", tree.load_checkpoint).startswith(HUGGINGFACE):
+        _apply_huggingface(tree, given.get("load_checkpoint", tree.load_checkpoint))
     for name, value in given.items():
         if name in FLAG_TYPES and name != UPDATE:
             _set(tree, name, value)
@@ -487,7 +505,7 @@ HELP: dict[str, dict[str, str]] = {
         "config": "a recipe, configs/<name>.py; the flags after it override it",
         "load_llama_config": f"sizes of the model: {', '.join(PRESETS)}",
         "update_llama_config": '"dict(scan_mlp=True,...)": any of the llama flags at once',
-        "load_checkpoint": "params::<path>, trainstate::, trainstate_params:: or flax_params::",
+        "load_checkpoint": "params::<path>, trainstate::, trainstate_params::, flax_params::, huggingface::<folder>",
         "autoresume": "go on from the run's own latest checkpoint, if there is one",
     },
     "devices": {

@@ -33,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "llama.attention_type": ("standard", "blockwise", "ring_standard", "ring_blockwise"),
     "llama.sequence_parallel": ("ring", "all_gather", "ulysses", "ulysses_ring"),
     "llama.sequence_layout": ("auto", "contiguous", "zigzag", "striped"),
-    "llama.rope_scaling_type": ("", "linear", "llama3"),
+    "llama.rope_scaling_type": ("", "linear", "llama3", "yarn"),
     "llama.remat_block": REMAT_POLICIES,
     "llama.remat_attention": REMAT_POLICIES,
     "llama.remat_mlp": REMAT_POLICIES,
@@ -73,6 +73,10 @@ AT_LEAST: dict[str, float] = {
     "llama.max_sequence_length": 1,
     "llama.initializer_range": 0,
     "llama.rope_scaling_original_length": 1,
+    "llama.sliding_window": 1,
+    "llama.num_experts": 0,
+    "llama.num_experts_per_tok": 1,
+    "llama.router_aux_loss_coef": 0,
     "llama.heads_k_stride": 1,
     "llama.ulysses_degree": 1,
     "llama.scan_query_chunk_size": 1,
@@ -87,6 +91,8 @@ ABOVE_ZERO = (
     "llama.rope_scaling_factor",
     "llama.rope_scaling_low_freq_factor",
     "llama.rope_scaling_high_freq_factor",
+    "llama.rope_scaling_beta_fast",
+    "llama.rope_scaling_beta_slow",
     "optimizer.wsd_decay_fraction",
 )
 AT_MOST: dict[str, float] = {"seed": 2**32 - 1, "llama.param_scan_axis": 1, "optimizer.wsd_decay_fraction": 1}
@@ -112,7 +118,7 @@ SOURCE_AT_LEAST: dict[str, float] = {
     "tokenizer_parallel_batch_size": 1,
     "throughput_average_window_size": 1,
 }
-CHECKPOINT_KINDS = ("params", "trainstate", "trainstate_params", "flax_params")
+CHECKPOINT_KINDS = ("params", "trainstate", "trainstate_params", "flax_params", "huggingface")
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
@@ -278,11 +284,6 @@ def check_load_checkpoint(text: str) -> None:
             f"--load_checkpoint={text!r} does not say what it holds: --load_checkpoint='params::{text}', or one of "
             f"{', '.join(f'{other}::' for other in CHECKPOINT_KINDS[1:])} before the path"
         )
-    if kind == "huggingface":
-        raise UserError(
-            f"--load_checkpoint={text!r}: huggingface:: is not here yet: convert it with scripts/hf2jax.py and use "
-            "params::<output>"
-        )
     if kind not in CHECKPOINT_KINDS:
         raise UserError(
             f"--load_checkpoint={text!r}: '{kind}::' is none of {', '.join(f'{k}::' for k in CHECKPOINT_KINDS)}: "
@@ -350,6 +351,11 @@ def check_model(config: Config) -> None:
         raise UserError(
             f"--llama.rope_scaling_low_freq_factor={llama.rope_scaling_low_freq_factor} must be below "
             f"--llama.rope_scaling_high_freq_factor={llama.rope_scaling_high_freq_factor}: the usual ones are 1 and 4"
+        )
+    if llama.num_experts and llama.num_experts_per_tok > llama.num_experts:
+        raise UserError(
+            f"--llama.num_experts_per_tok={llama.num_experts_per_tok} is above --llama.num_experts="
+            f"{llama.num_experts}: --llama.num_experts_per_tok={llama.num_experts} at most"
         )
 
 

@@ -43,6 +43,7 @@ class Dims:
     H: int
     F: int
     V: int
+    E: int = 0
 
     def shape(self, dims: str) -> tuple[int, ...]:
         """`"D N H"` -> the three sizes. Raises KeyError for a letter that is no weight dim."""

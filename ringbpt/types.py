@@ -52,11 +52,13 @@ class TokenStats:
 
     logp_BT: log-probability of the target, in nats. entropy_BT: of the distribution, in nats.
     correct_BT: 1 where the target is the most likely token (no gradient).
+    balance_BT: where the model has experts, each token's part of the load balancing loss: their mean is that loss.
     """
 
     logp_BT: Array
     entropy_BT: Array
     correct_BT: Array
+    balance_BT: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "embedding": ("embed", "unembed"),
-    "attention": ("w_q", "w_k", "w_v", "w_o"),
-    "feedforward": ("w_gate", "w_up", "w_down"),
-    "norms": ("attention_norm", "feedforward_norm", "norm"),
+    "attention": ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v"),
+    "feedforward": ("w_gate", "w_up", "w_down", "w_router"),
+    "norms": ("attention_norm", "feedforward_norm", "norm", "q_norm", "k_norm"),
 }
 OWN_FLAGS = {"tolerance": float, "json": str, "real_devices": bool}
 

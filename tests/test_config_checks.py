@@ -206,7 +206,6 @@ SINGLES = [
     ("load_checkpoint", "/a/b", "--load_checkpoint='params::/a/b'"),
     ("load_checkpoint", "param::/a/b", "'params::/a/b'"),
     ("load_checkpoint", "params::", "no path"),
-    ("load_checkpoint", "huggingface::/a", "not here yet"),
     ("logger.experiment_id", "../../x", "--logger.experiment_id=x"),
     ("logger.experiment_id", "/etc", "--logger.experiment_id=etc"),
     ("logger.experiment_id", "..", "--logger.experiment_id=run"),

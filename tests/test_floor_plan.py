@@ -19,10 +19,10 @@ PACKAGE = ROOT / "ringbpt"
 
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
-    {"", "dims", "types", "hardware", "config_fields", "config_checks", "config"},
+    {"", "dims", "types", "hardware", "families", "config_fields", "config_checks", "config"},
     {"mesh", "attention", "data"},
     {"model", "convert", "objectives"},
-    {"training"},
+    {"training", "generation", "evaluation"},
     {"rollout", "planning"},
     {"train", "plan", "verify", "inspect", "generate", "evaluate", "checkpoint", "launch"},
 ]

@@ -11,5 +11,6 @@ def forward_flops(config: LlamaConfig, tokens: float, visible_pairs: float) -> f
     softmax are left out, as in everybody's MFU. A training step is three times this, recomputation apart.
     """
     d = make_dims(config)
-    layer = d.D * (d.N + 2 * d.K) * d.H + d.N * d.H * d.D + 3 * d.D * d.F
+    feedforwards = config.num_experts_per_tok if config.num_experts else 1
+    layer = d.D * (d.N + 2 * d.K) * d.H + d.N * d.H * d.D + 3 * d.D * d.F * feedforwards + d.D * d.E
     return 2.0 * tokens * (d.L * layer + d.D * d.V) + 4.0 * visible_pairs * d.L * d.N * d.H

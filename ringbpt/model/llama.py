@@ -1,8 +1,8 @@
 """LLaMA in Flax NNX: token ids and their places in, hidden states out; its layers stacked and scanned."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ from ringbpt.attention import MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES
 from ringbpt.config import Config, LlamaConfig
 from ringbpt.dims import Dims, weight_spec
+from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
 from ringbpt.model.feedforward import make_feedforward
-from ringbpt.model.rope import apply_rope, frequencies, rotation
+from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
 from ringbpt.model.token_stats import make_token_stats
-from ringbpt.model.weights import constrain_activation, embed, ones, project, weight
+from ringbpt.model.weights import constrain_activation, embed, ones, project, weight, zeros
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -53,29 +54,55 @@ def make_dims(config: LlamaConfig) -> Dims:
         H=config.head_dim,
         F=config.intermediate_size,
         V=config.vocab_size,
+        E=config.num_experts,
     )
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale, in float32; returns x's dtype. Ref: arXiv:1910.07467."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return (x * scale_D[None, None]).astype(x_BTD.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last dim, in float32; returns x's dtype. Ref: arXiv:1910.07467."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def queries_keys_values(
+    llama: LlamaConfig, w: Params, h_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], matmul: Callable
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q_BTNH and k_BTKH, rotated, and v_BTKH of one layer; `matmul(equation, x, w)` says how weights are used."""
+
+    def biased(y_BTNH, name):
+        # In float32, so that the bias's gradient is summed in it.
+        return (y_BTNH.astype(jnp.float32) + w[name][None, None]).astype(y_BTNH.dtype) if llama.qkv_bias else y_BTNH
+
+    q_BTNH = biased(matmul("BTD,DNH->BTNH", h_BTD, w["w_q"]), "b_q")
+    k_BTKH = biased(matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), "b_k")
+    v_BTKH = biased(matmul("BTD,DKH->BTKH", h_BTD, w["w_v"]), "b_v")
+    if llama.qk_norm:
+        q_BTNH = rms_norm(q_BTNH, w["q_norm"], llama.rms_norm_eps)
+        k_BTKH = rms_norm(k_BTKH, w["k_norm"], llama.rms_norm_eps)
+    return apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
 
 
 class Block(nnx.Module):
-    """The weights of one layer: attention, then feedforward."""
+    """The weights of one layer: attention, then feedforward; what only some families have comes last."""
 
-    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float):
+    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: LlamaConfig):
+        expert = "E " if config.num_experts else ""
         self.attention_norm = ones(dims, "D")
         self.w_q = weight(rngs, dims, "D N H", std)
         self.w_k = weight(rngs, dims, "D K H", std)
         self.w_v = weight(rngs, dims, "D K H", std)
         self.w_o = weight(rngs, dims, "N H D", std)
         self.feedforward_norm = ones(dims, "D")
-        self.w_gate = weight(rngs, dims, "D F", std)
-        self.w_up = weight(rngs, dims, "D F", std)
-        self.w_down = weight(rngs, dims, "F D", std)
+        self.w_gate = weight(rngs, dims, f"{expert}D F", std)
+        self.w_up = weight(rngs, dims, f"{expert}D F", std)
+        self.w_down = weight(rngs, dims, f"{expert}F D", std)
+        if config.num_experts:
+            self.w_router = weight(rngs, dims, "D E", std)
+        if config.qkv_bias:
+            self.b_q, self.b_k, self.b_v = (zeros(dims, letters) for letters in ("N H", "K H", "K H"))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = ones(dims, "H"), ones(dims, "H")
 
 
 class Llama(nnx.Module):
@@ -84,8 +111,8 @@ class Llama(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
         dims, std = make_dims(config), config.initializer_range
         self.embed = weight(rngs, dims, "V D", std)
-        stack = nnx.vmap(Block, in_axes=(0, None, None), out_axes=config.param_scan_axis)
-        self.layers = stack(rngs.split(dims.L), dims, std)
+        stack = nnx.vmap(Block, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
+        self.layers = stack(rngs.split(dims.L), dims, std, config)
         self.norm = ones(dims, "D")
         if not config.tie_word_embeddings:
             self.unembed = weight(rngs, dims, "D V", std)
@@ -130,46 +157,70 @@ class Model:
 
     def token_stats(self, params: Params, batch: Batch) -> TokenStats:
         """What the model predicts at each place of a batch in layout order."""
-        hidden_BTD = self.hidden(params, batch.token_BT, batch.meta)
-        unembed_DV = params["embed"].T if self.config.llama.tie_word_embeddings else params["unembed"]
-        return self._token_stats(hidden_BTD, unembed_DV, batch.target_BT)
+        hidden_BTD, routing = self._hidden(params, batch.token_BT, batch.meta)
+        stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT)
+        if routing is None:
+            return stats
+        return replace(stats, balance_BT=balance_loss(self.config.llama, routing, batch.segment_BT != 0))
+
+    def unembed(self, params: Params) -> jax.Array:
+        """The unembedding, [D, V]: the embedding's own table where they are tied."""
+        return params["embed"].T if self.config.llama.tie_word_embeddings else params["unembed"]
 
     def hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> jax.Array:
         """The last layer's normalised output, [B, T, D] in the compute dtype."""
+        return self._hidden(params, token_BT, meta)[0]
+
+    def _hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> tuple[jax.Array, Routing | None]:
+        """The same, and what the routers chose, summed over layers; None where there are no experts."""
         llama = self.config.llama
-        x_BTD = embed(self.mesh, self._dtype, params["embed"], token_BT)
-        rope = rotation(meta.position_BT, frequencies(llama))
-        block = self._remat(lambda x, layer: self._block(layer, x, meta, rope), llama.remat_block)
+        x_BTD = embed(self.mesh, self.dtype, params["embed"], token_BT)
+        rope = self.rope(meta)
+        block = self._remat(lambda x, layer: self.block(layer, x, meta, rope)[0], llama.remat_block)
         axis = llama.param_scan_axis
+        state = (x_BTD, Routing.zeros(llama, token_BT.shape) if llama.num_experts else None)
         if llama.scan_layers:
             layers = jax.tree.map(lambda w: jnp.moveaxis(w, axis, 0), params["layers"])
-            x_BTD, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BTD, layers)
+            state, _ = jax.lax.scan(lambda state, layer: (block(state, layer), None), state, layers)
         else:
             for i in range(llama.num_hidden_layers):
                 layer = jax.tree.map(lambda w, i=i: jax.lax.index_in_dim(w, i, axis, keepdims=False), params["layers"])
-                x_BTD = block(x_BTD, layer)
-        return rms_norm(x_BTD, params["norm"], llama.rms_norm_eps)
+                state = block(state, layer)
+        x_BTD, routing = state
+        return rms_norm(x_BTD, params["norm"], llama.rms_norm_eps), routing
 
-    def _block(self, w: Params, x_BTD: jax.Array, meta: TokenMeta, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def rope(self, meta: TokenMeta) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) for the tokens' places."""
+        llama = self.config.llama
+        return rotation(meta.position_BT, frequencies(llama), rope_scale(llama))
+
+    def block(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: tuple) -> tuple:
+        """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
         llama, mesh = self.config.llama, self.mesh
 
         def attention(x_BTD):
             h_BTD = rms_norm(x_BTD, w["attention_norm"], llama.rms_norm_eps)
-            q_BTNH = apply_rope(project(mesh, "BTD,DNH->BTNH", h_BTD, w["w_q"]), *rope)
-            k_BTKH = apply_rope(project(mesh, "BTD,DKH->BTKH", h_BTD, w["w_k"]), *rope)
-            v_BTKH = project(mesh, "BTD,DKH->BTKH", h_BTD, w["w_v"])
+            q_BTNH, k_BTKH, v_BTKH = queries_keys_values(llama, w, h_BTD, rope, partial(project, mesh))
             out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, meta.position_BT, meta.segment_BT)
-            return project(mesh, "BTNH,NHD->BTD", out_BTNH, w["w_o"])
+            return project(mesh, "BTNH,NHD->BTD", out_BTNH, w["w_o"]), (k_BTKH, v_BTKH)
 
         def feedforward(x_BTD):
             h_BTD = rms_norm(x_BTD, w["feedforward_norm"], llama.rms_norm_eps)
-            return self._feedforward(h_BTD, w["w_gate"], w["w_up"], w["w_down"])
+            if not llama.num_experts:
+                return self._feedforward(h_BTD, w["w_gate"], w["w_up"], w["w_down"]), None
+            choice = choose(llama, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
+            out_BTD = self._experts(h_BTD, choice.weight_BTX, choice.expert_BTX, w["w_gate"], w["w_up"], w["w_down"])
+            return out_BTD, choice
 
         if not llama.remat_block:  # inside a rematerialised block another remat would run its part a third time
             attention = self._remat(attention, llama.remat_attention)
             feedforward = self._remat(feedforward, llama.remat_mlp)
-        x_BTD = x_BTD + attention(x_BTD)
-        return constrain_activation(x_BTD + feedforward(x_BTD), mesh, "B T D")
+        x_BTD, routing = state
+        attended_BTD, keys_values = attention(x_BTD)
+        x_BTD = x_BTD + attended_BTD
+        fed_BTD, choice = feedforward(x_BTD)
+        x_BTD = constrain_activation(x_BTD + fed_BTD, mesh, "B T D")
+        return (x_BTD, routing.add(choice) if routing else None), keys_values
 
     def _remat(self, function: Callable, policy: str) -> Callable:
         if not policy:
@@ -178,8 +229,12 @@ class Model:
         return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not self.config.llama.scan_layers)
 
     @property
-    def _dtype(self) -> jnp.dtype:
+    def dtype(self) -> jnp.dtype:
         return COMPUTE_DTYPES[self.config.dtype]
+
+    @property
+    def mask(self) -> MaskSpec:
+        return MaskSpec(causal=True, window=self.config.llama.sliding_window)
 
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:
@@ -188,7 +243,7 @@ class Model:
             self.mesh,
             strategy=llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
             local=ATTENTION_TYPES[llama.attention_type],
-            mask=MaskSpec(causal=True),
+            mask=self.mask,
             query_chunk_size=llama.scan_query_chunk_size,
             key_chunk_size=llama.scan_key_chunk_size,
             heads_k_stride=llama.heads_k_stride,
@@ -199,6 +254,11 @@ class Model:
     def _feedforward(self) -> Callable[..., jax.Array]:
         llama = self.config.llama
         return make_feedforward(self.mesh, llama.scan_mlp_chunk_size if llama.scan_mlp else None)
+
+    @cached_property
+    def _experts(self) -> Callable[..., jax.Array]:
+        llama = self.config.llama
+        return make_experts(self.mesh, llama.num_experts, llama.scan_mlp_chunk_size if llama.scan_mlp else None)
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:

@@ -22,6 +22,10 @@ def ones(dims: Dims, letters: str) -> nnx.Param:
     return nnx.Param(jnp.ones(dims.shape(letters), jnp.float32), dims=letters)
 
 
+def zeros(dims: Dims, letters: str) -> nnx.Param:
+    return nnx.Param(jnp.zeros(dims.shape(letters), jnp.float32), dims=letters)
+
+
 def constrain(x: jax.Array, mesh: Mesh, sharding: PartitionSpec) -> jax.Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding))
 

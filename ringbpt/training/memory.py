@@ -56,6 +56,8 @@ def account(config: Config, rows: int, seq_length: int) -> dict[str, int]:
             "the account of memory is of --llama.scan_layers with --llama.scan_mlp and "
             "--llama.remat_block=nothing_saveable or save_attention"
         )
+    if llama.num_experts:
+        raise NotImplementedError("the account of memory is of a dense feedforward: --llama.num_experts=0")
     if not llama.attention_type.endswith("blockwise"):
         raise NotImplementedError("the account of memory is of --llama.attention_type=blockwise or ring_blockwise")
     if config.mesh_shape[3] > 1 and llama.sequence_parallel != "ring":

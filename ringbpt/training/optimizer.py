@@ -24,7 +24,7 @@ MUON_WEIGHTS = {
     "w_gate": ("D F", "D"),
     "w_up": ("D F", "D"),
     "w_down": ("F D", "F"),
-}
+}  # an expert's matrices have an E in front of these
 
 
 def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.GradientTransformation, Schedule]:
@@ -87,8 +87,10 @@ def _names(path: tuple) -> Path:
 
 
 def _decayed(params: Params) -> PyTree:
-    """True where weight decay applies: everywhere but in the norms' vectors."""
-    return tree_map_with_path(lambda path, _: not _names(path)[-1].endswith("norm"), params)
+    """True where weight decay applies: everywhere but in the norms' vectors and the biases (b_q, b_k, b_v)."""
+    return tree_map_with_path(
+        lambda path, _: not (_names(path)[-1].endswith("norm") or _names(path)[-1].startswith("b_")), params
+    )
 
 
 def _momentum_dtype(bf16_momentum: bool) -> jnp.dtype:
@@ -175,15 +177,15 @@ def _muon(group: MuonConfig, schedule: Schedule, layer_axis: int) -> optax.Gradi
     Ref: https://kellerjordan.github.io/posts/muon
     """
 
-    def dimension_numbers(path: tuple, _) -> optax.contrib.MuonDimensionNumbers | None:
+    def dimension_numbers(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         if _names(path)[-1] not in MUON_WEIGHTS:
             return None
         dims, reads = MUON_WEIGHTS[_names(path)[-1]]
-        letters = dims.split()
+        letters = ["E", *dims.split()] if leaf.ndim == len(dims.split()) + 2 else dims.split()
         letters.insert(layer_axis, "L")
         return optax.contrib.MuonDimensionNumbers(
             reduction_axis=tuple(i for i, letter in enumerate(letters) if letter in reads.split()),
-            output_axis=tuple(i for i, letter in enumerate(letters) if letter not in ["L", *reads.split()]),
+            output_axis=tuple(i for i, letter in enumerate(letters) if letter not in ["L", "E", *reads.split()]),
         )
 
     return optax.contrib.muon(

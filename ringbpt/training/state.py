@@ -72,7 +72,7 @@ def first_state(
         params, opt_state, meta = checkpointer.restore(latest, abstract.params, abstract.opt_state)
         where = f"--autoresume from {checkpointer.directory}"
     elif config.load_checkpoint:
-        loaded = load_checkpoint(config.load_checkpoint, abstract.params, abstract.opt_state, axis)
+        loaded = load_checkpoint(config.load_checkpoint, abstract.params, abstract.opt_state, axis, config.llama)
         params, opt_state, meta = loaded.params, loaded.opt_state, loaded.meta
         where = f"--load_checkpoint={config.load_checkpoint}"
         if loaded.note:

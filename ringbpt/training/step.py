@@ -15,10 +15,11 @@ Objective = Callable[[TokenStats, Batch, Config], Means]
 Metrics = dict[str, jax.Array]
 
 
-def batch_facts(batch: Batch) -> Means:
-    """Counts that the log needs: real tokens, and the (query, key) pairs that a causal mask lets through."""
+def batch_facts(batch: Batch, window: int | None = None) -> Means:
+    """Counts that the log needs: real tokens, and the (query, key) pairs that the mask lets through."""
     real_BT = batch.segment_BT != 0
-    pairs = jnp.sum(jnp.where(real_BT, batch.position_BT + 1, 0).astype(jnp.float32))
+    seen_BT = batch.position_BT + 1 if window is None else jnp.minimum(batch.position_BT + 1, window)
+    pairs = jnp.sum(jnp.where(real_BT, seen_BT, 0).astype(jnp.float32))
     return {"tokens": Mean(jnp.sum(real_BT.astype(jnp.float32)), jnp.float32(1)), "pairs": Mean(pairs, jnp.float32(1))}
 
 
@@ -37,8 +38,15 @@ def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batc
     count = config.optimizer.accumulate_gradient_steps
 
     def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Means]:
-        means = objective(model.token_stats(params, batch), batch, config) | batch_facts(batch)
-        return means["loss"].total, means
+        stats = model.token_stats(params, batch)
+        means = objective(stats, batch, config) | batch_facts(batch, config.llama.sliding_window)
+        if stats.balance_BT is None:
+            return means["loss"].total, means
+        # In proportion to the loss's own weight, so that both are divided by it. The shares of the experts are those
+        # of a micro-batch: this part of the loss, and only this, depends on how a batch is split.
+        balance = Mean(jnp.sum(stats.balance_BT), jnp.sum((batch.segment_BT != 0).astype(jnp.float32)))
+        scale = config.llama.router_aux_loss_coef * means["loss"].weight
+        return means["loss"].total + scale * balance.value(), means | {"router_balance": balance}
 
     def totals(params: Params, batch: Batch) -> tuple[Params, Means]:
         return jax.grad(total_loss, has_aux=True)(params, batch)

@@ -1,0 +1,223 @@
+"""Folders of safetensors, read by byte ranges and written tensor by tensor: nothing is ever held whole.
+
+The format is eight bytes of header length, a JSON header, and raw tensors. Reading it here, and not with the library
+of that name, is what lets a process take only the bytes of its own shards, in any dtype that jax has.
+Ref: https://huggingface.co/docs/safetensors
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ringbpt.config import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100 << 20
+
+
+class Entry(NamedTuple):
+    """Where a tensor is: its file, dtype, shape, and first byte."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class TensorFolder:
+    """The tensors of a folder, by name: of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json`
+    names. bytes_read counts what was asked for.
+
+    Raises UserError in one line for a folder without such files, a damaged or truncated file, and a tensor that is
+    in the index and in no file.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model"):
+        self.folder, self.bytes_read = folder, 0
+        index = folder / f"{stem}.safetensors.index.json"
+        self.entries: dict[str, Entry] = {}
+        if index.is_file():
+            places = _weight_map(index)
+            for name in dict.fromkeys(places.values()):
+                self.entries |= _entries(folder / name)
+            for tensor, name in places.items():
+                if tensor not in self.entries:
+                    raise UserError(f"{index}: tensor {tensor} is not in {name}: the download is incomplete")
+        elif (folder / f"{stem}.safetensors").is_file():
+            self.entries = _entries(folder / f"{stem}.safetensors")
+        else:
+            raise UserError(f"{folder}: {_why_nothing(folder)}")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or a box of it; only the rows (and where cut across, the pages) of the box are read."""
+        entry = self.entries[name]
+        index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape, strict=False))
+        shape = (*(part.stop - part.start for part in index), *entry.shape[len(index) :])
+        self.bytes_read += int(np.prod(shape, dtype=np.int64)) * entry.dtype.itemsize
+        if shape[1:] == entry.shape[1:]:  # whole rows stand together
+            row = int(np.prod(entry.shape[1:], dtype=np.int64)) * entry.dtype.itemsize
+            start = entry.start + (index[0].start * row if index else 0)
+            with entry.file.open("rb") as file:
+                file.seek(start)
+                flat = np.fromfile(file, entry.dtype, int(np.prod(shape, dtype=np.int64)))
+            return flat.reshape(shape)
+        return np.array(np.memmap(entry.file, entry.dtype, "r", entry.start, entry.shape)[index])
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
+            raise KeyError
+        return places
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: no index of safetensors with plain file names; copy it again") from None
+
+
+def _why_nothing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        return (
+            "only .bin or .pth files, which are pickles and could run code: save the model again with transformers' "
+            "save_pretrained, which writes safetensors"
+        )
+    return "no model.safetensors and no model.safetensors.index.json"
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    """Every tensor of one file, each checked to lie inside of it."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT
+            if 8 + length > size or length >= HEADER_LIMIT:
+                raise UserError(f"{file}: truncated, or no safetensors file: {size} bytes do not hold its header")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{file}: no safetensors file: its header is not JSON; copy it again") from None
+    found = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = about["dtype"], tuple(map(int, about["shape"])), about["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
+        if dtype not in DTYPES:
+            raise UserError(f"{file}: tensor {name} is {dtype}: only {', '.join(DTYPES)} are supported")
+        entry = Entry(file, DTYPES[dtype], shape, 8 + length + start)
+        if min(shape, default=0) < 0 or start < 0 or end - start != entry.nbytes:
+            raise UserError(f"{file}: the header of tensor {name} contradicts itself; copy it again")
+        if 8 + length + end > size:
+            missing = 8 + length + end - size
+            raise UserError(f"{file}: truncated: tensor {name} ends {missing} bytes after the file does; copy it again")
+        found[name] = entry
+    return found
+
+
+class Planned(NamedTuple):
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class FolderWriter:
+    """Writes a folder of safetensors whose tensors are known beforehand and arrive in any order, from any thread.
+
+    A context: everything goes to `<folder>.partial`, which takes the folder's name at the end, and only then.
+    Raises UserError where the folder is there already, and with exit code 4 where the disk is full.
+    """
+
+    def __init__(self, folder: Path, tensors: Iterable[Planned], max_shard_bytes: int, stem: str = "model"):
+        if folder.exists():
+            raise UserError(f"{folder} exists already: choose another name, or remove it first")
+        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
+        shards: list[list[Planned]] = [[]]
+        filled = 0
+        for tensor in tensors:
+            size = _nbytes(tensor)
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(tensor)
+            filled += size
+        count = len(shards)
+        self._names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors"
+                       for i in range(count)]  # fmt: skip
+        self._shards, self._stem = shards, stem
+        self._places: dict[str, tuple[int, int, Planned]] = {}  # file descriptor, first byte
+        self._files: list[int] = []
+
+    def __enter__(self) -> "FolderWriter":
+        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            self.partial.mkdir(parents=True)
+            for name, tensors in zip(self._names, self._shards, strict=True):
+                file = os.open(self.partial / name, os.O_CREAT | os.O_WRONLY, 0o644)
+                self._files.append(file)
+                self._write_header(file, tensors)
+        except OSError as error:
+            raise UserError(f"{self.partial}: {error.strerror}", code=4) from None
+        return self
+
+    def _write_header(self, file: int, tensors: list[Planned]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in tensors:
+            start, end = end, end + _nbytes(tensor)
+            header[tensor.name] = {
+                "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+            }  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
+        for tensor in tensors:
+            start = 8 + len(text) + header[tensor.name]["data_offsets"][0]
+            self._places[tensor.name] = (file, start, tensor)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        file, start, planned = self._places[name]
+        assert array.shape == planned.shape and array.dtype == planned.dtype, (name, array.shape, planned)
+        view = memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+        try:
+            while view:  # one call writes 2 GiB at most
+                written = os.pwrite(file, view, start)
+                view, start = view[written:], start + written
+        except OSError as error:
+            raise UserError(f"{self.partial}: {error.strerror}", code=4) from None
+        del self._places[name]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for file in self._files:
+            os.close(file)
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        assert not self._places, f"never written: {next(iter(self._places))}"
+        if len(self._names) > 1:
+            total = sum(_nbytes(tensor) for shard in self._shards for tensor in shard)
+            places = {t.name: name for name, shard in zip(self._names, self._shards, strict=True) for t in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (self.partial / f"{self._stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self.partial.rename(self.folder)
+
+
+def _nbytes(tensor: Planned) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

@@ -1,0 +1,149 @@
+"""A mixture of experts in the feedforward's place: each token goes to the few that its router chooses, none dropped.
+
+Blockwise like the dense one: in chunks of each device's share of the sequence, every expert split over tp in F. The
+rows of a chunk are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so the work is that of the chosen
+experts whatever their loads are. Ref: Mixtral, arXiv:2401.04088; dropless: MegaBlocks, arXiv:2211.15841.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from ringbpt.config import LlamaConfig
+from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.model.feedforward import join_chunks, split_chunks
+from ringbpt.model.weights import gather_shards, scatter_grad
+
+WEIGHTS = ("E D F", "E D F", "E F D")
+
+
+class Choice(NamedTuple):
+    """What one router says of each token; X counts the experts that a token goes to."""
+
+    weight_BTX: jax.Array  # float32, sums to 1
+    expert_BTX: jax.Array  # int32
+    probability_BTE: jax.Array  # float32, of all experts
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """Sums over layers: how often a token went to each expert, and how probable each was; [B, T, E] float32."""
+
+    chosen_BTE: jax.Array
+    probability_BTE: jax.Array
+
+    @staticmethod
+    def zeros(llama: LlamaConfig, shape_BT: tuple[int, ...]) -> "Routing":
+        nothing = jnp.zeros((*shape_BT, llama.num_experts), jnp.float32)
+        return Routing(nothing, nothing)
+
+    def add(self, choice: Choice) -> "Routing":
+        chosen_BTE = jnp.sum(jax.nn.one_hot(choice.expert_BTX, self.chosen_BTE.shape[-1]), axis=2)
+        return Routing(self.chosen_BTE + chosen_BTE, self.probability_BTE + choice.probability_BTE)
+
+
+def choose(llama: LlamaConfig, logits_BTE: jax.Array) -> Choice:
+    """The most probable experts of each token, their probabilities made to sum to 1."""
+    probability_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    weight_BTX, expert_BTX = lax.top_k(probability_BTE, llama.num_experts_per_tok)
+    return Choice(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
+
+
+def balance_loss(llama: LlamaConfig, routing: Routing, real_BT: jax.Array) -> jax.Array:
+    """[B, T], of which the mean over real tokens is E sum_e (share of e's tokens) (mean probability of e).
+
+    The shares are those of all layers and of all real tokens of the batch, whichever devices hold them, and take no
+    gradient. Ref: Switch Transformer, arXiv:2101.03961, eq. 4-6, over X experts a token and all layers as one.
+    """
+    real_BT1 = real_BT[..., None].astype(jnp.float32)
+    layer_tokens = jnp.maximum(jnp.sum(real_BT1), 1.0) * llama.num_hidden_layers
+    share_E = lax.stop_gradient(jnp.sum(routing.chosen_BTE * real_BT1, axis=(0, 1))) / layer_tokens
+    probability_BTE = routing.probability_BTE / llama.num_hidden_layers
+    return llama.num_experts * jnp.sum(probability_BTE * share_E[None, None] * real_BT1, axis=-1)
+
+
+def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:
+    """sum_x weight_x * swiglu(x; expert x), on one device: rows sorted by expert, multiplied in groups."""
+    rows, X = x_BTD.reshape(-1, x_BTD.shape[-1]), expert_BTX.shape[-1]
+    expert = expert_BTX.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
+    precision = "highest" if x_BTD.dtype == jnp.float32 else None
+
+    def grouped(a, w):
+        dot = partial(lax.ragged_dot, precision=precision, preferred_element_type=jnp.float32)
+        return dot(a, w, sizes).astype(x_BTD.dtype)
+
+    grouped_rows = rows[order // X]
+    hidden = jax.nn.silu(grouped(grouped_rows, w_gate_EDF)) * grouped(grouped_rows, w_up_EDF)
+    out = grouped(hidden, w_down_EFD)[jnp.argsort(order)].reshape(-1, X, x_BTD.shape[-1])
+    weight = weight_BTX.reshape(-1, X, 1)
+    return jnp.sum(out.astype(jnp.float32) * weight, axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def make_experts(mesh: Mesh, num_experts: int, chunk_size: int | None) -> Callable[..., jax.Array]:
+    """experts(x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> [B, T, D] in x's dtype.
+
+    In chunks of the local length as the dense feedforward (None: one chunk), the backward recomputing each chunk.
+    Differentiable in all but expert_BTX; weights' gradients are summed over chunks in float32.
+    """
+    x_spec = spec("B T D", ACTIVATION_AXES)
+    row_spec = spec("B T _", ACTIVATION_AXES)
+    w_specs = tuple(weight_spec(letters) for letters in WEIGHTS)
+    d_dims = tuple(letters.split().index("D") for letters in WEIGHTS)
+
+    def gathered(x, weights):
+        return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
+
+    def chunks_of(*arrays):
+        size = min(chunk_size or arrays[0].shape[1], arrays[0].shape[1])
+        return tuple(split_chunks(a, size) for a in arrays)
+
+    def forward_local(x, weight, expert, *weights):
+        whole = gathered(x, weights)
+        # Each device has its part of F, and so a part of every expert's output.
+        chunks = chunks_of(x, weight, expert)
+        return join_chunks(lax.map(lambda chunk: lax.psum(mixture(num_experts, *chunk, *whole), "tp"), chunks))
+
+    def backward_local(x, weight, expert, dy, *weights):
+        whole = gathered(x, weights)
+
+        def chunk_backward(sums, chunk):
+            x, weight, expert, dy = chunk
+            _, vjp = jax.vjp(
+                lambda x, weight, *whole: mixture(num_experts, x, weight, expert, *whole), x, weight, *whole
+            )
+            dx, d_weight, *dws = vjp(dy)
+            sums = [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)]
+            return sums, lax.psum((dx, d_weight), "tp")
+
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]
+        sums, (dx, d_weight) = lax.scan(chunk_backward, zeros, chunks_of(x, weight, expert, dy))
+        grads = (scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
+        return join_chunks(dx), join_chunks(d_weight), *grads
+
+    inputs = (x_spec, row_spec, row_spec)
+    forward = jax.shard_map(forward_local, mesh=mesh, in_specs=(*inputs, *w_specs), out_specs=x_spec, check_vma=False)
+    backward = jax.shard_map(
+        backward_local, mesh=mesh, in_specs=(*inputs, x_spec, *w_specs), out_specs=(x_spec, row_spec, *w_specs),
+        check_vma=False,
+    )  # fmt: skip
+
+    @jax.custom_vjp
+    def experts(x, weight, expert, w_gate, w_up, w_down):
+        return forward(x, weight, expert, w_gate, w_up, w_down)
+
+    def experts_bwd(residuals, dy):
+        x, weight, expert, *weights = residuals
+        dx, d_weight, *dws = backward(x, weight, expert, dy, *weights)
+        return dx, d_weight, None, *dws
+
+    experts.defvjp(lambda *args: (experts(*args), args), experts_bwd)
+    return experts
