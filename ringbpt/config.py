@@ -28,6 +28,7 @@ from ringbpt.config_checks import (
     nearest_name,
     parse_mesh_dim,
 )
+from ringbpt.config_data import check_datasets
 from ringbpt.config_fields import (
     FLAG_TYPES,
     PRESETS,
@@ -35,6 +36,7 @@ from ringbpt.config_fields import (
     CheckpointerConfig,
     Config,
     DatasetConfig,
+    FilesDatasetConfig,
     HuggingfaceDatasetConfig,
     JaxDistributedConfig,
     JsonDatasetConfig,
@@ -46,6 +48,7 @@ from ringbpt.config_fields import (
     PalmConfig,
     PythonDatasetConfig,
     TextProcessorConfig,
+    TfdsDatasetConfig,
     TokenizerConfig,
     UserError,
     flag_values,
@@ -59,6 +62,7 @@ __all__ = [
     "CheckpointerConfig",
     "Config",
     "DatasetConfig",
+    "FilesDatasetConfig",
     "HuggingfaceDatasetConfig",
     "JaxDistributedConfig",
     "JsonDatasetConfig",
@@ -70,6 +74,7 @@ __all__ = [
     "PalmConfig",
     "PythonDatasetConfig",
     "TextProcessorConfig",
+    "TfdsDatasetConfig",
     "TokenizerConfig",
     "UserError",
     "default_config",
@@ -402,8 +407,8 @@ def _apply_alias(tree: ConfigDict, name: str, value: Any, given: dict[str, Any])
     elif name in PACKING_ALIASES:
         ours = {"train_dataset.packing": "first_fit" if value else "concat"}
     else:
-        types = {split: tree[split].type for split in ("train_dataset", "eval_dataset")}
-        ours = {f"{split}.{kind}_dataset.seq_length": value for split, kind in types.items()}
+        groups = {split: DatasetConfig(type=tree[split].type).group for split in ("train_dataset", "eval_dataset")}
+        ours = {f"{split}.{group}.seq_length": value for split, group in groups.items()}
     for flag, wanted in ours.items():
         if flag in given and given[flag] != wanted:
             raise UserError(
@@ -458,6 +463,7 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         mesh_shape=mesh_shape,
     )
     check(config)
+    check_datasets(config)
     return config
 
 
@@ -524,12 +530,14 @@ HELP: dict[str, dict[str, str]] = {
     },
     "data (eval_dataset has the same flags)": {
         "tokenizer.vocab_file": "bytes, a SentencePiece .model, or a Hugging Face directory or tokenizer.json",
-        "train_dataset.type": "json (.jsonl files) or python (the standard library's source)",
-        "train_dataset.packing": "concat (documents joined and cut) or first_fit (whole documents)",
-        "train_dataset.json_dataset.path": "a .jsonl or .jsonl.gz file, or a glob of them",
+        "train_dataset.type": "json, files (by their endings), huggingface, tfds, python, or one format of files",
+        "train_dataset.packing": "concat (joined and cut), first_fit or best_fit (whole documents)",
+        "train_dataset.json_dataset.path": "JSON lines, also .gz and .zst; a glob; a list a:0.7,b:0.3",
         "train_dataset.json_dataset.seq_length": "tokens of a sequence",
         "train_dataset.json_dataset.batch_size": "sequences of the global batch",
-        "train_dataset.text_processor.fields": "'text', or '[prompt],answer': [..] takes no loss",
+        "train_dataset.text_processor.fields": "'text', or '[prompt],answer': [..] takes no loss; empty: by the shape",
+        "train_dataset.text_processor.chat_template": "of conversations: a .jinja file, chatml; empty: the tokenizer's",
+        "train_dataset.on_bad_line": "stop, or skip:N",
     },
     "training": {
         "total_steps": "optimizer steps",

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from ringbpt.config_fields import Config, DatasetConfig, LlamaConfig, UserError, flag_values
+from ringbpt.config_fields import DATASET_TYPES, FILE_FORMATS, Config, LlamaConfig, UserError, flag_values
 
 # The same names as dims.AXES, which cannot be imported here: --help must not wait for jax.
 AXES = ("dp", "fsdp", "tp", "sp")
@@ -43,15 +43,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     f"{split}.{name}": choices
     for split in ("train_dataset", "eval_dataset")
     for name, choices in (
-        ("type", ("json", "python")),
-        ("packing", ("concat", "first_fit")),
+        ("type", (*DATASET_TYPES, *FILE_FORMATS)),
+        ("packing", ("concat", "first_fit", "best_fit")),
+        ("long_documents", ("split", "drop", "refuse")),
+        ("text_processor.train_on_eos", ("turn", "all", "last", "none")),
+        (
+            "text_processor.shape",
+            ("", "text", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "kto", "rl"),
+        ),
         ("python_dataset.split", ("train", "heldout", "all")),
     )
-}
-# What later rooms will bring, and what does the work until then.
-NOT_HERE_YET = {
-    ("train_dataset.type", "huggingface"): "write the text to a .jsonl file and use --train_dataset.type=json",
-    ("eval_dataset.type", "huggingface"): "write the text to a .jsonl file and use --eval_dataset.type=json",
 }
 AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -96,7 +97,7 @@ ABOVE_ZERO = (
     "optimizer.wsd_decay_fraction",
 )
 AT_MOST: dict[str, float] = {"seed": 2**32 - 1, "llama.param_scan_axis": 1, "optimizer.wsd_decay_fraction": 1}
-# The same, of the groups that optimizer.type and *_dataset.type choose; the other groups have no effect.
+# The same, of the group that optimizer.type chooses; the other groups have no effect.
 OPTIMIZER_AT_LEAST: dict[str, float] = {
     "lr": 0,
     "adam_lr": 0,
@@ -106,17 +107,6 @@ OPTIMIZER_AT_LEAST: dict[str, float] = {
     "lr_warmup_steps": 0,
     "lr_decay_steps": 1,
     "clip_gradient": 0,  # 0: no clipping
-}
-SOURCE_AT_LEAST: dict[str, float] = {
-    "seq_length": 1,
-    "batch_size": 1,
-    "start_seek_loc": 0,
-    "example_index_at_start": 0,
-    "tokens_count_at_start": 0,
-    "tokenizer_processes": 1,
-    "tokenizer_parallel_chunk_size": 1,
-    "tokenizer_parallel_batch_size": 1,
-    "throughput_average_window_size": 1,
 }
 CHECKPOINT_KINDS = ("params", "trainstate", "trainstate_params", "flax_params", "huggingface")
 
@@ -159,10 +149,10 @@ def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tu
     fixed = math.prod(size for size in sizes if size != -1)
     resolved = [device_count // fixed if size == -1 else size for size in sizes]
     if math.prod(resolved) != device_count or 0 in resolved:
-        at_least = "a multiple of " if -1 in sizes else ""
+        multiple = "a multiple of " if -1 in sizes else ""
         fits = ",".join(map(str, _nearest_mesh(sizes, device_count)))
         raise UserError(
-            f"{flag}='{text}' needs {at_least}{fixed} devices, but there are {device_count}: "
+            f"{flag}='{text}' needs {multiple}{fixed} devices, but there are {device_count}: "
             f"{flag}='{fits}' fits (on a CPU, --num_cpu_devices={fixed} gives that many)"
         )
     dp, fsdp, tp, sp = resolved
@@ -214,9 +204,6 @@ def check(config: Config) -> None:
     check_optimizer(config)
     check_model(config)
     check_mesh(config)
-    check_dataset("train_dataset", config.train_dataset, config, config.optimizer.accumulate_gradient_steps)
-    if config.eval_steps > 0:
-        check_dataset("eval_dataset", config.eval_dataset, config, accumulate=1)
 
 
 def check_values(config: Config) -> None:
@@ -224,8 +211,6 @@ def check_values(config: Config) -> None:
     values = flag_values(config)
     for name, choices in CHOICES.items():
         value = values[name]
-        if (name, value) in NOT_HERE_YET:
-            raise UserError(f"--{name}='{value}' is not here yet: {NOT_HERE_YET[name, value]}")
         if value not in choices:
             listed = ", ".join(choice or "''" for choice in choices)
             nearest = nearest_name(value, choices)
@@ -234,7 +219,7 @@ def check_values(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name}={value} is not a finite number: try --{name}={_default(name)}")
     for name, least in AT_LEAST.items():
-        _at_least(name, values[name], least)
+        at_least(name, values[name], least)
     for name in ABOVE_ZERO:
         if values[name] <= 0:
             raise UserError(f"--{name}={values[name]} must be above 0: try --{name}={_default(name)}")
@@ -247,7 +232,7 @@ def _default(name: str) -> Any:
     return flag_values(Config())[name]
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
+def at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise UserError(f"--{name}={value} is below {least}: use --{name}={least} or more")
 
@@ -265,9 +250,9 @@ def check_run(config: Config) -> None:
         check_load_checkpoint(config.load_checkpoint)
     processes = config.jax_distributed
     if processes.num_processes is not None:
-        _at_least("jax_distributed.num_processes", processes.num_processes, 1)
+        at_least("jax_distributed.num_processes", processes.num_processes, 1)
     if processes.process_id is not None:
-        _at_least("jax_distributed.process_id", processes.process_id, 0)
+        at_least("jax_distributed.process_id", processes.process_id, 0)
         if processes.num_processes is not None and processes.process_id >= processes.num_processes:
             raise UserError(
                 f"--jax_distributed.process_id={processes.process_id} does not go with "
@@ -299,9 +284,9 @@ def check_optimizer(config: Config) -> None:
     prefix = f"optimizer.{chosen}_optimizer."
     group = {name[len(prefix) :]: value for name, value in flag_values(config).items() if name.startswith(prefix)}
     for name, least in OPTIMIZER_AT_LEAST.items():
-        _at_least(prefix + name, group.get(name), least)
+        at_least(prefix + name, group.get(name), least)
     if chosen == "palm":  # its rate is 1/sqrt(step) after the warmup, and step 0 has none
-        _at_least(prefix + "lr_warmup_steps", group["lr_warmup_steps"], 1)
+        at_least(prefix + "lr_warmup_steps", group["lr_warmup_steps"], 1)
     for name in ("b1", "b2", "beta"):
         if name in group and not 0 <= group[name] < 1:
             raise UserError(f"--{prefix}{name}={group[name]} is not in [0, 1): try {_default(prefix + name)}")
@@ -453,54 +438,3 @@ def _weights_fit(hidden_size: int, fsdp: int, sp: int) -> str:
     if hidden_size % sp == 0:
         return either("fsdp", nearest_divisors(hidden_size // sp, fsdp))
     return either("a product fsdp*sp", nearest_divisors(hidden_size, fsdp * sp))
-
-
-def check_dataset(split: str, dataset: DatasetConfig, config: Config, accumulate: int) -> None:
-    """The chosen source's sizes against the mesh and the model. `accumulate` is 1 where batches are not split."""
-    prefix = f"--{split}.{dataset.type}_dataset."
-    values = flag_values(config)
-    for name, least in SOURCE_AT_LEAST.items():
-        _at_least((prefix + name)[2:], values.get((prefix + name)[2:]), least)
-    if split == "eval_dataset" and dataset.type == "json" and not dataset.json_dataset.path:
-        raise UserError(
-            f"--eval_steps={config.eval_steps} evaluates, but {prefix}path is empty: give it a .jsonl file, or use "
-            "--eval_steps=0"
-        )
-    dp, fsdp, _, sp = config.mesh_shape
-    rows = dp * fsdp * accumulate
-    if dataset.batch_size % rows:
-        parts = f"dp*fsdp={dp}*{fsdp} of --mesh_dim"
-        if accumulate > 1:
-            parts += f" times --optimizer.accumulate_gradient_steps={accumulate}"
-        raise UserError(
-            f"{prefix}batch_size={dataset.batch_size} is not divisible by {parts} = {rows}: "
-            f"{either(prefix + 'batch_size', nearest_multiples(dataset.batch_size, rows))}"
-        )
-    check_sequence(f"{prefix}seq_length", dataset.seq_length, config, sp)
-
-
-def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
-    """One dataset's sequence against sp, the layout, the model's length and the chunks of the local sequence."""
-    llama = config.llama
-    pieces = sp * 2 if llama.sequence_layout == "zigzag" else sp
-    if seq_length % pieces:
-        why = f"2*sp={pieces} (zigzag, sp={sp} of --mesh_dim)" if pieces > sp else f"sp={sp} of --mesh_dim"
-        raise UserError(
-            f"{flag}={seq_length} is not divisible by {why}: {either(flag, nearest_multiples(seq_length, pieces))}"
-        )
-    if seq_length > llama.max_sequence_length:
-        shorter = llama.max_sequence_length // pieces * pieces
-        raise UserError(
-            f"{flag}={seq_length} is above --llama.max_sequence_length={llama.max_sequence_length}: "
-            f"use --llama.max_sequence_length={seq_length}" + (f" or {flag}={shorter}" if shorter else "")
-        )
-    local = seq_length // sp
-    chunks = {"loss_chunk_size": llama.loss_chunk_size}
-    if llama.scan_mlp:
-        chunks["scan_mlp_chunk_size"] = llama.scan_mlp_chunk_size
-    for name, chunk in chunks.items():
-        if chunk < local and local % chunk:
-            raise UserError(
-                f"--llama.{name}={chunk} does not divide the {local} tokens of a device ({flag}={seq_length} over "
-                f"sp={sp}): {either(f'--llama.{name}', nearest_divisors(local, chunk))}"
-            )

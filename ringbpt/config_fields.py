@@ -32,19 +32,32 @@ class TextProcessorConfig:
     add_bos_token: bool = True
     add_eos_token: bool = True
     prepend_text: str = ""
+    # Without `fields`, the shape of an example decides, and it is told by the example's keys (data/shapes.py).
+    shape: str = ""  # "": told | text | messages | sharegpt | alpaca | prompt_completion | preference | kto | rl
+    input_key: str = ""  # the keys of the example, where they aren't the usual ones
+    output_key: str = ""
+    prompt_key: str = ""
+    chosen_key: str = ""
+    rejected_key: str = ""
+    label_key: str = ""
+    input_template: str = ""  # "User: {}\nAssistant: " around a prompt that is text
+    apply_chat_template: bool = False  # also to prompts and completions that are text
+    chat_template: str = ""  # a .jinja file, chatml, or the template itself; empty: the tokenizer's own
+    roles_to_train: str = "assistant"  # whose turns take loss, a,b
+    train_on_eos: str = "turn"  # the end of a turn takes loss: turn (of a trained one) | all | last | none
 
 
 @dataclass(frozen=True)
 class JsonDatasetConfig:
-    path: str = ""  # a .jsonl or .jsonl.gz file, or a glob of them
+    path: str = ""  # .jsonl or .json, also .gz and .zst; a glob; a list a,b or with weights a:0.7,b:0.3
     seq_length: int = 1024
     batch_size: int = 8  # the global batch, in sequences
     always_start_with_bos: bool = False
     start_seek_loc: int = 0
     example_index_at_start: int = 0
     tokens_count_at_start: int = 0
-    tokenizer_processes: int = 1
-    tokenizer_parallel_chunk_size: int = 32
+    tokenizer_processes: int = 1  # worker processes; 0 and 1: this one
+    tokenizer_parallel_chunk_size: int = 32  # this and the next: as in the original's commands, without effect
     tokenizer_parallel_batch_size: int = 1024
     throughput_average_window_size: int = 200
 
@@ -54,10 +67,32 @@ class HuggingfaceDatasetConfig:
     path: str = "c4"
     name: str = "en"
     split: str = "train"
-    streaming: bool = False
+    streaming: bool = False  # with max_samples: that many rows are read once and kept
     seq_length: int = 1024
     batch_size: int = 8
     always_start_with_bos: bool = False
+    tokenizer_processes: int = 1
+
+
+@dataclass(frozen=True)
+class FilesDatasetConfig:
+    path: str = ""  # files of any format, by their endings; a glob, a folder, a list a,b or with weights a:0.7,b:0.3
+    split: str = "train"  # of a folder that save_to_disk wrote with several
+    seq_length: int = 1024
+    batch_size: int = 8
+    always_start_with_bos: bool = False
+    tokenizer_processes: int = 1
+
+
+@dataclass(frozen=True)
+class TfdsDatasetConfig:
+    name: str = ""  # name, or name/config:version
+    split: str = "train"
+    data_dir: str = ""  # empty: TFDS's own
+    seq_length: int = 1024
+    batch_size: int = 8
+    always_start_with_bos: bool = False
+    tokenizer_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,21 +105,38 @@ class PythonDatasetConfig:
     batch_size: int = 8
 
 
+# What a dataset's type reads; those of the second line go by the group files_dataset.
+DATASET_TYPES = ("json", "huggingface", "tfds", "python", "files")
+FILE_FORMATS = ("csv", "parquet", "arrow", "text", "array_record", "tokens", "megatron")
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
-    type: str = "json"  # json | python
-    packing: str = "concat"  # concat: documents joined and cut; first_fit: whole documents with segment ids
+    type: str = "json"  # json | huggingface | tfds | python | files, or a format of files: csv | parquet | ...
+    packing: str = "concat"  # concat: joined and cut; first_fit, best_fit: whole documents with segment ids
+    long_documents: str = "split"  # documents longer than seq_length: split | drop | refuse
+    on_bad_line: str = "stop"  # stop | skip:N, which leaves out N bad examples at most, and counts them
+    max_samples: int = 0  # only the first so many examples; 0: all
     shuffle: bool = False  # documents in seeded random order, another one each epoch
     cache_dir: str = ""  # where tokenised data is kept; empty: $RINGBPT_CACHE or ~/.cache/ringbpt
     text_processor: TextProcessorConfig = field(default_factory=TextProcessorConfig)
     json_dataset: JsonDatasetConfig = field(default_factory=JsonDatasetConfig)
     huggingface_dataset: HuggingfaceDatasetConfig = field(default_factory=HuggingfaceDatasetConfig)
+    files_dataset: FilesDatasetConfig = field(default_factory=FilesDatasetConfig)
+    tfds_dataset: TfdsDatasetConfig = field(default_factory=TfdsDatasetConfig)
     python_dataset: PythonDatasetConfig = field(default_factory=PythonDatasetConfig)
 
     @property
-    def source(self) -> JsonDatasetConfig | HuggingfaceDatasetConfig | PythonDatasetConfig:
+    def group(self) -> str:
+        """The name of the group that `type` reads."""
+        return "files_dataset" if self.type in FILE_FORMATS else f"{self.type}_dataset"
+
+    @property
+    def source(
+        self,
+    ) -> JsonDatasetConfig | HuggingfaceDatasetConfig | FilesDatasetConfig | TfdsDatasetConfig | PythonDatasetConfig:
         """The group that `type` names."""
-        return getattr(self, f"{self.type}_dataset")
+        return getattr(self, self.group)
 
     @property
     def seq_length(self) -> int:

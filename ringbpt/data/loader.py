@@ -7,38 +7,33 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ringbpt.config import DatasetConfig, TextProcessorConfig, UserError
-from ringbpt.data.packing import Plan, make_plan
-from ringbpt.data.sources import Source, cached, make_source
-from ringbpt.data.text_processor import Chunk, tokenise
+from ringbpt.config import DatasetConfig, UserError
+from ringbpt.config_data import bad_lines_allowed
+from ringbpt.data.catalogue import Part, make_source, parts_of
+from ringbpt.data.files import cached, digest_of
+from ringbpt.data.packing import Arrays, Plan, Store, interleave, make_plan, mix
+from ringbpt.data.rows import open_rows
+from ringbpt.data.shapes import detect
+from ringbpt.data.sources import Source
+from ringbpt.data.tokenise import Job, check_vocabulary, make_store, token_dtype
 from ringbpt.data.tokenizers import Tokenizer
+from ringbpt.data.tokens import FORMAT, Column, TokenStore, open_megatron, open_store
 from ringbpt.types import Batch
 
-CACHE_FORMAT = "1"  # part of every key; raise it when the same inputs give other files
-
-
-@dataclass(frozen=True)
-class TokenCache:
-    """All documents as tokens, mapped from disk: token int32, mask uint8 [tokens], offset int64 [documents + 1].
-
-    summary: documents, tokens, max_token, loss_tokens (mask 1), loss_bytes (UTF-8 bytes of the text behind those).
-    key: the hex digest of everything that decides the content.
-    """
-
-    token: np.ndarray
-    mask: np.ndarray
-    offset: np.ndarray
-    summary: dict[str, int]
-    key: str
+PLAN_FORMAT = "1"  # part of a kept plan's key
+KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
+SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
+NOT_FOR_SFT = {
+    "preference": "output_key=chosen learns the chosen answers",
+    "kto": "output_key=completion learns all completions",
+    "rl": "a prompt alone has nothing to learn: output_key names the answer",
+}
 
 
 class Loader:
@@ -46,23 +41,30 @@ class Loader:
 
     batch_size and seq_length are the global batch's; steps_per_epoch counts whole batches, and the rows that fill
     none are dropped. bytes_per_token: UTF-8 bytes of text per token, over what takes loss, so that loss in nats
-    / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_used, tokens_dropped
-    (by reason): of the first epoch. utilisation: the share of the places of its batches that hold a token.
-    fingerprint: of the batches, whatever the step.
+    / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_in: of the documents
+    as often as an epoch has them; tokens_used, tokens_dropped (by reason) of the first epoch add up to it.
+    utilisation: the share of the places of its batches that hold a token. fingerprint: of the batches, whatever the
+    step. lengths: tokens of each document, int64.
     """
 
-    def __init__(self, cache: TokenCache, plan: Plan, dataset: DatasetConfig, bos_token_id: int | None, identity: str):
+    def __init__(
+        self, data: TokenStore, plan: Plan, dataset: DatasetConfig, tokenizer: Tokenizer, vocab_size: int, identity: str
+    ):
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
-        self.bytes_per_token = (cache.summary["loss_bytes"] or math.inf) / cache.summary["loss_tokens"]
-        self.fingerprint = hashlib.sha256(f"{cache.key} {identity}".encode()).hexdigest()
+        self.bytes_per_token = (data.summary["loss_bytes"] or math.inf) / data.summary["loss_tokens"]
+        self.fingerprint = hashlib.sha256(f"{data.key} {identity}".encode()).hexdigest()
         rows = self.steps_per_epoch * self.batch_size
         self.tokens_used = plan.tokens_in(0, rows)
         last_batch = plan.tokens_in(0, plan.rows) - self.tokens_used
         reasons = plan.dropped | {"incomplete last batch": last_batch}
         self.tokens_dropped = {reason: count for reason, count in reasons.items() if count}
+        self.tokens_in = self.tokens_used + sum(self.tokens_dropped.values())
         self.utilisation = self.tokens_used / (rows * self.seq_length)
-        self._cache, self._plan, self._bos_token_id, self._packing = cache, plan, bos_token_id, dataset.packing
+        self.lengths = np.diff(data.offset)
+        self._data, self._plan, self._dataset = data, plan, dataset
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._bos_token_id = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop of the global batch `step` (from 0): numpy arrays [stop - start, T]."""
@@ -70,20 +72,36 @@ class Loader:
         shape = (stop - start, self.seq_length)
         arrays = [np.empty(shape, np.float32 if name == "weight" else np.int32) for name in COLUMNS]
         for place, row in enumerate(range(start, stop)):
-            values = self._plan.row(epoch, index * self.batch_size + row, self._cache.token, self._cache.mask)
+            values = self._plan.row(epoch, index * self.batch_size + row, self._data.token, self._data.mask)
             for array, value in zip(arrays, values, strict=True):
                 array[place] = value
+        if self._data.summary["max_token"] < 0 and stop > start:  # not known before
+            check_vocabulary(int(max(arrays[0].max(), arrays[1].max())), self._tokenizer, self._vocab_size)
         if self._bos_token_id is not None:
             arrays[0][:, :1] = self._bos_token_id
         return Batch(*arrays)
 
+    def digest(self, steps: int) -> str:
+        """sha256 of the first `steps` global batches: every column's bytes, little-endian, batch by batch."""
+        found = hashlib.sha256()
+        for step in range(steps):
+            batch = self.rows(step, 0, self.batch_size)
+            for name in COLUMNS:
+                array = getattr(batch, f"{name}_BT")
+                found.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+        return found.hexdigest()
+
     def describe(self) -> str:
         """One line: what there is, how it is packed, and what was dropped and why."""
-        summary, dropped = self._cache.summary, self.tokens_dropped
+        summary, dropped = self._data.summary, self.tokens_dropped
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+        repeated = self.tokens_in - summary["tokens"]
+        bad = f" ({summary['bad']:,} bad examples left out)" if summary["bad"] else ""
         return (
-            f"{summary['documents']:,} documents, {summary['tokens']:,} tokens, {self.bytes_per_token:.2f} bytes a "
-            f"token; {self._packing}: {self.steps_per_epoch:,} steps of {self.batch_size} x {self.seq_length:,} an "
+            f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
+            + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
+            + f", {self.bytes_per_token:.2f} bytes a token; {self._dataset.packing}: {self.steps_per_epoch:,} steps of "
+            f"{self.batch_size} x {self.seq_length:,} an "
             f"epoch, {self.utilisation:.1%} of the places filled, {sum(dropped.values()):,} tokens dropped"
             + (f" ({reasons})" if reasons else "")
         )
@@ -101,23 +119,32 @@ def make_loader(
     the first input token of every row is overwritten by bos, as in the original; its target stays.
     Raises UserError for data that cannot be read or makes no batch, and for token ids that the model doesn't have.
     """
-    cache_dir = cache_folder(dataset)
-    source = make_source(dataset, cache_dir, flag)
-    processor = dataset.text_processor
-    if not (processor.fields or processor.fields_from_example):
-        processor = replace(processor, fields=source.default_fields)
-    cache = _token_cache(source, tokenizer, processor, dataset, cache_dir, vocab_size, flag)
-    plan = make_plan(cache.offset, dataset.seq_length, packing=dataset.packing, seed=seed, shuffle=dataset.shuffle)
-    _check_size(plan, cache, dataset, flag)
-    bos = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
-    if bos is None and getattr(dataset.source, "always_start_with_bos", False):
+    if getattr(dataset.source, "always_start_with_bos", False) and tokenizer.bos_token_id is None:
         raise UserError(
-            f"--{flag}.{dataset.type}_dataset.always_start_with_bos=True: the tokenizer ({tokenizer.describe()}) has "
+            f"--{flag}.{dataset.group}.always_start_with_bos=True: the tokenizer ({tokenizer.describe()}) has "
             "no bos token; False works"
         )
+    plan: Plan
+    cache_dir = cache_folder(dataset)
+    parts = parts_of(dataset, flag)
     order = f"shuffled {seed}" if dataset.shuffle else "in order"
-    identity = f"{dataset.packing} {dataset.seq_length} {dataset.batch_size} {order} {bos}"
-    return Loader(cache, plan, dataset, bos, identity)
+    if parts[0].kind == "tokens" and (packed := open_rows(parts[0].path, dataset, tokenizer, seed, flag)):
+        if len(parts) > 1:
+            raise UserError(f"--{flag}.{dataset.group}.path: packed rows cannot be mixed; pack them together")
+        data, plan = packed[0], packed[1]
+        check_vocabulary(data.summary["max_token"], tokenizer, vocab_size)
+        identity = f"packed {dataset.batch_size} {order}"
+    else:
+        stores = [_store(dataset, part, tokenizer, cache_dir, vocab_size, flag) for part in parts]
+        data = _joined(stores)
+        weights = [part.weight for part in parts]
+        plan = _plan(dataset, stores, weights, data, seed, cache_dir, flag)
+        shares = "" if weights[0] is None else f" {weights}"
+        dropping = "" if dataset.long_documents == "split" else f" {dataset.long_documents}"
+        identity = f"{dataset.packing} {dataset.seq_length} {dataset.batch_size} {order}{shares}{dropping}"
+    _check_size(plan, data, dataset, flag)
+    bos = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
+    return Loader(data, plan, dataset, tokenizer, vocab_size, f"{identity} {bos}")
 
 
 def cache_folder(dataset: DatasetConfig) -> Path:
@@ -125,105 +152,194 @@ def cache_folder(dataset: DatasetConfig) -> Path:
     return Path(dataset.cache_dir or os.environ.get("RINGBPT_CACHE") or "~/.cache/ringbpt").expanduser()
 
 
-def _token_cache(
-    source: Source,
-    tokenizer: Tokenizer,
-    processor: TextProcessorConfig,
+# --- tokens ---
+
+
+def _store(
+    dataset: DatasetConfig, part: Part, tokenizer: Tokenizer, cache_dir: Path, vocab_size: int, flag: str
+) -> TokenStore:
+    """The tokens of one part of a dataset."""
+    path_flag = f"--{flag}.{dataset.group}.path"
+    if part.kind == "megatron":
+        return _measured(open_megatron(part.path, cache_dir, path_flag), tokenizer)
+    if part.kind == "tokens":
+        folder = Path(part.path).expanduser()
+        try:
+            key = hashlib.sha256((folder / "summary.json").read_bytes()).hexdigest()
+        except OSError:
+            raise UserError(
+                f"{path_flag}={part.path!r} has neither a manifest.json nor a summary.json: give a folder that "
+                "scripts/prepare_data.py wrote"
+            ) from None
+        store = open_store(folder, key)
+        if store is None:
+            raise UserError(f"{folder}/summary.json:1: the folder is damaged; copy it again", code=4)
+        check_tokenizer(store.summary["tokenizer"], tokenizer, path_flag, part.path)
+    else:
+        store = _tokenised(dataset, part, tokenizer, cache_dir, vocab_size, flag)
+    check_vocabulary(store.summary["max_token"], tokenizer, vocab_size)
+    return store
+
+
+def check_tokenizer(fingerprint: str, tokenizer: Tokenizer, path_flag: str, path: str) -> None:
+    """Raises UserError for tokens that another tokenizer has made."""
+    if fingerprint != tokenizer.fingerprint():
+        raise UserError(
+            f"{path_flag}={path!r} was tokenised with another tokenizer than --tokenizer.vocab_file="
+            f"{tokenizer.config.vocab_file!r} ({tokenizer.describe()}): give the one it was made with"
+        )
+
+
+def _tokenised(
+    dataset: DatasetConfig, part: Part, tokenizer: Tokenizer, cache_dir: Path, vocab_size: int, flag: str
+) -> TokenStore:
+    source = make_source(dataset, part, cache_dir, flag)
+    processor = dataset.text_processor
+    allowed = bad_lines_allowed(dataset.on_bad_line, f"--{flag}.on_bad_line")
+    bad = f"skip {allowed}" if allowed else ""
+    parts = [FORMAT, source.fingerprint(), tokenizer.fingerprint(), json.dumps(asdict(processor)), bad]
+    key = digest_of(parts)
+    folder = cache_dir / f"tokens-{key[:32]}"
+    if (store := open_store(folder, key)) is not None:  # without a look at the source
+        return store
+    shape = "" if processor.fields or processor.fields_from_example else _shape(source, dataset, allowed, flag)
+    job = Job(
+        source=source,
+        tokenizer=tokenizer.config,
+        processor=processor,
+        shape=shape,
+        flag=flag,
+        vocab_size=vocab_size,
+        allowed=allowed,
+        dtype=token_dtype(tokenizer, processor),
+        fingerprint=tokenizer.fingerprint(),
+    )
+    return make_store(job, tokenizer, folder, key, getattr(dataset.source, "tokenizer_processes", 1))
+
+
+def _shape(source: Source, dataset: DatasetConfig, allowed: int, flag: str) -> str:
+    """The shape of the first example that can be read."""
+    for index in range(min(len(source), allowed + 1)):
+        try:
+            shape = detect(source[index], dataset.text_processor, f"{flag}.text_processor", source.location(index))
+            break
+        except UserError:
+            if index == allowed or index == len(source) - 1:
+                raise
+    if shape in NOT_FOR_SFT:
+        raise UserError(
+            f"{source.location(index)}: a {shape!r} example does not go with --objective=sft: "
+            f"--{flag}.text_processor.{NOT_FOR_SFT[shape]}"
+        )
+    return shape
+
+
+def _measured(store: TokenStore, tokenizer: Tokenizer) -> TokenStore:
+    """The store with its loss_bytes, as a sample of its tokens tells them."""
+    sampled = size = 0
+    for start, stop in zip(store.offset[:-1].tolist(), store.offset[1:].tolist(), strict=True):
+        stop = min(stop, start + SAMPLED_TOKENS - sampled)
+        tokens = store.token[start:stop]
+        size += len(tokenizer.decode(tokens[tokens < tokenizer.vocab_size]).encode("utf-8", errors="replace"))
+        sampled += stop - start
+        if sampled >= SAMPLED_TOKENS:
+            break
+    total = store.summary["loss_tokens"]
+    return replace(store, summary=store.summary | {"loss_bytes": round(size * total / max(1, sampled))})
+
+
+def _joined(stores: list[TokenStore]) -> TokenStore:
+    """Several stores as one, one after the other."""
+    if len(stores) == 1:
+        return stores[0]
+    totals = [store.summary["tokens"] for store in stores]
+    before = np.cumsum([0, *totals]).tolist()
+    offset = np.concatenate([np.zeros(1, np.int64), *(s.offset[1:] + b for s, b in zip(stores, before, strict=False))])
+    names = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad")
+    summary = {name: sum(store.summary[name] for store in stores) for name in names}
+    largest = [store.summary["max_token"] for store in stores]
+    summary["max_token"] = -1 if -1 in largest else max(largest)
+    token = Column([store.token for store in stores], totals)
+    mask = Column([store.mask for store in stores], totals)
+    return TokenStore(token, mask, offset, summary, digest_of([store.key for store in stores]))
+
+
+# --- the plan ---
+
+
+def _plan(
     dataset: DatasetConfig,
+    stores: list[TokenStore],
+    weights: list[float | None],
+    data: TokenStore,
+    seed: int,
     cache_dir: Path,
-    vocab_size: int,
     flag: str,
-) -> TokenCache:
-    parts = [CACHE_FORMAT, source.fingerprint(), tokenizer.fingerprint(), json.dumps(asdict(processor))]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def build(folder: Path) -> None:
-        chunks = tokenise(
-            source,
-            tokenizer,
-            processor,
-            flag,
-            processes=getattr(dataset.source, "tokenizer_processes", 1),
-            chunk_size=getattr(dataset.source, "tokenizer_parallel_chunk_size", 32),
-            ahead=getattr(dataset.source, "tokenizer_parallel_batch_size", 1024),
-        )
-        _write(folder, _with_progress(_checked(chunks, tokenizer, vocab_size), len(source), flag))
-
-    name = f"tokens-{key[:32]}"
-    cache = _read_cache(cached(cache_dir, name, build, flag), key)
-    if cache is None:  # cut short from outside; it can be made again
-        shutil.rmtree(cache_dir / name, ignore_errors=True)
-        cache = _read_cache(cached(cache_dir, name, build, flag), key)
-    if cache is None:
-        raise UserError(f"--{flag}.cache_dir={str(cache_dir)!r}: {name} is damaged; remove it", code=4)
-    _check_vocabulary(cache.summary["max_token"], tokenizer, vocab_size)
-    return cache
-
-
-def _write(folder: Path, chunks: Iterable[Chunk]) -> None:
-    """The files of a TokenCache. Written one chunk at a time, so the data may be larger than the memory."""
-    folder.mkdir()
-    lengths = [np.zeros(1, np.int64)]
-    summary = {"documents": 0, "tokens": 0, "max_token": 0, "loss_tokens": 0, "loss_bytes": 0}
-    with open(folder / "token.bin", "wb") as token, open(folder / "mask.bin", "wb") as mask:
-        for chunk in chunks:
-            token.write(np.ascontiguousarray(chunk.token, np.int32))
-            mask.write(np.ascontiguousarray(chunk.mask, np.uint8))
-            lengths.append(chunk.length)
-            summary["documents"] += len(chunk.length)
-            summary["tokens"] += len(chunk.token)
-            summary["max_token"] = max(summary["max_token"], int(chunk.token.max(initial=0)))
-            summary["loss_tokens"] += int(np.count_nonzero(chunk.mask))
-            summary["loss_bytes"] += chunk.loss_bytes
-    np.save(folder / "offset.npy", np.cumsum(np.concatenate(lengths)))
-    (folder / "summary.json").write_text(json.dumps(summary))
+) -> Plan:
+    seq_length, shuffle = dataset.seq_length, dataset.shuffle
+    starts, stops = data.offset[:-1], data.offset[1:]
+    dropped: dict[str, int] = {}
+    if weights[0] is not None:
+        counts = [len(store.offset) - 1 for store in stores]
+        times = list(mix(counts, [weight or 0.0 for weight in weights], seed if shuffle else None))
+        dropped["left out by the weights"] = int((stops - starts)[np.concatenate(times) == 0].sum())
+        documents = interleave(times)
+        starts, stops = starts[documents], stops[documents]
+    if dataset.long_documents != "split":
+        fits = stops - starts <= seq_length
+        long = np.flatnonzero(~fits)
+        if dataset.long_documents == "refuse" and len(long):
+            length = int((stops - starts)[long[0]])
+            raise UserError(
+                f"--{flag}.long_documents=refuse: {len(long)} documents are longer than --{flag}.{dataset.group}."
+                f"seq_length={seq_length}, the first of them document {int(long[0]) + 1} with {length} tokens: "
+                f"--{flag}.long_documents=split or =drop, or seq_length={int((stops - starts).max())}"
+            )
+        dropped["documents longer than seq_length"] = int((stops - starts)[long].sum())
+        starts, stops = starts[fits], stops[fits]
+    shares = json.dumps([weights, seed if shuffle else None, dataset.packing, seq_length, dataset.long_documents])
+    key = digest_of([PLAN_FORMAT, data.key, shares])
+    store: Store = partial(_kept, cache_dir, key, flag) if len(starts) >= KEPT_DOCUMENTS else _made
+    plan = make_plan(starts, stops, seq_length, packing=dataset.packing, seed=seed, shuffle=shuffle, store=store)
+    plan.dropped |= dropped
+    return plan
 
 
-def _read_cache(folder: Path, key: str) -> TokenCache | None:
-    """The cache in a folder, or None where a file is missing or has another length than the summary says."""
-    try:
-        summary: dict[str, int] = json.loads((folder / "summary.json").read_text())
-        offset = np.load(folder / "offset.npy", allow_pickle=False)
-        if not summary["tokens"]:  # an empty file cannot be mapped
-            return TokenCache(np.zeros(0, np.int32), np.zeros(0, np.uint8), offset, summary, key)
-        token = np.memmap(folder / "token.bin", np.int32, "r")
-        mask = np.memmap(folder / "mask.bin", np.uint8, "r")
-    except (OSError, ValueError, KeyError):
-        return None
-    if len(token) != summary["tokens"] or len(mask) != len(token) or offset[-1] != len(token):
-        return None
-    return TokenCache(token, mask, offset, summary, key)
+def _made(name: str, build) -> Arrays:  # type: ignore[no-untyped-def]
+    return build()
 
 
-def _checked(chunks: Iterable[Chunk], tokenizer: Tokenizer, vocab_size: int) -> Iterator[Chunk]:
-    """Stops at the first chunk that the model cannot take, and not after hours."""
-    for chunk in chunks:
-        _check_vocabulary(int(chunk.token.max(initial=0)), tokenizer, vocab_size)
-        yield chunk
+def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # type: ignore[no-untyped-def]
+    """The arrays of a plan, kept in the cache and mapped from there."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for array_name, array in build().items():
+            np.save(folder / f"{array_name}.npy", array)
+
+    folder = cached(cache_dir, f"plan-{key[:32]}-{name.replace(' ', '-')}", write, flag)
+    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
 
 
-def _check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
-    if largest >= vocab_size:
-        works = max(tokenizer.vocab_size, largest + 1)
-        raise UserError(
-            f"--llama.vocab_size={vocab_size} is too small for --tokenizer.vocab_file={tokenizer.config.vocab_file!r} "
-            f"({tokenizer.describe()}), which gave the id {largest}: --llama.vocab_size={works} works"
-        )
-
-
-def _check_size(plan: Plan, cache: TokenCache, dataset: DatasetConfig, flag: str) -> None:
+def _check_size(plan: Plan, data: TokenStore, dataset: DatasetConfig, flag: str) -> None:
     """Raises UserError where there is nothing to learn, or not one whole batch."""
-    if not cache.summary["loss_tokens"]:
+    if not data.summary["loss_tokens"]:
+        processor = dataset.text_processor
+        if not processor.fields:
+            raise UserError(
+                f"--{flag}.text_processor.roles_to_train={processor.roles_to_train!r}: no token takes loss; name a "
+                "role that says something, as assistant"
+            )
         raise UserError(
-            f"--{flag}.text_processor.fields={dataset.text_processor.fields!r}: no token takes loss; "
+            f"--{flag}.text_processor.fields={processor.fields!r}: no token takes loss; "
             "take the [..] off the fields to be learnt"
         )
     if plan.rows >= dataset.batch_size:
         return
-    group, tokens = f"--{flag}.{dataset.type}_dataset", cache.summary["tokens"]
+    group, tokens = f"--{flag}.{dataset.group}", data.summary["tokens"]
     problem = (
         f"{group}.batch_size={dataset.batch_size} of seq_length={dataset.seq_length} is more than the data: "
-        f"{cache.summary['documents']} documents of {tokens} tokens make {plan.rows} rows"
+        f"{data.summary['documents']} documents of {tokens} tokens make {plan.rows} rows"
     )
     shorter = (tokens - 1) // dataset.batch_size
     if plan.rows:
@@ -231,21 +347,3 @@ def _check_size(plan: Plan, cache: TokenCache, dataset: DatasetConfig, flag: str
     if shorter and dataset.packing == "concat":
         raise UserError(f"{problem}; {group}.seq_length={shorter} is the longest that fits")
     raise UserError(f"{problem}; give more data")
-
-
-def _with_progress(chunks: Iterable[Chunk], total: int, flag: str) -> Iterator[Chunk]:
-    """A bar with the time left on a terminal, one line at the end elsewhere; on stdout, as stderr is for errors."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console, begin = Console(), time.monotonic()
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    documents = tokens = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"tokenising {flag}", total=total)
-        for chunk in chunks:
-            documents, tokens = documents + len(chunk.length), tokens + len(chunk.token)
-            progress.advance(task, len(chunk.length))
-            yield chunk
-    seconds = time.monotonic() - begin
-    print(f"{flag}: tokenised {documents:,} documents, {tokens:,} tokens in {seconds:.1f} s", flush=True)

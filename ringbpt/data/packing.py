@@ -1,9 +1,11 @@
 """Which tokens stand in which row: a plan that is made once and read at random, so a batch depends on its step alone.
 
-A plan is a pure function of (offsets, seq_length, packing, seed, shuffle); `epoch` only chooses an order, and every
+A plan is a pure function of (documents, seq_length, packing, seed, shuffle); `epoch` only chooses an order, and every
 epoch has the same number of rows. So the place in the data is one integer, for any number of hosts and workers.
 """
 
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -22,6 +24,11 @@ class Row(NamedTuple):
     segment: np.ndarray
 
 
+Arrays = dict[str, np.ndarray]
+# Makes the named arrays, or finds them where an earlier run has left them.
+Store = Callable[[str, Callable[[], Arrays]], Arrays]
+
+
 class Plan(Protocol):
     """rows: of an epoch. dropped: tokens that stand in no row, by reason; the rest stand in exactly one."""
 
@@ -29,7 +36,11 @@ class Plan(Protocol):
     dropped: dict[str, int]
 
     def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
-        """Row `row` of an epoch; tokens int32 and mask uint8 are the whole data, [offsets[-1]], mapped from disk."""
+        """Row `row` of an epoch; tokens int and mask uint8 are the whole data, mapped from disk, read in slices."""
+        ...
+
+    def pieces(self, epoch: int, row: int) -> list[slice]:
+        """Which tokens of the data stand in the row, document by document."""
         ...
 
     def tokens_in(self, epoch: int, rows: int) -> int:
@@ -37,9 +48,47 @@ class Plan(Protocol):
         ...
 
 
-def make_plan(offsets: np.ndarray, seq_length: int, *, packing: str, seed: int, shuffle: bool) -> Plan:
-    """offsets int64 [documents + 1]: document d is tokens[offsets[d]:offsets[d + 1]]. packing: see PACKINGS."""
-    return PACKINGS[packing](np.asarray(offsets, np.int64), seq_length, seed if shuffle else None)
+def make_plan(
+    starts: np.ndarray,
+    stops: np.ndarray,
+    seq_length: int,
+    *,
+    packing: str,
+    seed: int,
+    shuffle: bool,
+    store: Store = lambda name, build: build(),
+) -> Plan:
+    """starts, stops int64 [documents]: document d is tokens[starts[d]:stops[d]]. packing: see PACKINGS."""
+    return PACKINGS[packing](starts, stops, seq_length, seed if shuffle else None, store)
+
+
+def mix(counts: list[int], weights: list[float], seed: int | None) -> Iterator[np.ndarray]:
+    """How often each document of each source stands in an epoch of the mixture: int64 [counts[i]] of each.
+
+    An epoch has as many documents as the sources together, and of source i the share weights[i] of them: a source
+    with a larger share than its own goes round, one with a smaller share loses the rest, chosen by the seed (without
+    one, its last).
+    """
+    total = sum(weights)
+    for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        take = max(1, round(sum(counts) * weight / total))
+        times = np.full(count, take // count, np.int64)
+        order = np.arange(count) if seed is None else shuffled(count, seed, 1 << 32, number)
+        times[order[: take % count]] += 1
+        yield times
+
+
+def interleave(times: Iterable[np.ndarray]) -> np.ndarray:
+    """Documents, numbered on through the sources, so that any stretch holds each source's share: int64."""
+    documents, places, first = [], [], 0
+    for counts in times:
+        repeated = first + np.concatenate(
+            [np.flatnonzero(counts > number) for number in range(int(counts.max(initial=0)))] or [np.arange(0)]
+        )
+        documents.append(repeated)
+        places.append((np.arange(len(repeated)) + 0.5) / max(1, len(repeated)))
+        first += len(counts)
+    return np.concatenate(documents)[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def shuffled(count: int, *seeds: int) -> np.ndarray:
@@ -55,20 +104,27 @@ class Concat:
     and across rows. Position 0..T-1, segment 1. With a seed the documents are joined in another order each epoch.
     """
 
-    def __init__(self, offsets: np.ndarray, seq_length: int, seed: int | None):
-        self._offsets, self._seq_length, self._seed = offsets, seq_length, seed
-        total = int(offsets[-1])
+    def __init__(self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store):
+        self._documents, self._seq_length, self._seed, self._store = (starts, stops), seq_length, seed, store
+        total = int((stops - starts).sum())
         self.rows = max(0, total - 1) // seq_length  # the last target takes one token more
         self.dropped = {"end of the stream": total - self.rows * seq_length}
-        self._stream = lru_cache(maxsize=2)(self._make_stream)
+        self._stream = lru_cache(maxsize=2)(self._load_stream)
 
-    def _make_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _load_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] each: where a document begins in the data, and where it ends in the stream."""
-        starts, lengths = self._offsets[:-1], np.diff(self._offsets)
+        found = self._store(f"stream {epoch}", lambda: self._make_stream(epoch))
+        return found["start"], found["end"]
+
+    def _make_stream(self, epoch: int) -> Arrays:
+        starts, stops = self._documents
         if self._seed is not None:
             order = shuffled(len(starts), self._seed, epoch)
-            starts, lengths = starts[order], lengths[order]
-        return starts, np.cumsum(lengths)
+            starts, stops = starts[order], stops[order]
+        return {"start": starts, "end": np.cumsum(stops - starts)}
+
+    def pieces(self, epoch: int, row: int) -> list[slice]:
+        return self._read(epoch, row * self._seq_length, (row + 1) * self._seq_length)
 
     def _read(self, epoch: int, first: int, last: int) -> list[slice]:
         """The slices of the data that make up places first..last of the stream."""
@@ -76,6 +132,9 @@ class Concat:
         document, slices = int(np.searchsorted(ends, first, side="right")), []
         while first < last:
             length = min(int(ends[document]), last) - first
+            if not length:  # a document of no tokens
+                document += 1
+                continue
             begin = int(starts[document]) + first - (int(ends[document - 1]) if document else 0)
             slices.append(slice(begin, begin + length))
             first += length
@@ -85,7 +144,7 @@ class Concat:
     def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
         first = row * self._seq_length
         slices = self._read(epoch, first, first + self._seq_length + 1)
-        token = np.concatenate([tokens[piece] for piece in slices])
+        token = np.concatenate([tokens[piece] for piece in slices]).astype(np.int32)
         weight = np.concatenate([mask[piece] for piece in slices])
         position = np.arange(self._seq_length, dtype=np.int32)
         return Row(token[:-1], token[1:], weight[1:].astype(np.float32), position, np.ones_like(position))
@@ -94,8 +153,8 @@ class Concat:
         return rows * self._seq_length
 
 
-class FirstFit:
-    """Whole documents, each into the first row with room for it, rows filled up with padding (segment, weight 0).
+class WholeDocuments:
+    """Whole documents, each into a row with room for it, rows filled up with padding (segment, weight 0).
 
     Segments count from 1 in each row, positions from 0 in each segment. A document's last token has nothing to
     predict: weight 0. A document longer than a row is split into pieces of T tokens, each a segment of its own, and
@@ -103,40 +162,58 @@ class FirstFit:
     order, and the rows come in another order each epoch.
     """
 
-    def __init__(self, offsets: np.ndarray, seq_length: int, seed: int | None):
-        self._seq_length, self._seed = seq_length, seed
-        starts, stops = offsets[:-1], offsets[1:]
-        if seed is not None:
-            order = shuffled(len(starts), seed)
-            starts, stops = starts[order], stops[order]
-        self._start, self._stop, document_stop = split_documents(starts, stops, seq_length)
-        self._has_next = self._stop < document_stop
-        lengths = self._stop - self._start
-        lone = int(np.sum(stops - starts == 1))
+    def __init__(
+        self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store, fit: "Fit"
+    ):
+        self._seq_length, self._seed, self._store = seq_length, seed, store
+        lengths = stops - starts
+        packed = store("rows", lambda: self._pack(starts, stops, fit))
+        self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
+        self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
+        self.rows = len(self._row_ends)
+        lone = int(np.sum(lengths == 1))
         self.dropped = {
             "documents of one token": lone,
-            "last tokens of split documents": int(offsets[-1]) - lone - int(lengths.sum()),
+            "last tokens of split documents": int(lengths.sum()) - lone - int(self._row_tokens.sum()),
         }
-        row_of_piece, self.rows = first_fit(lengths, seq_length)
-        by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
-        self._start, self._stop, self._has_next = self._start[by_row], self._stop[by_row], self._has_next[by_row]
-        self._row_ends = np.cumsum(np.bincount(row_of_piece, minlength=self.rows))
-        self._row_tokens = np.bincount(row_of_piece, weights=lengths, minlength=self.rows).astype(np.int64)
         self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def _pack(self, starts: np.ndarray, stops: np.ndarray, fit: "Fit") -> Arrays:
+        """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
+        if self._seed is not None:
+            order = shuffled(len(starts), self._seed)
+            starts, stops = starts[order], stops[order]
+        start, stop, document_stop = split_documents(starts, stops, self._seq_length)
+        lengths = stop - start
+        row_of_piece, rows = fit(lengths, self._seq_length)
+        by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
+        return {
+            "start": start[by_row],
+            "stop": stop[by_row],
+            "has_next": (stop < document_stop)[by_row],
+            "row_end": np.cumsum(np.bincount(row_of_piece, minlength=rows)),
+            "row_tokens": np.bincount(row_of_piece, weights=lengths, minlength=rows).astype(np.int64),
+        }
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if self._seed is None:
             return np.arange(self.rows)
-        return shuffled(self.rows, self._seed, 1 + epoch)
+        seed = self._seed
+        return self._store(f"order {epoch}", lambda: {"row": shuffled(self.rows, seed, 1 + epoch)})["row"]
+
+    def _pieces(self, epoch: int, row: int) -> range:
+        row = int(self._order(0 if self._seed is None else epoch)[row])
+        return range(int(self._row_ends[row - 1]) if row else 0, int(self._row_ends[row]))
+
+    def pieces(self, epoch: int, row: int) -> list[slice]:
+        return [slice(int(self._start[piece]), int(self._stop[piece])) for piece in self._pieces(epoch, row)]
 
     def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
-        row = int(self._order(0 if self._seed is None else epoch)[row])
         places = self._seq_length
         token, target, position, segment = (np.zeros(places, np.int32) for _ in range(4))
         weight = np.zeros(places, np.float32)
         place = 0
-        pieces = range(int(self._row_ends[row - 1]) if row else 0, int(self._row_ends[row]))
-        for number, piece in enumerate(pieces, start=1):
+        for number, piece in enumerate(self._pieces(epoch, row), start=1):
             start, stop = int(self._start[piece]), int(self._stop[piece])
             here = slice(place, place + stop - start)
             token[here] = tokens[start:stop]
@@ -151,9 +228,6 @@ class FirstFit:
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())
-
-
-PACKINGS: dict[str, type[Concat] | type[FirstFit]] = {"concat": Concat, "first_fit": FirstFit}
 
 
 def split_documents(
@@ -199,3 +273,54 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
                 open_rows.append(count)
             count += 1
     return np.array(rows, np.int64), count
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """The row of each piece, int64, and the number of rows: longest first, each into the fullest row with room.
+
+    Rows are numbered by their first piece. Ref: arXiv:2404.10830, best-fit-decreasing.
+    """
+    row_of_piece = np.zeros(len(lengths), np.int64)
+    rows_by_room: dict[int, list[int]] = {}  # room -> rows that have it
+    rooms: list[int] = []  # its keys, sorted
+    count = 0
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[place]
+        else:
+            room, row = capacity, count
+            count += 1
+        row_of_piece[piece] = row
+        room -= length
+        if room >= 2:  # no piece is shorter
+            if room not in rows_by_room:
+                rows_by_room[room] = []
+                insort(rooms, room)
+            rows_by_room[room].append(row)
+    _, first = np.unique(row_of_piece, return_index=True)
+    number = np.empty(count, np.int64)
+    number[np.argsort(first)] = np.arange(count)
+    return number[row_of_piece], count
+
+
+Fit = Callable[[np.ndarray, int], tuple[np.ndarray, int]]
+
+
+def _first_fit(starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store) -> Plan:
+    return WholeDocuments(starts, stops, seq_length, seed, store, first_fit)
+
+
+def _best_fit(starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store) -> Plan:
+    return WholeDocuments(starts, stops, seq_length, seed, store, best_fit)
+
+
+PACKINGS: dict[str, Callable[[np.ndarray, np.ndarray, int, int | None, Store], Plan]] = {
+    "concat": Concat,
+    "first_fit": _first_fit,
+    "best_fit": _best_fit,
+}

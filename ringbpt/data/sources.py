@@ -1,37 +1,46 @@
 """Where examples come from: random access to the examples of some files, and where each of them stands."""
 
-import fcntl
-import glob
-import gzip
 import hashlib
 import json
 import os
-import shutil
-import socket
-import stat
+import re
 import sysconfig
-import zlib
+import time
 from array import array
-from collections.abc import Callable
-from difflib import get_close_matches
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ringbpt.config import DatasetConfig, JsonDatasetConfig, PythonDatasetConfig, UserError
+from ringbpt.config import JsonDatasetConfig, PythonDatasetConfig, UserError
+from ringbpt.data.files import (
+    cached,
+    digest_of,
+    find_files,
+    json_type,
+    known_digest,
+    nearest_path,
+    plain_file,
+    remember_digest,
+)
 
 MAX_LINE_BYTES = 1 << 30  # a longer "line" is a binary file, and would fill the memory before it is refused
+INDEX_BYTES = 1 << 20  # of a larger file, where its lines are is kept in the cache
 HELD_OUT_SHARE = 20  # one file in so many
 # The standard library's own tests are on some machines and not on others, and full of deliberately broken files.
 STDLIB_EXCLUDED = ("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test")
 
 
 class Source(Protocol):
-    """A finite sequence of examples; `default_fields` is the text_processor's `fields` where the user names none."""
+    """A finite sequence of examples, which can be sent to a worker process.
 
-    default_fields: str
+    size: bytes of it, about; it decides only into how many parts the work is cut.
+    """
+
+    size: int
 
     def __len__(self) -> int: ...
 
@@ -44,21 +53,12 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Hex digest of the examples and their order; the files' names and dates don't enter."""
+        """Hex digest of the examples and their order; the files' names and dates don't enter. Reads nothing twice."""
         ...
 
 
-def make_source(dataset: DatasetConfig, cache_dir: Path, flag: str) -> Source:
-    """The source that `dataset.type` names; `flag` is the group's name on the command line, for error messages."""
-    if dataset.type == "json":
-        return JsonSource(dataset.json_dataset, cache_dir, flag)
-    if dataset.type == "python":
-        return PythonSource(dataset.python_dataset, flag)
-    raise UserError(f"--{flag}.type={dataset.type!r} is not supported yet: 'json' reads a .jsonl file of the same data")
-
-
 class JsonSource:
-    """One JSON object per line, of a file, a .gz file or a glob of them (sorted by name).
+    """JSON objects, one a line (JSONL) or in one array, of a file, a .gz or .zst file or a glob of them (by name).
 
     Lines end at LF only, so U+2028, CR and NUL stand inside a text; blank lines are no examples; a UTF-8 byte order
     mark is skipped. The examples from byte `start_seek_loc` of the (joined, decompressed) files on, or else from
@@ -66,63 +66,109 @@ class JsonSource:
     wraps around.
     """
 
-    default_fields = ""
+    kind = "json"
 
-    def __init__(self, config: JsonDatasetConfig, cache_dir: Path, flag: str = "train_dataset"):
-        self._flag = f"--{flag}.json_dataset"
+    def __init__(self, config: JsonDatasetConfig, cache_dir: Path, flag: str = "train_dataset.json_dataset"):
+        self._flag, self._config, self._cache_dir = f"--{flag}", config, cache_dir
+        group = flag.partition(".")[0]
         self._names = find_files(config.path, f"{self._flag}.path")
-        self._files = [_plain_file(name, cache_dir, flag) for name in self._names]
-        scans = [_scan_lines(name, file) for name, file in zip(self._names, self._files, strict=True)]
-        self._file = np.repeat(np.arange(len(scans)), [len(lines) for lines, _, _ in scans])
-        self._start, self._stop, self._line = np.concatenate([lines for lines, _, _ in scans]).T
-        if not len(self._start):
-            raise UserError(f"{self._names[-1]}:1: no examples: {self._flag}.path holds nothing but blank lines")
-        bytes_before = np.cumsum([0] + [size for _, _, size in scans])
-        first = self._first_example(config, self._start + bytes_before[self._file], bytes_before[-1])
-        for name in ("_file", "_start", "_stop", "_line"):
-            setattr(self, name, np.roll(getattr(self, name), -first))
-        self._fingerprint = _digest([*(digest for _, digest, _ in scans), str(first)])
+        self._files = [plain_file(name, cache_dir, group) for name in self._names]
+        self._index: list[np.ndarray] | None = None
+        self._digests: dict[str, str] = {}  # of the files that this process has read
         self._open: tuple[int, int] | None = None  # which file, and its descriptor
+        self.size = sum(map(os.path.getsize, self._files))
 
-    def _first_example(self, config: JsonDatasetConfig, byte: np.ndarray, size: int) -> int:
-        """Where to begin; `byte` is each example's place in the joined files."""
+    def _lines(self) -> list[np.ndarray]:
+        """int64 [examples, 3] of each file (first byte, byte after the last, line number from 1), made when needed."""
+        if self._index is None:
+            self._index = [self._index_of(name, file) for name, file in zip(self._names, self._files, strict=True)]
+            self._ends = np.cumsum([len(lines) for lines in self._index]).tolist()
+            if not self._ends[-1]:
+                raise UserError(f"{self._names[-1]}:1: no examples: {self._flag}.path holds nothing but blank lines")
+            self._first = self._first_example()
+        return self._index
+
+    def _index_of(self, name: str, file: str) -> np.ndarray:
+        digest = known_digest(file, self._cache_dir)
+        path = self._cache_dir / f"{self.kind}-lines-{digest[:32]}.npy" if digest else None
+        if path and path.exists():
+            return _load(path)
+        seen = time.time()
+        try:
+            index, digest = self._scan(name, file)
+        except OSError as error:
+            raise UserError(f"{name}:1: {error.strerror}") from None
+        remember_digest(file, self._cache_dir, digest, seen)
+        self._digests[file] = digest
+        if os.path.getsize(file) > INDEX_BYTES:
+            group = self._flag[2:].partition(".")[0]
+            path = cached(self._cache_dir, f"{self.kind}-lines-{digest[:32]}.npy", partial(_save, index), group)
+            return _load(path)
+        return index
+
+    def _scan(self, name: str, path: str) -> tuple[np.ndarray, str]:
+        """Where the examples of a file are, int64 [examples, 3], and the file's digest."""
+        with open(path, "rb") as file:
+            head = file.read(1 << 12)
+            if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                return scan_array(name, head + file.read())
+        return scan_lines(name, path)
+
+    def _first_example(self) -> int:
+        config, index, ends = self._config, self._index, self._ends
+        assert index is not None
         if config.start_seek_loc:
-            if not 0 <= config.start_seek_loc <= byte[-1]:
+            bytes_before = np.cumsum([0, *map(os.path.getsize, self._files)])
+            starts = np.concatenate([lines[:, 0] + before for lines, before in zip(index, bytes_before, strict=False)])
+            if not 0 <= config.start_seek_loc <= starts[-1]:
                 raise UserError(
-                    f"{self._flag}.start_seek_loc={config.start_seek_loc} is outside of the data ({size} bytes): "
-                    f"the last example begins at {byte[-1]}"
+                    f"{self._flag}.start_seek_loc={config.start_seek_loc} is outside of the data ({bytes_before[-1]} "
+                    f"bytes): the last example begins at {starts[-1]}"
                 )
-            return int(np.searchsorted(byte, config.start_seek_loc))
-        if not 0 <= config.example_index_at_start < len(byte):
+            return int(np.searchsorted(starts, config.start_seek_loc))
+        if not 0 <= config.example_index_at_start < ends[-1]:
             raise UserError(
                 f"{self._flag}.example_index_at_start={config.example_index_at_start} is outside of the data: "
-                f"the last example is {len(byte) - 1}"
+                f"the last example is {ends[-1] - 1}"
             )
         return config.example_index_at_start
 
     def __len__(self) -> int:
-        return len(self._start)
+        self._lines()
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int, int, int]:
+        """Which file, first byte, byte after the last, line."""
+        lines = self._lines()
+        index = (index + self._first) % self._ends[-1]
+        file = bisect_right(self._ends, index)
+        start, stop, line = lines[file][index - (self._ends[file - 1] if file else 0)].tolist()
+        return file, start, stop, line
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file, start, stop = int(self._file[index]), int(self._start[index]), int(self._stop[index])
+        file, start, stop, number = self._place(index)
         line = self._pread(file, start, stop - start)
+        where = f"{self._names[file]}:{number}"
         try:
-            example = json.loads(line.decode("utf-8"))
+            return self._parse(line.decode("utf-8"), where, file)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.location(index)}: invalid UTF-8 at byte {start + error.start} of the file "
+                f"{where}: invalid UTF-8 at byte {start + error.start} of the file "
                 f"(0x{line[error.start]:02x}); save it as UTF-8"
             ) from None
+
+    def _parse(self, line: str, where: str, file: int) -> dict[str, Any]:
+        try:
+            example = json.loads(line)
         except json.JSONDecodeError as error:
             column = min(error.pos, len(error.doc.rstrip())) + 1
             raise UserError(
-                f"{self.location(index)}: malformed JSON at column {column}: {error.msg}; "
-                "each line must be one JSON object"
+                f"{where}: malformed JSON at column {column}: {error.msg}; each line must be one JSON object"
             ) from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise UserError(f"{self.location(index)}: JSON that cannot be read: {error}") from None
+            raise UserError(f"{where}: JSON that cannot be read: {error}") from None
         if not isinstance(example, dict):
-            raise UserError(f"{self.location(index)}: a line must be a JSON object, not {json_type(example)}")
+            raise UserError(f"{where}: a line must be a JSON object, not {json_type(example)}")
         return example
 
     def _pread(self, file: int, start: int, length: int) -> bytes:
@@ -133,38 +179,37 @@ class JsonSource:
         return os.pread(self._open[1], length, start)
 
     def location(self, index: int) -> str:
-        return f"{self._names[int(self._file[index])]}:{int(self._line[index])}"
+        file, _, _, line = self._place(index)
+        return f"{self._names[file]}:{line}"
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        digests = []
+        for file in self._files:
+            digest = known_digest(file, self._cache_dir) or self._digests.get(file)
+            if digest is None:  # finding the lines reads the whole file anyway
+                self._lines()
+                digest = self._digests[file]
+            digests.append(digest)
+        config = self._config
+        start = f"byte {config.start_seek_loc}" if config.start_seek_loc else f"{config.example_index_at_start}"
+        return digest_of([self.kind, *digests, start])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": None}  # an open file does not travel to a worker process
+        return self.__dict__ | {"_open": None, "_index": None}  # neither travels to a worker, which reads its own
 
 
-class PythonSource:
-    """The .py files of the standard library, or of a folder, as documents {"text": ...}, sorted by name.
+class TextSource:
+    """Files that are a document each, {"text": ...}, sorted by their names below `root`.
 
-    Empty files and files that aren't UTF-8 are left out and counted in `left_out`. Which files are held out depends
-    on the relative name alone, so a file stays in its split when others come and go.
+    Empty files and files that aren't UTF-8 are left out and counted in `left_out`.
     """
 
-    default_fields = "text"
-
-    def __init__(self, config: PythonDatasetConfig, flag: str = "train_dataset"):
-        self._root = Path(os.path.expanduser(config.path) or sysconfig.get_path("stdlib"))
-        excluded = ("__pycache__",) if config.path else STDLIB_EXCLUDED
-        if not self._root.is_dir():
-            raise UserError(
-                f"--{flag}.python_dataset.path={config.path!r} is not a folder{nearest_path(self._root)}; "
-                "empty, it is the standard library"
-            )
-        self._names: list[str] = []
+    def __init__(self, root: Path, names: Iterable[str], nothing: str):
+        """nothing: the message where no file is left."""
+        self._root, self._names, self.size = root, [], 0
         self.left_out = {"empty": 0, "not UTF-8": 0}
         digests = []
-        for name in _python_files(self._root, excluded):
-            if config.split != "all" and is_held_out(name) != (config.split == "heldout"):
-                continue
+        for name in names:
             content = self._read(name)
             try:
                 content.decode("utf-8")
@@ -175,13 +220,11 @@ class PythonSource:
                 self.left_out["empty"] += 1
                 continue
             self._names.append(name)
+            self.size += len(content)
             digests.append(hashlib.sha256(content).hexdigest())
         if not self._names:
-            raise UserError(
-                f"--{flag}.python_dataset.path={str(self._root)!r}: no .py file in the split {config.split!r}"
-                + ("; split='all' takes every file" if config.split != "all" else "")
-            )
-        self._fingerprint = _digest(digests)
+            raise UserError(nothing)
+        self._fingerprint = digest_of(digests)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -202,140 +245,119 @@ class PythonSource:
         return self._fingerprint
 
 
+class PythonSource(TextSource):
+    """The .py files of the standard library, or of a folder.
+
+    Which files are held out depends on the relative name alone, so a file stays in its split when others come and go.
+    """
+
+    def __init__(self, config: PythonDatasetConfig, flag: str = "train_dataset.python_dataset"):
+        root = Path(os.path.expanduser(config.path) or sysconfig.get_path("stdlib"))
+        excluded = ("__pycache__",) if config.path else STDLIB_EXCLUDED
+        if not root.is_dir():
+            raise UserError(
+                f"--{flag}.path={config.path!r} is not a folder{nearest_path(root)}; empty, it is the standard library"
+            )
+        names = [
+            name
+            for name in _python_files(root, excluded)
+            if config.split == "all" or is_held_out(name) == (config.split == "heldout")
+        ]
+        nothing = f"--{flag}.path={str(root)!r}: no .py file in the split {config.split!r}"
+        every = "; split='all' takes every file" if config.split != "all" else ""
+        super().__init__(root, names, nothing + every)
+
+
+class FirstExamples:
+    """The first `count` examples of a source."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, count
+        self.size = source.size  # an upper bound
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._source))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._source[index]
+
+    def location(self, index: int) -> str:
+        return self._source.location(index)
+
+    def fingerprint(self) -> str:
+        return digest_of([self._source.fingerprint(), f"first {self._count}"])
+
+
 def is_held_out(name: str) -> bool:
     """Whether the file of this relative name (with forward slashes) belongs to the held-out split."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) % HELD_OUT_SHARE == 0
 
 
-def find_files(path: str, flag: str) -> list[str]:
-    """The regular files that a path or a glob names, sorted. Raises UserError where there is none."""
-    if not path:
-        raise UserError(f"{flag} is empty: give a .jsonl file, a .jsonl.gz file or a glob of them")
-    if "://" in path:
-        raise UserError(f"{flag}={path!r}: only local files are read; copy it here and give the local path")
-    path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        if not glob.has_magic(path):
-            raise UserError(f"{flag}={path!r} does not exist{nearest_path(Path(path))}")
-        files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-        if not files:
-            raise UserError(f"{flag}={path!r} matches no file{nearest_path(Path(path))}")
-        return files
-    if os.path.isdir(path):
-        raise UserError(f"{flag}={path!r} is a directory: {os.path.join(path, '*.jsonl')!r} takes the files in it")
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"{flag}={path!r} is a pipe or a device: it is read more than once, so save it to a file first")
-    return [path]
+def _load(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # whose items cost less
 
 
-def nearest_path(path: Path) -> str:
-    """`"; the nearest name is ..."` for a path that doesn't exist, or the empty string."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return f"; neither does the folder {str(path.parent)!r}"
-    close = get_close_matches(path.name, names, 1)
-    return f"; the nearest name is {str(path.parent / close[0])!r}" if close else ""
+def _save(index: np.ndarray, path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, index)
 
 
-def json_type(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def cached(cache_dir: Path, name: str, build: Callable[[Path], None], flag: str) -> Path:
-    """`cache_dir/name`, a file or a folder; `build(path)` makes it where it is not there yet.
-
-    It is built under another name and renamed when complete, so a killed run leaves nothing that looks finished. One
-    process of a machine builds, the others wait for it. Raises UserError (code 4) where the cache cannot be written.
-    """
-    final = cache_dir / name
-    if final.exists():
-        return final
-    partial_path = cache_dir / f"{name}.partial-{socket.gethostname()}"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if final.exists():
-                return final
-            _remove(partial_path)  # of a killed run
-            try:
-                build(partial_path)
-                os.rename(partial_path, final)
-            finally:
-                _remove(partial_path)
-    except OSError as error:
-        if not final.exists():  # another machine, with the same cache, may have been faster
-            message = f"--{flag}.cache_dir={str(cache_dir)!r}: {error.strerror or error}"
-            raise UserError(f"{message}; give a folder with room, here or in $RINGBPT_CACHE", code=4) from None
-    return final
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _plain_file(name: str, cache_dir: Path, flag: str) -> str:
-    """The file itself, or, for a gzip file, its decompressed copy in the cache, which random access needs."""
-    try:
-        with open(name, "rb") as file:
-            if file.read(2) != b"\x1f\x8b" and not name.endswith(".gz"):
-                return name
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{name}:1: {error.strerror}") from None
-    return str(cached(cache_dir, f"gunzip-{digest[:32]}", partial(_gunzip, name), flag))
-
-
-def _gunzip(name: str, target: Path) -> None:
-    line = 1
-    with gzip.open(name) as file, open(target, "wb") as out:
-        while True:
-            try:
-                chunk = file.read(1 << 20)
-            except EOFError:
-                raise UserError(f"{name}:{line}: the gzip file is truncated; copy it again") from None
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{name}:{line}: the gzip file is corrupt ({error}); copy it again") from None
-            if not chunk:
-                return
-            line += chunk.count(b"\n")
-            out.write(chunk)
-
-
-def _scan_lines(name: str, path: str) -> tuple[np.ndarray, str, int]:
-    """int64 [examples, 3] (first byte, byte after the last, line number from 1), digest and bytes of a file."""
+def scan_lines(name: str, path: str, quoted: bool = False) -> tuple[np.ndarray, str]:
+    """The lines that are not blank. quoted: a line ends only where all quotes are closed, as in CSV."""
     rows, digest, position, number = array("q"), hashlib.sha256(), 0, 0
-    try:
-        with open(path, "rb") as file:
-            for line in iter(partial(file.readline, MAX_LINE_BYTES), b""):
-                number += 1
-                if len(line) == MAX_LINE_BYTES:
-                    raise UserError(f"{name}:{number}: a line of more than {MAX_LINE_BYTES} bytes; is this JSONL?")
-                digest.update(line)
-                skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-                if not (line[skip:] if skip else line).isspace() and len(line) > skip:
-                    rows.extend((position + skip, position + len(line), number))
-                position += len(line)
-    except OSError as error:
-        raise UserError(f"{name}:{number + 1}: {error.strerror}") from None
-    return np.frombuffer(rows, np.int64).reshape(-1, 3), digest.hexdigest(), position
+    begin: tuple[int, int] | None = None  # first byte and line of what is not closed yet
+    with open(path, "rb") as file:
+        for line in iter(partial(file.readline, MAX_LINE_BYTES), b""):
+            number += 1
+            if len(line) == MAX_LINE_BYTES:
+                raise UserError(f"{name}:{number}: a line of more than {MAX_LINE_BYTES} bytes; is this JSONL?")
+            digest.update(line)
+            skip = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+            if quoted and begin is not None:  # inside of a quoted field
+                if line.count(b'"') % 2:
+                    rows.extend((begin[0], position + len(line), begin[1]))
+                    begin = None
+            elif quoted and line.count(b'"') % 2:
+                begin = (position + skip, number)
+            elif not (line[skip:] if skip else line).isspace() and len(line) > skip:
+                rows.extend((position + skip, position + len(line), number))
+            position += len(line)
+    if begin is not None:
+        raise UserError(f"{name}:{begin[1]}: a quote is opened here and never closed")
+    return np.frombuffer(rows, np.int64).reshape(-1, 3), digest.hexdigest()
 
 
-def _python_files(root: Path, excluded: tuple[str, ...]) -> list[str]:
+def scan_array(name: str, content: bytes) -> tuple[np.ndarray, str]:
+    """The elements of one JSON array; whether each is well formed is seen when it is read."""
+    rows, depth, start, end, counted, line = array("q"), 0, 0, None, 0, 1
+    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', content, re.DOTALL):
+        character = match[0]
+        if character in b"[{":
+            depth += 1
+            start = match.end() if depth == 1 else start
+        elif character in b"]},":
+            depth -= character != b","
+            if depth == 0 or (depth == 1 and character == b","):
+                first = start + len(content[start : match.start()]) - len(content[start : match.start()].lstrip())
+                if first < match.start():
+                    line += content.count(b"\n", counted, first)
+                    counted = first
+                    rows.extend((first, match.start(), line))
+                start = match.end()
+            if depth == 0:
+                end = match.end()
+                break
+    if end is None or content[end:].strip():
+        number = content.count(b"\n", 0, len(content.rstrip()) if end is None else end) + 1
+        what = "the JSON array is not closed" if end is None else "there is more after the end of the JSON array"
+        raise UserError(f"{name}:{number}: {what}; give one JSON object a line, or one array of them")
+    return np.frombuffer(rows, np.int64).reshape(-1, 3), hashlib.sha256(content).hexdigest()
+
+
+def _python_files(root: Path, excluded: tuple[str, ...]) -> Iterator[str]:
     """Relative names of the .py files below `root`, sorted, with forward slashes."""
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in excluded]
         names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    return sorted(name for name in names if (root / name).is_file())
+    return (name for name in sorted(names) if (root / name).is_file())

@@ -1,23 +1,19 @@
-"""From an example to token ids and a loss mask, and from a source to all of them, in worker processes."""
+"""From an example to token ids and a loss mask: by the `fields` that the flags name, or by the shape it has."""
 
-import multiprocessing
-import os
 import re
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.sources import Source, json_type
-from ringbpt.data.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.config import TextProcessorConfig, UserError
+from ringbpt.data.chat import ChatTemplate, Span, find_template
+from ringbpt.data.files import json_type
+from ringbpt.data.shapes import Message, Pair, conversation, preference, prompt_and_completion
+from ringbpt.data.tokenizers import Places, Tokenizer
 
 
 class Segment(NamedTuple):
@@ -44,21 +40,36 @@ class TextProcessor:
 
     `[..]` around a segment takes its loss away; `<|bos|>`, `<|eos|>` and `<|123|>` stand for one token. prepend_text
     goes before the first field's text. bos is put first without loss, eos last with it, where the config says so.
+
+    Without `fields` the shape decides (data/shapes.py): conversations go through a chat template, which places its own
+    special tokens; a prompt and its completion are one text, tokenised once, of which the completion takes loss.
     """
 
-    def __init__(self, config: TextProcessorConfig, tokenizer: Tokenizer, flag: str = "train_dataset"):
+    def __init__(self, config: TextProcessorConfig, tokenizer: Tokenizer, flag: str = "train_dataset", shape: str = ""):
         """Raises UserError for `fields` that cannot be read, and for a special token that the tokenizer lacks."""
-        self._config, self._tokenizer, self._flag = config, tokenizer, f"--{flag}.text_processor"
+        if shape == "text" and not (config.fields or config.fields_from_example):
+            config = replace(config, fields=config.input_key or "text")
+        self._config, self.tokenizer, self._flag = config, tokenizer, f"--{flag}.text_processor"
+        self._shape = "" if config.fields or config.fields_from_example else shape
         self._segments = lru_cache(maxsize=1024)(self._parse)
+        if self._shape in CONVERSATIONS or config.apply_chat_template:
+            self._template  # noqa: B018  (what is wrong with it is said before the first example)
         if config.add_bos_token:
             self._special("bos", f"{self._flag}.add_bos_token=True")
         if config.add_eos_token:
             self._special("eos", f"{self._flag}.add_eos_token=True")
-        if not config.fields_from_example:
+        if not config.fields_from_example and not self._shape:
             self._segments(config.fields, f"{self._flag}.fields={config.fields!r}")
 
-    def __call__(self, example: dict[str, Any], location: str) -> Document:
-        """Raises UserError that begins with `location` where a field is missing, no string, or all of them empty."""
+    def __call__(self, example: dict[str, Any], location: Any) -> Document:
+        """location: anything whose text is `file:line`.
+
+        Raises UserError that begins with it where a field is missing, no string, or all of them empty.
+        """
+        if self._shape in CONVERSATIONS:
+            return self._chat(conversation(example, self._shape, self._config, location), example, location)
+        if self._shape:
+            return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
         config = self._config
         parts: list[tuple[Sequence[int] | np.ndarray, int]] = []  # ids, and whether they take loss
         if config.add_bos_token:
@@ -80,7 +91,7 @@ class TextProcessor:
                 ) from None
             characters += sum(map(len, texts))
             loss_bytes += size * segment.loss
-            parts.append((self._tokenizer.encode(text), segment.loss))
+            parts.append((self.tokenizer.encode(text), segment.loss))
         if not characters:
             raise UserError(f"{location}: the text is empty; leave the example out")
         if config.add_eos_token:
@@ -89,13 +100,102 @@ class TextProcessor:
         loss = np.array([loss for _, loss in parts], np.uint8)
         return Document(token, np.repeat(loss, [len(ids) for ids, _ in parts]), loss_bytes)
 
-    def _segments_of(self, example: dict[str, Any], location: str) -> tuple[Segment, ...]:
+    def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
+        """The documents of an example: of a "preference" one the chosen and the rejected, of another shape one."""
+        if self._shape != "preference":
+            return [self(example, location)]
+        chosen, rejected, _ = preference(example, self._config, location)
+        return [self._pair(pair, example, location) for pair in (chosen, rejected)]
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        flag = self._flag[2:]
+        text = find_template(self._config.chat_template, self.tokenizer.chat_template, flag)
+        names = {"bos_token": "", "eos_token": ""} | self.tokenizer.special_names
+        return ChatTemplate(text, names, flag)
+
+    def _chat(self, messages: list[Message], example: dict[str, Any], location: Any, last: int = 0) -> Document:
+        """A conversation; last: how many of the trained turns, counted from the end, take loss (0: all)."""
+        config = self._config
+        roles = tuple(role.strip() for role in config.roles_to_train.split(","))
+        text, spans = self._template.spans(messages, example.get("tools"), roles, location)
+        places = self._encode(text, True, location)
+        turns = spans[-last:]
+        mask = np.zeros(len(places.ids), np.uint8)
+        for span in turns:
+            mask |= _covers(places, span)
+        if self.tokenizer.special_ids:
+            return Document(places.ids, self._ends(places, text, spans, turns, mask), _bytes_of(text, turns))
+        return self._framed(places.ids, mask, _bytes_of(text, turns))
+
+    def _ends(self, places: Places, text: str, spans: list[Span], turns: list[Span], mask: np.ndarray) -> np.ndarray:
+        """The mask with the special token that ends a turn in it or not, as train_on_eos says."""
+        special = np.isin(places.ids, list(self.tokenizer.special_ids))
+        last = [self._end_of(places, text, span, special) for span in turns]
+        found = [place for place in last if place is not None]
+        match self._config.train_on_eos:
+            case "turn":
+                mask[found] = 1
+            case "none":
+                mask[found] = 0
+            case "last":
+                mask[found] = 0
+                mask[found[-1:]] = 1
+            case "all":
+                others = [self._end_of(places, text, span, special) for span in spans]
+                ids = {int(places.ids[place]) for place in (*found, *others) if place is not None}
+                mask[np.isin(places.ids, list(ids))] = 1
+        return mask
+
+    def _end_of(self, places: Places, text: str, span: Span, special: np.ndarray) -> int | None:
+        """Where the special token is that ends a turn: the last one inside, or the one that follows at once."""
+        inside = np.flatnonzero(_covers(places, span) & special)
+        if len(inside) and not text[places.end[inside[-1]] : span[1]].strip():
+            return int(inside[-1])
+        after = np.flatnonzero(special & (places.begin == span[1]))
+        return int(after[0]) if len(after) and not text[span[1] - 1].isspace() else None
+
+    def _pair(self, pair: Pair, example: dict[str, Any], location: Any) -> Document:
+        prompt, completion = pair
+        if isinstance(prompt, str) and self._config.apply_chat_template:
+            prompt, completion = (
+                [{"role": "user", "content": prompt}],
+                [{"role": "assistant", "content": completion}],
+            )
+        if not isinstance(prompt, str):
+            roles = self._config.roles_to_train.split(",")
+            last = sum(message["role"] in roles for message in completion)
+            return self._chat([*prompt, *completion], example, location, last)
+        if self._config.input_template:
+            prompt = self._config.input_template.replace("\\n", "\n").replace("{}", prompt)
+        text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
+        places = self._encode(text, False, location)
+        return self._framed(places.ids, _covers(places, span).astype(np.uint8), _bytes_of(text, [span]))
+
+    def _encode(self, text: str, special: bool, location: Any) -> Places:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{location}: half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no Unicode text"
+            ) from None
+        return self.tokenizer.encode_places(text, special)
+
+    def _framed(self, ids: np.ndarray, mask: np.ndarray, loss_bytes: int) -> Document:
+        """bos before and eos after, as the flags say."""
+        first = [self._special("bos", "")] if self._config.add_bos_token else []
+        last = [self._special("eos", "")] if self._config.add_eos_token else []
+        token = np.concatenate([first, ids, last], dtype=np.int32, casting="unsafe")
+        zeros, ones = np.zeros(len(first), np.uint8), np.ones(len(last), np.uint8)
+        return Document(token, np.concatenate([zeros, mask, ones]), loss_bytes)
+
+    def _segments_of(self, example: dict[str, Any], location: Any) -> tuple[Segment, ...]:
         if not self._config.fields_from_example:
             return self._segments(self._config.fields, f"{self._flag}.fields={self._config.fields!r}")
         fields = self._text(example, self._config.fields_from_example, location)
         return self._segments(fields, f"{location}: fields {fields!r}")
 
-    def _text(self, example: dict[str, Any], key: str, location: str) -> str:
+    def _text(self, example: dict[str, Any], key: str, location: Any) -> str:
         if key not in example:
             flag = "fields_from_example" if key == self._config.fields_from_example else "fields"
             close = (get_close_matches(key, example, 1, 0.0) or [None])[0]
@@ -126,99 +226,24 @@ class TextProcessor:
         """The id behind `<|name|>`."""
         if name.isdecimal() and name.isascii() and len(name) < 10:
             return int(name)
-        ids = {"bos": self._tokenizer.bos_token_id, "eos": self._tokenizer.eos_token_id}
+        ids = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
         if name not in ids:
             raise UserError(f"{where}: <|{name}|> is unknown; <|bos|>, <|eos|> and an id as in <|123|> work")
         token = ids[name]
         if token is None:
             works = "set it to False" if where.endswith("=True") else "leave it out or give its id, as in <|123|>"
-            raise UserError(f"{where}: the tokenizer ({self._tokenizer.describe()}) has no {name} token; {works}")
+            raise UserError(f"{where}: the tokenizer ({self.tokenizer.describe()}) has no {name} token; {works}")
         return token
 
 
-class Chunk(NamedTuple):
-    """Some documents in a row: token int32 and mask uint8 joined, length int64 of each, and their loss_bytes."""
-
-    token: np.ndarray
-    mask: np.ndarray
-    length: np.ndarray
-    loss_bytes: int
+CONVERSATIONS = ("messages", "sharegpt")
 
 
-def tokenise(
-    source: Source,
-    tokenizer: Tokenizer,
-    config: TextProcessorConfig,
-    flag: str,
-    *,
-    processes: int = 1,
-    chunk_size: int = 32,
-    ahead: int = 1024,
-) -> Iterator[Chunk]:
-    """All examples in order, `chunk_size` at a time; the result depends on the number of processes in nothing.
-
-    At most about `ahead` examples are under way at once, and the first bad example in order is the one reported.
-    No more processes run than there are chunks or processors, and none but this one where that leaves one.
-    """
-    processor = TextProcessor(config, tokenizer, flag)
-    spans = [(start, min(start + chunk_size, len(source))) for start in range(0, len(source), chunk_size)]
-    processes = min(processes, len(spans), os.cpu_count() or 1)
-    if processes <= 1:
-        for span in spans:
-            yield _tokenise_span(source, processor, *span)
-        return
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork of a process that runs jax may hang
-        initializer=_start_worker,
-        initargs=(source, tokenizer.config, config, flag),
-    )
-    waiting: deque[Future[Chunk]] = deque()
-    try:
-        for span in spans:
-            waiting.append(pool.submit(_tokenise_in_worker, *span))
-            if len(waiting) > max(processes, ahead // chunk_size):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"--{flag}.json_dataset.tokenizer_processes={processes}: a worker process died (out of memory, or a script "
-            "without `if __name__ == '__main__'`); tokenizer_processes=1 works in this process",
-            code=4,
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _covers(places: Places, span: Span) -> np.ndarray:
+    """Which tokens stand for a character of the span, bool [tokens]."""
+    inside = (places.begin < span[1]) & (places.end > span[0])
+    return inside | ((places.begin == places.end) & (places.begin >= span[0]) & (places.begin < span[1]))
 
 
-_worker: tuple[Source, TextProcessor] | None = None
-
-
-def _start_worker(source: Source, tokenizer: TokenizerConfig, config: TextProcessorConfig, flag: str) -> None:
-    global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = source, TextProcessor(config, make_tokenizer(tokenizer), flag)
-
-
-def _end_with_parent() -> None:
-    """A worker would wait for ever for tasks of a parent that was killed: it holds both ends of their pipe."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _tokenise_in_worker(start: int, stop: int) -> Chunk:
-    assert _worker is not None
-    return _tokenise_span(*_worker, start, stop)
-
-
-def _tokenise_span(source: Source, processor: TextProcessor, start: int, stop: int) -> Chunk:
-    documents = [processor(source[index], source.location(index)) for index in range(start, stop)]
-    return Chunk(
-        token=np.concatenate([document.token for document in documents]),
-        mask=np.concatenate([document.mask for document in documents]),
-        length=np.array([len(document.token) for document in documents], np.int64),
-        loss_bytes=sum(document.loss_bytes for document in documents),
-    )
+def _bytes_of(text: str, spans: Sequence[Span]) -> int:
+    return sum(len(text[begin:end].encode("utf-8")) for begin, end in spans)

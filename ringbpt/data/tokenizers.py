@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.data.sources import nearest_path
+from ringbpt.data.files import nearest_path
 
 FLAG = "--tokenizer.vocab_file"
 CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
@@ -19,20 +19,36 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftex
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[EOS]")
 
 
+class Places(NamedTuple):
+    """ids int32 [tokens], and where in the text each token's characters begin and end, int64 [tokens]."""
+
+    ids: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+
 class Tokenizer(Protocol):
     """Text to ids. No special token is ever added, or read out of the text: the text_processor places them by id.
 
     config: makes the same tokenizer again in a worker process. bos_token_id, eos_token_id: None where it has none.
-    vocab_size: one more than the largest id.
+    vocab_size: one more than the largest id. special_names: bos_token, eos_token, ... as a chat template writes them;
+    empty where no special token can be written as text. special_ids: of those. chat_template: its own, if it has one.
     """
 
     config: TokenizerConfig
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int | None
+    special_names: dict[str, str]
+    special_ids: frozenset[int]
+    chat_template: str | None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [tokens]."""
+        ...
+
+    def encode_places(self, text: str, special: bool) -> Places:
+        """The tokens and which characters each stands for. special: read special tokens out of the text."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
@@ -72,12 +88,20 @@ class BytesTokenizer:
     vocab_size = 258
     bos_token_id: int | None = 256
     eos_token_id: int | None = 257
+    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
+    special_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
 
     def __init__(self, config: TokenizerConfig):
         self.config = config
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_places(self, text: str, special: bool) -> Places:
+        ids = self.encode(text)
+        begin = np.cumsum((ids & 0xC0) != 0x80) - 1  # bytes 10xxxxxx go on with a character
+        return Places(ids, begin, begin + 1)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """bos and eos leave no trace; bytes that are no UTF-8 become U+FFFD."""
@@ -92,6 +116,10 @@ class BytesTokenizer:
 
 class SentencePieceTokenizer:
     """A SentencePiece model, as the original LLaMA's tokenizer.model."""
+
+    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
+    special_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
 
     def __init__(self, config: TokenizerConfig, path: Path, content: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -112,6 +140,11 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), np.int32)
+
+    def encode_places(self, text: str, special: bool) -> Places:
+        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
+        numbers = np.array([(piece.id, piece.begin, piece.end) for piece in pieces], np.int64).reshape(-1, 3)
+        return Places(numbers[:, 0].astype(np.int32), numbers[:, 1], numbers[:, 2])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(token) for token in ids])
@@ -142,17 +175,37 @@ class HuggingFaceTokenizer:
         if not ids:
             raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
         self.vocab_size = max(ids.values()) + 1
-        self.bos_token_id = _special_token(path, "bos_token", BOS_NAMES, ids)
-        self.eos_token_id = _special_token(path, "eos_token", EOS_NAMES, ids)
+        settings = _settings(path)
+        self.bos_token_id = _special_token(settings, "bos_token", BOS_NAMES, ids)
+        self.eos_token_id = _special_token(settings, "eos_token", EOS_NAMES, ids)
+        named = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        names = {token: name for name, token in ids.items()}
+        self.special_names = {key: names[token] for key, token in named.items() if token is not None}
+        for key in ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+            if (name := _named(settings, key)) is not None:
+                self.special_names[key] = name
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, what in added.items() if what.special)
+        self.chat_template = _own_template(path, settings)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_places(self, text: str, special: bool) -> Places:
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        return Places(np.array(found.ids, np.int32), offsets[:, 0], offsets[:, 1])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(token) for token in ids])
 
     def fingerprint(self) -> str:
-        return f"tokenizer.json {self._digest} bos {self.bos_token_id} eos {self.eos_token_id}"
+        template = hashlib.sha256((self.chat_template or "").encode()).hexdigest()
+        return f"tokenizer.json {self._digest} {sorted(self.special_names.items())} template {template}"
 
     def describe(self) -> str:
         return f"{self._path.parent.name}/{self._path.name}, {self.vocab_size:,} tokens"
@@ -179,9 +232,10 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{FLAG}={str(path)!r}: {error.strerror}") from None
 
 
-def _special_token(path: Path, key: str, names: tuple[str, ...], ids: dict[str, int]) -> int | None:
-    """The id of bos or eos: as the files beside tokenizer.json say, else the first known name in the vocabulary."""
-    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+def _settings(path: Path) -> dict[str, Any]:
+    """What the files beside tokenizer.json say, the first file's word before the second's."""
+    found: dict[str, Any] = {}
+    for beside in ("special_tokens_map.json", "tokenizer_config.json"):
         file = path.parent / beside
         if not os.path.isfile(file):
             continue
@@ -191,7 +245,30 @@ def _special_token(path: Path, key: str, names: tuple[str, ...], ids: dict[str, 
             raise UserError(f"{file}:{getattr(error, 'lineno', 1)}: malformed JSON; copy it again") from None
         if not isinstance(settings, dict):
             raise UserError(f"{file}:1: it must hold a JSON object")
-        if key in settings:  # null says that there is none
-            token = settings[key].get("content") if isinstance(settings[key], dict) else settings[key]
-            return ids.get(token) if isinstance(token, str) else None
+        found |= settings
+    return found
+
+
+def _named(settings: dict[str, Any], key: str) -> str | None:
+    token = settings.get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _special_token(settings: dict[str, Any], key: str, names: tuple[str, ...], ids: dict[str, int]) -> int | None:
+    """The id of bos or eos: as the settings say (null: there is none), else the first known name there is."""
+    if key in settings:
+        return ids.get(_named(settings, key) or "")
     return next((ids[name] for name in names if name in ids), None)
+
+
+def _own_template(path: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template beside a tokenizer.json: chat_template.jinja, or in its settings (of several, the default)."""
+    file = path.parent / "chat_template.jinja"
+    if file.is_file():
+        return _read(file).decode("utf-8", errors="replace")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

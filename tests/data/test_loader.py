@@ -23,6 +23,7 @@ from ringbpt.config import (
     UserError,
 )
 from ringbpt.data import loader as module
+from ringbpt.data import tokenise
 from ringbpt.data.loader import Loader, cache_folder, make_loader
 from ringbpt.data.tokenizers import BytesTokenizer
 
@@ -68,7 +69,7 @@ def error(*args, **kwargs) -> str:
 
 
 def folders(dataset: DatasetConfig) -> list[Path]:
-    return [path for path in Path(dataset.cache_dir).iterdir() if path.suffix != ".lock"]
+    return [path for path in Path(dataset.cache_dir).iterdir() if path.name.startswith("tokens-")]
 
 
 def test_concat_in_order_is_the_file(dataset):
@@ -138,7 +139,8 @@ def test_tokens_are_used_or_counted_as_dropped(dataset, packing):
 def test_workers_do_not_change_the_batches(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     one = load(dataset)
-    parallel = with_json(dataset, tokenizer_processes=2, tokenizer_parallel_chunk_size=3)
+    monkeypatch.setattr(tokenise, "SHARD_BYTES", 300)
+    parallel = with_json(dataset, tokenizer_processes=2)
     two = load(replace(parallel, cache_dir=str(tmp_path / "two")))
     assert digest(one, range(one.steps_per_epoch)) == digest(two, range(one.steps_per_epoch))
     assert one.fingerprint == two.fingerprint
@@ -146,8 +148,8 @@ def test_workers_do_not_change_the_batches(dataset, tmp_path, monkeypatch):
 
 def test_tokenised_once(dataset, monkeypatch, capsys):
     first = load(dataset)
-    assert capsys.readouterr().out.startswith("train_dataset: tokenised 40 documents, ")
-    monkeypatch.setattr(module, "tokenise", None)
+    assert capsys.readouterr().out.startswith("train_dataset: 40 documents, tokenised: ")
+    monkeypatch.setattr(module, "make_store", None)
     again = load(replace(dataset, packing="first_fit", shuffle=True))
     assert again.bytes_per_token == first.bytes_per_token and not capsys.readouterr().out
     assert [path.name[:7] for path in folders(dataset)] == ["tokens-"]
@@ -161,8 +163,10 @@ if __name__ == "__main__":
     from ringbpt.data.loader import make_loader
     from ringbpt.data.tokenizers import BytesTokenizer
 
-    os.cpu_count = lambda: 2
-    data = JsonDatasetConfig(path=sys.argv[1], tokenizer_processes=2, tokenizer_parallel_chunk_size=1)
+    from ringbpt.data import tokenise
+
+    os.cpu_count, tokenise.SHARD_BYTES = lambda: 2, 4096
+    data = JsonDatasetConfig(path=sys.argv[1], tokenizer_processes=2)
     dataset = DatasetConfig(cache_dir=sys.argv[2], text_processor=TextProcessorConfig(fields="text"), json_dataset=data)
     make_loader(dataset, BytesTokenizer(TokenizerConfig("bytes")), seed=1, vocab_size=258)
 """
@@ -183,24 +187,29 @@ def until(condition, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
-def test_a_killed_run_leaves_no_workers_and_no_half_cache(dataset, tmp_path):
+def test_a_killed_run_leaves_its_finished_shards_and_no_workers(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "SHARD_BYTES", 4096)
     path, script = Path(dataset.json_dataset.path), tmp_path / "killed.py"
-    path.write_text(path.read_text() * 300)
+    path.write_text(path.read_text() * 1000)
     script.write_text(KILLED)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, script, path, dataset.cache_dir], env=environment)
     try:
-        tokens = f"{dataset.cache_dir}/tokens-*/token.bin"
-        assert until(lambda: any(os.path.getsize(file) for file in glob(tokens)), 60)
+        tokens = f"{dataset.cache_dir}/tokens-*.work/*.json"
+        assert until(lambda: glob(tokens), 60)
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         assert len(children) >= 2
     finally:
         parent.kill()
         parent.wait()
     assert until(lambda: not any(running(int(child)) for child in children), 20)
-    assert [".partial" in folder.name for folder in folders(dataset)] == [True]
+    (work,) = folders(dataset)
+    assert work.suffix == ".work"
+    done = {path.name: path.stat().st_mtime_ns for path in work.glob("*.json")}
     assert len(load(dataset).fingerprint) == 64
-    assert [".partial" in folder.name for folder in folders(dataset)] == [False]
+    (whole,) = folders(dataset)
+    assert whole.suffix == "" and len(list(whole.glob("0*.json"))) > len(done)
+    assert {name: (whole / name).stat().st_mtime_ns for name in done} == done  # what was finished was not made again
 
 
 def test_what_decides_the_tokens_is_in_the_key(dataset):
@@ -235,7 +244,7 @@ def test_a_failure_leaves_no_tokens(dataset):
     assert folders(dataset) == []
 
 
-@pytest.mark.parametrize("name", ["token.bin", "mask.bin", "offset.npy", "summary.json"])
+@pytest.mark.parametrize("name", ["00000.token", "00000.mask", "00000.check", "offset.npy", "summary.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_cache_is_made_again(dataset, name, damage):
     before = digest(load(dataset), range(3))
@@ -302,9 +311,16 @@ def test_special_tokens_alone_take_loss(dataset):
     assert sum(arrays(loader, step)[2].sum() for step in range(loader.steps_per_epoch)) > 0
 
 
-def test_fields_must_be_named_for_json(dataset):
+def test_the_shape_is_told_and_said_once(dataset, capsys):
     unnamed = replace(dataset, text_processor=TextProcessorConfig())
-    assert error(unnamed).startswith("--train_dataset.text_processor.fields='': it must name the field")
+    assert digest(load(unnamed), range(3)) == digest(load(dataset), range(3))
+    out = capsys.readouterr().out
+    assert out.startswith("train_dataset: text, 40 rows, tokenised: ") and out.count("text, 40 rows") == 1
+    Path(dataset.json_dataset.path).write_text('{"a": "x", "b": 3}\n')
+    assert error(unnamed) == (
+        f"{dataset.json_dataset.path}:1: no shape that is known here in 'a', 'b': "
+        "--train_dataset.text_processor.fields=a names the text to learn"
+    )
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

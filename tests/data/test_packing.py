@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringbpt.data.packing import OPEN_ROWS, Row, first_fit, make_plan, shuffled
+from ringbpt.data.packing import OPEN_ROWS, Row, best_fit, first_fit, interleave, make_plan, mix, shuffled
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 lengths_of_rows = st.integers(1, 24)
@@ -30,7 +30,7 @@ def rows(plan, offsets: np.ndarray, epoch: int = 0) -> list[Row]:
 
 def plan_of(lengths, seq_length: int, packing: str, seed: int = 0, shuffle: bool = False):
     offsets = offsets_of(lengths)
-    return make_plan(offsets, seq_length, packing=packing, seed=seed, shuffle=shuffle), offsets
+    return make_plan(offsets[:-1], offsets[1:], seq_length, packing=packing, seed=seed, shuffle=shuffle), offsets
 
 
 def assert_shapes(row: Row, seq_length: int) -> None:
@@ -87,9 +87,9 @@ def test_concat_is_the_stream(lengths, seq_length, shuffle, epoch):
 
 
 @settings(max_examples=150, deadline=None)
-@given(documents, lengths_of_rows, st.booleans(), st.integers(0, 3))
-def test_first_fit_predicts_each_next_token_of_each_document_once(lengths, seq_length, shuffle, epoch):
-    plan, offsets = plan_of(lengths, seq_length, "first_fit", seed=5, shuffle=shuffle)
+@given(st.sampled_from(["first_fit", "best_fit"]), documents, lengths_of_rows, st.booleans(), st.integers(0, 3))
+def test_whole_documents_predict_each_next_token_once(packing, lengths, seq_length, shuffle, epoch):
+    plan, offsets = plan_of(lengths, seq_length, packing, seed=5, shuffle=shuffle)
     tokens, mask = data(offsets)
     seen, predicted = [], []
     for number in range(plan.rows):
@@ -113,8 +113,9 @@ def test_first_fit_predicts_each_next_token_of_each_document_once(lengths, seq_l
     assert len(seen) + sum(plan.dropped.values()) == sum(lengths)
 
 
-def test_whole_documents_stay_whole():
-    plan, offsets = plan_of([5, 9, 16, 7, 3, 2, 16], 16, "first_fit", seed=1, shuffle=True)
+@pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
+def test_whole_documents_stay_whole(packing):
+    plan, offsets = plan_of([5, 9, 16, 7, 3, 2, 16], 16, packing, seed=1, shuffle=True)
     pieces = [
         row.token[row.segment == s].tolist() for row in rows(plan, offsets) for s in range(1, row.segment.max() + 1)
     ]
@@ -122,7 +123,7 @@ def test_whole_documents_stay_whole():
     assert sorted(pieces) == whole
 
 
-@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit"])
 def test_seed_and_epoch_choose_the_order(packing):
     lengths = np.random.default_rng(0).integers(1, 30, 60)
 
@@ -166,3 +167,55 @@ def test_many_documents_are_planned_in_no_time():
     tokens = np.broadcast_to(np.int32(7), offsets[-1:])
     row = plan.row(3, plan.rows - 1, tokens, np.broadcast_to(np.uint8(1), offsets[-1:]))
     assert row.token.tolist() == [7] * 4096 and time.process_time() - begin < 3
+
+
+def test_best_fit_takes_the_longest_first_and_the_fullest_row_with_room():
+    row, count = best_fit(np.array([2, 7, 3, 8, 5, 5]), 10)
+    assert (row.tolist(), count) == ([0, 1, 1, 0, 2, 2], 3)
+    assert best_fit(np.array([], np.int64), 10)[1] == 0
+    lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).astype(np.int64).clip(2, 2048)
+    row, count = best_fit(lengths, 2048)
+    filled = np.bincount(row, weights=lengths, minlength=count)
+    assert filled.max() <= 2048 and filled.min() > 0 and filled.sum() / (count * 2048) > 0.99
+    assert count <= first_fit(lengths, 2048)[1]
+
+
+def test_pieces_are_the_tokens_of_the_row():
+    for packing in ("concat", "first_fit", "best_fit"):
+        plan, offsets = plan_of([5, 9, 0, 16, 7, 31, 2], 16, packing, seed=1, shuffle=True)
+        tokens, mask = data(offsets)
+        for number in range(plan.rows):
+            row = plan.row(1, number, tokens, mask)
+            joined = np.concatenate([tokens[piece] for piece in plan.pieces(1, number)])
+            np.testing.assert_array_equal(row.token[row.segment > 0], joined)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_mixture_has_its_shares(seed):
+    times = list(mix([100, 300, 600], [0.5, 0.3, 0.2], seed))
+    assert [(int(t.sum()), int(t.min()), int(t.max())) for t in times] == [(500, 5, 5), (300, 1, 1), (200, 0, 1)]
+    order = interleave(times)
+    assert len(order) == 1000
+    np.testing.assert_array_equal(np.bincount(order, minlength=1000), np.concatenate(times))
+    first = np.sum(order[:100] < 100)
+    assert 49 <= first <= 51  # any stretch has the shares
+
+
+def test_a_kept_plan_is_made_once():
+    kept, made = {}, []
+
+    def store(name, build):
+        if name not in kept:
+            made.append(name)
+            kept[name] = build()
+        return kept[name]
+
+    offsets = offsets_of([5, 9, 16, 7, 3, 2, 16])
+    for packing, names in (("concat", ["stream 0", "stream 2"]), ("best_fit", ["rows", "order 0", "order 2"])):
+        kept, made = {}, []
+        plans = [
+            make_plan(offsets[:-1], offsets[1:], 8, packing=packing, seed=1, shuffle=True, store=store)
+            for _ in range(2)
+        ]
+        rows_of = [[plan.row(epoch, 1, *data(offsets)).token.tolist() for epoch in (0, 2)] for plan in plans]
+        assert rows_of[0] == rows_of[1] and made == names

@@ -1,13 +1,10 @@
 """The `fields` language: which text, which special tokens, and what takes loss."""
 
-import os
-
 import numpy as np
 import pytest
 
-from ringbpt.config import JsonDatasetConfig, TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.sources import JsonSource
-from ringbpt.data.text_processor import Document, TextProcessor, tokenise
+from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
+from ringbpt.data.text_processor import Document, TextProcessor
 from ringbpt.data.tokenizers import BytesTokenizer
 
 BOS, EOS = 256, 257
@@ -99,32 +96,3 @@ def test_a_tokenizer_without_bos_and_eos():
         TextProcessor(TextProcessorConfig(fields="q"), tokenizer)
     with pytest.raises(UserError, match=r"fields='q,<\|eos\|>': .* no eos token; leave it out"):
         TextProcessor(TextProcessorConfig(fields="q,<|eos|>", add_bos_token=False, add_eos_token=False), tokenizer)
-
-
-def json_source(tmp_path, content: str) -> JsonSource:
-    (tmp_path / "data.jsonl").write_text(content)
-    return JsonSource(JsonDatasetConfig(path=str(tmp_path / "data.jsonl")), tmp_path)
-
-
-def test_workers_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    source = json_source(tmp_path, "".join(f'{{"text": "{number} é"}}\n' for number in range(50)))
-    config = TextProcessorConfig(fields="text")
-    one = list(tokenise(source, TOKENIZER, config, "train_dataset", processes=1, chunk_size=50))
-    two = list(tokenise(source, TOKENIZER, config, "train_dataset", processes=2, chunk_size=3, ahead=9))
-    assert (len(one), len(two)) == (1, 17)
-    for column in ("token", "mask", "length"):
-        joined = np.concatenate([getattr(chunk, column) for chunk in two])
-        np.testing.assert_array_equal(joined, getattr(one[0], column))
-    assert sum(chunk.loss_bytes for chunk in two) == one[0].loss_bytes
-    assert TOKENIZER.decode(two[-1].token) == "48 é49 é"
-
-
-def test_the_first_bad_line_is_reported_from_a_worker_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    content = ['{"text": "a"}\n'] * 40
-    content[7] = content[23] = "{\n"
-    source = json_source(tmp_path, "".join(content))
-    with pytest.raises(UserError, match=r"data\.jsonl:8: malformed JSON") as caught:
-        list(tokenise(source, TOKENIZER, TextProcessorConfig(fields="text"), "x", processes=2, chunk_size=4))
-    assert caught.value.code == 2

@@ -1,0 +1,113 @@
+"""What a dataset's flags name: its sources, each with its share, behind the types that `--train_dataset.type` knows."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ringbpt.config import DatasetConfig, JsonDatasetConfig, UserError
+from ringbpt.data.files import find_files, split_paths
+from ringbpt.data.hub import ArrayRecordSource, TfdsSource, make_huggingface
+from ringbpt.data.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
+from ringbpt.data.tables import CsvSource, is_saved_folder, make_table
+
+# Endings of files (before .gz or .zst) and the format that they are.
+ENDINGS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+    ".idx": "megatron",
+    ".bin": "megatron",
+}
+TEXT_ENDINGS = (".txt", ".md", ".rst", ".tex", ".py", ".html")
+
+
+class Part(NamedTuple):
+    """One part of a dataset: what it is, as the flags name it. weight: None where no part has one."""
+
+    kind: str  # a format of files, or the dataset's type
+    path: str
+    weight: float | None
+
+
+def parts_of(dataset: DatasetConfig, flag: str) -> list[Part]:
+    """The parts of a dataset: those of its path's list, and one where it has no path. Raises UserError."""
+    path = getattr(dataset.source, "path", None)
+    if path is None or dataset.type in ("python", "huggingface"):
+        return [Part(dataset.type, path or "", None)]
+    where = f"--{flag}.{dataset.group}.path"
+    pieces = split_paths(path, where)
+    return [Part(_kind(dataset.type, piece, where), piece, weight) for piece, weight in pieces]
+
+
+def _kind(kind: str, path: str, where: str) -> str:
+    """The format that a path of `type=files` has by its ending, or by what is in the folder."""
+    if kind != "files":
+        return kind
+    folder = Path(path).expanduser()
+    if (folder / "manifest.json").is_file() or (folder / "summary.json").is_file():
+        return "tokens"
+    if is_saved_folder(path):
+        return "arrow"
+    names = [path]
+    if folder.is_dir():
+        names = [name for _, _, files in os.walk(folder) for name in files]
+    kinds = {_ending(name) for name in names} - {None}
+    if len(kinds) == 1:
+        return kinds.pop() or ""
+    what = "has files of " + ", ".join(sorted(map(str, kinds))) if kinds else "has no ending that is known"
+    raise UserError(f"{where}={path!r} {what}: say what it is, as in --{where[2:].split('.')[0]}.type=text")
+
+
+def _ending(name: str) -> str | None:
+    """`"a.jsonl.gz"` -> "json"; files of tfds-like names `x.array_record-00000-of-00004` too."""
+    base = os.path.basename(name)
+    for suffix in (".gz", ".zst"):
+        base = base.removesuffix(suffix)
+    if ".array_record" in base:
+        return "array_record"
+    return ENDINGS.get(os.path.splitext(base)[1].lower())
+
+
+def make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str) -> Source:
+    """The source of one part; `flag` is the dataset's name on the command line, for error messages."""
+    source = _make_source(dataset, part, cache_dir, f"{flag}.{dataset.group}")
+    return FirstExamples(source, dataset.max_samples) if dataset.max_samples else source
+
+
+def _make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str) -> Source:
+    config: Any = dataset.source
+    where = f"--{flag}.path"
+    match part.kind:
+        case "json":
+            settings = config if isinstance(config, JsonDatasetConfig) else JsonDatasetConfig()
+            path = part.path
+            if os.path.isdir(os.path.expanduser(path)) and dataset.type != "json":
+                path = os.path.join(path, "**/*.json*")
+            return JsonSource(replace(settings, path=path), cache_dir, flag)
+        case "python":
+            return PythonSource(config, flag)
+        case "huggingface":
+            return make_huggingface(config, dataset.max_samples, cache_dir, flag)
+        case "tfds":
+            return TfdsSource(config, flag)
+        case "csv":
+            return CsvSource(part.path, cache_dir, flag)
+        case "parquet" | "arrow":
+            return make_table(part.kind, part.path, config.split, cache_dir, flag)
+        case "array_record":
+            names = find_files(part.path, where, (".array_record", ".arrayrecord"))
+            return ArrayRecordSource(names, cache_dir)
+        case "text":
+            names = find_files(part.path, where, TEXT_ENDINGS)
+            root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
+            return TextSource(root, [os.path.relpath(name, root) for name in names], f"{where}={part.path!r}: no text")
+    raise UserError(f"--{flag.partition('.')[0]}.type={dataset.type!r} has no examples: it holds tokens already")

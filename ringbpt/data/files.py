@@ -1,0 +1,269 @@
+"""Files: which ones a path names, what they hold (known again without reading them), and what is kept in the cache."""
+
+import fcntl
+import glob
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ringbpt.config import UserError
+
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# A file written in the same moment in which it was read may change again without its time changing.
+SETTLED_SECONDS = 2.0
+
+
+def split_paths(path: str, flag: str) -> list[tuple[str, float | None]]:
+    """`"a,b"` or `"a:0.7,b:0.3"` -> [(path, weight)]; weights are shares of the examples, None where none is given.
+
+    A path that exists as it is written is one path, whatever commas it has. Raises UserError.
+    """
+    if os.path.exists(os.path.expanduser(path)) or "," not in path:
+        return [(path, None)]
+    parts: list[tuple[str, float | None]] = []
+    for part in path.split(","):
+        name, weight = part.strip(), None
+        match = re.fullmatch(r"(.+):([0-9]*\.?[0-9]+)", name)
+        if match and not os.path.exists(os.path.expanduser(name)):
+            name, weight = match[1], float(match[2])
+        if not name:
+            raise UserError(f"{flag}={path!r}: an empty name in the list; write a,b or a:0.7,b:0.3")
+        if weight == 0:
+            raise UserError(f"{flag}={path!r}: the weight of {name!r} is 0; leave it out of the list")
+        parts.append((name, weight))
+    unweighted = [name for name, weight in parts if weight is None]
+    if unweighted and len(unweighted) < len(parts):
+        raise UserError(f"{flag}={path!r}: {unweighted[0]!r} has no weight and others do; write {unweighted[0]}:1")
+    return parts
+
+
+def find_files(path: str, flag: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+    """The regular files that a path or a glob names, sorted; of a folder those that end as `suffixes` say.
+
+    Raises UserError where there is none.
+    """
+    if not path:
+        raise UserError(f"{flag} is empty: give a file, a .gz or .zst of one, a glob, or a list a,b or a:0.7,b:0.3")
+    if "://" in path:
+        raise UserError(f"{flag}={path!r}: only local files are read; copy it here and give the local path")
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        if not glob.has_magic(path):
+            raise UserError(f"{flag}={path!r} does not exist{nearest_path(Path(path))}")
+        files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        if not files:
+            raise UserError(f"{flag}={path!r} matches no file{nearest_path(Path(path))}")
+        return files
+    if os.path.isdir(path):
+        if not suffixes:
+            raise UserError(f"{flag}={path!r} is a directory: {os.path.join(path, '*.jsonl')!r} takes the files in it")
+        files = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(path)
+            for name in names
+            if name.endswith(suffixes) and "/." not in folder[len(path) :]
+        ]
+        if not files:
+            raise UserError(f"{flag}={path!r} is a folder without {', '.join(suffixes)} files")
+        return sorted(files)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{flag}={path!r} is a pipe or a device: it is read more than once, so save it to a file first")
+    return [path]
+
+
+def nearest_path(path: Path) -> str:
+    """`"; the nearest name is ..."` for a path that doesn't exist, or the empty string."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f"; neither does the folder {str(path.parent)!r}"
+    close = get_close_matches(path.name, names, 1)
+    return f"; the nearest name is {str(path.parent / close[0])!r}" if close else ""
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def digest_of(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# --- what a file holds ---
+
+
+def file_digest(name: str, cache_dir: Path) -> str:
+    """sha256 of a file's bytes; read once, and known again by the file's place, size, times and inode."""
+    known = known_digest(name, cache_dir)
+    if known:
+        return known
+    seen = time.time()
+    try:
+        with open(name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{name}:1: {error.strerror}") from None
+    remember_digest(name, cache_dir, digest, seen)
+    return digest
+
+
+def _stamp(name: str) -> list[int]:
+    status = os.stat(name)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _ledger(name: str, cache_dir: Path) -> Path:
+    return cache_dir / "digests" / digest_of([os.path.realpath(name)])[:32]
+
+
+def known_digest(name: str, cache_dir: Path) -> str | None:
+    """The digest that was remembered of the file, if the file is still the same one."""
+    try:
+        known = json.loads(_ledger(name, cache_dir).read_text())
+        return known["sha256"] if known["stamp"] == _stamp(name) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_digest(name: str, cache_dir: Path, digest: str, seen: float) -> None:
+    """Keeps the digest that was read at the time `seen`; a file that was changed just before is read again."""
+    path = _ledger(name, cache_dir)
+    try:
+        stamp = _stamp(name)
+        if max(stamp[1], stamp[2]) / 1e9 > seen - SETTLED_SECONDS:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+        partial_path.write_text(json.dumps({"stamp": stamp, "sha256": digest, "path": os.path.realpath(name)}))
+        os.replace(partial_path, path)
+    except OSError:
+        return  # a cache that cannot be written is reported where it is needed; here it only saves time
+
+
+# --- the cache ---
+
+
+def cached(cache_dir: Path, name: str, build: Callable[[Path], None], flag: str) -> Path:
+    """`cache_dir/name`, a file or a folder; `build(path)` makes it where it is not there yet.
+
+    It is built under another name and renamed when complete, so a killed run leaves nothing that looks finished. One
+    process of a machine builds, the others wait for it. Raises UserError (code 4) where the cache cannot be written.
+    """
+    final = cache_dir / name
+    if final.exists():
+        return final
+    partial_path = cache_dir / f"{name}.partial-{socket.gethostname()}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(cache_dir / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if final.exists():
+                return final
+            remove(partial_path)  # of a killed run
+            try:
+                build(partial_path)
+                os.rename(partial_path, final)
+            finally:
+                remove(partial_path)
+    except OSError as error:
+        if not final.exists():  # another machine, with the same cache, may have been faster
+            raise unwritable(cache_dir, flag, error) from None
+    return final
+
+
+def unwritable(cache_dir: Path, flag: str, error: OSError) -> UserError:
+    message = f"--{flag}.cache_dir={str(cache_dir)!r}: {error.strerror or error}"
+    return UserError(f"{message}; give a folder with room, here or in $RINGBPT_CACHE", code=4)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- compressed files ---
+
+
+def plain_file(name: str, cache_dir: Path, flag: str) -> str:
+    """The file itself, or, of a gzip or zstd file, its decompressed copy in the cache, which random access needs."""
+    try:
+        with open(name, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"{name}:1: {error.strerror}") from None
+    if magic.startswith(GZIP) or name.endswith(".gz"):
+        kind, expand = "gunzip", _gunzip
+    elif magic == ZSTD or name.endswith(".zst"):
+        kind, expand = "unzstd", _unzstd
+    else:
+        return name
+    digest = file_digest(name, cache_dir)
+    return str(cached(cache_dir, f"{kind}-{digest[:32]}", partial(expand, name), flag))
+
+
+def _gunzip(name: str, target: Path) -> None:
+    with gzip.open(name) as file:
+        chunks = iter(partial(file.read, 1 << 20), b"")
+        _copy(name, chunks, target, "gzip", (gzip.BadGzipFile, zlib.error))
+
+
+def _unzstd(name: str, target: Path) -> None:
+    zstandard = optional("zstandard", f"{name}:1")
+
+    def chunks() -> Iterator[bytes]:
+        decoder, whole = zstandard.ZstdDecompressor().decompressobj(), False
+        with open(name, "rb") as file:
+            for rest in iter(partial(file.read, 1 << 20), b""):
+                while rest:
+                    yield decoder.decompress(rest)
+                    whole, rest = decoder.eof, decoder.unused_data
+                    if whole:  # another frame may follow
+                        decoder = zstandard.ZstdDecompressor().decompressobj()
+        if not whole:
+            raise EOFError
+
+    _copy(name, chunks(), target, "zstd", (zstandard.ZstdError,))
+
+
+def _copy(name: str, chunks: Iterator[bytes], target: Path, kind: str, corrupt: tuple[type[Exception], ...]) -> None:
+    line = 1
+    with open(target, "wb") as out:
+        try:
+            for chunk in chunks:
+                line += chunk.count(b"\n")
+                out.write(chunk)
+        except EOFError:
+            raise UserError(f"{name}:{line}: the {kind} file is truncated; copy it again") from None
+        except corrupt as error:
+            raise UserError(f"{name}:{line}: the {kind} file is corrupt ({error}); copy it again") from None
+
+
+# --- packages that few need ---
+
+EXTRAS = {"zstandard": "data", "pyarrow": "data", "datasets": "data", "tensorflow_datasets": "tfds", "jinja2": "hf"}
+
+
+def optional(name: str, where: str) -> Any:
+    """The module of a package that only an extra installs. Raises UserError that names the extra."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        extra = EXTRAS[name.partition(".")[0]]
+        raise UserError(f"{where}: this needs the package {name}: pip install 'ringbpt[{extra}]'") from None

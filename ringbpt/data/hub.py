@@ -1,0 +1,264 @@
+"""Examples of data sets that other libraries keep: Hugging Face datasets, TFDS, and ArrayRecord files."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringbpt.config import HuggingfaceDatasetConfig, JsonDatasetConfig, TfdsDatasetConfig, UserError
+from ringbpt.data.files import cached, digest_of, file_digest, optional
+from ringbpt.data.sources import JsonSource, Source
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+class Rows:
+    """A data set of another library with length and random access; opened anew in each worker process."""
+
+    def __init__(self, name: str, size: int, fingerprint: str):
+        self._name, self.size, self._fingerprint = name, size, fingerprint
+        self._rows: Any = None
+
+    def _open(self) -> Any:
+        raise NotImplementedError
+
+    def _all(self) -> Any:
+        if self._rows is None:
+            self._rows = self._open()
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            row = self._all()[index]
+        except Exception as error:  # the libraries raise what they like
+            raise UserError(f"{self.location(index)}: cannot be read: {one_line(error)}") from None
+        return {key: _plain(value) for key, value in row.items()}
+
+    def location(self, index: int) -> str:
+        return f"{self._name}:{index + 1}"
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rows": None}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON would hold: bytes as UTF-8 text, numpy's numbers and arrays as Python's."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()] if value.ndim else _plain(value.item())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+# --- Hugging Face ---
+
+
+def load_huggingface(config: HuggingfaceDatasetConfig, flag: str) -> Any:
+    """The data set by its name on the hub, or of a local folder; code that comes with a data set is never run."""
+    datasets = optional("datasets", f"--{flag}.path={config.path!r}")
+    try:
+        return datasets.load_dataset(
+            os.path.expanduser(config.path), config.name or None, split=config.split, streaming=config.streaming
+        )
+    except Exception as error:
+        raise UserError(
+            f"--{flag}.path={config.path!r} (name={config.name!r}, split={config.split!r}) cannot be loaded: "
+            f"{one_line(error)}; without a network, --{flag.partition('.')[0]}.type=files reads a copy on disk"
+        ) from None
+
+
+class HuggingfaceSource(Rows):
+    """A data set of the hub, downloaded by `datasets` to its own cache and mapped from there."""
+
+    def __init__(self, config: HuggingfaceDatasetConfig, flag: str):
+        self._config, self._flag = config, flag
+        rows = load_huggingface(config, flag)
+        name = f"{config.path}/{config.name}[{config.split}]" if config.name else f"{config.path}[{config.split}]"
+        super().__init__(name, int(rows.dataset_size or 0), digest_of(["huggingface", rows._fingerprint]))
+        self._rows = rows
+
+    def _open(self) -> Any:
+        return load_huggingface(self._config, self._flag)
+
+
+def make_huggingface(config: HuggingfaceDatasetConfig, max_samples: int, cache_dir: Path, flag: str) -> Source:
+    """A data set by name. Streamed, its first `max_samples` rows are read once and kept, so that resuming is exact."""
+    if not config.streaming:
+        return HuggingfaceSource(config, flag)
+    group = flag.partition(".")[0]
+    if not max_samples:
+        raise UserError(
+            f"--{flag}.streaming=True: a stream has no end that one could resume from: say how many rows are taken, "
+            f"as in --{group}.max_samples=100000"
+        )
+    key = digest_of(["stream", config.path, config.name, config.split, str(max_samples)])[:32]
+
+    def build(target: Path) -> None:
+        with open(target, "w", encoding="utf-8") as out:
+            for row in islice(load_huggingface(config, flag), max_samples):
+                out.write(json.dumps(row, ensure_ascii=True, default=str) + "\n")
+
+    path = cached(cache_dir, f"stream-{key}.jsonl", build, group)
+    return JsonSource(JsonDatasetConfig(path=str(path)), cache_dir, flag)
+
+
+# --- TFDS ---
+
+
+def _tfds_source(config: TfdsDatasetConfig, flag: str) -> Any:
+    tfds = optional("tensorflow_datasets", f"--{flag}.name={config.name!r}")
+    try:
+        builder = tfds.builder(config.name, data_dir=config.data_dir or None, try_gcs=False)
+        return builder.info, builder.as_data_source(split=config.split)
+    except Exception as error:
+        raise UserError(
+            f"--{flag}.name={config.name!r} (split={config.split!r}, data_dir={config.data_dir!r}) cannot be read: "
+            f"{one_line(error)}; it must be prepared with file_format='array_record'"
+        ) from None
+
+
+class TfdsSource(Rows):
+    """A prepared TFDS data set, read without TensorFlow."""
+
+    def __init__(self, config: TfdsDatasetConfig, flag: str):
+        self._config, self._flag = config, flag
+        info, rows = _tfds_source(config, flag)
+        digest = digest_of(["tfds", info.full_name, config.split, *_tfds_checks(info)])
+        super().__init__(f"{info.full_name}[{config.split}]", int(info.dataset_size or 0), digest)
+        self._rows = rows
+
+    def _open(self) -> Any:
+        return _tfds_source(self._config, self._flag)[1]
+
+
+def _tfds_checks(info: Any) -> Iterator[str]:
+    for name, split in sorted(info.splits.items()):
+        yield f"{name} {split.num_bytes} {split.shard_lengths}"
+
+
+# --- ArrayRecord ---
+
+
+class ArrayRecordSource(Rows):
+    """Records of ArrayRecord files: a JSON object, a tf.train.Example, or plain text, known by their first bytes."""
+
+    def __init__(self, names: list[str], cache_dir: Path):
+        self._names = names
+        digest = digest_of(["array_record", *(file_digest(name, cache_dir) for name in names)])
+        super().__init__(names[0], sum(map(os.path.getsize, names)), digest)
+
+    def _open(self) -> Any:
+        return open_array_record(self._names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._all()[index]
+        try:
+            if record[:1] == b"\n" and (features := read_example(record)) is not None:
+                return features
+            text = record.decode("utf-8")
+            return json.loads(text) if text.startswith("{") else {"text": text}
+        except (UnicodeDecodeError, ValueError) as error:
+            raise UserError(
+                f"{self.location(index)}: a record that is no JSON, text or tf.train.Example: {error}"
+            ) from (None)
+
+    def location(self, index: int) -> str:
+        """`file:record`, from 1."""
+        return f"{self._name}:{index + 1}"
+
+
+def open_array_record(names: list[str]) -> Any:
+    """Random access to the records of the files, in order, through grain. Raises UserError for a file that is none."""
+    from grain.sources import ArrayRecordDataSource
+
+    try:
+        source = ArrayRecordDataSource(names)
+        len(source)
+    except Exception as error:
+        raise UserError(f"{names[0]}:1: no ArrayRecord files: {one_line(error)}") from None
+    return source
+
+
+def read_example(record: bytes) -> dict[str, Any] | None:
+    """The features of a serialised tf.train.Example; None where it is none.
+
+    A feature of one value is that value, bytes are text where they are UTF-8. Ref: tensorflow's example.proto:
+    Example{1: Features{1: map<string, Feature{1: bytes, 2: floats, 3: ints}>}}.
+    """
+    try:
+        features = {}
+        for field, entries in _fields(record):
+            if field != 1:
+                return None
+            for _, entry in _fields(entries):
+                parts = dict(_fields(entry))
+                ((kind, values),) = _fields(parts[2])
+                features[parts[1].decode("utf-8")] = _feature(kind, values)
+        return features
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error):
+        return None
+
+
+def _feature(kind: int, values: bytes) -> Any:
+    if kind == 1:
+        found: list[Any] = [value.decode("utf-8") for _, value in _fields(values)]
+    elif kind == 2:
+        found = [number for _, packed in _fields(values) for number in struct.unpack(f"<{len(packed) // 4}f", packed)]
+    else:
+        found = [number for _, packed in _fields(values) for number in _varints(packed)]
+    return found[0] if len(found) == 1 else found
+
+
+def _varints(packed: Any) -> list[int]:
+    if isinstance(packed, int):
+        return [packed]
+    numbers, place = [], 0
+    while place < len(packed):
+        number, place = _varint(packed, place)
+        numbers.append(number - (1 << 64) if number >= 1 << 63 else number)
+    return numbers
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        byte = data[place]
+        number |= (byte & 127) << shift
+        shift, place = shift + 7, place + 1
+        if byte < 128:
+            return number, place
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protocol buffer's message: bytes, or an int of a varint."""
+    place = 0
+    while place < len(data):
+        tag, place = _varint(data, place)
+        if tag & 7 == 0:
+            value, place = _varint(data, place)
+            yield tag >> 3, value
+            continue
+        size, place = (4, place) if tag & 7 == 5 else _varint(data, place)
+        if tag & 7 not in (2, 5) or place + size > len(data):
+            raise ValueError("no protocol buffer")
+        yield tag >> 3, data[place : place + size]
+        place += size

@@ -1,0 +1,115 @@
+"""Packed rows on disk: an epoch's rows as ArrayRecord files with a manifest, written once, read at random.
+
+A record is a row, the arrays of packing.Row one after the other, little-endian. manifest.json, written last, says what
+was packed, how, and each file's rows and sha256; row_tokens.npy holds how many tokens each row has.
+"""
+
+import hashlib
+import json
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringbpt.config import DatasetConfig, UserError
+from ringbpt.data.files import digest_of
+from ringbpt.data.hub import open_array_record
+from ringbpt.data.packing import Row, shuffled
+from ringbpt.data.tokenizers import Tokenizer
+from ringbpt.data.tokens import TokenStore
+
+FORMAT = "ringbpt packed rows 1"
+DTYPES = ("<i4", "<i4", "<f4", "<i4", "<i4")  # of Row's arrays
+
+
+def write_rows(path: Path, rows: Any) -> tuple[list[int], str]:
+    """Writes rows into one ArrayRecord file; returns the tokens of each row, and the file's sha256."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    tokens = []
+    try:
+        for row in rows:
+            writer.write(b"".join(array.astype(dtype).tobytes() for array, dtype in zip(row, DTYPES, strict=True)))
+            tokens.append(int(np.count_nonzero(row.segment)))
+    finally:
+        writer.close()
+    with open(path, "rb") as file:
+        return tokens, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class PackedRows:
+    """A plan whose rows are read and not made; `dropped` are the tokens that packing left out."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], seed: int | None):
+        self._names = [str(folder / shard["file"]) for shard in manifest["shards"]]
+        self._seq_length, self._seed = manifest["seq_length"], seed
+        self.rows, self.dropped = manifest["rows"], dict(manifest["dropped"])
+        self._row_tokens = np.load(folder / "row_tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._records: Any = None
+        self._opening = threading.Lock()
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        return np.arange(self.rows) if self._seed is None else shuffled(self.rows, self._seed, 1 + epoch)
+
+    def row(self, epoch: int, row: int, tokens: Any, mask: Any) -> Row:
+        with self._opening:
+            if self._records is None:
+                self._records = open_array_record(self._names)
+        number = int(self._order(0 if self._seed is None else epoch)[row])
+        record = self._records[number]
+        if len(record) != 4 * len(DTYPES) * self._seq_length:
+            raise UserError(f"{self._names[0]}: row {number} has {len(record)} bytes; write the folder again", code=4)
+        size = 4 * self._seq_length
+        return Row(*(np.frombuffer(record, dtype, self._seq_length, at * size) for at, dtype in enumerate(DTYPES)))
+
+    def pieces(self, epoch: int, row: int) -> list[slice]:
+        raise NotImplementedError("packed rows don't know their documents: read the source itself")
+
+    def tokens_in(self, epoch: int, rows: int) -> int:
+        return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())
+
+
+def open_rows(
+    path: str, dataset: DatasetConfig, tokenizer: Tokenizer, seed: int, flag: str
+) -> tuple[TokenStore, PackedRows] | None:
+    """The rows in a folder and the account of their tokens; None for a folder that is none of packed rows.
+
+    Raises UserError for another seq_length, another tokenizer, and for files that are missing or of another length.
+    """
+    folder = Path(path).expanduser()
+    group = f"--{flag}.{dataset.group}"
+    try:
+        content = (folder / "manifest.json").read_bytes()
+    except OSError:
+        return None
+    try:
+        manifest = json.loads(content)
+        assert manifest["format"] == FORMAT
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{folder}/manifest.json:1: no manifest of {FORMAT!r}; write the folder again") from None
+    if manifest["seq_length"] != dataset.seq_length:
+        raise UserError(
+            f"{group}.seq_length={dataset.seq_length}, but the rows in {path!r} have {manifest['seq_length']} tokens: "
+            f"{group}.seq_length={manifest['seq_length']}"
+        )
+    if manifest["tokenizer"] != tokenizer.fingerprint():
+        raise UserError(
+            f"{group}.path={path!r} was tokenised with another tokenizer than --tokenizer.vocab_file="
+            f"{tokenizer.config.vocab_file!r} ({tokenizer.describe()}): give the one it was made with"
+        )
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+            raise UserError(f"{file}:1: missing, or not of {shard['bytes']} bytes; copy it again", code=4)
+    key = digest_of(["rows", hashlib.sha256(content).hexdigest()])
+    summary = {
+        name: manifest[name] for name in ("documents", "tokens", "max_token", "loss_tokens", "loss_bytes", "bad")
+    }
+    offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
+    nothing = np.zeros(0, np.int32)
+    store = TokenStore(nothing, nothing, offset, summary, key)
+    return store, PackedRows(folder, manifest, seed if dataset.shuffle else None)

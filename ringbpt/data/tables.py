@@ -1,0 +1,229 @@
+"""Examples out of tables: CSV, Parquet, Arrow files and the folders that `save_to_disk` writes."""
+
+import csv
+import json
+import os
+import sys
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringbpt.config import JsonDatasetConfig, UserError
+from ringbpt.data.files import digest_of, file_digest, find_files, nearest_path, optional
+from ringbpt.data.sources import JsonSource, scan_lines
+
+WINDOW_ROWS = 256  # turned into Python objects at a time
+
+
+class CsvSource(JsonSource):
+    """Rows of CSV or TSV files as {column: text}; the first row of each file names the columns.
+
+    The delimiter is the one of `,`, `;` and tab that the first row has most of.
+    """
+
+    kind = "csv"
+
+    def __init__(self, path: str, cache_dir: Path, flag: str):
+        super().__init__(JsonDatasetConfig(path=path), cache_dir, flag)
+        csv.field_size_limit(sys.maxsize)
+        self._header: dict[int, tuple[list[str], str]] = {}
+
+    def _scan(self, name: str, path: str) -> tuple[np.ndarray, str]:
+        rows, digest = scan_lines(name, path, quoted=True)
+        return rows[1:], digest
+
+    def _columns(self, file: int) -> tuple[list[str], str]:
+        """The names of a file's columns, and its delimiter."""
+        if file not in self._header:
+            with open(self._files[file], encoding="utf-8-sig", newline="") as lines:
+                first = lines.readline()
+                delimiter = max(",;\t", key=first.count)
+                lines.seek(0)
+                self._header[file] = (next(csv.reader(lines, delimiter=delimiter)), delimiter)
+        return self._header[file]
+
+    def _parse(self, line: str, where: str, file: int) -> dict[str, Any]:
+        columns, delimiter = self._columns(file)
+        try:
+            rows = list(csv.reader(line.splitlines(keepends=True), delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{where}: malformed CSV: {error}") from None
+        if len(rows) != 1 or len(rows[0]) != len(columns):
+            found = len(rows[0]) if rows else 0
+            raise UserError(f"{where}: {found} fields, but the first row names {len(columns)} columns: quote the text")
+        return dict(zip(columns, rows[0], strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_header": {}}
+
+
+class TableSource:
+    """Rows of Arrow tables, read a block at a time. A subclass gives the blocks; they are read where they are needed.
+
+    names: of the files. blocks: (file, block inside the file, rows) in order.
+    """
+
+    size: int
+
+    def __init__(self, names: list[str], cache_dir: Path):
+        optional("pyarrow", names[0])
+        self._names, self._cache_dir = names, cache_dir
+        self.size = sum(map(os.path.getsize, names))
+        self._start()
+
+    def _start(self) -> None:
+        self._blocks: list[tuple[int, int, int]] | None = None
+        self._table: tuple[int, Any] | None = None  # number of the block, and its table
+        self._window: tuple[int, list[dict[str, Any]]] = (0, [])  # number of its first row, and the rows
+        self._files: dict[int, Any] = {}
+
+    def _find_blocks(self, file: int) -> list[int]:
+        """The rows of each block of a file."""
+        raise NotImplementedError
+
+    def _read_block(self, file: int, block: int) -> Any:
+        """A block as a pyarrow table."""
+        raise NotImplementedError
+
+    def _all_blocks(self) -> list[tuple[int, int, int]]:
+        if self._blocks is None:
+            self._blocks = []
+            for file, name in enumerate(self._names):
+                with _Refusing(name):
+                    counts = self._find_blocks(file)
+                self._blocks += [(file, block, rows) for block, rows in enumerate(counts) if rows]
+            self._ends = np.cumsum([rows for _, _, rows in self._blocks], dtype=np.int64).tolist()
+            if not self._blocks:
+                raise UserError(f"{self._names[-1]}:1: no examples: the table has no rows")
+        return self._blocks
+
+    def __len__(self) -> int:
+        self._all_blocks()
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        first, rows = self._window
+        if not first <= index < first + len(rows):
+            blocks = self._all_blocks()
+            number = bisect_right(self._ends, index)
+            start = index - (self._ends[number - 1] if number else 0)
+            if self._table is None or self._table[0] != number:
+                file, inside, _ = blocks[number]
+                with _Refusing(self._names[file]):
+                    self._table = (number, self._read_block(file, inside))
+            begin = start - start % WINDOW_ROWS
+            with _Refusing(self.location(index)):
+                rows = self._table[1].slice(begin, WINDOW_ROWS).to_pylist()
+            first = index - start + begin
+            self._window = (first, rows)
+        return rows[index - first]
+
+    def location(self, index: int) -> str:
+        """`file:row`, from 1."""
+        blocks = self._all_blocks()
+        file = blocks[bisect_right(self._ends, index)][0]
+        before = sum(rows for other, _, rows in blocks if other < file)
+        return f"{self._names[file]}:{index - before + 1}"
+
+    def fingerprint(self) -> str:
+        return digest_of([type(self).__name__, *(file_digest(name, self._cache_dir) for name in self._names)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("_names", "_cache_dir", "size")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start()
+
+
+class _Refusing:
+    """Whatever the library says of a file becomes one line with the file's name."""
+
+    def __init__(self, name: str):
+        self._name = name if ":" in name else f"{name}:1"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import pyarrow
+
+        if isinstance(error, pyarrow.ArrowException | OSError | UnicodeDecodeError):
+            raise UserError(f"{self._name}: cannot be read: {' '.join(str(error).split())}; write it again") from None
+
+
+class ParquetSource(TableSource):
+    """Rows of Parquet files; a row group is held at a time."""
+
+    def _file(self, file: int) -> Any:
+        from pyarrow import parquet
+
+        if file not in self._files:
+            self._files = {file: parquet.ParquetFile(self._names[file], memory_map=True)}
+        return self._files[file]
+
+    def _find_blocks(self, file: int) -> list[int]:
+        metadata = self._file(file).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _read_block(self, file: int, block: int) -> Any:
+        return self._file(file).read_row_group(block)
+
+
+class ArrowSource(TableSource):
+    """Record batches of Arrow files, streamed or not, mapped from disk."""
+
+    def _file(self, file: int) -> list[Any]:
+        import pyarrow
+
+        if file not in self._files:
+            mapped = pyarrow.memory_map(self._names[file])
+            magic = mapped.read(6)
+            mapped.seek(0)
+            if magic == b"ARROW1":
+                reader = pyarrow.ipc.open_file(mapped)
+                self._files[file] = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            else:
+                self._files[file] = list(pyarrow.ipc.open_stream(mapped))
+        return self._files[file]
+
+    def _find_blocks(self, file: int) -> list[int]:
+        return [batch.num_rows for batch in self._file(file)]
+
+    def _read_block(self, file: int, block: int) -> Any:
+        return self._file(file)[block]
+
+
+def saved_folder(path: str, split: str, flag: str) -> list[str]:
+    """The Arrow files of a folder that `save_to_disk` wrote, in their order; `split` chooses among several.
+
+    Raises UserError for a folder that is none, or that has not the split.
+    """
+    folder = Path(path).expanduser()
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text())["splits"]
+        if split not in names:
+            raise UserError(f"{flag}.split={split!r} is none of {', '.join(names)} in {path!r}: try split={names[0]}")
+        folder = folder / split
+    state = folder / "state.json"
+    if not state.is_file():
+        raise UserError(f"{flag}.path={path!r} is no folder of save_to_disk (no state.json){nearest_path(folder)}")
+    return [str(folder / item["filename"]) for item in json.loads(state.read_text())["_data_files"]]
+
+
+def make_table(kind: str, path: str, split: str, cache_dir: Path, flag: str) -> ParquetSource | ArrowSource:
+    """The source of a Parquet or Arrow file, a glob or a folder of them."""
+    if kind == "parquet":
+        return ParquetSource(find_files(path, f"--{flag}.path", (".parquet",)), cache_dir)
+    if is_saved_folder(path):
+        return ArrowSource(saved_folder(path, split, f"--{flag}"), cache_dir)
+    return ArrowSource(find_files(path, f"--{flag}.path", (".arrow",)), cache_dir)
+
+
+def is_saved_folder(path: str) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    folder = Path(path).expanduser()
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()

@@ -1,0 +1,282 @@
+"""A source to a store of tokens: shard by shard, in worker processes, shared among all who need it, and restartable.
+
+The shards of a store are made in a folder beside it. Whoever needs the store (several processes of a machine, several
+machines on one file system) takes the next shard that nobody has, so that none makes all of them; a killed run leaves
+its complete shards to the next one.
+"""
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
+from ringbpt.data.files import remove, unwritable
+from ringbpt.data.sources import Source
+from ringbpt.data.text_processor import TextProcessor
+from ringbpt.data.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.data.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
+
+SHARD_BYTES = 1 << 22  # of the source, about; more of a source that would make more than MOST_SHARDS
+MOST_SHARDS = 1024
+SAY_EVERY = 30.0  # seconds, where there is no terminal
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process must know to make a shard.
+
+    vocab_size: the model's. allowed: how many bad examples may be left out. fingerprint: the tokenizer's.
+    """
+
+    source: Source
+    tokenizer: TokenizerConfig
+    processor: TextProcessorConfig
+    shape: str
+    flag: str
+    vocab_size: int
+    allowed: int
+    dtype: str
+    fingerprint: str
+
+
+def token_dtype(tokenizer: Tokenizer, processor: TextProcessorConfig) -> str:
+    """The smallest type for the ids; fields may name any id."""
+    any_id = "<|" in processor.fields or processor.fields_from_example
+    return "int32" if any_id or tokenizer.vocab_size > 1 << 16 else "uint16"
+
+
+def shard_count(source: Source) -> int:
+    """Into how many shards a source is cut: it depends on the source alone, so that a later run goes on with them."""
+    return max(1, min(len(source), MOST_SHARDS, -(-source.size // SHARD_BYTES)))
+
+
+def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes: int) -> TokenStore:
+    """The store in `folder`, made now where it is not there, with what others are making of it at the same time.
+
+    The result depends on the number of processes in nothing. Raises UserError for the first bad example in order, and
+    then leaves nothing behind; code 4 where the folder cannot be written, or is damaged again.
+    """
+    for _ in range(2):
+        if folder.exists():
+            store = open_store(folder, key)
+            if store is not None:
+                return store
+            shutil.rmtree(folder, ignore_errors=True)  # cut short from outside; it can be made again
+        work = folder.with_name(f"{folder.name}.work")
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            _make_shards(job, tokenizer, work, processes)
+            if not folder.exists():
+                os.rename(work, folder)
+            remove(work)  # begun again by one that came too late
+            for lock in folder.glob("*.lock"):
+                lock.unlink(missing_ok=True)
+        except OSError as error:
+            if not folder.exists():  # another process may have been faster
+                raise unwritable(folder.parent, job.flag, error) from None
+        except UserError:
+            remove(work)
+            raise
+    store = open_store(folder, key)
+    if store is None:
+        raise UserError(f"--{job.flag}.cache_dir={str(folder.parent)!r}: {folder.name} is damaged; remove it", code=4)
+    return store
+
+
+def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> None:
+    begin, shards = time.monotonic(), shard_count(job.source)
+    edges = np.linspace(0, len(job.source), shards + 1).astype(np.int64).tolist()
+    progress = _Progress(job.flag, len(job.source))
+    bad: list[str] = []
+    with progress:
+        for wait in (False, True):  # first what nobody works on, then what the others have not finished
+            todo = [shard for shard in range(shards) if shard_summary(work, shard) is None]
+            for shard, summary in _run(job, tokenizer, work, edges, todo, processes, wait):
+                progress.advance(edges[shard + 1] - edges[shard], summary)
+                bad += (summary or {}).get("bad_lines", [])
+                _check_bad(sum(progress.bad), job, bad)
+    if not work.exists():  # another process has finished it
+        return
+    found = [summary for shard in range(shards) if (summary := shard_summary(work, shard)) is not None]
+    count = sum(summary["bad"] for summary in found)
+    _check_bad(count, job, [line for summary in found for line in summary["bad_lines"]])
+    join_shards(work, shards, {"shape": job.shape, "tokenizer": job.fingerprint})
+    documents, tokens = (sum(summary[name] for summary in found) for name in ("documents", "tokens"))
+    seconds = time.monotonic() - begin
+    left_out = f", {count:,} bad ones left out, the first: {bad[0] if bad else '?'}" if count else ""
+    rows = f"{job.shape}, {documents:,} rows" if job.shape else f"{documents:,} documents"
+    print(f"{job.flag}: {rows}, tokenised: {tokens:,} tokens in {seconds:.1f} s{left_out}", flush=True)
+
+
+def _check_bad(count: int, job: Job, lines: list[str]) -> None:
+    if count > job.allowed:
+        first = f" (the first: {lines[0]})" if lines else ""
+        raise UserError(
+            f"--{job.flag}.on_bad_line=skip:{job.allowed}: {count} bad examples{first}; "
+            f"--{job.flag}.on_bad_line=skip:{count} would leave them out"
+        )
+
+
+def _run(
+    job: Job, tokenizer: Tokenizer, work: Path, edges: list[int], todo: list[int], processes: int, wait: bool
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Makes the shards of `todo` in order; a summary is None where another process has the shard."""
+    processes = min(processes, len(todo), os.cpu_count() or 1)
+    if processes <= 1:
+        processor = TextProcessor(job.processor, tokenizer, job.flag, job.shape)
+        for shard in todo:
+            yield shard, _make_shard(job, processor, work, shard, edges[shard], edges[shard + 1], wait)
+        return
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork of a process that runs jax may hang
+        initializer=_start_worker,
+        initargs=(job,),
+    )
+    try:
+        futures = [
+            (shard, pool.submit(_make_in_worker, work, shard, edges[shard], edges[shard + 1], wait)) for shard in todo
+        ]
+        for shard, future in futures:
+            yield shard, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"--{job.flag}: a tokenizer process of {processes} died (out of memory, or a script without "
+            "`if __name__ == '__main__'`); tokenizer_processes=1 works in this process",
+            code=4,
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Job, TextProcessor] | None = None
+
+
+def _start_worker(job: Job) -> None:
+    global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = job, TextProcessor(job.processor, make_tokenizer(job.tokenizer), job.flag, job.shape)
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for ever for tasks of a parent that was killed: it holds both ends of their pipe."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _make_in_worker(work: Path, shard: int, start: int, stop: int, wait: bool) -> dict[str, Any] | None:
+    assert _worker is not None
+    return _make_shard(*_worker, work, shard, start, stop, wait)
+
+
+def _make_shard(
+    job: Job, processor: TextProcessor, work: Path, shard: int, start: int, stop: int, wait: bool
+) -> dict[str, Any] | None:
+    """Makes a shard, or returns None where another process is at it; with `wait`, waits for that one to end."""
+    try:
+        lock = open(work / f"{shard:05d}.lock", "wb")  # noqa: SIM115  (held below)
+    except FileNotFoundError:  # the whole store is finished, and has its own name
+        return None
+    with lock:
+        if not _take(lock, wait):
+            return None
+        done = shard_summary(work, shard)
+        if done is not None:
+            return done
+        check = partial(check_vocabulary, tokenizer=processor.tokenizer, vocab_size=job.vocab_size)
+        writer = ShardWriter(work, shard, job.dtype, check)
+        try:
+            for index in range(start, stop):
+                try:
+                    document = processor(job.source[index], Where(job.source, index))
+                except UserError as error:
+                    if not job.allowed:
+                        raise
+                    _check_bad(writer.add_bad(str(error)), job, [str(error)])
+                    continue
+                writer.add(document.token, document.mask, document.loss_bytes)
+            return writer.close()
+        finally:
+            writer.abandon()
+
+
+def _take(lock: BinaryIO, wait: bool) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place of an example; as text it is `file:line`, which is looked up only for a message."""
+
+    source: Source
+    index: int
+
+    def __str__(self) -> str:
+        return self.source.location(self.index)
+
+
+def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError where the model has no such token."""
+    if largest >= vocab_size:
+        works = max(tokenizer.vocab_size, largest + 1)
+        raise UserError(
+            f"--llama.vocab_size={vocab_size} is too small for --tokenizer.vocab_file={tokenizer.config.vocab_file!r} "
+            f"({tokenizer.describe()}), which gave the id {largest}: --llama.vocab_size={works} works"
+        )
+
+
+class _Progress:
+    """A bar with the time left on a terminal, a line now and then elsewhere; on stdout, as stderr is for errors."""
+
+    def __init__(self, flag: str, total: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._flag, self._total, self._done, self._begin = flag, total, 0, time.monotonic()
+        self._said = self._begin
+        console = Console()
+        columns: list[Any] = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        ]
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(f"tokenising {flag}", total=total)
+        self.bad: list[int] = []
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def advance(self, documents: int, summary: dict[str, Any] | None) -> None:
+        self.bad.append((summary or {}).get("bad", 0))
+        self._done = min(self._total, self._done + documents)
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if now - self._said > SAY_EVERY and not sys.stdout.isatty():
+            self._said, left = now, (now - self._begin) / self._done * (self._total - self._done)
+            print(f"{self._flag}: tokenised {self._done:,} of {self._total:,} examples, {left:.0f} s left", flush=True)

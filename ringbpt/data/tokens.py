@@ -1,0 +1,319 @@
+"""Tokens on disk: a data set tokenised once, mapped from disk, read at random, and checked as it is read.
+
+The folder of a finished store holds, for each shard N of consecutive documents, N.token (uint16 or int32), N.mask
+(uint8) and N.check (crc32 of each block of both), and of all shards offset.npy and, written last, summary.json.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ringbpt.config import UserError
+from ringbpt.data.files import digest_of, file_digest, find_files
+
+FORMAT = "2"  # part of every key; raise it when the same inputs give other files
+WRITTEN_TOKENS = 1 << 18  # at a time
+BLOCK_BYTES = 1 << 16  # checked as one when first read
+COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad")
+
+
+class Column:
+    """Consecutive arrays, read in slices as if they were one."""
+
+    def __init__(self, parts: Sequence[Any], lengths: Sequence[int]):
+        self._parts = parts
+        self._ends = np.cumsum([0, *lengths]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """A slice of whole steps inside one document, and so inside one part."""
+        if index.stop <= index.start:
+            return np.zeros(0, np.int32)
+        part = bisect_right(self._ends, index.start) - 1
+        before = self._ends[part]
+        return self._parts[part][index.start - before : index.stop - before]
+
+
+class Checked:
+    """An array in a file, each of whose blocks is compared with its crc32 when it is first read."""
+
+    def __init__(self, path: Path, dtype: str, checks: np.ndarray):
+        self._path, self._dtype, self._checks = path, np.dtype(dtype), checks
+        self._bytes: np.ndarray | None = None
+        self._good = np.zeros(len(checks), bool)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        if self._bytes is None:
+            self._bytes = np.memmap(self._path, np.uint8, "r").view(np.ndarray)  # whose slices cost less
+        start, stop = index.start * self._dtype.itemsize, index.stop * self._dtype.itemsize
+        for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
+            if not self._good[block]:
+                content = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+                if zlib.crc32(content) != self._checks[block]:
+                    where = f"{self._path}: the bytes from {block * BLOCK_BYTES} on are not those that were written"
+                    raise UserError(f"{where}; remove {self._path.parent}: it is made again", code=4)
+                self._good[block] = True
+        return self._bytes[start:stop].view(self._dtype)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All documents as tokens: token (integers) and mask (uint8) [tokens] read in slices, offset int64 [documents + 1].
+
+    summary: documents, tokens, max_token (-1 where it is not known), loss_tokens (mask 1), loss_bytes (UTF-8 bytes of
+    the text behind those; 0 where it is not known), bad (examples left out; a document of no tokens stands for each).
+    key: the hex digest of everything that decides the content.
+    """
+
+    token: Any
+    mask: Any
+    offset: np.ndarray
+    summary: dict[str, Any]
+    key: str
+
+
+class Ones:
+    """A mask of nothing but ones."""
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.ones(index.stop - index.start, np.uint8)
+
+
+# --- writing ---
+
+
+class _Writer:
+    """Writes a file, and remembers its size, its digest, and the crc32 of each of its blocks."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._rest = file, b""
+        self.sha256, self.checks = hashlib.sha256(), list[int]()
+
+    def write(self, array: np.ndarray) -> None:
+        content = array.tobytes()
+        self._file.write(content)
+        self.sha256.update(content)
+        content = self._rest + content
+        whole = len(content) // BLOCK_BYTES * BLOCK_BYTES
+        self.checks += [zlib.crc32(content[at : at + BLOCK_BYTES]) for at in range(0, whole, BLOCK_BYTES)]
+        self._rest = content[whole:]
+
+    def all_checks(self) -> list[int]:
+        return [*self.checks, *([zlib.crc32(self._rest)] if self._rest else [])]
+
+
+class ShardWriter:
+    """Writes one shard, a document at a time; complete once `close` has written its summary, by renaming it."""
+
+    def __init__(self, folder: Path, shard: int, dtype: str, check: Callable[[int], None]):
+        """check: told the largest token id now and then, may raise."""
+        self._base, self._dtype, self._check = folder / f"{shard:05d}", np.dtype(dtype), check
+        paths = [self._base.with_suffix(suffix) for suffix in (".token", ".mask")]
+        self._files = [open(path, "wb") for path in paths]  # noqa: SIM115  (closed by close and abandon)
+        self._token, self._mask = map(_Writer, self._files)
+        self._lengths: list[int] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and masks that are not written yet
+        self._waiting_tokens = 0
+        self._counts = dict.fromkeys(COUNTED, 0)
+        self._max_token, self._bad_lines = 0, list[str]()
+
+    def add(self, token: np.ndarray, mask: np.ndarray, loss_bytes: int) -> None:
+        self._waiting.append((token, mask))
+        self._waiting_tokens += len(token)
+        self._lengths.append(len(token))
+        self._counts["loss_bytes"] += loss_bytes
+        if self._waiting_tokens > WRITTEN_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Many documents at once: each call of numpy costs as much as a short document."""
+        if not self._waiting_tokens:
+            return
+        token, mask = (np.concatenate(arrays) for arrays in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_tokens = [], 0
+        largest = int(token.max())
+        if largest > np.iinfo(self._dtype).max:
+            raise ValueError(f"{largest} does not fit {self._dtype}")
+        self._check(largest)
+        self._max_token = max(self._max_token, largest)
+        self._token.write(token.astype(self._dtype, copy=False))
+        self._mask.write(mask)
+        self._counts["tokens"] += len(token)
+        self._counts["loss_tokens"] += int(np.count_nonzero(mask))
+
+    def add_bad(self, message: str) -> int:
+        """An example that is left out: a document of no tokens. Returns how many there are by now."""
+        self._lengths.append(0)
+        self._counts["bad"] += 1
+        if len(self._bad_lines) < 3:
+            self._bad_lines.append(message)
+        return self._counts["bad"]
+
+    def close(self) -> dict[str, Any]:
+        self._flush()
+        self._counts["documents"] = len(self._lengths)
+        checks = np.array(self._token.all_checks() + self._mask.all_checks(), np.uint32)
+        for file in self._files:
+            file.close()
+        np.array(self._lengths, np.int64).tofile(self._base.with_suffix(".length"))
+        checks.tofile(self._base.with_suffix(".check"))
+        summary = {
+            **self._counts,
+            "max_token": self._max_token,
+            "dtype": self._dtype.name,
+            "bad_lines": self._bad_lines,
+            "sha256": {"token": self._token.sha256.hexdigest(), "mask": self._mask.sha256.hexdigest()},
+        }
+        write_last(self._base.with_suffix(".json"), json.dumps(summary))
+        return summary
+
+    def abandon(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def write_last(path: Path, content: str) -> None:
+    """Writes a file so that it is there as a whole or not at all."""
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    partial_path.write_text(content)
+    os.replace(partial_path, path)
+
+
+def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
+    """The summary of a shard that is complete."""
+    try:
+        return json.loads((folder / f"{shard:05d}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> None:
+    """Makes of the complete shards of a folder one store; any number of processes may do it, all the same."""
+    found = [shard_summary(folder, shard) for shard in range(shards)]
+    summaries = [summary for summary in found if summary is not None]
+    assert len(summaries) == shards
+    lengths = [np.fromfile(folder / f"{shard:05d}.length", np.int64) for shard in range(shards)]
+    offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+    name = folder / f"offset.{os.getpid()}.npy"
+    np.save(name, offset)
+    os.replace(name, folder / "offset.npy")
+    checks = [np.fromfile(folder / f"{shard:05d}.check", np.uint32) for shard in range(shards)]
+    totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries) for name in COUNTED}
+    totals["max_token"] = max(summary["max_token"] for summary in summaries)
+    totals["bad_lines"] = [line for summary in summaries for line in summary["bad_lines"]][:3]
+    kept = ("documents", "tokens", "dtype", "sha256")
+    totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
+    totals["crc32"] = {"offset": zlib.crc32(offset), "check": zlib.crc32(np.concatenate(checks))}
+    write_last(folder / "summary.json", json.dumps(totals | extra))
+
+
+# --- reading ---
+
+
+def open_store(folder: Path, key: str) -> TokenStore | None:
+    """The store in a folder, or None where a file is missing or isn't what the summary says of it."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        offset = np.load(folder / "offset.npy", mmap_mode="r", allow_pickle=False)
+        tokens, masks, lengths, all_checks = [], [], [], []
+        for number, shard in enumerate(summary["shards"]):
+            base, count, dtype = folder / f"{number:05d}", shard["tokens"], np.dtype(shard["dtype"])
+            sizes = (count * dtype.itemsize, count)
+            paths = (base.with_suffix(".token"), base.with_suffix(".mask"))
+            if tuple(path.stat().st_size for path in paths) != sizes:
+                return None
+            checks = np.fromfile(base.with_suffix(".check"), np.uint32)
+            blocks = [-(-size // BLOCK_BYTES) for size in sizes]
+            if len(checks) != sum(blocks):
+                return None
+            all_checks.append(checks)
+            tokens.append(Checked(paths[0], dtype.name, checks[: blocks[0]]))
+            masks.append(Checked(paths[1], "uint8", checks[blocks[0] :]))
+            lengths.append(count)
+        if zlib.crc32(np.concatenate(all_checks)) != summary["crc32"]["check"]:
+            return None
+        if zlib.crc32(np.ascontiguousarray(offset)) != summary["crc32"]["offset"] or offset[-1] != sum(lengths):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return TokenStore(Column(tokens, lengths), Column(masks, lengths), offset, summary, key)
+
+
+def verify_store(folder: Path) -> list[str]:
+    """The files of a store whose digest is not the one that was written; all of them are read."""
+    summary = json.loads((folder / "summary.json").read_text())
+    bad = []
+    for number, shard in enumerate(summary["shards"]):
+        for suffix, wanted in shard["sha256"].items():
+            path = folder / f"{number:05d}.{suffix}"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                    bad.append(str(path))
+    return bad
+
+
+# --- Megatron's .bin and .idx ---
+
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
+    """The documents of Megatron's indexed data sets: PATH.idx and PATH.bin, a glob of either, mapped as they are.
+
+    Every token takes loss. Raises UserError for files that are none or don't belong together.
+    Ref: Megatron-LM, megatron/core/datasets/indexed_dataset.py, version 1 of the index.
+    """
+    if path and not path.endswith((".bin", ".idx")):
+        path += ".idx"
+    names = sorted({name[:-4] for name in find_files(path, flag, (".idx",))})
+    columns, counts, lengths, digests = [], [], [], []
+    for name in names:
+        documents, tokens = _read_megatron(name)
+        columns.append(tokens)
+        counts.append(len(tokens))
+        lengths.append(documents)
+        digests += [file_digest(name + suffix, cache_dir) for suffix in (".idx", ".bin")]
+    offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+    total = int(offset[-1])
+    summary = {"documents": len(offset) - 1, "tokens": total, "max_token": -1, "bad": 0}
+    summary |= {"loss_tokens": total, "loss_bytes": 0}
+    return TokenStore(Column(columns, counts), Ones(), offset, summary, digest_of(["megatron", *digests]))
+
+
+def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of each document int64, all tokens) of one pair of files."""
+    try:
+        index = np.fromfile(name + ".idx", np.uint8)
+        head = index[:34].tobytes()
+        if head[:9] != MEGATRON_MAGIC or len(head) < 34:
+            raise UserError(f"{name}.idx:1: no index of Megatron's (it begins with {head[:9]!r})")
+        version, code = int.from_bytes(head[9:17], "little"), head[17]
+        sequences, boundaries = (int.from_bytes(head[at : at + 8], "little") for at in (18, 26))
+        if version != 1 or code not in MEGATRON_DTYPES:
+            raise UserError(
+                f"{name}.idx:1: version {version}, type of tokens {code}: 1 and one of 1, 2, 3, 4, 5, 8 work"
+            )
+        if len(index) < 34 + 12 * sequences + 8 * boundaries:
+            raise UserError(f"{name}.idx:1: the index is truncated; copy it again")
+        sizes = index[34 : 34 + 4 * sequences].view("<i4").astype(np.int64)
+        pointers = index[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
+        ends = index[34 + 12 * sequences : 34 + 12 * sequences + 8 * boundaries].view("<i8")
+        tokens = np.memmap(name + ".bin", MEGATRON_DTYPES[code], "r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}.bin:1: {getattr(error, 'strerror', None) or error}") from None
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    if not np.array_equal(pointers, before[:-1] * tokens.itemsize) or before[-1] != len(tokens):
+        raise UserError(f"{name}.bin:1: {len(tokens)} tokens, and the index has {before[-1]}, or in another order")
+    return np.diff(before[ends]), tokens
