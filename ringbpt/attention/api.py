@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 
 from ringbpt.attention.core import Local, MaskSpec
-from ringbpt.attention.local import blockwise, reference
+from ringbpt.attention.local import blockwise, pallas_triton, reference
 from ringbpt.attention.parallel import all_gather, ring, ulysses
 from ringbpt.dims import ACTIVATION_AXES, Axes, spec
 from ringbpt.types import TokenMeta
@@ -27,6 +27,8 @@ SCOPE = "attention"
 LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
     "reference": lambda device, *sizes: Local(reference.attend, reference.attend_bwd),
     "blockwise": lambda device, *sizes: blockwise.make_blockwise(*(size or 1024 for size in sizes)),
+    "pallas_triton": pallas_triton.make_pallas_triton,
+    "pallas_triton_interpreted": pallas_triton.make_interpreted,
 }
 
 

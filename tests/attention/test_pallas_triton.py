@@ -1,0 +1,104 @@
+"""The Triton kernels in Pallas's interpreter, through the suite; and compiled for GPUs that aren't here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.local.pallas_triton import make_interpreted, make_pallas_triton
+from ringbpt.mesh import make_mesh
+from ringbpt.types import TokenMeta
+from tests.attention import suite
+from tests.attention.gpu_programs import kernels, train_like
+from tests.attention.suite import CASES, packed_meta
+from tests.attention.test_parallel import dense, run
+from tests.planning.test_overlap import check as check_overlap
+from tests.planning.test_overlap import compiler, program
+
+# Those that half a minute has room for; `make test-all` runs every one.
+QUICK = {"window, both sides", "bf16 hop"}
+REFUSED = {"wide heads"}  # of 256, in float32
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in CASES]
+)
+def test_the_kernels_pass_the_suite(case):
+    suite.check(make_interpreted(jax.devices()[0], 64, 64), case, refuses=REFUSED)
+
+
+@pytest.mark.slow
+def test_wide_heads_in_half_precision():
+    case = suite.Case("wide", T=128, S=256, head_dim=256, heads=(2, 1), documents=2, dtype="float16")
+    suite.check(make_interpreted(jax.devices()[0], None, None), case)
+
+
+@pytest.mark.slow
+def test_a_ring_over_the_kernels_is_dense_attention():
+    rng = np.random.default_rng(0)
+    inputs = suite.arrays(rng, 1, 128, 128, 2, 1, 16)
+    meta = packed_meta(rng, 1, 128, 3, padding=7)
+    mesh = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2])
+    got = run(mesh, "zigzag", inputs, meta, local="pallas_triton_interpreted", query_chunk_size=32, key_chunk_size=32)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, dense(inputs, meta, MaskSpec()), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
+
+
+def test_what_it_cannot_do_it_refuses_by_name():
+    meta = TokenMeta(np.zeros((1, 16), np.int32), np.ones((1, 16), np.int32))
+
+    def attend(head_dim=8, dtype=jnp.float32):
+        x = jnp.ones((1, 16, 1, head_dim), dtype)
+        return make_interpreted(jax.devices()[0], None, None).attend(x, x, x, meta, meta, MaskSpec())
+
+    with pytest.raises(NotImplementedError, match="not float8_e4m3fn: use blockwise"):
+        attend(dtype=jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="at most 256 in bfloat16, not 512: use blockwise"):
+        attend(512, jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="this is cpu: use blockwise"):
+        make_pallas_triton(jax.devices()[0], None, None)
+
+
+# --- for GPUs that aren't here ---
+
+MACHINES = ("a100", "h100", "h200")
+SHARED_MEMORY = {"a100": 166912, "h100": 232448, "h200": 232448}  # bytes that one block of threads can have
+PROGRAMS = [
+    *[(name, "bfloat16", 128) for name in MACHINES],
+    *[
+        pytest.param(name, dtype, head_dim, marks=pytest.mark.slow)
+        for name in MACHINES
+        for dtype, head_dim in (("bfloat16", 64), ("float16", 256), ("float32", 64), ("float32", 128))
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "head_dim"), PROGRAMS)
+def test_no_kernel_spills(name, dtype, head_dim, tmp_path):
+    machine = compiler(name)
+    local = make_pallas_triton(machine.devices[0], None, None)
+    train_like(machine, local, head_dim, dtype, dump=tmp_path)
+    found = {kernel.name: kernel for kernel in kernels(tmp_path, machine)}
+    for kernel in ("triton_forward", "triton_dq", "triton_dkv"):
+        assert found[kernel].spilled_bytes == 0, found[kernel]
+        assert 0 < found[kernel].registers <= 255, found[kernel]
+        assert 0 < found[kernel].shared_bytes <= SHARED_MEMORY[name], found[kernel]
+
+
+@pytest.mark.slow
+def test_a_spill_is_seen(tmp_path, monkeypatch):
+    """The check above has teeth: keys in blocks of 128 and 4 warps hold two accumulators of 128 x 128 too many."""
+    from ringbpt.attention.local import pallas_triton
+
+    tile = pallas_triton.Tile(64, 128, 4, 2)
+    tiles = pallas_triton.Tiles(pallas_triton.Tile(32, 32, 4, 1), pallas_triton.Tile(32, 32, 4, 1), tile)
+    monkeypatch.setitem(pallas_triton._TILES, (2, 128), tiles)
+    machine = compiler("a100")
+    train_like(machine, make_pallas_triton(machine.devices[0], None, None), 128, "bfloat16", dump=tmp_path)
+    assert {k.name for k in kernels(tmp_path, machine) if k.spilled_bytes} >= {"triton_dkv"}
+
+
+@pytest.mark.parametrize("name", ["4xh200", pytest.param("8xh200", marks=pytest.mark.slow)])
+def test_every_hop_hides_behind_the_kernels(name):
+    check_overlap(program(name, local="pallas_triton"), int(name[0]))
