@@ -126,13 +126,14 @@ def open_huggingface(folder: Path) -> tuple[TensorFolder, Family, LlamaConfig]:
     """
     settings, where = read_json(folder / "config.json"), str(folder / "config.json")
     _, family = find_family(settings, where)
-    llama = _complete(replace(LlamaConfig(), **llama_fields(settings, where)))
+    llama = complete(replace(LlamaConfig(), **llama_fields(settings, where)))
     files = TensorFolder(folder)
     check_tensors(files, layouts(rows_for(family, llama), llama))
     return files, family, llama
 
 
-def _complete(llama: LlamaConfig) -> LlamaConfig:
+def complete(llama: LlamaConfig) -> LlamaConfig:
+    """With the heads that are not given filled in."""
     heads = llama.num_attention_heads
     return replace(
         llama,
@@ -283,7 +284,7 @@ def to_huggingface(folder: Path, output: Path, dtype: str = "", max_shard_bytes:
     """One of our own folders -> a Hugging Face folder."""
     settings = read_json(folder / CARRIED / "config.json")
     _, family = find_family(settings, str(folder / CARRIED / "config.json"))
-    llama = _complete(replace(LlamaConfig(), **llama_fields(settings, str(folder))))
+    llama = complete(replace(LlamaConfig(), **llama_fields(settings, str(folder))))
     rows, files = rows_for(family, llama), TensorFolder(folder, STEM)
     sources = layouts(own_rows(rows), llama)
     check_tensors(files, sources)
@@ -328,6 +329,13 @@ def carry(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in CARRIED_FILES:
         if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def carry_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files alone."""
+    for name in CARRIED_FILES:
+        if name not in ("config.json", "generation_config.json") and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 

@@ -250,7 +250,7 @@ def load_checkpoint(
         return LoadedState(params, note=note if prefix == "trainstate" else "")
     if prefix == "flax_params":
         raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
-    folder = _newest(path, where)
+    folder = newest_step(path, where)
     if prefix != "trainstate":
         orbax = _orbax()
         params, _, _ = _restore(orbax, folder, where, abstract_params, None)
@@ -276,7 +276,7 @@ def find_checkpoint(spec: str) -> tuple[str, Path]:
     return prefix, path
 
 
-def _newest(path: Path, where: str) -> Path:
+def newest_step(path: Path, where: str) -> Path:
     """The step folder that `path` means: itself, or the newest of a checkpoints folder or of a run's."""
     if _is_whole(path):
         return path

@@ -1,0 +1,142 @@
+"""`python -m ringbpt.generate`: text from a checkpoint of ours or a Hugging Face folder, on any mesh.
+
+--load_checkpoint=huggingface::DIR --prompt="Once upon"                 one completion
+--load_checkpoint=params::runs/<run> --prompts=in.jsonl --output=out.jsonl
+                     a line each, {"prompt"} or {"messages"} in, {"prompt", "completion", "tokens"} out
+--load_checkpoint=huggingface::DIR --chat                               a conversation; an empty line ends it
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ringbpt.config import UserError, default_config, parse_mesh_dim, run_main
+from ringbpt.config_checks import CHOICES, check_load_checkpoint
+from ringbpt.own_flags import Flag, own_help, read_own_flags
+
+MODEL_FLAGS = {
+    "load_checkpoint": Flag(
+        str, "", "huggingface::DIR, or params::PATH of a run, a step, or scripts/hf2jax.py's output"
+    ),
+    "tokenizer": Flag(str, "", "bytes, a .model file or a Hugging Face folder; empty: what the checkpoint came with"),
+    "mesh_dim": Flag(str, "1,1,1,-1", "dp,fsdp,tp,sp: sp splits prompts and cache, tp the heads, dp the batch"),
+    "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator"),
+    "dtype": Flag(str, "fp32", "of weights, computation and cache: fp32, bf16, fp16"),
+    "max_sequence_length": Flag(int, 0, "prompt and completion together; 0: what the model was made for"),
+}
+FLAGS = MODEL_FLAGS | {
+    "prompt": Flag(str, "", "a text to go on with"),
+    "prompts": Flag(str, "", "a .jsonl file of prompts"),
+    "output": Flag(str, "", "the .jsonl file to write; empty: the terminal"),
+    "chat": Flag(bool, False, "talk, by the model's chat template"),
+    "system": Flag(str, "", "the system message of a chat"),
+    "max_new_tokens": Flag(int, 256, "of each completion"),
+    "batch_size": Flag(int, 8, "prompts generated at a time; short ones share a row"),
+    "stop": Flag(list, [], "text at which a completion ends; may be given several times"),
+    "temperature": Flag(float, 0.0, "0: always the most likely token"),
+    "top_k": Flag(int, 0, "only the k most likely; 0: all"),
+    "top_p": Flag(float, 1.0, "only the most likely that hold this much probability"),
+    "min_p": Flag(float, 0.0, "only those at least this likely, relative to the most likely"),
+    "repetition_penalty": Flag(float, 1.0, "above 1: tokens of the text so far become less likely"),
+    "seed": Flag(int, 0, "the same seed draws the same texts, whatever the batch or the mesh"),
+}
+
+
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, each with a prompt or messages. Raises UserError with file and line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prompts={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{file}:{number}: no JSON object") from None
+        if not isinstance(row, dict) or not (
+            isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)
+        ):
+            raise UserError(f'{file}:{number}: neither "prompt", a text, nor "messages", a list')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"--prompts={file} holds no prompt")
+    return rows
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    if not flags["load_checkpoint"]:
+        raise UserError("--load_checkpoint is missing: huggingface::DIR, or params::runs/<run>")
+    check_load_checkpoint(flags["load_checkpoint"])
+    if flags["dtype"] not in CHOICES["dtype"]:
+        raise UserError(f"--dtype={flags['dtype']!r} is none of {', '.join(CHOICES['dtype'])}")
+    for name in ("max_new_tokens", "batch_size"):
+        if name in flags and flags[name] < 1:
+            raise UserError(f"--{name}={flags[name]} is below 1: use --{name}=1 or more")
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(own_help(__doc__ or "", FLAGS))
+        return 0
+    flags = read_own_flags(argv, FLAGS)
+    check_flags(flags)
+    if sum(bool(flags[name]) for name in ("prompt", "prompts", "chat")) != 1:
+        raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
+    rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
+    from ringbpt.generation.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: flags[name] for name in names})
+    from ringbpt.generation.generator import Generator
+    from ringbpt.generation.text import complete, make_codec
+
+    found, model, params = start_model(flags)
+    codec = make_codec(found, flags["tokenizer"])
+    generator = Generator(model, params)
+    del params
+    if flags["chat"]:
+        from ringbpt.generation.chat import chat
+
+        return chat(generator, codec, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
+    prompts = [codec.encode(row["prompt"]) if "prompt" in row else codec.chat(row["messages"]) for row in rows]
+    done = dict(
+        complete(generator, codec, prompts, sampling, flags["max_new_tokens"], flags["batch_size"], flags["stop"])
+    )
+    if flags["prompt"] and not flags["output"]:
+        print(done[0].text)
+        return 0
+    lines = [
+        json.dumps(row | {"completion": done[i].text, "tokens": done[i].tokens}, ensure_ascii=False) + "\n"
+        for i, row in enumerate(rows)
+    ]
+    if not flags["output"]:
+        sys.stdout.writelines(lines)
+        return 0
+    output = Path(flags["output"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {output}: {len(lines)} completions")
+    return 0
+
+
+def start_model(flags: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(what the checkpoint says of itself, the model, its params) for MODEL_FLAGS."""
+    from ringbpt.config_checks import DTYPES
+    from ringbpt.generation.load import describe_checkpoint, load_model
+    from ringbpt.mesh import start_jax
+
+    found = describe_checkpoint(flags["load_checkpoint"])
+    tree = default_config()
+    tree.num_cpu_devices = flags["num_cpu_devices"]
+    mesh_shape, _ = parse_mesh_dim(flags["mesh_dim"], start_jax(tree))
+    longest = {"max_sequence_length": flags["max_sequence_length"]} if flags["max_sequence_length"] else {}
+    model, params = load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], **longest)
+    return found, model, params
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,232 @@
+"""One token a step: queries on every device of sp, keys and values where prefill's ring left them.
+
+A row of the cache holds the prompts of a row of the batch, packed as in training: which key belongs to which text is
+said by positions and segments, so prompts of unequal length waste neither prefill nor memory. Behind its share of the
+prompts every device has room for its share of the new tokens; step t of all texts of a row goes to device t mod sp.
+Each device attends to what it holds, and the partial results are merged by their log-sum-exp over sp.
+The step is one shard_map: what it sends is one token's activations. Ref: Flash-Decoding, and arXiv:2310.01889.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ringbpt.attention.core import MaskSpec, Partial, merge, visible
+from ringbpt.config import LlamaConfig
+from ringbpt.dims import ACTIVATION_AXES, spec
+from ringbpt.model.experts import choose, mixture
+from ringbpt.model.feedforward import swiglu
+from ringbpt.model.llama import Model, queries_keys_values, rms_norm
+from ringbpt.model.rope import frequencies, rope_scale, rotation
+from ringbpt.model.weights import dot, embed
+from ringbpt.types import Params, TokenMeta
+
+CACHE = "B K S H"  # S last but one: a device's keys of one head stand together, and a product reads them in a row
+
+
+class Cache(NamedTuple):
+    """Per layer k and v, [B, K, S, H] in the compute dtype; meta says what each place holds (segment 0: nothing)."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    meta: TokenMeta
+
+
+def gathered_spec(stored: PartitionSpec) -> PartitionSpec:
+    """A stored weight's sharding without fsdp and sp: decoding would otherwise gather every weight at every token."""
+    return PartitionSpec(*("tp" if entry == "tp" else None for entry in stored))
+
+
+def split_params(model: Model, params: Params) -> Params:
+    """Params for decoding: the compute dtype, each device its part over tp, and `layers` a list of one dict a layer."""
+    llama, mesh = model.config.llama, model.mesh
+    axis, L = llama.param_scan_axis, llama.num_hidden_layers
+
+    def layers_of(w: jax.Array, stored: PartitionSpec) -> list[jax.Array]:
+        entries = [entry for i, entry in enumerate((*stored, *(None,) * (w.ndim - len(stored)))) if i != axis]
+        sharding = NamedSharding(mesh, gathered_spec(PartitionSpec(*entries)))
+
+        def cut(w):
+            return [lax.index_in_dim(w, i, axis, keepdims=False).astype(model.dtype) for i in range(L)]
+
+        return jax.jit(cut, out_shardings=[sharding] * L)(w)
+
+    split = {name: layers_of(w, model.specs["layers"][name]) for name, w in params["layers"].items()}
+
+    def whole(w: jax.Array, stored: PartitionSpec) -> jax.Array:
+        return jax.jit(lambda w: w.astype(model.dtype), out_shardings=NamedSharding(mesh, gathered_spec(stored)))(w)
+
+    rest = {name: whole(w, model.specs[name]) for name, w in params.items() if name != "layers"}
+    if llama.tie_word_embeddings:  # its own copy: a transposed table would be transposed again at every token
+        rest["unembed"] = whole(jnp.asarray(params["embed"]).T, PartitionSpec(*reversed(model.specs["embed"])))
+    return rest | {"layers": [{name: ws[i] for name, ws in split.items()} for i in range(L)]}
+
+
+def make_prefill(model: Model, room: int):
+    """(start, layer): the two programs of a prefill, in layout order.
+
+    start(embed_VD, token_BT) -> x_BTD; layer(w, x_BTD, meta) -> (x_BTD, k, v), k and v with `room` empty places behind
+    each device's share. One program for all layers: a deep model compiles no longer than a shallow one.
+    """
+    mesh = model.mesh
+    kv_spec, cache_spec = spec("B T K H", ACTIVATION_AXES), spec(CACHE, ACTIVATION_AXES)
+
+    def laid_out(k_BTKH):
+        k_BKTH = jnp.swapaxes(k_BTKH, 1, 2)
+        return jnp.pad(k_BKTH, ((0, 0), (0, 0), (0, room), (0, 0)))
+
+    to_cache = jax.shard_map(laid_out, mesh=mesh, in_specs=kv_spec, out_specs=cache_spec, check_vma=False)
+
+    def layer(w, x_BTD, meta):
+        (x_BTD, _), (k_BTKH, v_BTKH) = model.block(w, (x_BTD, None), meta, model.rope(meta))
+        return x_BTD, to_cache(k_BTKH), to_cache(v_BTKH)
+
+    placed = NamedSharding(mesh, spec("B T D", ACTIVATION_AXES)), *(NamedSharding(mesh, cache_spec),) * 2
+    return jax.jit(partial(embed, mesh, model.dtype)), jax.jit(layer, donate_argnums=1, out_shardings=placed)
+
+
+def attend_cache(
+    q_BQNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec
+) -> Partial:
+    """A few queries over one device's part of the cache, whole: its scores are [Q, S], a few numbers a key."""
+    B, Q, N, H = q_BQNH.shape
+    K = k_BKSH.shape[1]
+    q_BKRH = jnp.moveaxis(q_BQNH.reshape(B, Q, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    scores = dot("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, jnp.float32) * H**-0.5
+    seen_BQS = visible(q_meta, kv_meta, mask)
+    scores = jnp.where(seen_BQS[:, None, None], scores.reshape(B, K, N // K, Q, -1), -jnp.inf)
+    top = jnp.max(scores, axis=-1)
+    finite = jnp.where(top == -jnp.inf, 0.0, top)
+    p = jnp.exp(scores - finite[..., None])
+    total = jnp.sum(p, axis=-1)
+    p = p.reshape(B, K, -1, p.shape[-1]).astype(v_BKSH.dtype)
+    out = dot("BKRS,BKSH->BKRH", p, v_BKSH, jnp.float32).reshape(B, K, N // K, Q, H)
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
+    lse = jnp.where(total == 0, -jnp.inf, finite + jnp.log(jnp.where(total == 0, 1.0, total)))
+    return Partial(jnp.moveaxis(out, 3, 1).reshape(B, Q, N, H), jnp.moveaxis(lse, 3, 1).reshape(B, Q, N))
+
+
+def merge_over(part: Partial, axis: str) -> jax.Array:
+    """Inside shard_map: the attention over the keys of every device of the axis, [B, Q, N, H] float32."""
+    top = lax.pmax(part.lse_BTN, axis)
+    weight = jnp.exp(part.lse_BTN - jnp.where(top == -jnp.inf, 0.0, top))
+    out, total = lax.psum((part.out_BTNH * weight[..., None], weight), axis)
+    return out / jnp.where(total == 0, 1.0, total)[..., None]
+
+
+def write_place(step: jax.Array, prompt_share: int, whole_share: int, texts: int) -> tuple[jax.Array, jax.Array]:
+    """Inside shard_map: (does this device keep the tokens of `step`, where in its share they are written).
+
+    Those of other devices go to the share's last places, which nobody sees: a cache that is only ever written, and not
+    read to keep what stood there, is updated in place.
+    """
+    size = lax.axis_size("sp")
+    mine = lax.axis_index("sp") == step % size
+    return mine, jnp.where(mine, prompt_share + (step // size) * texts, whole_share - texts)
+
+
+def write(cache: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), place, axis)
+
+
+def make_decode(model: Model, prompt_share: int):
+    """decode(weights, cache, token_BQ, q_meta, step) -> (logits_BQV float32, cache), to be jitted, the cache donated.
+
+    weights: of split_params. prompt_share: the places of a device's share that prefill filled. step: int32, from 0.
+    """
+    llama, mesh, mask = model.config.llama, model.mesh, model.mask
+    matmul = partial(dot, out_dtype=model.dtype)
+    row, cache_spec, meta_spec = (
+        spec("B _", ACTIVATION_AXES),
+        spec(CACHE, ACTIVATION_AXES),
+        spec("B S", ACTIVATION_AXES),
+    )
+
+    def local(weights, cache, token_BQ, q_meta, step):
+        mine, place = write_place(step, prompt_share, cache.k[0].shape[2], token_BQ.shape[1])
+        kept = TokenMeta(q_meta.position_BT, jnp.where(mine, q_meta.segment_BT, 0))
+        rope = rotation(q_meta.position_BT, frequencies(llama), rope_scale(llama))
+        x_BQD = _rows(weights["embed"], token_BQ)
+        new = []
+        for w, k, v in zip(weights["layers"], cache.k, cache.v, strict=True):
+            h_BQD = rms_norm(x_BQD, w["attention_norm"], llama.rms_norm_eps)
+            q_BQNH, k_BQKH, v_BQKH = queries_keys_values(llama, w, h_BQD, rope, matmul)
+            new_k, new_v = jnp.swapaxes(k_BQKH, 1, 2), jnp.swapaxes(v_BQKH, 1, 2)
+            before = attend_cache(q_BQNH, k, v, q_meta, cache.meta, mask)
+            part = merge(before, attend_cache(q_BQNH, new_k, new_v, q_meta, kept, mask))
+            out_BQNH = merge_over(part, "sp").astype(model.dtype)
+            x_BQD = x_BQD + lax.psum(matmul("BTNH,NHD->BTD", out_BQNH, w["w_o"]), "tp")
+            h_BQD = rms_norm(x_BQD, w["feedforward_norm"], llama.rms_norm_eps)
+            x_BQD = x_BQD + lax.psum(_feedforward(llama, w, h_BQD, matmul), "tp")
+            new.append((new_k, new_v))
+        x_BQD = rms_norm(x_BQD, weights["norm"], llama.rms_norm_eps)
+        # All reading is done before anything is written, and the place says so by coming (for the compiler) from what
+        # was read: it adds 0. A write that a read might still follow would be made in a copy of the whole cache.
+        place = place + jnp.minimum(jnp.argmax(x_BQD[0, 0]).astype(jnp.int32), 0)
+        ks, vs = (
+            tuple(write(old, fresh, place, 2) for old, fresh in zip(whole, parts, strict=True))
+            for whole, parts in zip((cache.k, cache.v), zip(*new, strict=True), strict=True)
+        )
+        meta = jax.tree.map(lambda old, new: write(old, new, place, 1), cache.meta, kept)
+        return _logits(weights["unembed"], x_BQD), Cache(ks, vs, meta)
+
+    def decode(weights, cache, token_BQ, q_meta, step):
+        L = llama.num_hidden_layers
+        cache_specs = Cache((cache_spec,) * L, (cache_spec,) * L, TokenMeta(meta_spec, meta_spec))
+        specs = (weight_specs(model), cache_specs, row, TokenMeta(row, row), PartitionSpec())
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=(spec("B _ _", ACTIVATION_AXES), cache_specs), check_vma=False
+        )(weights, cache, token_BQ, q_meta, step)
+
+    return decode
+
+
+def weight_specs(model: Model) -> Any:
+    """The PartitionSpecs of what split_params gives."""
+    axis = model.config.llama.param_scan_axis
+    layer = {
+        name: gathered_spec(PartitionSpec(*(entry for i, entry in enumerate(stored) if i != axis)))
+        for name, stored in model.specs["layers"].items()
+    }
+    specs = {name: gathered_spec(stored) for name, stored in model.specs.items() if name != "layers"}
+    specs.setdefault("unembed", PartitionSpec(None, "tp"))
+    return specs | {"layers": [layer] * model.config.llama.num_hidden_layers}
+
+
+def make_last_logits(model: Model):
+    """last_logits(norm_D, unembed_DV, x_BTD, place_BQ) -> logits_BQV float32 of the prompts' last tokens."""
+    head = jax.shard_map(
+        _logits, mesh=model.mesh, in_specs=(PartitionSpec(None, "tp"), spec("B _ _", ACTIVATION_AXES)),
+        out_specs=spec("B _ _", ACTIVATION_AXES), check_vma=False,
+    )  # fmt: skip
+
+    def last_logits(norm_D, unembed_DV, x_BTD, place_BQ):
+        x_BQD = jnp.take_along_axis(x_BTD, place_BQ[..., None], axis=1)
+        return head(unembed_DV, rms_norm(x_BQD, norm_D, model.config.llama.rms_norm_eps))
+
+    return last_logits
+
+
+def _logits(unembed_DV: jax.Array, x_BQD: jax.Array) -> jax.Array:
+    return lax.all_gather(dot("BTD,DV->BTV", x_BQD, unembed_DV, jnp.float32), "tp", axis=2, tiled=True)
+
+
+def _rows(table_VD: jax.Array, token_BQ: jax.Array) -> jax.Array:
+    """Rows of a table whose vocabulary is split over tp."""
+    local = token_BQ - lax.axis_index("tp") * table_VD.shape[0]
+    inside = (local >= 0) & (local < table_VD.shape[0])
+    rows = jnp.take(table_VD, jnp.where(inside, local, 0), axis=0, mode="clip")
+    return lax.psum(jnp.where(inside[..., None], rows, 0), "tp")
+
+
+def _feedforward(llama: LlamaConfig, w: Params, h_BQD: jax.Array, matmul: Any) -> jax.Array:
+    """This device's part of F."""
+    if not llama.num_experts:
+        return swiglu(h_BQD, w["w_gate"], w["w_up"], w["w_down"], matmul)
+    choice = choose(llama, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
+    weights = (w["w_gate"], w["w_up"], w["w_down"])
+    return mixture(llama.num_experts, h_BQD, choice.weight_BTX, choice.expert_BTX, *weights)

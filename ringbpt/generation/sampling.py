@@ -1,0 +1,82 @@
+"""From logits to a token: greedy, or drawn with temperature, top-k, top-p, min-p and a repetition penalty.
+
+In that order as transformers has it: penalty, temperature, top-k, top-p, min-p. All options but the choice between
+greedy and drawn are values and not part of the program, so changing them compiles nothing.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ringbpt.config import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 leave everything in."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": (0.0, 100.0), "top_k": (0, 2**31 - 1), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0),
+            "repetition_penalty": (1e-3, 1e3), "seed": (0, 2**32 - 1),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                nearest = min(max(value, least), most)
+                raise UserError(f"--{name}={value} is not between {least:g} and {most:g}: --{name}={nearest:g} is")
+
+    def options(self) -> "Options":
+        numbers = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in numbers))
+
+
+class Options(NamedTuple):
+    """Sampling as arrays."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def penalise(logits_PV: jax.Array, seen_PV: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Tokens of the prompt and of the text so far made less likely. Ref: CTRL, arXiv:1909.05858."""
+    less_PV = jnp.where(logits_PV > 0, logits_PV / penalty, logits_PV * penalty)
+    return jnp.where(seen_PV, less_PV, logits_PV)
+
+
+def filtered(logits_PV: jax.Array, options: Options) -> jax.Array:
+    """Logits at the temperature, -inf where a token is left out; the likeliest is always in."""
+    logits_PV = logits_PV / jnp.maximum(options.temperature, 1e-6)
+    order_PV = jnp.argsort(-logits_PV, axis=-1, stable=True)
+    rank_PV = jnp.argsort(order_PV, axis=-1)
+    sorted_PV = jnp.take_along_axis(logits_PV, order_PV, axis=-1)
+    places = jnp.arange(logits_PV.shape[-1])[None]
+    in_k = (options.top_k == 0) | (places < options.top_k)
+    p_PV = jax.nn.softmax(jnp.where(in_k, sorted_PV, -jnp.inf), axis=-1)
+    before_PV = jnp.cumsum(p_PV, axis=-1) - p_PV  # the mass of all that are likelier
+    in_p = (before_PV < options.top_p) & in_k
+    p_PV = jax.nn.softmax(jnp.where(in_p, sorted_PV, -jnp.inf), axis=-1)
+    keep_PV = in_p & (p_PV >= options.min_p * p_PV[:, :1])
+    keep_PV = jnp.take_along_axis(keep_PV | (places == 0), rank_PV, axis=-1)
+    return jnp.where(keep_PV, logits_PV, -jnp.inf)
+
+
+def sample(logits_PV: jax.Array, options: Options, key_P: jax.Array, step: jax.Array) -> jax.Array:
+    """A token for each of P texts. A text's key and the step decide alone: not what stands beside it in the batch."""
+
+    def draw(logits_V, key):
+        return jax.random.categorical(jax.random.fold_in(key, step), logits_V)
+
+    return jax.vmap(draw)(filtered(logits_PV, options), key_P).astype(jnp.int32)

@@ -1,0 +1,50 @@
+"""The flags of an entry that is no training run: a handful, each with its type, its default and a line of help."""
+
+from typing import Any, NamedTuple
+
+from ringbpt.config import read_value
+from ringbpt.config_checks import nearest_name
+from ringbpt.config_fields import UserError
+
+
+class Flag(NamedTuple):
+    kind: Any
+    default: Any
+    help: str
+
+
+def read_own_flags(argv: list[str], flags: dict[str, Flag]) -> dict[str, Any]:
+    """`--name=value`, `--name value` and `--flag` -> every flag's value; one of kind list may be given several times.
+
+    Raises UserError for what is no flag, is given twice, or is of another type.
+    """
+    given: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in flags:
+            near = nearest_name(name, flags)
+            raise UserError(f"{word.partition('=')[0]!r} is no flag here: did you mean --{near}?")
+        kind, default, _ = flags[name]
+        if not equals and kind is bool:
+            text = "True"
+        elif not equals:
+            if not rest:
+                raise UserError(f"--{name} needs a value: --{name}=...")
+            text = rest.pop(0)
+        if kind is list:
+            given.setdefault(name, []).append(text)
+            continue
+        if name in given:
+            raise UserError(f"--{name} is given twice, the second time as '{text}': leave one of them out")
+        given[name] = read_value(f"--{name}", text, kind, default)
+    return {name: flag.default for name, flag in flags.items()} | given
+
+
+def own_help(doc: str, flags: dict[str, Flag]) -> str:
+    lines = [doc.strip(), ""]
+    for name, (_, default, line) in flags.items():
+        shown = f"  --{name}" if default in ("", None, [], False) else f"  --{name}={default}"
+        lines.append(f"{shown:<40} {line}")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,155 @@
+"""Text out: the same 64 tokens as transformers' generate on every mesh, whatever else is in the batch."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringbpt.config import UserError
+from ringbpt.generation.decode import split_params
+from ringbpt.generation.generator import Generator, Shape, make_cache_prefill, make_steps, plan
+from ringbpt.generation.load import load_model
+from ringbpt.generation.sampling import Sampling, filtered, penalise
+from tests.golden.make_families import CASES, NEW_TOKENS, PROMPT, documents, live, restore
+
+MESHES = {"one device": (1, 1, 1, 1), "sp=4": (1, 1, 1, 4), "tp=2": (1, 1, 2, 1), "fsdp=2": (1, 2, 1, 1)}
+GREEDY = Sampling()
+COVER = [("llama3.2", "sp=4"), ("mistral", "one device"), ("qwen2.5", "tp=2"), ("mixtral", "fsdp=2")]
+
+
+def make_generator(folder: Path, mesh: str) -> Generator:
+    return Generator(*load_model(f"huggingface::{folder}", MESHES[mesh]))
+
+
+def run(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampling=GREEDY, batch_size=8):
+    shape, groups = plan([len(p) for p in prompts], generator.model, batch_size, new_tokens)
+    found: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
+    for group in groups:
+        for tokens in generator.tokens(prompts, shape, group, sampling):
+            for number, token in tokens.items():
+                found[number].append(token)
+    return [found[i] for i in range(len(prompts))]
+
+
+def check(folder: Path, want: np.ndarray, mesh: str) -> None:
+    """The prompt beside two others of other lengths, all in one row where they fit."""
+    first = documents()[0][:PROMPT]
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 96, 29), first, rng.integers(2, 96, 7)]
+    assert run(make_generator(folder, mesh), prompts, NEW_TOKENS)[1] == want.tolist()
+
+
+@pytest.mark.parametrize(("case", "mesh"), COVER)
+def test_greedy_text_is_that_of_transformers(case, mesh, tmp_path):
+    check(tmp_path, restore(case, tmp_path)["continuation"], mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_text_is_that_of_transformers_live(case, tmp_path):
+    want = live(case, tmp_path)["continuation"]
+    for mesh in MESHES:
+        check(tmp_path, want, mesh)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory) -> Generator:
+    folder = tmp_path_factory.mktemp("llama")
+    restore("llama", folder)
+    return make_generator(folder, "one device")
+
+
+def test_seeds_reproduce_whatever_stands_beside(generator):
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, 96, n) for n in (9, 5, 12)]
+    warm = Sampling(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=7)
+    together = run(generator, prompts, 8, warm)
+    assert together == run(generator, prompts, 8, warm)
+    assert together == run(generator, prompts, 8, warm, batch_size=1)
+    assert together != run(generator, prompts, 8, replace(warm, seed=8))
+
+
+def test_no_recompiles(generator):
+    """One program a shape: neither further groups nor other options compile anything."""
+    prompts = [np.full(n, 5) for n in (8, 8, 8, 8, 3)]
+    run(generator, prompts, 4, Sampling(temperature=0.7), batch_size=2)
+    with jax.log_compiles(False), jax.transfer_guard("allow"):
+        steps = [step for programs in generator._programs.values() for step in programs[1:]]
+        before = [step._cache_size() for step in steps]
+        run(generator, prompts, 4, Sampling(temperature=0.2, top_k=3, min_p=0.1, seed=4), batch_size=2)
+        assert [step._cache_size() for step in steps] == before
+    assert set(before) == {1}
+
+
+@pytest.mark.parametrize("mesh", ["one device", "sp=4"])
+def test_decoding_copies_no_cache(mesh, tmp_path):
+    """The compiled step has the cache as its donated argument and updates it in place: no copy of its shape, ever."""
+    restore("llama3.2", tmp_path)
+    model, params = load_model(f"huggingface::{tmp_path}", MESHES[mesh])
+    shape = Shape(rows=1, length=448, texts=1, new_tokens=40)
+    prefill = make_cache_prefill(model, shape)
+    weights = split_params(model, params)
+    from ringbpt.mesh import put_batch
+    from ringbpt.types import Batch, TokenMeta
+
+    zeros = np.zeros((1, 448), np.int32)
+    batch = put_batch(lambda a, b: Batch(zeros, zeros, zeros, zeros, zeros), (1, 448), model.mesh, "contiguous")
+    cache, _ = prefill(weights, batch)
+    _, step = make_steps(model, shape, drawn=False, penalised=False)
+    one = jnp.zeros((1, 1), jnp.int32)
+    args = (
+        weights,
+        cache,
+        one,
+        TokenMeta(one, one),
+        jnp.int32(0),
+        Sampling().options(),
+        jax.random.split(jax.random.key(0), 1),
+        None,
+    )
+    compiled = step.lower(*args).compile()
+    sizes = cache.k[0].addressable_shards[0].data.shape
+    text = compiled.as_text()
+    shown = ",".join(map(str, sizes))
+    assert f"[{shown}]" in text
+    copies = [line for line in text.splitlines() if re.search(rf"= f32\[{shown}\]\S* (copy|transpose|convert)\(", line)]
+    assert not copies, copies[0]
+    assert text.count("may-alias") + text.count("must-alias") >= 4  # k and v of both layers, given back in place
+    cache_bytes = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < cache_bytes / 2
+
+
+def test_plan_packs_unequal_prompts(generator):
+    lengths = [100, 60, 40, 30, 30, 30, 10]
+    shape, groups = plan(lengths, generator.model, 7, 16)
+    assert (shape.rows, shape.length) == (3, 100)
+    assert sorted(n for g in groups for row in g.rows for n in row) == list(range(7))
+    assert len(groups) == 1
+    with pytest.raises(UserError, match="--max_new_tokens=412"):
+        plan(lengths, generator.model, 7, 500)
+
+
+def test_filters():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+
+    def kept(**options):
+        return np.flatnonzero(np.isfinite(filtered(logits, Sampling(temperature=1.0, **options).options())[0])).tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_p=0.6) == [0, 1]
+    assert kept(top_p=0.5) == [0]
+    assert kept(min_p=0.4) == [0, 1]
+    assert kept(top_k=3, top_p=0.8) == [0, 1]  # of three, renormalised: 0.56, 0.28, 0.17
+    seen = jnp.array([[True, False, False, False]])
+    np.testing.assert_allclose(penalise(jnp.array([[2.0, -1, 1, 0]]), seen, 2.0)[0], [1, -1, 1, 0])
+    np.testing.assert_allclose(penalise(jnp.array([[-2.0, -1, 1, 0]]), seen, 2.0)[0], [-4, -1, 1, 0])
+
+
+def test_bad_options():
+    with pytest.raises(UserError, match="--top_p=1 is"):
+        Sampling(top_p=2.0)
