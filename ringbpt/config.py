@@ -7,6 +7,7 @@ jax, so that --help and a mistyped flag answer at once.
 
 import ast
 import importlib.util
+import logging
 import shlex
 import sys
 import traceback
@@ -521,10 +522,11 @@ HELP: dict[str, dict[str, str]] = {
     },
     "model": {
         "llama.attention_type": "standard, blockwise, ring_standard, ring_blockwise (ring_* for sp > 1)",
+        "llama.attention_kernel": "auto (the fastest), or one of reference, blockwise, pallas_tpu, ...",
         "llama.max_sequence_length": "the longest sequence the model takes",
         "llama.sequence_parallel": "how shares meet over sp: ring, all_gather, ulysses, ulysses_ring",
         "llama.sequence_layout": "how a sequence is dealt out over sp: auto, contiguous, zigzag, striped",
-        "llama.scan_query_chunk_size": "block of queries; also scan_key_chunk_size",
+        "llama.scan_query_chunk_size": "the most queries of a block; also scan_key_chunk_size",
         "llama.scan_mlp": "feedforward in chunks of llama.scan_mlp_chunk_size",
         "llama.remat_block": "what to keep of a layer for the backward pass: nothing_saveable, ...",
     },
@@ -580,12 +582,23 @@ def help_text(verb: str = "train") -> str:
 # --- the entries ---
 
 
+class _Printed(logging.Handler):
+    """What the house logs, said on stdout as it comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
     A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
     traceback.
     """
+    log = logging.getLogger("ringbpt")
+    if not log.handlers:
+        log.addHandler(_Printed(logging.INFO))
+        log.setLevel(logging.INFO)
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

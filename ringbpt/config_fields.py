@@ -254,13 +254,14 @@ class LlamaConfig:
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.0  # of the load balancing loss, where there are experts
     attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
+    attention_kernel: str = "auto"  # what computes a device's share; auto: the fastest (of standard: reference)
     sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
     sequence_parallel: str = "ring"  # how shares meet over sp: ring | all_gather | ulysses | ulysses_ring
     heads_k_stride: int | None = None  # all_gather: kv heads gathered at a time; None: all
     ulysses_degree: int | None = None  # ulysses_ring: devices that trade heads; sp / ulysses_degree form the ring
     scan_attention: bool = False
-    scan_query_chunk_size: int = 1024
-    scan_key_chunk_size: int = 1024
+    scan_query_chunk_size: int | None = None  # the most tokens of a block; None: as the kernel's table says
+    scan_key_chunk_size: int | None = None
     scan_mlp: bool = False  # feedforward in chunks of the local sequence
     scan_mlp_chunk_size: int = 1024
     loss_chunk_size: int = 1024

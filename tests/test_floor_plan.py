@@ -19,12 +19,13 @@ PACKAGE = ROOT / "ringbpt"
 
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
-    {"", "dims", "types", "hardware", "families", "config_fields", "config_checks", "config_data", "config", "own_flags"},
+    {"", "dims", "types", "hardware", "families"}
+    | {"config_fields", "config_checks", "config_data", "config", "own_flags"},
     {"mesh", "attention", "data"},
     {"model", "convert", "objectives"},
     {"training", "generation", "evaluation"},
     {"rollout", "planning"},
-    {"train", "plan", "verify", "inspect", "generate", "evaluate", "checkpoint", "launch"},
+    {"train", "plan", "verify", "inspect", "generate", "evaluate", "checkpoint", "launch", "autotune"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

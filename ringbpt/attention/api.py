@@ -1,7 +1,8 @@
 """The one way into attention, for our model and for anybody's: global arrays in, global arrays out."""
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 
 from ringbpt.attention.core import Local, MaskSpec
-from ringbpt.attention.local import blockwise, pallas_triton, reference
+from ringbpt.attention.local import block_sizes, blockwise, pallas_tpu, pallas_triton, reference
 from ringbpt.attention.parallel import all_gather, ring, ulysses
 from ringbpt.dims import ACTIVATION_AXES, Axes, spec
 from ringbpt.types import TokenMeta
@@ -22,13 +23,58 @@ SAVED_NAMES = ("attention_out", "attention_lse")
 SCOPE = "attention"
 
 
+# What `auto` tries, the fastest first; elsewhere blockwise.
+FASTEST = {"tpu": ("pallas_tpu", "blockwise"), "gpu": ("pallas_triton", "blockwise")}
+
+
+def _make_auto(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
+    """The fastest that doesn't refuse what it is asked, said once in the log with the reasons of those that did."""
+    names = FASTEST.get(device.platform, ("blockwise",))
+
+    def first(direction: str, *args):
+        refusals = []
+        for name in names:
+            try:
+                result = getattr(LOCALS[name](device, query_chunk_size, key_chunk_size), direction)(*args)
+            except NotImplementedError as refusal:
+                refusals.append(str(refusal))
+                continue
+            _log_once(f"{direction} on {device.device_kind}: {'; '.join([name, *refusals])}")
+            return result
+        raise NotImplementedError("; ".join(refusals))
+
+    return Local(attend=partial(first, "attend"), attend_bwd=partial(first, "attend_bwd"))
+
+
+@cache
+def _log_once(text: str) -> None:
+    if jax.process_index() == 0:
+        logging.getLogger(__name__).info(text)
+
+
+def _make_blockwise(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
+    """Blocks of the given sizes, else of the table's, else of 1024."""
+
+    def run(direction: str, q, *args):
+        way = "forward" if direction == "attend" else "backward"
+        t, s = block_sizes.sizes("blockwise", device.device_kind, q.shape[3], way, (1024, 1024))
+        local = blockwise.make_blockwise(query_chunk_size or t, key_chunk_size or s)
+        return getattr(local, direction)(q, *args)
+
+    return Local(attend=partial(run, "attend"), attend_bwd=partial(run, "attend_bwd"))
+
+
 # Each: (a device that it will run on, query_chunk_size, key_chunk_size) -> Local. A size is the most tokens that a
-# block may have; None leaves it to the implementation.
+# block may have; None leaves it to the implementation. What a device or a request cannot have is refused with
+# NotImplementedError: by these functions, or when the Local is traced.
 LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
     "reference": lambda device, *sizes: Local(reference.attend, reference.attend_bwd),
-    "blockwise": lambda device, *sizes: blockwise.make_blockwise(*(size or 1024 for size in sizes)),
+    "blockwise": _make_blockwise,
+    "pallas_tpu": pallas_tpu.make_pallas_tpu,
+    "pallas_tpu_interpreted": pallas_tpu.make_interpreted,
     "pallas_triton": pallas_triton.make_pallas_triton,
     "pallas_triton_interpreted": pallas_triton.make_interpreted,
+    "auto": _make_auto,
 }
 
 
@@ -96,7 +142,8 @@ def make_attention(
     `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1.
 
     local: what a device computes its share with, one of LOCALS, in blocks of at most query_chunk_size queries and
-    key_chunk_size keys; None: as the implementation thinks best.
+    key_chunk_size keys; None: as the implementation thinks best. `auto`: the fastest that does what is asked on
+    the mesh's devices.
 
     Raises ValueError for an unknown name, and NotImplementedError for what a strategy cannot do.
     """

@@ -96,10 +96,10 @@ def _ranges(meta: TokenMeta, size: int) -> _Range:
     )
 
 
-def block_visibility(
+def row_visibility(
     q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
-) -> tuple[Bool[Array, "query_blocks key_blocks"], Bool[Array, "query_blocks key_blocks"]]:
-    """(some, all), bool [query blocks, key blocks]: may some row hold a visible pair; is every pair visible.
+) -> tuple[Bool[Array, "B query_blocks key_blocks"], Bool[Array, "B query_blocks key_blocks"]]:
+    """(some, all) of each row, block of queries and block of keys: may a pair be visible; is every pair visible.
 
     `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
     lengths here. Of jax arrays on the device, of numpy arrays on the host: one rule for what is done and counted.
@@ -117,6 +117,14 @@ def block_visibility(
         if not mask.causal:
             some &= k.position_min - q.position_max < mask.window
             every &= k.position_max - q.position_min < mask.window
+    return some, every
+
+
+def block_visibility(
+    q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
+) -> tuple[Bool[Array, "query_blocks key_blocks"], Bool[Array, "query_blocks key_blocks"]]:
+    """row_visibility for all rows at once: may some row hold a visible pair; is every pair of every row visible."""
+    some, every = row_visibility(q_meta, kv_meta, mask, query_chunk_size, key_chunk_size)
     return some.any(axis=0), every.all(axis=0)
 
 

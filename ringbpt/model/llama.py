@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention import MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES
-from ringbpt.config import Config, LlamaConfig
+from ringbpt.config import Config, LlamaConfig, UserError
 from ringbpt.dims import Dims, weight_spec
 from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
 from ringbpt.model.feedforward import make_feedforward
@@ -35,12 +35,13 @@ REMAT_POLICIES = {
     "save_attention": _policies.save_only_these_names(*SAVED_NAMES),
 }
 
-# attention_type -> local implementation; those called ring_* let shares meet over sp, as sequence_parallel says.
+# attention_type -> local implementation, where attention_kernel names none; those called ring_* let shares meet over
+# sp, as sequence_parallel says.
 ATTENTION_TYPES = {
     "standard": "reference",
-    "blockwise": "blockwise",
+    "blockwise": "auto",
     "ring_standard": "reference",
-    "ring_blockwise": "blockwise",
+    "ring_blockwise": "auto",
 }
 
 
@@ -124,6 +125,23 @@ class Model:
 
     config: Config
     mesh: Mesh
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the kernel that was asked for cannot do it: now, and not when the step compiles."""
+        llama, data = self.config.llama, self.config.train_dataset
+        if llama.attention_kernel in ("auto", "reference", "blockwise"):
+            return
+        dims, rows = make_dims(llama), self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
+        q, k = (jax.ShapeDtypeStruct((rows, data.seq_length, n, dims.H), self.dtype) for n in (dims.N, dims.K))
+        meta = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+
+        def gradients(q, k, v, meta):
+            return jax.vjp(lambda *qkv: self._attend(*qkv, meta, meta), q, k, v)[1](q)
+
+        try:
+            jax.eval_shape(gradients, q, k, k, meta)
+        except NotImplementedError as refusal:
+            raise UserError(f"--llama.attention_kernel={llama.attention_kernel}: {refusal}") from None
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 params, each device making only its own shards; the same numbers on every mesh."""
@@ -239,10 +257,11 @@ class Model:
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:
         llama = self.config.llama
+        kernel = llama.attention_kernel
         return make_attention(
             self.mesh,
             strategy=llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
-            local=ATTENTION_TYPES[llama.attention_type],
+            local=ATTENTION_TYPES[llama.attention_type] if kernel == "auto" else kernel,
             mask=self.mask,
             query_chunk_size=llama.scan_query_chunk_size,
             key_chunk_size=llama.scan_key_chunk_size,

@@ -31,7 +31,8 @@ def program(name: str, length: int = 512, **options) -> str:
     machine = compiler(name)
     sp = len(machine.devices)
     mesh = make_mesh((1, 1, 1, sp), devices=machine.devices)
-    attend = make_attention(mesh, query_chunk_size=length // 2, key_chunk_size=length // 2, **options)
+    options = {"query_chunk_size": length // 2, "key_chunk_size": length // 2} | options
+    attend = make_attention(mesh, **options)
     sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
     x = jax.ShapeDtypeStruct((1, sp * length, 2, 128), jnp.bfloat16, sharding=sharding)
     meta = jax.ShapeDtypeStruct((1, sp * length), jnp.int32, sharding=sharding)

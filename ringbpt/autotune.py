@@ -1,0 +1,144 @@
+"""`python -m ringbpt.autotune`: measures block sizes of attention on the device that is here, and keeps the best.
+
+Forward and backward are timed apart, causal, for each head dim; the table that every run reads
+(ringbpt/attention/local/block_sizes.json) gets the fastest of each.
+
+    --kernel=NAME                  one that reads the table; default: the one that `auto` tries first on this device
+    --head_dim=64,128              whose sizes to find
+    --tokens=8192                  of a device; also --heads=8, --kv_heads=2, --dtype=bf16
+    --blocks=128,256,512,1024      sizes to try, for queries and for keys
+    --nowrite                      only print
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ringbpt.attention.api import FASTEST, LOCALS
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.local import block_sizes
+from ringbpt.config import UserError, run_main
+from ringbpt.model.llama import COMPUTE_DTYPES
+from ringbpt.types import TokenMeta
+
+DEFAULTS: dict[str, str] = {
+    "kernel": "", "head_dim": "64,128", "tokens": "8192", "heads": "8", "kv_heads": "2", "dtype": "bf16",
+    "blocks": "128,256,512,1024", "write": "true",
+}  # fmt: skip
+TUNABLE = ("blockwise", "pallas_tpu")  # those that read the table
+REPEATS = 5
+
+
+def read_flags(argv: list[str]) -> dict[str, str]:
+    """This verb's flags as text. Raises UserError for one that is none."""
+    flags = dict(DEFAULTS)
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word == "--nowrite":
+            flags["write"] = ""
+        elif word.startswith("--") and name in DEFAULTS and value:
+            flags[name] = value
+        else:
+            raise UserError(f"{word} is no flag of ringbpt.autotune: {', '.join(f'--{n}=...' for n in DEFAULTS)}")
+    return flags
+
+
+def _numbers(flags: dict[str, str], name: str) -> list[int]:
+    words = flags[name].split(",")
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise UserError(f"--{name}={flags[name]} is no list of numbers: --{name}={DEFAULTS[name]}")
+    return [int(word) for word in words]
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Of REPEATS runs after the one that compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return sorted(times)[REPEATS // 2]
+
+
+def _forward(local, q, k, v, meta):
+    return local.attend(q, k, v, meta, meta, MaskSpec())
+
+
+def _backward(local, q, k, v, part, d_out, meta):
+    return local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec())
+
+
+def measure(kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int], dtype: Any) -> dict[str, Any]:
+    """The table's entry for one head dim: the fastest sizes, forward and backward. Sizes that do not run are said."""
+    device = jax.devices()[0]
+    q, k, v, d_out = (
+        jax.random.normal(jax.random.key(i), (1, shape["tokens"], n, head_dim), dtype)
+        for i, n in enumerate((shape["heads"], shape["kv_heads"], shape["kv_heads"], shape["heads"]))
+    )
+    place = jnp.arange(shape["tokens"], dtype=jnp.int32)[None]
+    meta = TokenMeta(place, jnp.ones_like(place))
+    row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
+    best: dict[str, tuple[float, list[int]]] = {}
+    part: Any = None  # the forward's result, of whichever sizes ran first: the backward's input
+    for sizes in product([b for b in blocks if b <= shape["tokens"]], repeat=2):
+        row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
+        local = LOCALS[kernel](device, None, None)
+        for way in ("forward", "backward"):
+            if way == "forward":
+                run = partial(jax.jit(partial(_forward, local)), q, k, v, meta)
+            else:
+                run = partial(jax.jit(partial(_backward, local)), q, k, v, part, d_out, meta)
+            try:
+                seconds = median_seconds(run)
+                part = part or run()
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+                print(f"  {head_dim} {way} {sizes}: {str(error).splitlines()[0][:100]}", flush=True)
+                break  # without a forward there is no backward
+            print(f"  {head_dim} {way} {sizes}: {seconds * 1e3:.3f} ms", flush=True)
+            best[way] = min(best.get(way, (seconds, list(sizes))), (seconds, list(sizes)))
+    if len(best) < 2:
+        raise UserError(f"--blocks={','.join(map(str, blocks))}: none of these sizes runs {kernel} on this device")
+    source = f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, {jnp.dtype(dtype).name}"
+    return {way: best[way][1] for way in ("forward", "backward")} | {"from": source}
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    flags = read_flags(argv)
+    blocks, head_dims = _numbers(flags, "blocks"), _numbers(flags, "head_dim")
+    shape = {name: _numbers(flags, name)[0] for name in ("tokens", "heads", "kv_heads")}
+    if shape["heads"] % shape["kv_heads"]:
+        raise UserError(f"--kv_heads={shape['kv_heads']} does not divide --heads={shape['heads']}")
+    if flags["dtype"] not in COMPUTE_DTYPES:
+        raise UserError(f"--dtype={flags['dtype']} is none of {', '.join(COMPUTE_DTYPES)}")
+    device = jax.devices()[0]
+    kernel = flags["kernel"] or next(k for k in FASTEST.get(device.platform, TUNABLE) if k in TUNABLE)
+    if kernel not in TUNABLE:
+        raise UserError(
+            f"--kernel={kernel} does not read the table of block sizes; those that do: {', '.join(TUNABLE)}"
+        )
+    print(f"{kernel} on {device.device_kind}: {shape}", flush=True)
+    try:
+        entries = {str(h): measure(kernel, h, blocks, shape, COMPUTE_DTYPES[flags["dtype"]]) for h in sorted(head_dims)}
+    except NotImplementedError as refusal:
+        raise UserError(f"--kernel={kernel}: {refusal}") from None
+    for head_dim, entry in entries.items():
+        print(f"{head_dim}: {entry}")
+    if flags["write"]:
+        block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): entries}})
+        print(f"written: {block_sizes.FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

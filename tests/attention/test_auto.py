@@ -1,0 +1,86 @@
+"""`auto`: the fastest local attention that does what is asked, said once; and the table of block sizes behind it."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ringbpt import autotune
+from ringbpt.attention import MaskSpec, api
+from ringbpt.attention.local import block_sizes
+from ringbpt.config import UserError
+from ringbpt.config_checks import CHOICES
+from ringbpt.types import TokenMeta
+
+V5E = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+
+def said(caplog, device, dtype, **sizes) -> list[str]:
+    """What two traces of a forward log."""
+    api._log_once.cache_clear()
+    caplog.clear()
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), dtype)
+    meta = TokenMeta(*(jax.ShapeDtypeStruct((1, 256), jnp.int32),) * 2)
+    with caplog.at_level(logging.INFO, logger="ringbpt"):
+        local = api._make_local("auto", device, sizes.get("queries"), sizes.get("keys"))
+        for _ in range(2):
+            jax.eval_shape(lambda x, meta: local.attend(x, x, x, meta, meta, MaskSpec()), x, meta)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_the_fastest_that_does_it_is_taken_and_said_once(caplog):
+    assert said(caplog, CPU, jnp.float32) == ["attend on cpu: blockwise"]
+    assert said(caplog, V5E, jnp.bfloat16) == ["attend on TPU v5 lite: pallas_tpu"]
+    [line] = said(caplog, V5E, jnp.float16)
+    assert line.startswith("attend on TPU v5 lite: blockwise; pallas_tpu computes in float32 or bfloat16, not float16")
+
+
+def test_the_flag_offers_what_there_is():
+    assert set(CHOICES["llama.attention_kernel"]) == set(api.LOCALS)
+    assert all(name in api.LOCALS for names in api.FASTEST.values() for name in names)
+
+
+def test_a_chunk_size_is_the_most_tokens_of_a_block():
+    sizes = lambda head_dim: block_sizes.sizes("pallas_tpu", "TPU v4", head_dim, "backward", (1, 1))
+    assert sizes(64) == sizes(128) == tuple(block_sizes.table()["pallas_tpu"]["v4"]["128"]["backward"])
+    assert sizes(256) == sizes(512) == tuple(block_sizes.table()["pallas_tpu"]["v4"]["256"]["backward"])
+    assert block_sizes.sizes("pallas_tpu", "a TPU to come", 128, "forward", (8, 9)) == (8, 9)
+    assert [block_sizes.at_most(512, limit) for limit in (None, 128, 4096)] == [512, 128, 512]
+
+
+def test_autotune_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "table.json"
+    file.write_text(block_sizes.FILE.read_text())
+    monkeypatch.setattr(block_sizes, "FILE", file)
+    block_sizes.table.cache_clear()
+    flags = ["--tokens=32", "--blocks=16,32", "--head_dim=8", "--heads=2", "--kv_heads=1", "--dtype=fp32"]
+    try:
+        assert autotune.main(flags) == 0
+        entry = json.loads(file.read_text())["blockwise"]["cpu"]["8"]
+        assert {*entry["forward"], *entry["backward"]} <= {16, 32}
+        assert entry["from"].startswith("measured") and jax.__version__ in entry["from"]
+        assert json.loads(file.read_text())["pallas_tpu"] == block_sizes.table()["pallas_tpu"]
+        assert "8 backward (32, 16)" in capsys.readouterr().out
+        assert block_sizes.sizes("blockwise", "cpu", 8, "forward", (1024, 1024)) == tuple(entry["forward"])
+    finally:
+        block_sizes.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--kernel=reference", "those that do: blockwise, "),
+        ("--kernel=pallas_tpu", "this is cpu: use blockwise"),
+        ("--kv_heads=3", "--kv_heads=3 does not divide --heads=8"),
+        ("--blocks=a", "--blocks=128,256,512,1024"),
+        ("--dtype=int8", "none of fp32, bf16, fp16"),
+        ("--block=128", "no flag of ringbpt.autotune"),
+    ],
+)
+def test_autotune_refuses_by_name(flag, message):
+    with pytest.raises(UserError, match=message):
+        autotune.main([flag, "--nowrite", "--tokens=128"])

@@ -1,0 +1,150 @@
+"""The TPU kernels in their interpreter, where races are detected; and compiled for TPUs that aren't here."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+
+from ringbpt.attention.core import MaskSpec, Partial
+from ringbpt.attention.local import pallas_tpu
+from ringbpt.attention.local.pallas_tpu import make_pallas_tpu
+from ringbpt.mesh import make_mesh
+from ringbpt.planning.overlap import ring_hops
+from ringbpt.types import TokenMeta
+from tests.attention import suite
+from tests.attention.suite import CASES, Case, packed_meta
+from tests.attention.test_parallel import dense, run
+from tests.planning.test_overlap import check as check_overlap
+from tests.planning.test_overlap import compiler, program
+
+# Those that a minute has room for; `make test-all` runs every one.
+QUICK = {"packed, grouped, padded", "zigzag hop", "odd lengths", "bf16"}
+MACHINES = ("v4-8", "v5e-4", "v5p-8", "v6e-4")
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter():
+    """Its memory has as many cores as its first use had."""
+    pltpu.reset_tpu_interpret_mode_state()
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def interpreted(blocks=(128, 128), **params):
+    interpret = pltpu.InterpretParams(detect_races=True, **params)
+    return make_pallas_tpu(jax.devices()[0], *blocks, interpret=interpret)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in CASES]
+)
+def test_the_kernels_pass_the_suite(case, capfd):
+    suite.check(interpreted(), case)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_two_cores_of_a_chip_share_the_heads(capfd):
+    case = Case("two cores", heads=(2, 2), head_dim=16, mask=MaskSpec(causal=False))
+    suite.check(interpreted(num_cores_or_threads=2), case)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_a_race_is_detected(capfd, monkeypatch):
+    """A block of dq that the visit before has added to is read again only when it has been written."""
+    monkeypatch.setattr(pallas_tpu, "_was", lambda writing, slot, at: False)
+    twice = Case("a block of dq twice", T=128, S=256, heads=(1, 1), head_dim=16, mask=MaskSpec(causal=False))
+    with pytest.raises(AssertionError):
+        suite.check(interpreted(), twice)
+    assert "RACE" in capfd.readouterr().out
+
+
+def test_what_nobody_sees_is_no_step_of_the_grid():
+    """Four documents of two blocks: three visits each, and the same going back; per head."""
+    points = []
+
+    def record(*args):  # ([a token,] grid point, core); a token is handed back
+        points.append(tuple(map(int, args[-2])))
+        return args[0] if len(args) == 3 else None
+
+    local = interpreted(grid_point_recorder=record)
+    meta = TokenMeta(np.arange(1024, dtype=np.int32)[None] % 256, np.arange(1024, dtype=np.int32)[None] // 256 + 1)
+    x = jnp.ones((1, 1024, 2, 8))
+    part = local.attend(x, x, x, meta, meta, MaskSpec())
+    assert len(set(points)) == len(points) == 2 * 4 * 3
+    points.clear()
+    local.attend_bwd(x, x, x, part.out_BTNH, part.lse_BTN, x, meta, meta, MaskSpec())
+    assert len(set(points)) == len(points) == 2 * 4 * 3
+
+
+def test_a_ring_over_the_kernels_is_dense_attention():
+    rng = np.random.default_rng(0)
+    inputs = suite.arrays(rng, 1, 512, 512, 2, 1, 8)
+    meta = packed_meta(rng, 1, 512, 3, padding=7)
+    mesh = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2])
+    got = run(mesh, "zigzag", inputs, meta, local="pallas_tpu_interpreted", query_chunk_size=128, key_chunk_size=128)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, dense(inputs, meta, MaskSpec()), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
+
+
+def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
+    meta = TokenMeta(np.zeros((1, 256), np.int32), np.ones((1, 256), np.int32))
+
+    def attend(head_dim=8, dtype=jnp.float32):
+        x = jnp.ones((1, 256, 1, head_dim), dtype)
+        return interpreted().attend(x, x, x, meta, meta, MaskSpec())
+
+    with pytest.raises(NotImplementedError, match="float16: use blockwise"):
+        attend(dtype=jnp.float16)
+    with pytest.raises(NotImplementedError, match=r"multiple of 8 .* not of 12: use blockwise"):
+        attend(head_dim=12)
+    with pytest.raises(NotImplementedError, match="this is cpu: use blockwise"):
+        make_pallas_tpu(jax.devices()[0], None, None)
+    monkeypatch.setattr(pallas_tpu, "MOST_VISITS", 3)
+    with pytest.raises(NotImplementedError, match="list of 4 possible visits"):
+        attend()
+
+
+# --- for TPUs that aren't here ---
+
+
+def compiled(name: str, head_dim: int, dtype, length: int = 4096):
+    """(forward with a carry, backward), compiled for one device of the machine, with the table's blocks."""
+    machine = compiler(name)
+    array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(machine.devices[0]))
+    q, k = (array((1, length, n, head_dim), dtype) for n in (8, 2))
+    meta = TokenMeta(*(array((1, length), jnp.int32) for _ in range(2)))
+    out, lse = array(q.shape, jnp.float32), array(q.shape[:3], jnp.float32)
+    local, mask = make_pallas_tpu(machine.devices[0], None, None), MaskSpec()
+    forward = jax.jit(lambda q, k, v, meta, carry: local.attend(q, k, v, meta, meta, mask, carry))
+    backward = jax.jit(lambda q, k, v, out, lse, d_out, m: local.attend_bwd(q, k, v, out, lse, d_out, m, m, mask))
+    return machine.compile(forward, q, k, k, meta, Partial(out, lse)), machine.compile(
+        backward, q, k, k, out, lse, q, meta
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_size_compiles_for_every_tpu(name, head_dim, dtype):
+    compiled(name, head_dim, dtype)
+
+
+def test_lse_is_one_number_a_lane():
+    """Its 8 heads of 4096 tokens are 128 KiB in memory, not 128 times that."""
+    forward, _ = compiled("v5e-4", 64, jnp.bfloat16)
+    call = next(line for line in forward.as_text().splitlines() if "custom-call(" in line and "ringbpt_attend" in line)
+    assert re.search(r"f32\[1,8,1,4096\]\{3,2,1,0:T\(1,128\)", call), call[:300]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_ring_over_the_kernels_hides_every_hop(name):
+    """Behind a kernel each, at a length where a hop's computation is longer than its transfer."""
+    text = program(name, length=4096, local="pallas_tpu", query_chunk_size=256, key_chunk_size=256)
+    check_overlap(text, 4)
+    assert all(any(work.startswith("ringbpt_attend") for work in hop.hidden_by) for hop in ring_hops(text))
