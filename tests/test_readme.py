@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ringbpt.config import parse, parse_args
+from ringbpt.plan import own_flags
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "ringbpt" / "README.md"]
@@ -98,8 +99,10 @@ def test_flags_parse(devices, words, tmp_path, monkeypatch):
     argv = [re.sub(r"<([\w.]+)>", lambda match: str(tmp_path / match[1]), word) for word in words[start + 2 :]]
     for name in re.findall(r"<([\w.]+)>", " ".join(words)):
         (tmp_path / name).write_text('{"text": "a"}\n')
+    if words[start + 1] == "ringbpt.plan":
+        _, argv = own_flags(argv)
     config = parse(parse_args(argv), int(devices))
-    named = dict(word.removeprefix("--").split("=", maxsplit=1) for word in argv)
+    named = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
     if "total_steps" in named:
         assert config.total_steps == int(named["total_steps"])
 

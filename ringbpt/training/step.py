@@ -11,6 +11,12 @@ from ringbpt.model.llama import Model
 from ringbpt.training.state import TrainState, state_shardings
 from ringbpt.types import Batch, Mean, Means, Params, TokenStats
 
+# So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
+GPU_OPTIONS = {
+    "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+}
+
 Objective = Callable[[TokenStats, Batch, Config], Means]
 Metrics = dict[str, jax.Array]
 
@@ -94,7 +100,9 @@ def make_train_step(
         }
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(model, optimizer), None))
+    options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
+    shardings = (state_shardings(model, optimizer), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:

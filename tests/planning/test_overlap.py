@@ -14,7 +14,8 @@ from ringbpt.mesh import make_mesh
 from ringbpt.planning.overlap import exposed, ring_hops
 from ringbpt.planning.topologies import need, topology
 
-MACHINES = ["v4-8", "v5p-8", "v5e-4", "v6e-4", "4xh200"]
+SLOW = pytest.mark.slow
+MACHINES = ["v4-8", pytest.param("v5p-8", marks=SLOW), "v5e-4", pytest.param("v6e-4", marks=SLOW), "4xh200"]
 
 
 def compiler(name: str):

@@ -1,0 +1,69 @@
+"""What travels between devices in one step, by mesh axis, read off the compiled program."""
+
+import re
+
+import numpy as np
+
+from ringbpt.dims import AXES
+from ringbpt.planning.hlo import Computation, Instruction, Module, shape_bytes
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+def collective_bytes(module: Module, mesh_shape: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """{axis or axes: {kind: bytes}} that one device sends in one call.
+
+    Axes that one transfer spans at once are written together, as "fsdp+sp". An all-gather over n devices counts
+    what a device must receive, (n-1)/n of the result; an all-reduce twice that; a permute its whole array. A loop
+    whose length depends on data counts once (ours hold no transfers).
+    """
+    found: dict[str, dict[str, int]] = {}
+    for instruction, computation, times in module.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind == "async":
+            continue  # what it wraps is walked through by itself
+        if kind not in KINDS or instruction.opcode.endswith("-done"):
+            continue
+        axis, size = _axis(instruction, mesh_shape)
+        if size > 1:
+            sent = times * _sent(kind, instruction, computation, size)
+            kinds = found.setdefault(axis, {})
+            kinds[kind] = kinds.get(kind, 0) + sent
+    return found
+
+
+def _sent(kind: str, instruction: Instruction, computation: Computation, size: int) -> int:
+    operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
+    given = sum(shape_bytes(operand.shape) for operand in operands)
+    share = (size - 1) / size
+    return int({
+        "all-gather": given * (size - 1),
+        "all-reduce": 2 * given * share,
+        "reduce-scatter": given * share,
+        "all-to-all": given * share,
+        "ragged-all-to-all": given * share,
+        "collective-permute": given,
+    }[kind])  # fmt: skip
+
+
+def _axis(instruction: Instruction, mesh_shape: tuple[int, ...]) -> tuple[str, int]:
+    """(the axes along which the group's devices differ, how many devices it has)."""
+    group = _group(instruction.attributes, int(np.prod(mesh_shape)))
+    places = np.stack(np.unravel_index(group, mesh_shape))
+    names = [name for name, place in zip(AXES, places, strict=True) if len(set(place.tolist())) > 1]
+    return "+".join(names) or "none", len(group)
+
+
+def _group(attributes: str, device_count: int) -> list[int]:
+    """The first group of devices: {{0,1},{2,3}} written out, or [2,2]<=[4] or [2,2]<=[2,2]T(1,0) as iota."""
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return [int(match.group(1)), int(match.group(2))]
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return [int(text) for text in match.group(1).split(",")]
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        rows, columns, dims, order = match.groups()
+        ids = np.arange(device_count).reshape([int(dim) for dim in dims.split(",")])
+        if order:
+            ids = ids.transpose([int(axis) for axis in order.split(",")])
+        return ids.reshape(int(rows), int(columns))[0].tolist()
+    return list(range(device_count))

@@ -1,0 +1,171 @@
+"""A step's arithmetic by our own count, and a bracket of its time, with every assumption written out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.work import count
+from ringbpt.config import Config
+from ringbpt.model.flops import forward_flops
+from ringbpt.model.llama import make_dims
+from ringbpt.planning.overlap import Hop
+from ringbpt.planning.topologies import Topology
+from ringbpt.types import TokenMeta
+
+# Share of the bf16 peak that is reached, (at best, at worst): large matrix products; a fused attention kernel; the
+# blockwise attention in plain XLA, which writes each block of scores out.
+MATMUL_SHARE = (0.75, 0.45)
+KERNEL_SHARE = (0.65, 0.30)
+BLOCKWISE_SHARE = (0.35, 0.08)
+# float32 products take this many times the time of bf16 ones.
+FLOAT32_COST = 6
+# Between hosts with GPUs: what one GPU sends and receives over InfiniBand, 1e9 bytes/s (at best, at worst).
+NETWORK_GB_PER_S = (50.0, 25.0)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one step, all devices together. attention: its visible pairs only, forward and backward."""
+
+    model: float
+    attention: float
+    recompute: float
+
+
+def visible_pairs(config: Config) -> float:
+    """(query, key) pairs of a batch whose rows are one document each."""
+    length, window = config.train_dataset.seq_length, config.llama.sliding_window or config.train_dataset.seq_length
+    window = min(window, length)
+    return config.train_dataset.batch_size * (window * (window + 1) / 2 + (length - window) * window)
+
+
+def step_flops(config: Config) -> Flops:
+    """The model's own (three times the forward pass), attention's part in it, and what is computed once more.
+
+    Computed again are, by the flags: each layer's forward pass but what the policy saved; in attention's backward
+    the scores; in the blockwise feedforward's gate and up; in the loss's the logits.
+    """
+    llama, d = config.llama, make_dims(config.llama)
+    tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
+    pairs = visible_pairs(config)
+    forward, dense = forward_flops(llama, tokens, pairs), forward_flops(llama, tokens, 0)
+    attention = forward - dense
+    loss = 2.0 * tokens * d.D * d.V
+    layers, feedforward = dense - loss, 2.0 * tokens * d.L * 3 * d.D * d.F * (llama.num_experts_per_tok or 1)
+    again = attention / 2 + loss  # the scores are half of attention's products
+    if llama.scan_mlp:
+        again += feedforward * 2 / 3
+    if llama.remat_block == "save_attention":
+        again += layers
+    elif llama.remat_block == "nothing_saveable":
+        again += layers + attention
+    return Flops(model=3 * forward, attention=3 * attention, recompute=again)
+
+
+def balance(config: Config) -> float:
+    """The most loaded device's attention over the average, for rows of one document each; a small sequence tells."""
+    sp = config.mesh_shape[3]
+    if sp == 1:
+        return 1.0
+    length = 16 * sp
+    meta = TokenMeta(np.arange(length)[None], np.ones((1, length), int))
+    window = config.llama.sliding_window
+    scaled = window and max(1, round(window * length / config.train_dataset.seq_length))
+    mask = MaskSpec(window=scaled if window else None)
+    return count(meta, config.llama.sequence_layout, sp, mask, 1, 1).balance
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """low, high: seconds a step. hop_margin: a hop's computation over its transfer, at the slowest transfer and the
+    quickest computation: above 1 it hides; None without hops. assumptions: one line each.
+    """
+
+    low: float
+    high: float
+    hop_margin: float | None
+    assumptions: list[str]
+
+
+def estimate(
+    config: Config, machine: Topology, flops: Flops, collectives: dict[str, dict[str, int]], hops: list[Hop]
+) -> Estimate:
+    """The bracket for a machine whose peaks are known. Raises ValueError for one whose peaks are not (a CPU)."""
+    if machine.hardware is None:
+        raise ValueError(f"nobody knows the peaks of {machine.name}")
+    peak = machine.hardware.bf16_tflops * 1e12 / (FLOAT32_COST if config.dtype == "fp32" else 1)
+    devices, uneven = len(machine.devices), balance(config)
+    asked = config.llama.attention_kernel
+    kernel = (asked == "auto" and config.llama.attention_type.endswith("blockwise")) or asked.startswith("pallas")
+    again_attention = flops.attention / 6 * (3 if config.llama.remat_block == "nothing_saveable" else 1)
+    attention = (flops.attention + again_attention) * uneven / devices / peak
+    dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
+    attention_share = KERNEL_SHARE if kernel else BLOCKWISE_SHARE
+    best, worst = (attention / attention_share[i] + dense / MATMUL_SHARE[i] for i in (0, 1))
+    ring = sum(hop.bytes * hop.times for hop in hops)
+    rates = link_rates(config, machine)
+    others = sum(
+        (sum(kinds.values()) - (ring if axis == "sp" else 0)) / rates[axis][1] for axis, kinds in collectives.items()
+    )
+    exposed = sum(hop.bytes * hop.times for hop in hops if not hop.hidden)
+    margin = None
+    permute = _permute_rates(config, machine)
+    if hops:
+        margin = attention / attention_share[0] / (ring / permute[1])
+    low = max(best, ring / permute[0])
+    high = max(worst, ring / permute[1]) + exposed / permute[1] + others
+    return Estimate(low, high, margin, _assumptions(config, machine, attention_share, uneven, rates, permute))
+
+
+def _permute_rates(config: Config, machine: Topology) -> tuple[float, float]:
+    """Bytes a second of a hop of the ring, (at best, at worst): one link one way on a TPU's torus."""
+    assert machine.hardware
+    if machine.platform == "tpu":
+        return (machine.hardware.link_gb_per_s * 1e9,) * 2
+    return link_rates(config, machine)["sp"]
+
+
+def link_rates(config: Config, machine: Topology) -> dict[str, tuple[float, float]]:
+    """{axis or axes: bytes a second that one device sends along it, (at best, at worst)}."""
+    assert machine.hardware
+    known = machine.hardware
+    inside = known.link_gb_per_s * 1e9 * (2 if machine.platform == "tpu" else known.links)
+    rates: dict[str, tuple[float, float]] = {}
+    stride = 1
+    names = ("dp", "fsdp", "tp", "sp")
+    for name, size in reversed(list(zip(names, config.mesh_shape, strict=True))):
+        stride *= size
+        crosses = machine.platform == "cuda" and stride > machine.devices_per_host
+        rates[name] = (NETWORK_GB_PER_S[0] * 1e9, NETWORK_GB_PER_S[1] * 1e9) if crosses else (inside, inside)
+    for first in range(4):
+        for together in _combinations(names[first:]):
+            best, worst = (min(rates[name][i] for name in together) for i in (0, 1))
+            rates["+".join(together)] = best, worst
+    return rates | {"none": (inside, inside)}
+
+
+def _combinations(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    if len(names) == 1:
+        return [names]
+    return [(names[0],)] + [(names[0], *rest) for i in range(1, len(names)) for rest in _combinations(names[i:])]
+
+
+def _assumptions(config, machine, attention_share, uneven, rates, permute) -> list[str]:
+    known, percent = machine.hardware, lambda pair: f"{pair[0]:.0%} to {pair[1]:.0%}"
+    lines = [
+        f"peak {known.bf16_tflops:g} TFLOP/s a device"
+        + (f", float32 products {FLOAT32_COST} times as long" if config.dtype == "fp32" else ""),
+        f"matrix products reach {percent(MATMUL_SHARE)} of it, attention {percent(attention_share)}",
+        "each row of the batch is one document, so every earlier token is visible"
+        if not config.llama.sliding_window
+        else f"each row of the batch is one document, a window of {config.llama.sliding_window} tokens is visible",
+        f"the slowest device has {uneven:.2f} times the average attention ({config.llama.sequence_layout} layout)",
+        f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
+        "at best every other transfer hides, at worst none does: "
+        + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in ("dp", "fsdp", "tp", "sp")),
+        "reading the data, the host and stragglers cost nothing",
+    ]
+    if machine.platform == "cuda":
+        lines.append("memory: the run is given XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")
+    return lines

@@ -1,0 +1,162 @@
+"""The very train step of the loop, for a machine that need not be here: abstract arrays in, nothing allocated."""
+
+import math
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from ringbpt.config import Config
+from ringbpt.dims import ACTIVATION_AXES, spec
+from ringbpt.mesh import make_mesh
+from ringbpt.model.llama import Model
+from ringbpt.objectives import OBJECTIVES
+from ringbpt.planning.topologies import Topology
+from ringbpt.training.optimizer import make_optimizer
+from ringbpt.training.state import abstract_state
+from ringbpt.training.step import make_train_step
+from ringbpt.types import Batch
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One of the program's arrays on one device, as the compiler placed it; made_by: where in the model it is from."""
+
+    name: str
+    bytes: int
+    shape: str
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the compiler says of one device. Bytes; arguments: {"parameters", "optimizer state", "batch"}.
+
+    temporaries: all that is neither argument nor a result written over one, as the compiler allocates it (on TPUs
+    `memory_analysis().temp_size_in_bytes` is larger: it counts some buffers twice, and is not what has to fit).
+    host: in the host's memory. largest: the largest temporaries, those that share a place counted once.
+    text: the program; "" where it did not fit, and then only arguments and total are known.
+    """
+
+    arguments: dict[str, int]
+    temporaries: int
+    total: int
+    host: int
+    largest: list[Buffer]
+    text: str
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """What put_batch makes of a batch of the training data, as ShapeDtypeStructs."""
+    shape, sharding = (config.train_dataset.batch_size, config.train_dataset.seq_length), spec("B T", ACTIVATION_AXES)
+    ints, floats = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding)) for dtype in (jnp.int32, jnp.float32)
+    )
+    return Batch(token_BT=ints, target_BT=ints, weight_BT=floats, position_BT=ints, segment_BT=ints)
+
+
+def step_and_arguments(config: Config, devices: tuple[jax.Device, ...]) -> tuple[Any, tuple[Any, Batch]]:
+    """(the jitted train step of the loop, its abstract arguments) on these devices."""
+    mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
+    model = Model(config, mesh)
+    optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
+    step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
+    return step, (abstract_state(model, optimizer), abstract_batch(config, mesh))
+
+
+def compile_program(config: Config, machine: Topology) -> Program:
+    """Compiles the step for the machine. What does not fit its memory is a Program too, with the bytes it would need.
+
+    Raises what the compiler raises for any other reason.
+    """
+    step, (state, batch) = step_and_arguments(config, machine.devices)
+    arguments = {
+        "parameters": _shard_bytes(state.params),
+        "optimizer state": _shard_bytes(state.opt_state) + _shard_bytes(state.step),
+        "batch": _shard_bytes(batch),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
+        try:
+            compiled = machine.compile(step, state, batch, options=options)
+        except jax.errors.JaxRuntimeError as error:
+            total = needed_bytes(str(error))
+            if total is None:
+                raise
+            return Program(arguments, total - sum(arguments.values()), total, 0, [], "")
+        (assignment,) = Path(folder).glob("*after_optimizations-buffer-assignment.txt")
+        temporaries, buffers = read_assignment(assignment.read_text())
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
+    return Program(
+        arguments=arguments,
+        temporaries=temporaries,
+        total=sum(arguments.values()) + temporaries,
+        host=memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        largest=[_named(buffer, text) for buffer in buffers],
+        text=text,
+    )
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Of what lives on the device: an argument in the host's memory is the host's."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def needed_bytes(message: str) -> int | None:
+    """The memory that a program would have needed, from the compiler's refusal; None where it refused for another
+    reason.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"(?:temporaries \(|Used |allocating )([0-9.]+)([KMGT]?)", message)
+    return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else None
+
+
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)$")
+_VALUE = re.compile(r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?.* @0> \(size=(\d+),offset=(\d+)\): (\S+)")
+LARGEST = 12
+
+
+def read_assignment(text: str) -> tuple[int, list[Buffer]]:
+    """(bytes of temporaries on the device, the largest of them) from the compiler's dumped buffer assignment.
+
+    Arguments, results written over arguments, and constants are no temporaries; results of their own are. What has a
+    color is in another memory: on the chip, or the host's.
+    """
+    total, inside = 0, False
+    places: dict[tuple[int, int], tuple[str, str]] = {}
+    for line in text.splitlines():
+        if match := _ALLOCATION.match(line):
+            kind = match.group(2)
+            inside = not any(word in kind for word in ("parameter", "constant", "thread-local", "color"))
+            total += int(match.group(1)) if inside else 0
+        elif inside and (match := _VALUE.match(line)):
+            name, bytes_, offset, shape = match.groups()
+            places.setdefault((int(offset), int(bytes_)), (name, shape))
+        elif not line.startswith(" "):
+            inside = False
+    chosen: list[tuple[int, int]] = []
+    for offset, size in sorted(places, key=lambda place: -place[1]):
+        if len(chosen) < LARGEST and all(offset + size <= o or o + s <= offset for o, s in chosen):
+            chosen.append((offset, size))
+    return total, [Buffer(places[place][0], place[1], places[place][1], "") for place in chosen]
+
+
+def _named(buffer: Buffer, text: str) -> Buffer:
+    """With the place in the model that its instruction carries."""
+    match = re.search(rf'%{re.escape(buffer.name)} = .*?op_name="([^"]*)"', text)
+    steps = [part for part in (match.group(1) if match else "").split("/") if part not in _NOISE]
+    return Buffer(buffer.name, buffer.bytes, re.sub(r"\{.*", "", buffer.shape), "/".join(steps[1:]))
+
+
+_NOISE = {"while", "body", "closed_call", "checkpoint", "rematted_computation", "jvp()", "transpose(jvp())", "cond"}

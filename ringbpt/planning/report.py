@@ -1,0 +1,192 @@
+"""A plan: the compiled step's memory, arithmetic, transfers and time, as a dict for JSON, a table and a picture."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ringbpt.config import Config
+from ringbpt.planning.collectives import collective_bytes
+from ringbpt.planning.estimate import estimate, step_flops
+from ringbpt.planning.hlo import parse
+from ringbpt.planning.overlap import Hop, ring_hops
+from ringbpt.planning.program import Program, compile_program
+from ringbpt.planning.topologies import Topology
+from ringbpt.training.memory import account
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    machine: Topology
+    program: Program
+
+    @property
+    def fits(self) -> bool:
+        return self.machine.memory is None or self.program.total <= self.machine.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole report, in what JSON knows; what a program that does not fit cannot say is None."""
+        config, machine, program = self.config, self.machine, self.program
+        flops = step_flops(config)
+        report: dict[str, Any] = {
+            "topology": machine.name,
+            "devices": len(machine.devices),
+            "mesh": dict(zip(("dp", "fsdp", "tp", "sp"), config.mesh_shape, strict=True)),
+            "rows": config.train_dataset.batch_size,
+            "seq_length": config.train_dataset.seq_length,
+            "bytes": {
+                "arguments": sum(program.arguments.values()),
+                "temporaries": program.temporaries,
+                "total": program.total,
+                "limit": machine.memory,
+                "host": program.host,
+            },
+            "arguments": program.arguments,
+            "largest": [asdict(buffer) for buffer in program.largest],
+            "closed_form": closed_form(config),
+            "fits": self.fits,
+            "flops": asdict(flops),
+            "collectives": None,
+            "ring_overlap": None,
+            "step_seconds": None,
+            "tokens_per_second": None,
+            "mfu": None,
+            "hop_margin": None,
+            "assumptions": [],
+        }
+        if not program.text:
+            return report
+        module = parse(program.text)
+        kinds = collective_bytes(module, config.mesh_shape)
+        report["collectives"] = {axis: sum(sizes.values()) for axis, sizes in kinds.items()}
+        if machine.hardware is None:  # a CPU: no schedule, no peaks
+            return report
+        hops = ring_hops(program.text)
+        report["ring_overlap"] = overlap_counts(hops)
+        guess = estimate(config, machine, flops, kinds, hops)
+        tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
+        full = machine.hardware.bf16_tflops * 1e12 * len(machine.devices)
+        return report | {
+            "step_seconds": [guess.low, guess.high],
+            "tokens_per_second": [tokens / guess.high, tokens / guess.low],
+            "mfu": [flops.model / guess.high / full, flops.model / guess.low / full],
+            "hop_margin": guess.hop_margin,
+            "assumptions": guess.assumptions,
+        }
+
+
+def make_plan(config: Config, machine: Topology) -> Plan:
+    return Plan(config, machine, compile_program(config, machine))
+
+
+def overlap_counts(hops: list[Hop]) -> dict[str, int]:
+    """Transfers of one step, by whether something hides them."""
+    hidden = sum(hop.times for hop in hops if hop.hidden)
+    every = sum(hop.times for hop in hops)
+    return {"hops": every, "hidden": hidden, "exposed": every - hidden}
+
+
+def closed_form(config: Config) -> dict[str, int] | None:
+    """The account without a compiler, by name; None for a program that it has no count of."""
+    try:
+        return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
+    except NotImplementedError:
+        return None
+
+
+def size(count: float) -> str:
+    """12345678 -> "11.8 MiB"."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    sizes, mesh = report["bytes"], ",".join(str(n) for n in report["mesh"].values())
+    limit = sizes["limit"]
+    lines = [
+        f"plan    {report['rows']} x {report['seq_length']:,} tokens a step on {report['topology']} "
+        f"({report['devices']} devices), mesh dp,fsdp,tp,sp = {mesh}",
+        "",
+        f"{'memory of one device':<34}{'compiled':>12}{'closed form':>14}",
+    ]
+    formula = report["closed_form"] or {}
+    guessed = {
+        "parameters": formula.get("params"),
+        "optimizer state": formula.get("optimizer"),
+        "temporaries": sum(v for k, v in formula.items() if k not in ("params", "optimizer")) if formula else None,
+        "total": sum(formula.values()) if formula else None,
+    }
+    for name, count in [*report["arguments"].items(), *((n, sizes[n]) for n in ("temporaries", "total"))]:
+        known = guessed.get(name)
+        lines.append(f"  {name:<32}{size(count):>12}{size(known) if known is not None else '':>14}")
+    if sizes["host"]:
+        lines.append(f"  {'in the host memory':<32}{size(sizes['host']):>12}")
+    if limit is not None:
+        left = limit - sizes["total"]
+        verdict = f"fits, {size(left)} left" if report["fits"] else f"does not fit: {size(-left)} too much"
+        lines.append(f"  {'of':<32}{size(limit):>12}   {verdict}")
+    if formula:
+        lines += ["", "what the temporaries are for, by the closed form"]
+        lines += [
+            f"  {name:<32}{size(count):>12}" for name, count in formula.items() if name not in ("params", "optimizer")
+        ]
+    if report["largest"]:
+        lines += ["", "largest temporaries"]
+        lines += [
+            f"  {size(buffer['bytes']):>12}  {buffer['shape']:<32} {buffer['made_by'][-60:]}"
+            for buffer in report["largest"]
+        ]
+    flops = report["flops"]
+    lines += [
+        "",
+        f"arithmetic   {flops['model']:.3g} FLOPs a step, {flops['attention'] / flops['model']:.0%} of it attention; "
+        f"computed again: {flops['recompute']:.3g}",
+    ]
+    if report["collectives"] is not None:
+        sent = ", ".join(f"{axis} {size(count)}" for axis, count in sorted(report["collectives"].items()))
+        lines.append(f"transfers    a device sends a step: {sent or 'nothing'}")
+    if report["ring_overlap"]:
+        hops = report["ring_overlap"]
+        margin = f"; a hop's computation is {report['hop_margin']:.1f} x its transfer" if report["hop_margin"] else ""
+        lines.append(f"ring         {hops['hops']} hops, {hops['hidden']} hidden, {hops['exposed']} exposed{margin}")
+    if report["step_seconds"]:
+        (low, high), (slow, fast) = report["step_seconds"], report["tokens_per_second"]
+        worst, best = report["mfu"]
+        lines.append(
+            f"time         {low:.3g} to {high:.3g} s a step, {slow:,.0f} to {fast:,.0f} tokens/s, "
+            f"MFU {worst:.0%} to {best:.0%}, if"
+        )
+        lines += [f"               {line}" for line in report["assumptions"]]
+    return "\n".join(lines)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One bar: the closed form's shares of the temporaries scaled to what the compiler allocated, up to the limit."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    sizes = report["bytes"]
+    parts = dict(report["arguments"])
+    named = {k: v for k, v in (report["closed_form"] or {}).items() if k not in ("params", "optimizer") and v}
+    scale = sizes["temporaries"] / sum(named.values()) if named else 0
+    parts |= {name: count * scale for name, count in named.items()} or {"temporaries": sizes["temporaries"]}
+    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    left = 0.0
+    for name, count in parts.items():
+        axes.barh(0, count / GIB, left=left, label=f"{name} {size(count)}")
+        left += count / GIB
+    if sizes["limit"]:
+        axes.axvline(sizes["limit"] / GIB, color="black", linestyle="--", label=f"limit {size(sizes['limit'])}")
+    axes.set_yticks([])
+    axes.set_xlabel("GiB of one device")
+    axes.set_title(f"{report['topology']}, {report['rows']} x {report['seq_length']:,} tokens")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

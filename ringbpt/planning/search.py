@@ -1,0 +1,117 @@
+"""The largest value that still fits, in few compiles: memory is close to linear in what is searched for."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from ringbpt.config import Config, UserError, parse
+from ringbpt.config_checks import nearest_name
+from ringbpt.planning.report import Plan, make_plan, size
+from ringbpt.planning.topologies import Topology
+
+SEARCHABLE = ("seq_length", "batch_size", "sp")
+# The search ends when the largest that fits and the smallest that does not are this close.
+CLOSE = 1.04
+MOST_COMPILES = 12
+
+
+def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], None]) -> Plan:
+    """The plan of the largest seq_length or batch_size, or the smallest sp (fsdp takes the rest), that fits.
+
+    The sequence grows in steps that the mesh, the layout and the chunks divide. Raises UserError where nothing fits.
+    """
+    if what not in SEARCHABLE:
+        raise UserError(
+            f"--find={what} is none of {', '.join(SEARCHABLE)}: did you mean --find={nearest_name(what, SEARCHABLE)}?"
+        )
+    if machine.memory is None:
+        raise UserError(f"--find={what}: a CPU's memory has no limit that is known: plan for a TPU or a GPU")
+    start = parse(tree, len(machine.devices))
+    if what == "sp":
+        return _smallest_sp(tree, machine, start, say)
+    source = f"{start.train_dataset.type}_dataset"
+    unit, first = _unit(start, what)
+
+    def plan(units: int) -> Plan:
+        tree.train_dataset[source][what] = units * unit
+        if what == "seq_length":
+            tree.llama.max_sequence_length = max(units * unit, start.llama.max_sequence_length)
+        made = make_plan(parse(tree, len(machine.devices)), machine)
+        verdict = "fits" if made.fits else "too much"
+        say(f"{what}={units * unit:,}: {size(made.program.total)} of {size(machine.memory or 0)}, {verdict}")
+        return made
+
+    return _largest(plan, first, machine.memory)
+
+
+def _unit(config: Config, what: str) -> tuple[int, int]:
+    """(the step by which the value grows, how many of them to begin with)."""
+    dp, fsdp, _, sp = config.mesh_shape
+    if what == "batch_size":
+        unit = dp * fsdp * config.optimizer.accumulate_gradient_steps
+        return unit, max(1, config.train_dataset.batch_size // unit)
+    llama = config.llama
+    # A device's tokens: whole chunks, and an even number of them (zigzag).
+    chunk = max(llama.loss_chunk_size, llama.scan_mlp_chunk_size if llama.scan_mlp else 1, 2)
+    return sp * chunk, max(1, config.train_dataset.seq_length // (sp * chunk))
+
+
+def _largest(plan: Callable[[int], Plan], first: int, memory: int) -> Plan:
+    """By the straight line through what is known, kept inside the bracket; the best plan that fits."""
+    known: dict[int, Plan] = {}
+    units = first
+    for _ in range(MOST_COMPILES):
+        known[units] = plan(units)
+        fitting = [n for n, made in known.items() if made.fits]
+        failing = [n for n, made in known.items() if not made.fits]
+        low, high = max(fitting, default=0), min(failing, default=None)
+        if high is not None and (high - low <= 1 or (low and high / low <= CLOSE)):
+            break
+        guess = _line(known, memory)
+        if high is None:
+            units = min(max(guess, low + 1), low * 8)
+        else:
+            units = min(max(guess, low + 1), high - 1)
+    if not fitting:
+        raise UserError(
+            f"nothing fits: even the smallest that was tried needs {size(known[min(known)].program.total)} of "
+            f"{size(memory)}: use more devices, --llama.remat_block=nothing_saveable, or offload"
+        )
+    return known[max(fitting)]
+
+
+def _line(known: dict[int, Plan], memory: int) -> int:
+    """Where the line through the two values nearest to the limit meets it; with one alone, in proportion."""
+    nearest = sorted(known, key=lambda n: abs(known[n].program.total - memory))[:2]
+    totals = [known[n].program.total for n in nearest]
+    if len(nearest) == 1 or totals[0] == totals[1]:
+        fixed = sum(known[nearest[0]].program.arguments.values())
+        grows = max(totals[0] - fixed, 1)
+        return int(nearest[0] * max(memory - fixed, 1) / grows * 0.98)
+    slope = (totals[1] - totals[0]) / (nearest[1] - nearest[0])
+    if slope <= 0:
+        return nearest[0] + 1
+    return int(nearest[0] + (memory - totals[0]) / slope - 0.01 * nearest[0])
+
+
+def _smallest_sp(tree: ConfigDict, machine: Topology, start: Config, say: Callable[[str], None]) -> Plan:
+    """sp = 1, 2, 4 ...; what is left of the devices, dp and tp aside, is fsdp's."""
+    dp, _, tp, _ = start.mesh_shape
+    rest = len(machine.devices) // (dp * tp)
+    refused: UserError | None = None
+    for sp in (n for n in range(1, rest + 1) if rest % n == 0 and n & (n - 1) == 0):
+        tree.mesh_dim = f"{dp},{rest // sp},{tp},{sp}"
+        tree.llama.mesh_dim = None
+        try:
+            config = parse(tree, len(machine.devices))
+        except UserError as error:
+            say(f"sp={sp}: {error}")
+            refused = error
+            continue
+        made = make_plan(config, machine)
+        say(
+            f"sp={sp}: {size(made.program.total)} of {size(machine.memory or 0)}, {'fits' if made.fits else 'too much'}"
+        )
+        if made.fits:
+            return made
+    raise refused or UserError("no sp fits: a shorter --train_dataset.*.seq_length, or a larger --topology, would")

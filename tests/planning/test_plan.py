@@ -1,0 +1,237 @@
+"""The planner: its program is the loop's own, its figures are the compiler's, and its command answers in one line."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ringbpt import plan as entry
+from ringbpt.config import UserError, parse, parse_args
+from ringbpt.mesh import make_mesh
+from ringbpt.model.flops import forward_flops
+from ringbpt.planning import search
+from ringbpt.planning.collectives import collective_bytes
+from ringbpt.planning.estimate import balance, step_flops, visible_pairs
+from ringbpt.planning.hlo import parse as parse_hlo
+from ringbpt.planning.hlo import shape_bytes
+from ringbpt.planning.program import needed_bytes, read_assignment
+from ringbpt.planning.report import Plan, make_plan
+from ringbpt.planning.topologies import need, topology
+from ringbpt.training import loop
+
+SIZES = "--train_dataset.python_dataset.seq_length={}", "--train_dataset.python_dataset.batch_size={}"
+MODEL = [
+    "--config=tests/recipe.py",
+    "--eval_steps=0",
+    "--llama.num_hidden_layers=2",
+    "--llama.intermediate_size=128",
+]
+SMALL = [*MODEL, SIZES[0].format(512), SIZES[1].format(4)]
+
+
+def config_of(*flags: str, devices: int = 8):
+    return parse(parse_args([*SMALL, *flags]), devices)
+
+
+def test_the_planned_program_is_the_one_that_the_loop_runs(tmp_path, monkeypatch):
+    """For cpu-8: the same bytes of everything as the program of the real arrays that a run begins with."""
+    (tmp_path / "a.py").write_text("pass\n" * 4000)
+    source = "--train_dataset.python_dataset"
+    run = [f"{source}.path={tmp_path}", f"{source}.split=all", "--total_steps=1", "--nosave_final"]
+    monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "cache"))
+    config = config_of(*run, f"--logger.output_dir={tmp_path}")
+    seen = []
+    make_train_step = loop.make_train_step
+
+    def remembered(*args):
+        step = make_train_step(*args)
+
+        def call(state, batch):
+            compiled = step.lower(state, batch).compile()
+            seen.append(compiled.memory_analysis())
+            return compiled(state, batch)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", remembered)
+    loop.train(config)
+    planned, ran = make_plan(config, topology("cpu-8")).program, seen[0]
+    assert sum(planned.arguments.values()) == ran.argument_size_in_bytes
+    # A result that is written over no argument (the metrics) needs a place of its own.
+    assert planned.temporaries == ran.temp_size_in_bytes + ran.output_size_in_bytes - ran.alias_size_in_bytes
+
+
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 4096, parameter 0, shape |f32[1024]| at ShapeIndex {}, maybe-live-out:
+ value: <1 p @0> (size=4096,offset=0): f32[1024]{0}
+allocation 1: size 64, constant:
+ value: <2 c @0> (size=64,offset=0): f32[16]{0}
+allocation 2: size 512, maybe-live-out:
+ value: <3 out @0> (size=512,offset=0): f32[128]{0}
+allocation 3: size 999, color 3, preallocated-temp:
+ value: <4 chip @3> (size=999,offset=0): f32[128]{0}
+allocation 4: size 3000, preallocated-temp:
+ value: <5 while.1{2} (phi) @0> (size=2000,offset=0): bf16[1000]{0}
+ value: <6 inside @0> (size=1000,offset=512): f32[250]{0}
+ value: <7 beside @0> (size=1000,offset=2000): f32[250]{0}
+
+Total bytes used: 1
+"""
+
+
+def test_temporaries_are_what_is_neither_argument_nor_constant_nor_on_the_chip():
+    total, largest = read_assignment(ASSIGNMENT)
+    assert total == 3512
+    assert [(buffer.name, buffer.bytes) for buffer in largest][:2] == [("while.1", 2000), ("beside", 1000)]
+
+
+@pytest.mark.parametrize(
+    ("message", "need"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.16G) "
+            "exceeds available HBM (30.75G).",
+            int(44.16 * 2**30),
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.79G of 15.75G hbm.", int(16.79 * 2**30)),
+        ("RESOURCE_EXHAUSTED: something else", None),
+        ("INTERNAL: Used 16.79G", None),
+    ],
+)
+def test_a_refusal_for_memory_is_read_as_a_figure(message, need):
+    assert needed_bytes(message) == need
+
+
+def test_transfers_are_counted_by_axis_and_by_turn():
+    mesh = make_mesh((1, 2, 2, 2))
+
+    def local(x):
+        def turn(x, _):
+            return jax.lax.ppermute(x, "sp", [(0, 1), (1, 0)]) + jax.lax.psum(x, ("fsdp", "sp")), None
+
+        x, _ = jax.lax.scan(turn, x, length=5)
+        return jax.lax.all_gather(x, "tp")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec("sp"), out_specs=PartitionSpec(), check_vma=False)
+    x = jax.ShapeDtypeStruct((2048,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("sp")))
+    text = jax.jit(run).lower(x).compile().as_text()
+    assert collective_bytes(parse_hlo(text), (1, 2, 2, 2)) == {
+        "sp": {"collective-permute": 5 * 4096},
+        "fsdp+sp": {"all-reduce": 5 * 2 * 4096 * 3 // 4},
+        "tp": {"all-gather": 4096},
+    }
+
+
+def test_shapes_have_bytes():
+    assert shape_bytes("(bf16[2,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, pred[3])") == 32 + 4 + 3
+    assert shape_bytes("f8e4m3fn[10]{0}") == 10
+
+
+def test_arithmetic_is_our_own_count():
+    config = config_of("--llama.remat_block=nothing_saveable")
+    pairs = visible_pairs(config)
+    assert pairs == 4 * 512 * 513 / 2
+    tokens, llama = 4 * 512, config.llama
+    flops = step_flops(config)
+    assert flops.model == 3 * forward_flops(llama, tokens, pairs)
+    assert flops.attention == 3 * 4 * pairs * llama.num_hidden_layers * llama.hidden_size
+    saved = step_flops(config_of("--llama.remat_block=save_attention"))
+    assert flops.recompute - saved.recompute == flops.attention / 3
+    windowed = config_of("--llama.sliding_window=8")
+    assert visible_pairs(windowed) == 4 * (8 * 9 / 2 + 504 * 8)
+
+
+def test_the_layout_decides_who_waits():
+    assert balance(config_of("--llama.sequence_layout=zigzag")) == pytest.approx(1, abs=0.02)
+    assert balance(config_of("--llama.sequence_layout=contiguous")) > 1.8
+
+
+# --- the search ---
+
+
+def fake_plans(monkeypatch, bytes_of):
+    """Plans whose memory is bytes_of(config), of a machine with 1000 bytes; returns the configs that were planned."""
+    planned = []
+
+    def made(config, machine):
+        planned.append(config)
+        return Plan(config, machine, SimpleNamespace(total=bytes_of(config), arguments={"parameters": 100}))
+
+    monkeypatch.setattr(search, "make_plan", made)
+    return planned
+
+
+MACHINE = SimpleNamespace(name="fake", memory=1000, devices=range(8), hardware=None)
+
+
+@pytest.mark.parametrize("start", [512, 4096, 262144])
+def test_the_longest_sequence_is_found_in_few_compiles(start, monkeypatch):
+    """Sequences grow in whole chunks of every device: 8 x 64 tokens; the true limit is 65,536."""
+    planned = fake_plans(monkeypatch, lambda config: 100 + 900 * config.train_dataset.seq_length // 65536)
+    sizes = [SIZES[0].format(start), SIZES[1].format(4), "--llama.max_sequence_length=300000"]
+    tree = parse_args([*MODEL, *sizes])
+    found = search.find(tree, MACHINE, "seq_length", lambda line: None)
+    assert found.fits and 65536 / search.CLOSE <= found.config.train_dataset.seq_length <= 65536
+    assert len(planned) <= 6
+
+
+def test_what_never_fits_is_said(monkeypatch):
+    fake_plans(monkeypatch, lambda config: 2000)
+    with pytest.raises(UserError, match="nothing fits"):
+        search.find(parse_args(SMALL), MACHINE, "seq_length", lambda line: None)
+
+
+def test_the_smallest_sp_that_fits(monkeypatch):
+    fake_plans(monkeypatch, lambda config: 4000 // config.mesh_shape[3])
+    tree = parse_args([*MODEL, SIZES[0].format(512), SIZES[1].format(8)])
+    found = search.find(tree, MACHINE, "sp", lambda line: None)
+    assert found.config.mesh_shape == (1, 2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        ([], "--topology is missing"),
+        (["--topology=v4-9"], "v4-8 or v4-16"),
+        (["--topology=cpu-8", "--find=seq_len"], "did you mean --find=seq_length?"),
+        (["--topology=cpu-8", "--find=seq_length"], "plan for a TPU or a GPU"),
+        (["--topology=cpu-8", "--json=/no/such/x.json"], "make it first"),
+        (["--topology=cpu-8", "--topology=cpu-8"], "twice"),
+        (["--topology"], "needs a value"),
+        (["--topology=cpu-8", "--mesh_dim=1,1,1,3"], "--mesh_dim"),
+    ],
+)
+def test_mistakes_are_answered_before_any_compile(flags, answer, monkeypatch):
+    with pytest.raises(UserError) as error:
+        entry.main([*SMALL, *flags])
+    assert answer in str(error.value)
+
+
+def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
+    try:
+        need("cuda")
+    except UserError as error:
+        pytest.skip(str(error))
+    files = tmp_path / "plan.json", tmp_path / "plan.png"
+    flags = ["--topology=4xh200", f"--json={files[0]}", f"--png={files[1]}", "--dtype=bf16", "--mesh_dim=1,1,1,4"]
+    flags.append("--llama.attention_kernel=blockwise")
+    assert entry.main([*SMALL, *flags]) == 0
+    report = json.loads(files[0].read_text())
+    assert report["topology"] == "4xh200" and report["devices"] == 4 and report["fits"] is True
+    sizes = report["bytes"]
+    assert sizes["total"] == sizes["arguments"] + sizes["temporaries"] < sizes["limit"]
+    assert sizes["arguments"] == sum(report["arguments"].values())
+    assert set(report["collectives"]) == {"sp"} and report["collectives"]["sp"] > 0
+    layers, sp = 2, 4  # forward and its rematerialisation n - 1 hops, backward 2 (n - 1), sent in n
+    assert report["ring_overlap"]["hops"] >= layers * 3 * (sp - 1)
+    assert report["ring_overlap"]["hops"] == sum(report["ring_overlap"][name] for name in ("hidden", "exposed"))
+    low, high = report["step_seconds"]
+    assert 0 < low < high
+    tokens = 4 * 512
+    assert report["tokens_per_second"] == pytest.approx([tokens / high, tokens / low])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("memory of one device", "largest temporaries", "transfers", "ring", "MFU"))
