@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 
 from ringbpt.attention.core import Local, MaskSpec
-from ringbpt.attention.local import block_sizes, blockwise, pallas_tpu, pallas_triton, reference
+from ringbpt.attention.local import block_sizes, blockwise, cudnn, pallas_hopper, pallas_tpu, pallas_triton, reference
 from ringbpt.attention.parallel import all_gather, ring, ulysses
 from ringbpt.dims import ACTIVATION_AXES, Axes, spec
 from ringbpt.types import TokenMeta
@@ -23,8 +23,11 @@ SAVED_NAMES = ("attention_out", "attention_lse")
 SCOPE = "attention"
 
 
-# What `auto` tries, the fastest first; elsewhere blockwise.
-FASTEST = {"tpu": ("pallas_tpu", "blockwise"), "gpu": ("pallas_triton", "blockwise")}
+# What `auto` tries, the fastest first; elsewhere blockwise. Of GPUs by what others have measured: docs/benchmarks.md.
+FASTEST = {
+    "tpu": ("pallas_tpu", "blockwise"),
+    "gpu": ("cudnn", "pallas_hopper", "pallas_triton", "blockwise"),
+}
 
 
 def _make_auto(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
@@ -74,6 +77,9 @@ LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
     "pallas_tpu_interpreted": pallas_tpu.make_interpreted,
     "pallas_triton": pallas_triton.make_pallas_triton,
     "pallas_triton_interpreted": pallas_triton.make_interpreted,
+    "pallas_hopper": pallas_hopper.make_pallas_hopper,
+    "pallas_hopper_interpreted": pallas_hopper.make_interpreted,
+    "cudnn": cudnn.make_cudnn,
     "auto": _make_auto,
 }
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from ringbpt.attention.core import MaskSpec, block_visibility
+from ringbpt.attention.core import MaskSpec, row_visibility
 from ringbpt.types import TokenMeta
 
 
@@ -28,11 +28,7 @@ def make_schedule(
 ) -> Schedule:
     """Key blocks to visit for each query block or, by_key, query blocks for each key block. Sizes divide lengths."""
 
-    def one_row(q_meta: TokenMeta, kv_meta: TokenMeta) -> tuple[jax.Array, jax.Array]:
-        q_meta, kv_meta = jax.tree.map(lambda x: x[None], (q_meta, kv_meta))
-        return block_visibility(q_meta, kv_meta, mask, size_T, size_S)
-
-    some, every = jax.vmap(one_row)(q_meta, kv_meta)
+    some, every = row_visibility(q_meta, kv_meta, mask, size_T, size_S)
     if by_key:
         some, every = (jnp.swapaxes(x, 1, 2) for x in (some, every))
     kind = jnp.where(some, jnp.where(every, 1, 0), 2)

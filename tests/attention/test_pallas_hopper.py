@@ -1,0 +1,75 @@
+"""The Hopper kernels in Mosaic GPU's interpreter, through the suite in bf16; and compiled for GPUs that aren't here."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.local.pallas_hopper import make_interpreted, make_pallas_hopper
+from ringbpt.types import TokenMeta
+from tests.attention import suite
+from tests.attention.gpu_programs import kernels, train_like
+from tests.attention.suite import CASES, Case
+from tests.planning.test_overlap import check as check_overlap
+from tests.planning.test_overlap import compiler, program
+
+REFUSED = {"wide heads"}  # of 256
+# A carry, two documents, padding, two query heads, four visits to two stages; the rest of the suite takes minutes.
+QUICK = Case("quick", T=128, S=256, heads=(2, 1), documents=2, padding=20, split=128, mask=MaskSpec(causal=False))
+
+
+@pytest.mark.parametrize("case", [QUICK, *[pytest.param(c, marks=pytest.mark.slow) for c in CASES]], ids=str)
+def test_the_kernels_pass_the_suite(case):
+    suite.check(make_interpreted(jax.devices()[0], None, None), replace(case, dtype="bfloat16"), refuses=REFUSED)
+
+
+@pytest.mark.slow
+def test_heads_of_128():
+    """dq is shared otherwise between the warpgroups than where heads are of 64."""
+    case = replace(QUICK, head_dim=128, mask=MaskSpec(window=150), dtype="bfloat16", name="heads of 128")
+    suite.check(make_interpreted(jax.devices()[0], None, None), case)
+
+
+def test_what_it_cannot_do_it_refuses_by_name():
+    meta = TokenMeta(np.zeros((1, 16), np.int32), np.ones((1, 16), np.int32))
+    cpu = jax.devices()[0]
+    x = jnp.ones((1, 16, 1, 256))
+    with pytest.raises(NotImplementedError, match="bfloat16, not float32: use pallas_triton"):
+        make_interpreted(cpu, None, None).attend(x, x, x, meta, meta, MaskSpec())
+    x = x.astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="at most 128, not 256: use pallas_triton"):
+        make_interpreted(cpu, None, None).attend_bwd(x, x, x, x, x[..., 0], x, meta, meta, MaskSpec())
+    with pytest.raises(NotImplementedError, match="not 64 x 1024: use pallas_triton"):
+        make_interpreted(cpu, 64, 1024)
+    with pytest.raises(NotImplementedError, match="this is cpu: use pallas_triton"):
+        make_pallas_hopper(cpu, None, None)
+
+
+# --- for GPUs that aren't here ---
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("h200", 128), *[pytest.param(name, n, marks=pytest.mark.slow) for name, n in (("h100", 128), ("h200", 64))]],
+)
+def test_no_kernel_spills(name, head_dim, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    machine = compiler(name)
+    train_like(machine, make_pallas_hopper(machine.devices[0], None, None), head_dim, "bfloat16", dump=tmp_path)
+    found = [kernel for kernel in kernels(tmp_path, machine) if kernel.name.endswith("_mosaic_gpu_kernel")]
+    assert len(found) == 2, found  # forward and backward; more shared memory than there is would not have compiled
+    assert all(kernel.spilled_bytes == 0 for kernel in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4xh200", "8xh200"])
+def test_every_hop_hides_behind_the_kernels(name):
+    check_overlap(program(name, local="pallas_hopper"), int(name[0]))
+
+
+def test_ampere_has_no_wgmma():
+    with pytest.raises(NotImplementedError, match="this is NVIDIA A100-SXM4-80GB: use pallas_triton"):
+        make_pallas_hopper(compiler("a100").devices[0], None, None)
