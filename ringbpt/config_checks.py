@@ -250,7 +250,20 @@ def at_least(name: str, value: float | None, least: float) -> None:
 
 
 def check_run(config: Config) -> None:
-    """The run's name, what it starts from, and its processes."""
+    """The run's name, what it starts from, what it evaluates, and its processes."""
+    if config.eval_passkey and not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", config.eval_passkey):
+        raise UserError(f"--eval_passkey={config.eval_passkey!r} is no list of lengths: as --eval_passkey=512,1024")
+    for name in ("eval_passkey", "eval_by_position"):
+        if getattr(config, name) and not config.eval_steps:
+            raise UserError(
+                f"--{name} is looked at in evaluations, and --eval_steps=0 means none: try --eval_steps=100"
+            )
+    longest = max([int(part) for part in config.eval_passkey.split(",")]) if config.eval_passkey else 0
+    if longest > config.llama.max_sequence_length:
+        raise UserError(
+            f"--eval_passkey={config.eval_passkey} is above --llama.max_sequence_length="
+            f"{config.llama.max_sequence_length}: use --llama.max_sequence_length={longest}"
+        )
     name = config.logger.experiment_id
     if name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
         plain = re.sub(r"[^A-Za-z0-9_.=+-]+", "_", name).lstrip(".-_") or "run"

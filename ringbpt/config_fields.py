@@ -310,6 +310,8 @@ class Config:
     save_final: bool = True
     eval_steps: int = 0  # evaluate every so many steps; 0: never
     eval_batches: int = 8
+    eval_by_position: bool = False  # with each evaluation, perplexity by position: perplexity.png in the run's folder
+    eval_passkey: str = ""  # lengths, as "512,1024": with each evaluation, keys found at them; passkey.png
     log_all_worker: bool = False
     autoresume: bool = False
     num_cpu_devices: int = 0  # virtual CPU devices, where there is no accelerator; 0: as jax finds them

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ringbpt.config import Config, DatasetConfig, UserError, to_dict
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.tokenizers import make_tokenizer
+from ringbpt.evaluation.probe import Probe, make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
@@ -60,11 +61,12 @@ def train(config: Config) -> Path:
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
     eval_step = make_eval_step(model, OBJECTIVES[config.objective])
+    probe = make_probe(config, model, tokenizer, run_dir)
     clock = Clock(config, loader.bytes_per_token)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with closing(_start_writing(config, run_dir, start)) as writer, closing(checkpointer):
         if eval_loader and start == 0:
-            log(_evaluate(config, model, eval_step, state.params, eval_loader, 0))
+            log(_evaluate(config, model, eval_step, probe, state.params, eval_loader, 0))
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
         for step, batch in _batches(config, model, loader, range(start, config.total_steps), data_step):
             state, metrics = train_step(state, batch)
@@ -79,7 +81,7 @@ def train(config: Config) -> Path:
                     log(row)
                 pending = None
                 if eval_loader and (evaluates or done == config.total_steps):
-                    log(_evaluate(config, model, eval_step, state.params, eval_loader, done))
+                    log(_evaluate(config, model, eval_step, probe, state.params, eval_loader, done))
                 if saves or milestone:
                     save(done, milestone)
                 clock.restart()  # what was just done is no step's time
@@ -122,13 +124,21 @@ def _batches(config: Config, model: Model, loader: Loader, steps: range, data_st
 
 
 def _evaluate(
-    config: Config, model: Model, eval_step: Callable, params: Params, loader: Loader, step: int
+    config: Config,
+    model: Model,
+    eval_step: Callable,
+    probe: Probe | None,
+    params: Params,
+    loader: Loader,
+    step: int,
 ) -> dict[str, float]:
-    """The objective's means over the first eval_batches batches of the held-out data, as a row."""
-    batches = range(min(config.eval_batches, loader.steps_per_epoch))
-    sums = [eval_step(params, _put(config, model, loader, i)) for i in batches]
+    """The objective's means over the first eval_batches batches of the held-out data, as a row, and what is probed."""
+    numbers = range(min(config.eval_batches, loader.steps_per_epoch))
+    sums = [eval_step(params, _put(config, model, loader, i)) for i in numbers]
     means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
     values = {f"eval_{name}": float(mean.value()) for name, mean in means.items()}
+    if probe:
+        values |= probe(params, (_put(config, model, loader, i) for i in numbers))
     return {"step": step, **values, "eval_bits_per_byte": bits_per_byte(values["eval_loss"], loader.bytes_per_token)}
 
 

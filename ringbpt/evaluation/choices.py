@@ -1,0 +1,69 @@
+"""Which of several continuations a model finds most likely, by log-likelihood, from a JSONL."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ringbpt.config import UserError
+from ringbpt.evaluation.passkey import Encode
+from ringbpt.evaluation.score import Item, Scorer
+from ringbpt.types import Params
+
+
+def read_choices(file: Path) -> list[dict[str, Any]]:
+    """Rows {"prompt": text, "choices": [text, ...], "answer": index or one of the choices, if known}.
+
+    Raises UserError with file and line.
+    """
+    rows = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--choices={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, choices, answer = row["prompt"], row["choices"], row.get("answer")
+            good = isinstance(prompt, str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+            if isinstance(answer, str):
+                answer = choices.index(answer)
+            good = good and (answer is None or 0 <= answer < len(choices))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise UserError(
+                f'{file}:{number}: not {{"prompt": text, "choices": [two texts or more], "answer": which of them}}'
+            )
+        rows.append(row | {"answer": answer})
+    if not rows:
+        raise UserError(f"--choices={file} holds no row")
+    return rows
+
+
+def score_choices(scorer: Scorer, params: Params, encode: Encode, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with "logp" of each choice (nats, summed), "best", and "best_per_byte", normalised by its length."""
+    items, first = [], len(encode(""))
+    for row in rows:
+        for choice in row["choices"]:
+            whole, prompt = encode(row["prompt"] + choice), encode(row["prompt"])
+            if len(prompt) == 0 or (whole[: len(prompt)] != prompt).any() or len(whole) <= len(prompt):
+                # Tokens that run across the seam: the choice is tokenised alone, as a continuation would be.
+                whole = [*prompt, *encode(choice)[first:]]
+            items.append(Item(whole, max(len(prompt), 1)))
+    logp = iter(scorer.score(params, items).logp.tolist())
+    found = []
+    for row in rows:
+        mine = [next(logp) for _ in row["choices"]]
+        per_byte = [x / len(choice.encode()) for x, choice in zip(mine, row["choices"], strict=True)]
+        found.append(
+            row | {"logp": mine, "best": mine.index(max(mine)), "best_per_byte": per_byte.index(max(per_byte))}
+        )
+    return found
+
+
+def accuracy(rows: list[dict[str, Any]], key: str = "best") -> float | None:
+    """The share of rows with a known answer whose `key` is it; None where no answer is known."""
+    known = [row[key] == row["answer"] for row in rows if row["answer"] is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,135 @@
+"""What a model says of given texts: log-probability and exactness of a part of each, and loss by position.
+
+Nothing is generated: a greedy continuation is the expected one exactly when each of its tokens is the most likely
+after those before it, which one forward pass tells for all of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ringbpt.config import UserError
+from ringbpt.data.packing import first_fit
+from ringbpt.mesh import put_batch
+from ringbpt.model.llama import Model
+from ringbpt.types import Batch, Params
+
+
+class Item(NamedTuple):
+    """A text as tokens; those from `start` on are judged."""
+
+    tokens: np.ndarray
+    start: int
+
+
+class Scores(NamedTuple):
+    """One number for each item: sum of log p of the judged tokens (nats), how many they are, whether all are greedy."""
+
+    logp: np.ndarray
+    count: np.ndarray
+    exact: np.ndarray
+
+
+class Scorer:
+    """Scores items on the model's mesh, packed into rows of one length; a length and a number of texts compile once."""
+
+    def __init__(self, model: Model, rows: int = 8):
+        mesh = model.mesh.shape
+        parts = mesh["dp"] * mesh["fsdp"]
+        self.model, self.rows = model, -(-rows // parts) * parts
+        # On every device, so that every process of a run can look at them.
+        self._step = jax.jit(self._sums, static_argnums=2, out_shardings=NamedSharding(model.mesh, PartitionSpec()))
+
+    def row_length(self, longest: int) -> int:
+        """The shortest row that the mesh and the chunks of feedforward and loss can split."""
+        llama, sp = self.model.config.llama, self.model.mesh.shape["sp"]
+        chunks = [llama.loss_chunk_size] + [llama.scan_mlp_chunk_size] * llama.scan_mlp
+        largest = int(np.lcm.reduce(chunks))
+        step = 2 * sp if longest <= sp * min(chunks) else sp * largest
+        return -(-longest // step) * step
+
+    def score(self, params: Params, items: Sequence[Item], length: int | None = None) -> Scores:
+        """`length`: of a row, for those who score items of several lengths by one program; default: the longest's."""
+        longest = max(len(item.tokens) for item in items)
+        limit = self.model.config.llama.max_sequence_length
+        if longest > limit:
+            raise UserError(f"a text of {longest} tokens is above --llama.max_sequence_length={limit}")
+        length = length or self.row_length(longest)
+        groups = list(self.batches(items, length))
+        texts = max(len(row) for _, group in groups for row in group)
+        found = np.zeros((3, len(items)))
+        for batch, group in groups:
+            sums = np.asarray(self._step(params, batch, texts))
+            for b, row in enumerate(group):
+                for q, number in enumerate(row):
+                    found[:, number] = sums[:, b, q + 1]
+        return Scores(found[0], found[1], found[1] == found[2])
+
+    def batches(self, items: Sequence[Item], length: int) -> Iterator[tuple[Batch, list[list[int]]]]:
+        """(batch, the numbers of the items in each of its rows), until every item was in one."""
+        bins, count = first_fit(np.array([len(item.tokens) for item in items]), length)
+        places: list[list[int]] = [[] for _ in range(count)]
+        for number, row in enumerate(bins):
+            places[row].append(number)
+        for first in range(0, count, self.rows):
+            group = places[first : first + self.rows]
+            yield self._batch(items, group, length), group
+
+    def _batch(self, items: Sequence[Item], group: list[list[int]], length: int) -> Batch:
+        token, target, position, segment = (np.zeros((self.rows, length), np.int32) for _ in range(4))
+        weight = np.zeros((self.rows, length), np.float32)
+        for b, row in enumerate(group):
+            start = 0
+            for q, number in enumerate(row):
+                tokens, judged = items[number]
+                stop = start + len(tokens)
+                token[b, start:stop] = tokens
+                target[b, start : stop - 1] = tokens[1:]
+                weight[b, start + judged - 1 : stop - 1] = 1
+                position[b, start:stop] = np.arange(len(tokens))
+                segment[b, start:stop] = q + 1
+                start = stop
+        host = Batch(token, target, weight, position, segment)
+        layout = self.model.config.llama.sequence_layout
+        return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), token.shape, self.model.mesh, layout)
+
+    def _sums(self, params: Params, batch: Batch, texts: int) -> jax.Array:
+        """[3, B, texts + 1]: log p, weight and greedy hits of each text; place 0 is padding's."""
+        stats = self.model.token_stats(params, batch)
+        rows = jnp.arange(batch.token_BT.shape[0])[:, None]
+        columns = (stats.logp_BT, jnp.ones_like(stats.logp_BT), stats.correct_BT)
+        zeros = jnp.zeros((batch.token_BT.shape[0], texts + 1), jnp.float32)
+        return jnp.stack([zeros.at[rows, batch.segment_BT].add(x * batch.weight_BT) for x in columns])
+
+
+class Curve(NamedTuple):
+    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; tokens 0 where nothing was there."""
+
+    edges: np.ndarray
+    loss: np.ndarray
+    tokens: np.ndarray
+
+
+def make_loss_by_position(model: Model, length: int, buckets: int = 32) -> Callable[[Params, Iterable[Batch]], Curve]:
+    """measure(params, batches) -> Curve over positions inside a document, in equal buckets up to `length`."""
+    buckets = min(buckets, length)
+    edges = np.round(np.linspace(0, length, buckets + 1)).astype(np.int64)
+
+    @partial(jax.jit, out_shardings=NamedSharding(model.mesh, PartitionSpec()))
+    def sums(params: Params, batch: Batch) -> jax.Array:
+        stats = model.token_stats(params, batch)
+        bucket_BT = jnp.searchsorted(jnp.asarray(edges[1:-1]), batch.position_BT, side="right")
+        total = jnp.zeros(buckets, jnp.float32)
+        return jnp.stack([total.at[bucket_BT].add(x * batch.weight_BT) for x in (-stats.logp_BT, 1.0)])
+
+    def measure(params: Params, batches: Iterable[Batch]) -> Curve:
+        total = sum(np.asarray(sums(params, batch), np.float64) for batch in batches)
+        loss, tokens = np.asarray(total)
+        return Curve(edges, loss / np.maximum(tokens, 1), tokens)
+
+    return measure

@@ -1,0 +1,85 @@
+"""Passkey texts: a number hidden at a chosen depth of real text, and asked for at its end; made offline.
+
+The haystack is the source of Python's standard library with its digits taken out, so that the only number is the key.
+Ref: the task is that of Landmark Attention, arXiv:2305.16300, section 4.2.
+"""
+
+import re
+import string
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ringbpt.config import PythonDatasetConfig, UserError
+from ringbpt.data.sources import PythonSource
+
+NEEDLE = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+ANSWER = " {key}"  # with the space: most tokenizers have it at the head of a word
+KEY_DIGITS = 5
+
+
+class Passkey(NamedTuple):
+    """before + needle + after + question is the prompt, answer what is asked for; each a text."""
+
+    before: str
+    needle: str
+    after: str
+    question: str
+    answer: str
+
+
+class Haystack:
+    """Endless text, cut at any place: the files of one split, one after the other."""
+
+    def __init__(self, split: str = "heldout", path: str = ""):
+        source = PythonSource(PythonDatasetConfig(path=path, split=split))
+        files = (str(source[i]["text"]) for i in range(len(source)))
+        self._text = re.sub(r"[0-9]+", "", "\n".join(files)).encode("ascii", "ignore").decode()
+
+    def cut(self, rng: np.random.Generator, characters: int) -> str:
+        start = int(rng.integers(0, len(self._text)))
+        text = self._text[start : start + characters]
+        while len(text) < characters:
+            text += self._text[: characters - len(text)]
+        return text
+
+
+def make_passkey(
+    haystack: Haystack, rng: np.random.Generator, length: int, depth: float, count: Callable[[str], int] = len
+) -> Passkey:
+    """A text of at most `length` tokens, as `count` counts them, answer included; depth 0 is the start, 1 the end.
+
+    Raises UserError where the needle and the question alone are longer.
+    """
+    key = str(rng.integers(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
+    needle, answer = NEEDLE.format(key=key), ANSWER.format(key=key)
+    room = length - count(needle + QUESTION + answer)
+    if room < 0:
+        raise UserError(f"a passkey text of {length} tokens has no room for its question: {length - room} would do")
+    hay = haystack.cut(rng, room)
+    # A tokenizer makes fewer tokens than characters: take more text until it is full, then cut back to fit.
+    while count(hay) < room:
+        hay += haystack.cut(rng, max(room - count(hay), 16))
+    while (over := count(hay) - room) > 0:
+        hay = hay[: -max(over, 1)]
+    place = round(depth * len(hay))
+    return Passkey(hay[:place], needle, hay[place:], QUESTION, answer)
+
+
+def training_rows(count: int, length: int, seed: int, path: str = "") -> Iterator[dict[str, str]]:
+    """Passkey texts of every length up to `length` characters, short ones far more often, for a JSONL.
+
+    Every other one is a string of random letters and digits, said twice: that teaches copying, which a question about
+    five digits teaches far too slowly. Keys and depths are uniform.
+    """
+    rng, haystack = np.random.default_rng(seed), Haystack("train", path)
+    shortest = len(NEEDLE + QUESTION) + 3 * KEY_DIGITS
+    for i in range(count):
+        if i % 2:
+            text = "".join(rng.choice(list(string.ascii_letters + string.digits), rng.integers(8, 48)))
+            yield Passkey(text + "\n", text, "", "", "")._asdict()
+            continue
+        size = int(shortest * (length / shortest) ** (rng.uniform() ** 2) + 0.5)
+        yield make_passkey(haystack, rng, min(size, length), float(rng.uniform()))._asdict()

@@ -1,0 +1,156 @@
+"""Scores against sums made by hand, pictures that are pictures, and the whole verb on a tiny model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ringbpt.config import UserError, run_main
+from ringbpt.evaluate import main
+from ringbpt.evaluation.choices import accuracy, read_choices, score_choices
+from ringbpt.evaluation.passkey import draw_curve, draw_grid, passkey_grid, passkey_items
+from ringbpt.evaluation.score import Curve, Item, Scorer, make_loss_by_position
+from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
+from ringbpt.generation.load import load_model, logits
+from tests.golden.make_families import restore
+
+
+def encode(text: str) -> np.ndarray:
+    return np.array([1, *(2 + ord(c) % 94 for c in text)], np.int32)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama3")
+    restore("llama3", folder)
+    return folder, *load_model(f"huggingface::{folder}", (1, 1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def items_and_logp(loaded):
+    """Items of unequal length, and the log-probability of every next token of each, alone."""
+    _, model, params = loaded
+    rng = np.random.default_rng(0)
+    items = [
+        Item(rng.integers(2, 96, size).astype(np.int32), start) for size, start in ((20, 3), (9, 8), (31, 1), (5, 2))
+    ]
+    padded = np.zeros((4, 32), np.int32)
+    for row, item in zip(padded, items, strict=True):
+        row[: len(item.tokens)] = item.tokens
+    logp = np.asarray(jax.nn.log_softmax(logits(model, params, padded)))
+    return items, logp
+
+
+def test_scores_are_those_of_each_text_alone(loaded, items_and_logp):
+    """Packed with others over sp=2 and alone on one device: the same."""
+    items, logp = items_and_logp
+    want = [
+        sum(logp[i, t - 1, item.tokens[t]] for t in range(item.start, len(item.tokens))) for i, item in enumerate(items)
+    ]
+    model, params = load_model(f"huggingface::{loaded[0]}", (1, 1, 1, 2))
+    found = Scorer(model, rows=2).score(params, items)
+    np.testing.assert_allclose(found.logp, want, rtol=1e-5)
+    np.testing.assert_array_equal(found.count, [17, 1, 30, 3])
+    best = logp.argmax(-1)
+    greedy = Item(np.append(items[1].tokens[:8], best[1, 7]).astype(np.int32), 8)
+    other = greedy._replace(tokens=np.append(items[1].tokens[:8], (best[1, 7] + 1) % 96).astype(np.int32))
+    assert Scorer(model, rows=2).score(params, [greedy, other]).exact.tolist() == [True, False]
+
+
+def test_loss_by_position_is_the_loss(loaded, items_and_logp):
+    _, model, params = loaded
+    items, logp = items_and_logp
+    items = [item._replace(start=1) for item in items]
+    scorer = Scorer(model, rows=2)
+    measure = make_loss_by_position(model, 32, buckets=4)
+    curve = measure(params, (batch for batch, _ in scorer.batches(items, 32)))
+    lost = [
+        (t - 1, -logp[i, t - 1, item.tokens[t]]) for i, item in enumerate(items) for t in range(1, len(item.tokens))
+    ]
+    for bucket in range(4):
+        mine = [loss for place, loss in lost if bucket * 8 <= place < bucket * 8 + 8]
+        assert curve.tokens[bucket] == len(mine)
+        assert curve.loss[bucket] == pytest.approx(np.mean(mine), rel=1e-5)
+
+
+def test_passkey_texts():
+    haystack, rng = Haystack("heldout"), np.random.default_rng(0)
+    for depth in (0.0, 0.3, 1.0):
+        text = make_passkey(haystack, rng, 400, depth)
+        assert sum(map(len, text)) == 400
+        hay = len(text.before) + len(text.after)
+        assert len(text.before) == round(depth * hay)
+        assert not any(c.isdigit() for c in text.before + text.after)
+        assert text.needle.count(text.answer.strip()) == 2
+    with pytest.raises(UserError, match="no room"):
+        make_passkey(haystack, rng, 50, 0.5)
+    rows = list(training_rows(20, 300, seed=0))
+    assert max(sum(map(len, row.values())) for row in rows) <= 300
+    assert all(row["needle"].strip() in row["before"] for row in rows[1::2])
+    assert rows == list(training_rows(20, 300, seed=0))
+
+
+def test_passkey_items_end_with_the_key():
+    for item in passkey_items(encode, [200, 300], [0.0, 1.0], 2, seed=0):
+        assert len(item.tokens) in (199, 299, 198, 298)
+        assert len(item.tokens) - item.start == 6  # a space and five digits
+
+
+def test_a_model_that_knows_finds_every_key(loaded):
+    """The grid's shape, and its meaning: a stub that scores everything exact finds all, one that doesn't none."""
+    _, model, params = loaded
+    scorer = Scorer(model)
+    grid = passkey_grid(scorer, params, encode, [160, 200], [0.0, 0.5, 1.0], samples=2)
+    assert grid.shape == (2, 3)
+    assert grid.max() == 0  # random weights know nothing
+    scorer.score = lambda params, items, length: type("All", (), {"exact": np.ones(len(items), bool)})
+    assert passkey_grid(scorer, params, encode, [160, 200], [0.0, 0.5, 1.0], samples=2).min() == 1
+
+
+def test_choices(loaded, tmp_path):
+    _, model, params = loaded
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        '{"prompt": "ab", "choices": ["c", "de"], "answer": "de"}\n{"prompt": "x", "choices": ["y", "z"]}\n'
+    )
+    rows = score_choices(Scorer(model), params, encode, read_choices(file))
+    alone = Scorer(model).score(params, [Item(encode("abde"), 3)]).logp[0]
+    assert rows[0]["logp"][1] == pytest.approx(alone, rel=1e-5)
+    assert rows[0]["answer"] == 1
+    assert accuracy(rows) in (0.0, 1.0)
+    assert accuracy(rows[1:]) is None
+    file.write_text('{"prompt": "ab", "choices": ["c", "de"], "answer": 2}\n')
+    with pytest.raises(UserError, match=r"q\.jsonl:1: not"):
+        read_choices(file)
+
+
+def test_pictures(tmp_path):
+    draw_grid(tmp_path / "grid.png", np.array([[0.0, 1.0]]), [64], [0.0, 1.0], "title")
+    draw_curve(tmp_path / "curve.png", Curve(np.array([0, 4, 8]), np.array([1.0, 2.0]), np.array([3, 0])), "title")
+    for name in ("grid", "curve"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verb(loaded, tmp_path, capsys):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
+    texts = tmp_path / "t.jsonl"
+    texts.write_text('{"text": "def f(x): return x"}\n' * 3)
+    # The bytes tokenizer's ids do not fit this vocabulary, and are cut off by the embedding: the numbers mean nothing.
+    argv = [
+        f"--load_checkpoint=huggingface::{loaded[0]}", "--tokenizer=bytes", "--mesh_dim=1,1,1,-1",
+        f"--choices={questions}", f"--perplexity={texts}", "--passkey=160", "--depths=2", "--samples=1",
+        "--seq_length=64", f"--output={tmp_path}/out",
+    ]  # fmt: skip
+    assert run_main(main, argv) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert np.array(results["passkey"]["found"]).shape == (1, 2)
+    assert results["mesh"] == [1, 1, 1, 8]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "results.json", "choices.jsonl", "passkey.png", "perplexity.png",
+    }  # fmt: skip
+    assert run_main(main, argv[:1]) == 2
+    assert run_main(main, [*argv[:1], "--passkey=big"]) == 2
+    assert run_main(main, [*argv[:1], "--pass_key=5"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
