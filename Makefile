@@ -72,9 +72,12 @@ $(AOT_CUDA): $(CORE)
 	@version=$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)') && \
 	  $(INSTALL) --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" nvidia-cuda-nvcc && touch $@
 
+# Its wheel carries 72 chat templates, which tests/data/test_chat.py renders; its dependencies would bring torch.
+TRL := trl==1.16.0
+
 $(DEV): $(CORE) $(AOT_CUDA)
 	@echo "[setup 3/3] what tests and lint need, the compiler for TPUs among it: about 300 MB"
-	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && touch $@ && \
+	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && $(INSTALL) --no-deps $(TRL) && touch $@ && \
 	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
 
 $(ORACLE): $(DEV)

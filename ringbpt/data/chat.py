@@ -74,6 +74,16 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"--{flag}.chat_template: line {error.lineno}: {error.message}") from None
 
+        self._parts = not self._takes("") and self._takes([])
+
+    def _takes(self, like: Any) -> bool:
+        """Whether a message whose content is text (or, as some templates want it, a list of parts) leaves a trace."""
+        probe = "probe" if like == "" else [{"type": "text", "text": "probe"}]
+        try:
+            return "probe" in self.render([{"role": "user", "content": probe}])
+        except self._errors:
+            return False
+
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The text, with OPEN and CLOSE around what {% generation %} marks. prompt: up to the answer's begin."""
         return self._template.render(
@@ -84,10 +94,12 @@ class ChatTemplate:
         """The text of a conversation, and its parts [begin, end) that take loss: the turns of the `roles`, in order."""
         if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
             raise UserError(f"{where}: a noncharacter (U+FDD0 to U+FDD3), which is no text")
+        if self._parts:
+            messages = [message | {"content": _parts(message["content"])} for message in messages]
         try:
             text, spans = unmark(self.render(messages, tools))
             if self.marked and roles == ("assistant",):
-                return text, spans
+                return text, _merged(spans)
             if (grown := self._grown(text, messages, tools, roles)) is not None:
                 return text, grown
             followed, spans = unmark(unmark(self._followed(messages, tools, roles))[0], *OURS)
@@ -111,6 +123,8 @@ class ChatTemplate:
                 continue
             try:
                 before = unmark(self.render(messages[:number], tools, prompt=True))[0]
+                if before == unmark(self.render(messages[:number], tools))[0]:  # it knows of no answer's begin
+                    return None
                 after = unmark(self.render(messages[: number + 1], tools))[0]
             except self._errors:  # some refuse a conversation that ends here
                 return None
@@ -127,6 +141,20 @@ class ChatTemplate:
             for message in messages
         ]
         return self.render(marked, tools)
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    """Spans that touch as one: a template may mark a turn piece by piece."""
+    found: list[Span] = []
+    for begin, end in spans:
+        if found and found[-1][1] == begin:
+            begin = found.pop()[0]
+        found.append((begin, end))
+    return found
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _marked(content: Any) -> Any:

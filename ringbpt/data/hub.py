@@ -13,6 +13,7 @@ import numpy as np
 from ringbpt.config import HuggingfaceDatasetConfig, JsonDatasetConfig, TfdsDatasetConfig, UserError
 from ringbpt.data.files import cached, digest_of, file_digest, optional
 from ringbpt.data.sources import JsonSource, Source
+from ringbpt.data.wire import fields_of, varints
 
 
 def one_line(error: BaseException) -> str:
@@ -206,12 +207,12 @@ def read_example(record: bytes) -> dict[str, Any] | None:
     """
     try:
         features = {}
-        for field, entries in _fields(record):
+        for field, entries in fields_of(record):
             if field != 1:
                 return None
-            for _, entry in _fields(entries):
-                parts = dict(_fields(entry))
-                ((kind, values),) = _fields(parts[2])
+            for _, entry in fields_of(entries):
+                parts = dict(fields_of(entry))
+                ((kind, values),) = fields_of(parts[2])
                 features[parts[1].decode("utf-8")] = _feature(kind, values)
         return features
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error):
@@ -220,45 +221,9 @@ def read_example(record: bytes) -> dict[str, Any] | None:
 
 def _feature(kind: int, values: bytes) -> Any:
     if kind == 1:
-        found: list[Any] = [value.decode("utf-8") for _, value in _fields(values)]
+        found: list[Any] = [value.decode("utf-8") for _, value in fields_of(values)]
     elif kind == 2:
-        found = [number for _, packed in _fields(values) for number in struct.unpack(f"<{len(packed) // 4}f", packed)]
+        found = [number for _, packed in fields_of(values) for number in struct.unpack(f"<{len(packed) // 4}f", packed)]
     else:
-        found = [number for _, packed in _fields(values) for number in _varints(packed)]
+        found = [number for _, packed in fields_of(values) for number in varints(packed)]
     return found[0] if len(found) == 1 else found
-
-
-def _varints(packed: Any) -> list[int]:
-    if isinstance(packed, int):
-        return [packed]
-    numbers, place = [], 0
-    while place < len(packed):
-        number, place = _varint(packed, place)
-        numbers.append(number - (1 << 64) if number >= 1 << 63 else number)
-    return numbers
-
-
-def _varint(data: bytes, place: int) -> tuple[int, int]:
-    number = shift = 0
-    while True:
-        byte = data[place]
-        number |= (byte & 127) << shift
-        shift, place = shift + 7, place + 1
-        if byte < 128:
-            return number, place
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a protocol buffer's message: bytes, or an int of a varint."""
-    place = 0
-    while place < len(data):
-        tag, place = _varint(data, place)
-        if tag & 7 == 0:
-            value, place = _varint(data, place)
-            yield tag >> 3, value
-            continue
-        size, place = (4, place) if tag & 7 == 5 else _varint(data, place)
-        if tag & 7 not in (2, 5) or place + size > len(data):
-            raise ValueError("no protocol buffer")
-        yield tag >> 3, data[place : place + size]
-        place += size

@@ -1,6 +1,7 @@
 """Examples out of tables: CSV, Parquet, Arrow files and the folders that `save_to_disk` writes."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -47,7 +48,7 @@ class CsvSource(JsonSource):
     def _parse(self, line: str, where: str, file: int) -> dict[str, Any]:
         columns, delimiter = self._columns(file)
         try:
-            rows = list(csv.reader(line.splitlines(keepends=True), delimiter=delimiter, strict=True))
+            rows = list(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter, strict=True))
         except csv.Error as error:
             raise UserError(f"{where}: malformed CSV: {error}") from None
         if len(rows) != 1 or len(rows[0]) != len(columns):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.data.files import nearest_path
+from ringbpt.data.wire import fields_of
 
 FLAG = "--tokenizer.vocab_file"
 CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
@@ -142,9 +143,14 @@ class SentencePieceTokenizer:
         return np.array(self._processor.encode(text), np.int32)
 
     def encode_places(self, text: str, special: bool) -> Places:
-        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
-        numbers = np.array([(piece.id, piece.begin, piece.end) for piece in pieces], np.int64).reshape(-1, 3)
-        return Places(numbers[:, 0].astype(np.int32), numbers[:, 1], numbers[:, 2])
+        message = self._processor.encode(text, out_type="serialized_proto")
+        pieces = [dict(fields_of(piece)) for field, piece in fields_of(message) if field == 2]
+        # SentencePiece{2: id, 4: first byte, 5: byte after the last}, zeros left out
+        numbers = np.array([[piece.get(key, 0) for key in (2, 4, 5)] for piece in pieces], np.int64).reshape(-1, 3)
+        starts = (np.frombuffer(text.encode("utf-8"), np.uint8) & 0xC0) != 0x80
+        characters_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(starts)])
+        begin, end = characters_before[numbers[:, 1:]].T
+        return Places(numbers[:, 0].astype(np.int32), begin, end)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(token) for token in ids])
