@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 from functools import reduce
@@ -16,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ringbpt.config import Config, DatasetConfig, UserError, to_dict
+from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.evaluation.probe import Probe, make_probe
@@ -62,13 +62,16 @@ def train(config: Config) -> Path:
     train_step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
     eval_step = make_eval_step(model, OBJECTIVES[config.objective])
     probe = make_probe(config, model, tokenizer, run_dir)
-    clock = Clock(config, loader.bytes_per_token)
+    batches = Delivery(
+        lambda step: _put(config, model, loader, data_step + step - start), range(start, config.total_steps)
+    )
+    clock = Clock(config, loader.bytes_per_token, batches.take_waited)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with closing(_start_writing(config, run_dir, start)) as writer, closing(checkpointer):
         if eval_loader and start == 0:
             log(_evaluate(config, model, eval_step, probe, state.params, eval_loader, 0))
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
-        for step, batch in _batches(config, model, loader, range(start, config.total_steps), data_step):
+        for step, batch in batches:
             state, metrics = train_step(state, batch)
             done = step + 1
             if pending is not None and (row := clock.tick(*pending)):
@@ -110,17 +113,6 @@ def _loader(config: Config, dataset: DatasetConfig, tokenizer: Any, flag: str) -
 def _put(config: Config, model: Model, loader: Loader, step: int) -> Batch:
     shape = (loader.batch_size, loader.seq_length)
     return put_batch(lambda a, b: loader.rows(step, a, b), shape, model.mesh, config.llama.sequence_layout)
-
-
-def _batches(config: Config, model: Model, loader: Loader, steps: range, data_step: int) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) for each step; the next batch is made while the devices work on this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        futures = [pool.submit(_put, config, model, loader, data_step)] if steps else []
-        for i, step in enumerate(steps):
-            batch = futures.pop().result()
-            if i + 1 < len(steps):
-                futures.append(pool.submit(_put, config, model, loader, data_step + i + 1))
-            yield step, batch
 
 
 def _evaluate(

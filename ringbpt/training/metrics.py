@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,21 @@ class MetricsWriter:
 
 @dataclasses.dataclass
 class Clock:
-    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded."""
+    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded.
+
+    take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`.
+    """
 
     config: Config
     bytes_per_token: float
+    take_waited: Callable[[], float] = lambda: 0.0
     _since: float | None = None
     _steps: int = 0
     _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
 
     def restart(self) -> None:
         """Forget the steps so far; the next one begins now."""
+        self.take_waited()
         self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
 
     def tick(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
@@ -174,6 +179,7 @@ class Clock:
 
     def _speeds(self, seconds: float) -> dict[str, float]:
         speeds = {"step_seconds": seconds / self._steps, "tokens_per_second": self._counts["tokens"] / seconds}
+        speeds["data_wait"] = self.take_waited() / seconds
         device = hardware.find(jax.devices()[0].device_kind)
         if device is not None:
             flops = 3 * forward_flops(self.config.llama, self._counts["tokens"], self._counts["pairs"])

@@ -163,7 +163,7 @@ def test_the_rows(whole):
     rows = read_rows(whole[0] / "metrics.jsonl")
     measured = {"step", "loss", "accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "param_norm"}
     measured |= {"tokens", "visible_pairs"}
-    speeds = {"tokens_per_second", "step_seconds"}
+    speeds = {"tokens_per_second", "step_seconds", "data_wait"}
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
     assert set(trained[0]) == measured  # the first step is the compile's, and no measure of speed

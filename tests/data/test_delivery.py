@@ -1,0 +1,52 @@
+"""Batches come in order and ahead of time, and what the taker waits is told."""
+
+import threading
+import time
+
+import pytest
+
+from ringbpt.data.delivery import AHEAD, Delivery
+
+
+def test_batches_come_in_order_and_ahead():
+    made, may_go = [], threading.Semaphore(0)
+
+    def make(step):
+        may_go.acquire()
+        made.append(step)
+        return f"batch {step}"
+
+    taker = iter(Delivery(make, range(3, 9)))
+    for _ in range(1 + AHEAD):
+        may_go.release()
+    assert next(taker) == (3, "batch 3")
+    deadline = time.monotonic() + 10
+    while len(made) < 1 + AHEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [3, 4, 5]  # while batch 3 is worked on
+    for _ in range(9):
+        may_go.release()
+    assert list(taker) == [(step, f"batch {step}") for step in range(4, 9)]
+
+
+def test_waiting_is_counted_once():
+    delivery = Delivery(lambda step: time.sleep(0.05), range(3))
+    assert len(list(delivery)) == 3
+    assert delivery.take_waited() >= 0.12 and delivery.take_waited() == 0.0
+    ready = Delivery(lambda step: step, range(3))
+    for _ in ready:
+        time.sleep(0.05)
+    assert ready.take_waited() < 0.05  # the thread's start; the work itself waits for nothing
+
+
+def test_what_fails_is_raised_in_its_turn():
+    def make(step):
+        if step == 1:
+            raise KeyError(step)
+        return step
+
+    got = []
+    with pytest.raises(KeyError):
+        for step, _ in Delivery(make, range(5)):
+            got.append(step)
+    assert got == [0] and list(Delivery(make, range(0))) == []
