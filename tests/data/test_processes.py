@@ -133,7 +133,7 @@ def resume(dataset: DatasetConfig, step: int, pipe) -> None:
     pipe.send((time.perf_counter() - begin, len(loader.lengths), loader.steps_per_epoch, token.tolist()))
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("packing", ["concat", pytest.param("best_fit", marks=pytest.mark.slow)])
 def test_resuming_is_quick_at_step_a_million_of_ten_million_documents(server, tmp_path, packing):
     """The tokens are laid down as tokenising would have left them; then a new process resumes."""
     documents = 10_000_000
