@@ -26,6 +26,8 @@ REMAT_POLICIES = (
     "checkpoint_dots_with_no_batch_dims",
     "save_attention",
 )
+# What only a whole layer can do: its input goes to the host's memory.
+BLOCK_POLICIES = (*REMAT_POLICIES, "offload_inputs")
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": tuple(DTYPES),
     "objective": ("sft",),
@@ -46,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "llama.sequence_parallel": ("ring", "all_gather", "ulysses", "ulysses_ring"),
     "llama.sequence_layout": ("auto", "contiguous", "zigzag", "striped"),
     "llama.rope_scaling_type": ("", "linear", "llama3", "yarn"),
-    "llama.remat_block": REMAT_POLICIES,
+    "llama.remat_block": BLOCK_POLICIES,
     "llama.remat_attention": REMAT_POLICIES,
     "llama.remat_mlp": REMAT_POLICIES,
     "optimizer.type": ("adamw", "palm", "lion", "muon"),

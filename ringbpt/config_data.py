@@ -86,6 +86,12 @@ def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
         raise UserError(
             f"{flag}={seq_length} is not divisible by {why}: {either(flag, nearest_multiples(seq_length, pieces))}"
         )
+    tp = config.mesh_shape[2]
+    if llama.residual_over_tp and seq_length % (sp * tp):
+        raise UserError(
+            f"{flag}={seq_length} is not divisible by sp*tp={sp}*{tp} of --mesh_dim, over which "
+            f"--llama.residual_over_tp splits tokens: {either(flag, nearest_multiples(seq_length, sp * tp))}"
+        )
     if seq_length > llama.max_sequence_length:
         shorter = llama.max_sequence_length // pieces * pieces
         raise UserError(

@@ -205,6 +205,7 @@ class OptimizerConfig:
     type: str = "adamw"  # adamw | palm | lion | muon
     schedule: str = "warmup_cosine"  # warmup_cosine | warmup_linear | wsd (not palm, which has its own)
     wsd_decay_fraction: float = 0.1  # wsd: the last share of lr_decay_steps, in which the rate falls to end_lr
+    offload_state: bool = False  # the optimizer's state in the host's memory, fetched for the update
     accumulate_gradient_steps: int = 1  # the batch is split into this many parts, one after the other
     adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
@@ -267,6 +268,7 @@ class LlamaConfig:
     loss_chunk_size: int = 1024
     scan_layers: bool = True
     param_scan_axis: int = 0
+    residual_over_tp: bool = False  # between layers, tokens split over tp too: what remat saves shrinks by tp
     remat_block: str = ""
     remat_attention: str = ""
     remat_mlp: str = ""

@@ -8,21 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention import MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES
 from ringbpt.config import Config, LlamaConfig, UserError
-from ringbpt.dims import Dims, weight_spec
+from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
 from ringbpt.model.token_stats import make_token_stats
-from ringbpt.model.weights import constrain_activation, embed, ones, project, weight, zeros
+from ringbpt.model.weights import constrain, constrain_activation, embed, ones, project, weight, zeros
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
+LAYER_INPUT = "layer_input"
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "everything_saveable": _policies.everything_saveable,
@@ -33,6 +35,13 @@ REMAT_POLICIES = {
     "checkpoint_dots_with_no_batch_dims": _policies.dots_with_no_batch_dims_saveable,
     # Keeps the ring's result (one more activation a layer), so that the backward never runs the ring again.
     "save_attention": _policies.save_only_these_names(*SAVED_NAMES),
+    # Each layer's input waits in the host's memory: nothing of a layer stays on the device.
+    "offload_inputs": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 # attention_type -> local implementation, where attention_kernel names none; those called ring_* let shares meet over
@@ -196,7 +205,7 @@ class Model:
         rope = self.rope(meta)
         block = self._remat(lambda x, layer: self.block(layer, x, meta, rope)[0], llama.remat_block)
         axis = llama.param_scan_axis
-        state = (x_BTD, Routing.zeros(llama, token_BT.shape) if llama.num_experts else None)
+        state = (self._between_layers(x_BTD), Routing.zeros(llama, token_BT.shape) if llama.num_experts else None)
         if llama.scan_layers:
             layers = jax.tree.map(lambda w: jnp.moveaxis(w, axis, 0), params["layers"])
             state, _ = jax.lax.scan(lambda state, layer: (block(state, layer), None), state, layers)
@@ -234,11 +243,17 @@ class Model:
             attention = self._remat(attention, llama.remat_attention)
             feedforward = self._remat(feedforward, llama.remat_mlp)
         x_BTD, routing = state
+        x_BTD = constrain_activation(checkpoint_name(x_BTD, LAYER_INPUT), mesh, "B T D")
         attended_BTD, keys_values = attention(x_BTD)
         x_BTD = x_BTD + attended_BTD
         fed_BTD, choice = feedforward(x_BTD)
-        x_BTD = constrain_activation(x_BTD + fed_BTD, mesh, "B T D")
+        x_BTD = self._between_layers(x_BTD + fed_BTD)
         return (x_BTD, routing.add(choice) if routing else None), keys_values
+
+    def _between_layers(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream as it is handed from layer to layer, and saved for the backward."""
+        axes = {**ACTIVATION_AXES, "T": ("sp", "tp")} if self.config.llama.residual_over_tp else ACTIVATION_AXES
+        return constrain(x_BTD, self.mesh, spec("B T D", axes))
 
     def _remat(self, function: Callable, policy: str) -> Callable:
         if not policy:

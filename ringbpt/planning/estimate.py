@@ -18,6 +18,8 @@ from ringbpt.types import TokenMeta
 MATMUL_SHARE = (0.75, 0.45)
 KERNEL_SHARE = (0.65, 0.30)
 BLOCKWISE_SHARE = (0.35, 0.08)
+# Policies under which a layer's backward runs its forward again, attention and all.
+NOTHING_SAVED = ("nothing_saveable", "offload_inputs")
 # float32 products take this many times the time of bf16 ones.
 FLOAT32_COST = 6
 # Between hosts with GPUs: what one GPU sends and receives over InfiniBand, 1e9 bytes/s (at best, at worst).
@@ -58,7 +60,7 @@ def step_flops(config: Config) -> Flops:
         again += feedforward * 2 / 3
     if llama.remat_block == "save_attention":
         again += layers
-    elif llama.remat_block == "nothing_saveable":
+    elif llama.remat_block in NOTHING_SAVED:
         again += layers + attention
     return Flops(model=3 * forward, attention=3 * attention, recompute=again)
 
@@ -98,7 +100,7 @@ def estimate(
     devices, uneven = len(machine.devices), balance(config)
     asked = config.llama.attention_kernel
     kernel = (asked == "auto" and config.llama.attention_type.endswith("blockwise")) or asked.startswith("pallas")
-    again_attention = flops.attention / 6 * (3 if config.llama.remat_block == "nothing_saveable" else 1)
+    again_attention = flops.attention / 6 * (3 if config.llama.remat_block in NOTHING_SAVED else 1)
     attention = (flops.attention + again_attention) * uneven / devices / peak
     dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
     attention_share = KERNEL_SHARE if kernel else BLOCKWISE_SHARE

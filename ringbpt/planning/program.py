@@ -3,7 +3,7 @@
 import math
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,25 @@ def compile_program(config: Config, machine: Topology) -> Program:
         "optimizer state": _shard_bytes(state.opt_state) + _shard_bytes(state.step),
         "batch": _shard_bytes(batch),
     }
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
+    if config.optimizer.offload_state and "pinned_host" not in kinds:
+        return _fetched_at_once(_compile(machine, step, state, batch, arguments))
+    return _compile(machine, step, state, batch, arguments)
+
+
+def _fetched_at_once(program: Program) -> Program:
+    """Optimizer state in the host's memory, for a machine (a GPU that is not here) whose arguments cannot be put there.
+
+    At most: in the update, when no activation is left, the device holds the whole state beside the gradients.
+    """
+    state = program.arguments["optimizer state"]
+    temporaries = max(program.temporaries, program.arguments["parameters"] + state)
+    arguments = program.arguments | {"optimizer state": 0}
+    total = sum(arguments.values()) + temporaries
+    return replace(program, arguments=arguments, temporaries=temporaries, total=total, host=program.host + state)
+
+
+def _compile(machine: Topology, step: Any, state: Any, batch: Batch, arguments: dict[str, int]) -> Program:
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:

@@ -10,15 +10,15 @@ from ringbpt.planning.report import Plan, make_plan, size
 from ringbpt.planning.topologies import Topology
 
 SEARCHABLE = ("seq_length", "batch_size", "sp")
-# The search ends when the largest that fits and the smallest that does not are this close.
 CLOSE = 1.04
 MOST_COMPILES = 12
 
 
-def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], None]) -> Plan:
+def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], None], close: float = CLOSE) -> Plan:
     """The plan of the largest seq_length or batch_size, or the smallest sp (fsdp takes the rest), that fits.
 
-    The sequence grows in steps that the mesh, the layout and the chunks divide. Raises UserError where nothing fits.
+    close: the search ends when what fits and what does not are this close. The sequence grows in steps that the mesh,
+    the layout and the chunks divide. Raises UserError where nothing fits.
     """
     if what not in SEARCHABLE:
         raise UserError(
@@ -41,7 +41,7 @@ def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], No
         say(f"{what}={units * unit:,}: {size(made.program.total)} of {size(machine.memory or 0)}, {verdict}")
         return made
 
-    return _largest(plan, first, machine.memory)
+    return _largest(plan, first, machine.memory, close)
 
 
 def _unit(config: Config, what: str) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def _unit(config: Config, what: str) -> tuple[int, int]:
     return sp * chunk, max(1, config.train_dataset.seq_length // (sp * chunk))
 
 
-def _largest(plan: Callable[[int], Plan], first: int, memory: int) -> Plan:
+def _largest(plan: Callable[[int], Plan], first: int, memory: int, close: float) -> Plan:
     """By the straight line through what is known, kept inside the bracket; the best plan that fits."""
     known: dict[int, Plan] = {}
     units = first
@@ -65,10 +65,12 @@ def _largest(plan: Callable[[int], Plan], first: int, memory: int) -> Plan:
         fitting = [n for n, made in known.items() if made.fits]
         failing = [n for n, made in known.items() if not made.fits]
         low, high = max(fitting, default=0), min(failing, default=None)
-        if high is not None and (high - low <= 1 or (low and high / low <= CLOSE)):
+        if high is not None and (high - low <= 1 or (low and high / low <= close)):
             break
         guess = _line(known, memory)
         if high is None:
+            if low and guess <= low * close:
+                break  # what is known fills the memory
             units = min(max(guess, low + 1), low * 8)
         else:
             units = min(max(guess, low + 1), high - 1)

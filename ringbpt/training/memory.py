@@ -37,6 +37,9 @@ KEY_SUMS = 8
 FEEDFORWARD_SUMS = 2
 # [b, chunk, F], compute dtype: gate, up and their product.
 FEEDFORWARD_CHUNKS = 3
+# Layers' inputs that are on the device at once, on their way to the host or back.
+OFFLOADED_LAYERS = 2
+COUNTED_POLICIES = ("nothing_saveable", "save_attention", "offload_inputs")
 # [D, V], float32, in the loss's backward: the gradient's sum over chunks and one chunk's gradient.
 UNEMBEDDING_SUMS = 2
 # [b, t, D], compute dtype, beside the loss: the last layer's output, its norm, the same in chunks, its gradient.
@@ -51,10 +54,10 @@ def account(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     programs that it has no count of.
     """
     llama = config.llama
-    if not (llama.remat_block in ("nothing_saveable", "save_attention") and llama.scan_mlp and llama.scan_layers):
+    if not (llama.remat_block in COUNTED_POLICIES and llama.scan_mlp and llama.scan_layers):
         raise NotImplementedError(
             "the account of memory is of --llama.scan_layers with --llama.scan_mlp and "
-            "--llama.remat_block=nothing_saveable or save_attention"
+            "--llama.remat_block=nothing_saveable, save_attention or offload_inputs"
         )
     if llama.num_experts:
         raise NotImplementedError("the account of memory is of a dense feedforward: --llama.num_experts=0")
@@ -76,7 +79,8 @@ def _stored(config: Config) -> dict[str, int]:
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
     return {
         "params": params,
-        "optimizer": _shard_bytes(state.opt_state),
+        # In the host's memory it is fetched, a part at a time, when the activations are gone.
+        "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
         "gradients": sums + params - _shard_bytes(state.params.get("unembed", ())),
     }
 
@@ -95,7 +99,9 @@ def _sizes(config: Config, rows: int, seq_length: int) -> tuple[int, int, int, i
 def _saved(config: Config, rows: int, seq_length: int) -> int:
     b, t, tp, size = _sizes(config, rows, seq_length)
     d = make_dims(config.llama)
-    saved = b * t * d.D * size
+    saved = b * t * d.D * size // (tp if config.llama.residual_over_tp else 1)
+    if config.llama.remat_block == "offload_inputs":
+        return saved * OFFLOADED_LAYERS
     if config.llama.remat_block == "save_attention":
         saved += b * t * d.N // tp * (d.H * size + 4)  # out, and lse in float32
     return d.L * saved

@@ -1,7 +1,7 @@
 """What a training step carries on: step, params, optimizer state; made on the mesh, sharded from the first byte."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,21 @@ class TrainState:
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Optimizer state that mirrors a param is sharded like it; the rest is on every device."""
+    """Optimizer state that mirrors a param is sharded like it; the rest is on every device. With
+    optimizer.offload_state, what is sharded of it lives in the host's memory.
+    """
     specs = TrainState(
         step=PartitionSpec(),
         params=model.specs,
         opt_state=state_specs(optimizer, model.abstract_params, model.specs),
     )
-    return jax.tree.map(lambda s: NamedSharding(model.mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    shardings = jax.tree.map(lambda s: NamedSharding(model.mesh, s), specs, is_leaf=leaf)
+    if not model.config.optimizer.offload_state:
+        return shardings
+    # Only what is large, and that is what mirrors a matrix.
+    on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host") if any(s.spec) else s, shardings.opt_state)
+    return replace(shardings, opt_state=on_host)
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:

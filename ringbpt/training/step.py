@@ -9,7 +9,7 @@ import optax
 from ringbpt.config import Config
 from ringbpt.model.llama import Model
 from ringbpt.training.state import TrainState, state_shardings
-from ringbpt.types import Batch, Mean, Means, Params, TokenStats
+from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
 
 # So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
 GPU_OPTIONS = {
@@ -86,10 +86,11 @@ def make_train_step(
     A batch without any weight changes nothing but what the optimizer does on a zero gradient.
     """
     gradients = make_gradients(model, objective)
+    shardings = state_shardings(model, optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, means = gradients(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, _on_device(state.opt_state, shardings.opt_state), state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {name: mean.value() for name, mean in means.items() if name not in ("tokens", "pairs")}
         metrics |= {name: means[name].total for name in ("tokens", "pairs")}
@@ -101,8 +102,17 @@ def make_train_step(
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
-    shardings = (state_shardings(model, optimizer), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+
+
+def _on_device(tree: PyTree, shardings: PyTree) -> PyTree:
+    """What lives in the host's memory, brought over."""
+
+    def leaf(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        on_host = sharding.memory_kind == "pinned_host"
+        return jax.device_put(x, sharding.with_memory_kind("device")) if on_host else x
+
+    return jax.tree.map(leaf, tree, shardings)
 
 
 def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:

@@ -1,0 +1,134 @@
+"""docs/context_lengths.md: the longest sequence that fits, by compiling ahead of time, beside what others published.
+
+    python scripts/context_lengths.py [--only=TEXT] [--close=1.1]
+
+Every row that is computed is kept in docs/context_lengths.json, so that a run can be stopped and gone on with; the
+page is written from that file. --only: rows whose name contains the text. --close: how close to the limit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from ringbpt.config import parse_args
+from ringbpt.planning.report import size
+from ringbpt.planning.search import find
+from ringbpt.planning.topologies import topology
+
+DOCS = Path(__file__).parents[1] / "docs"
+K = 1024
+LLAMA8 = (4096, 14336, 32, 32, 8, 128256)
+QWEN7, QWEN14, QWEN72 = (
+    (3584, 18944, 28, 28, 4, 152064),
+    (5120, 13824, 48, 40, 8, 152064),
+    (8192, 29568, 80, 64, 8, 152064),
+)
+FP32, BF16 = (
+    ("--dtype=fp32", "--llama.remat_block=nothing_saveable"),
+    ("--dtype=bf16", "--llama.remat_block=nothing_saveable"),
+)
+OFFLOAD = ("--dtype=bf16", "--llama.remat_block=offload_inputs", "--optimizer.offload_state")
+RING, ALST, LF = "Ring Attention", "ALST", "360-LLaMA-Factory"
+
+# source, their hardware, model (a preset or sizes), their maximum in tokens, topology, mesh, flags.
+ROWS = [
+    (RING, "8 A100-80", "3b", 512 * K, "8xa100-80g", "1,1,1,8", FP32),
+    (RING, "8 A100-80", "7b", 256 * K, "8xa100-80g", "1,1,1,8", FP32),
+    (RING, "8 A100-80", "13b", 128 * K, "8xa100-80g", "1,1,1,8", FP32),
+    (RING, "32 A100-80", "7b", 4096 * K, "4x8xa100-80g", "1,1,1,32", FP32),
+    (RING, "32 A100-80", "13b", 2048 * K, "4x8xa100-80g", "1,1,1,32", FP32),
+    (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", OFFLOAD),
+    (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", OFFLOAD),
+    (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", OFFLOAD),
+    (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", OFFLOAD),
+    (LF, "8 A800", ("Qwen2.5-7B", QWEN7), 210_000, "8xa100-80g", "1,1,1,8", BF16),
+    (LF, "8 A800", ("Qwen2.5-14B", QWEN14), 175_000, "8xa100-80g", "1,1,1,8", BF16),
+    (LF, "32 A800", ("Qwen2.5-72B", QWEN72), 128_000, "4x8xa100-80g", "1,1,1,32", OFFLOAD),
+    (RING, "TPU v3-512", "7b", 2048 * K, "v3-512", "1,1,4,128", FP32),
+    (RING, "TPU v4-1024", "3b", 16384 * K, "v4-1024", "1,1,4,128", FP32),
+    (RING, "TPU v4-1024", "7b", 8192 * K, "v4-1024", "1,1,4,128", FP32),
+    (RING, "TPU v4-1024", "13b", 4096 * K, "v4-1024", "1,1,4,128", FP32),
+    (RING, "TPU v4-1024", "30b", 2048 * K, "v4-1024", "1,1,4,128", FP32),
+    (RING, "TPU v5e-256", "3b", 4096 * K, "v5e-256", "1,1,4,64", FP32),
+    (RING, "TPU v5e-256", "7b", 2048 * K, "v5e-256", "1,1,4,64", FP32),
+]  # fmt: skip
+
+
+def flags_of(model, theirs: int, mesh: str, flags: tuple[str, ...]) -> list[str]:
+    sp = int(mesh.rpartition(",")[2])
+    start = -(-theirs // (sp * K)) * sp * K
+    common = ["--llama.attention_type=ring_blockwise", "--llama.scan_mlp", "--train_dataset.json_dataset.batch_size=1"]
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    if isinstance(model, str):
+        sizes = [f"--load_llama_config={model}"]
+    else:
+        sizes = [f"--llama.{name}={value}" for name, value in zip(names, model[1], strict=True)]
+    lengths = [f"--train_dataset.json_dataset.seq_length={start}", f"--llama.max_sequence_length={start}"]
+    return [*common, *sizes, *lengths, *flags, f"--mesh_dim={mesh}"]
+
+
+def write_page(known: dict) -> None:
+    lines = [
+        "# How long a sequence fits",
+        "",
+        "The longest single sequence of full fine-tuning (AdamW, float32 weights and state) whose train step compiles",
+        "ahead of time within the device's memory, beside what others published for the same model and hardware.",
+        "Theirs were run; ours were compiled, not run. Written by `python scripts/context_lengths.py`, which says how",
+        f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit: the search ended before the last",
+        "token. A GPU's program may use 95 % of its memory.",
+        "",
+        "| source | hardware | model | theirs | ours | of one device | host | mesh | with |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    missing = []
+    for source, hardware, model, theirs, *_, mesh, flags in ROWS:
+        label = model if isinstance(model, str) else model[0]
+        row = known.get(f"{source} {hardware} {label}")
+        if row is None:
+            missing.append(f"{source}: {label} on {hardware} ({theirs:,})")
+        elif "refused" in row:
+            missing.append(f"{source}: {label} on {hardware} ({theirs:,}): {row['refused']}")
+        else:
+            asked = ", ".join(flag.rpartition(".")[2].removeprefix("--").replace("remat_block=", "") for flag in flags)
+            memory = f"{size(row['total'])} of {size(row['limit'])}"
+            host = size(row["host"]) if row["host"] else ""
+            cells = (source, hardware, label, f"{theirs:,}", f"{row['ours']:,}", memory, host, mesh, asked)
+            lines.append(f"| {' | '.join(cells)} |")
+    if missing:
+        lines += ["", "Not compiled yet, or not possible:", "", *(f"- {line}" for line in missing)]
+    (DOCS / "context_lengths.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    own = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
+    file = DOCS / "context_lengths.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    jax.config.update("jax_platforms", "cpu")
+    for source, hardware, model, theirs, machine, mesh, flags in ROWS:
+        name = f"{source} {hardware} {model if isinstance(model, str) else model[0]}"
+        if name in known or own.get("only", "") not in name:
+            continue
+        print(name, flush=True)
+        try:
+            say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
+            tree = parse_args(flags_of(model, theirs, mesh, flags))
+            plan = find(tree, topology(machine), "seq_length", say, float(own.get("close", 1.25)))
+            program, ours = plan.program, plan.config.train_dataset.seq_length
+            known[name] = {"ours": ours, "total": program.total, "limit": plan.machine.memory, "host": program.host}
+        except Exception as error:  # a compiler that gives up is an answer too
+            known[name] = {"refused": " ".join(str(error).split())[:200]}
+        file.write_text(json.dumps(known, indent=1) + "\n")
+        write_page(known)
+
+
+if __name__ == "__main__":
+    main()
