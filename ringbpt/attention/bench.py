@@ -1,0 +1,246 @@
+"""Attention against attention, taking turns in one process: on a machine that others share only ratios can be believed.
+
+scripts/bench_attention.py is the command. A contender is a function of (q_BTNH, k_BTKH, v_BTKH, position_BT,
+segment_BT), in layout order, to out_BTNH.
+"""
+
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ringbpt.attention.api import LOCALS, make_attention
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.layouts import permutation
+from ringbpt.dims import AXES
+from ringbpt.types import TokenMeta
+
+Contender = Callable[..., jax.Array]
+KINDS = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. rival: ringattention, cudnn, or one_device: the ranks of a ring against one device alone."""
+
+    rival: str
+    T: int
+    heads: int
+    kv_heads: int
+    H: int
+    dtype: str
+    local: str
+    strategy: str
+    chunk_size: int
+    rival_chunk_size: tuple[int, ...]
+    devices: int
+    ranks: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """Causal attention over `documents` packed documents of equal length, each query seeing `window` tokens at most.
+
+    layout and skip_hops are ours, as one would choose them: balanced where everybody sees far, neighbours side by side
+    where nobody does.
+    """
+
+    name: str
+    documents: int = 1
+    window: int | None = None
+    layout: str = "contiguous"
+    skip_hops: bool = True
+
+    @property
+    def mask(self) -> MaskSpec:
+        return MaskSpec(causal=True, window=self.window)
+
+
+CASES = (
+    Case("dense causal", layout="zigzag", skip_hops=False),
+    Case("8 documents", documents=8),
+    Case("window 512", window=512),
+)
+
+
+def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[jax.Array, ...]:
+    """(q, k, v, position, segment), the numbers random; sharded over sp, in layout order."""
+    s = settings
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (s.heads, s.kv_heads, s.kv_heads)
+    tensors = [jax.random.normal(key, (1, s.T, n, s.H), s.dtype) for key, n in zip(keys, heads, strict=True)]
+    place_BT = np.arange(s.T, dtype=np.int32)[None]
+    length = s.T // case.documents
+    order = permutation(layout, s.T, s.ranks if s.rival == "one_device" else mesh.shape["sp"])
+    metas = [x[:, order] for x in (place_BT % length, 1 + place_BT // length)]
+    sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
+    return tuple(jax.device_put(x, sharding) for x in (*tensors, *metas))
+
+
+def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
+    """The package `ringattention`, its blockwise JAX. It knows no windows: there it does the dense causal case."""
+    import jax.lib
+
+    if not hasattr(jax.lib, "xla_bridge"):  # gone from jax; the package asks it for the platform, and no more
+        bridge = types.ModuleType("jax.lib.xla_bridge")
+        bridge.get_backend = lambda: jax.local_devices()[0].client  # type: ignore[attr-defined]
+        sys.modules["jax.lib.xla_bridge"] = jax.lib.xla_bridge = bridge  # type: ignore[attr-defined]
+    from ringattention import ringattention as attend
+
+    blocks = {
+        "causal_block_size": 1,
+        "deterministic": True,
+        "dropout_rng": None,
+        "attn_pdrop": 0.0,
+        "query_chunk_size": chunk_size,
+        "key_chunk_size": chunk_size,
+        "dtype": jnp.float32,
+        "policy": jax.checkpoint_policies.nothing_saveable,
+        "precision": None,
+        "prevent_cse": False,
+    }
+
+    def share(q, k, v, segment):
+        options = {"axis_name": "sp", "float32_logits": False, "cache_idx": None, "blockwise_kwargs": blocks}
+        return attend(q, k, v, None, segment if case.documents > 1 else None, **options)
+
+    split, whole = PartitionSpec(None, "sp"), PartitionSpec()
+    shares = jax.shard_map(share, mesh=mesh, in_specs=(split,) * 3 + (whole,), out_specs=split, check_vma=False)
+    return lambda q, k, v, position, segment: shares(q, k, v, segment)
+
+
+def cudnn(case: Case) -> Contender:
+    """cuDNN's attention on one GPU; documents of equal length are rows of a batch, which is the best that it can do."""
+
+    def attend(q, k, v, position, segment):
+        rows = [x.reshape(-1, x.shape[1] // case.documents, *x.shape[2:]) for x in (q, k, v)]
+        window = None if case.window is None else (case.window - 1, 0)
+        out = jax.nn.dot_product_attention(*rows, is_causal=True, local_window_size=window, implementation="cudnn")
+        return out.reshape(q.shape)
+
+    return attend
+
+
+def program(contender: Contender, kind: str) -> Callable:
+    def total(q, k, v, position, segment):
+        return jnp.sum(contender(q, k, v, position, segment).astype(jnp.float32) ** 2)
+
+    return contender if kind == "forward" else jax.grad(total, (0, 1, 2))
+
+
+def ring_rank(settings: Settings, case: Case, ranks: int, kind: str) -> Callable:
+    """What one rank of a ring computes, on one device: hop by hop, without the transfers. Takes the rank last.
+
+    One device alone is a ring of one rank.
+    """
+    local = LOCALS[settings.local](jax.devices()[0], settings.chunk_size, settings.chunk_size)
+
+    def attend(q, k, v, position, segment, rank):
+        everybody = jax.tree.map(
+            lambda x: x.reshape(1, ranks, -1, *x.shape[2:]), (q, k, v, TokenMeta(position, segment))
+        )
+        of = lambda r: jax.tree.map(lambda x: jnp.take(x, r % ranks, axis=1), everybody)  # noqa: E731
+        q_own, _, _, own = of(rank)
+        part = None
+        for hop in range(ranks):
+            _, *kv, meta = of(rank - hop)
+            part = local.attend(q_own, *kv, own, meta, case.mask, part)
+        assert part is not None
+        if kind == "forward":
+            return part.out_BTNH
+        grads = []
+        for hop in range(ranks):
+            _, *kv, meta = of(rank - hop)
+            grads.append(local.attend_bwd(q_own, *kv, part.out_BTNH, part.lse_BTN, q_own, own, meta, case.mask))
+        return sum(dq for dq, _, _ in grads), [(dk, dv) for _, dk, dv in grads]
+
+    return attend
+
+
+def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Callable, tuple]]:
+    """{contender: (its program, what it is given)}, ours first."""
+    s = settings
+    alone = s.rival != "ringattention"
+    shape = (1, 1, 1, 1 if alone else s.devices)
+    devices = jax.devices()[: shape[-1]]
+    mesh = jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    laid_out, in_order = (inputs(s, case, mesh, layout) for layout in (case.layout, "contiguous"))
+
+    def build(function: Callable, arrays: tuple, *more: Any) -> tuple[Callable, tuple]:
+        return jax.jit(function).lower(*arrays, *more).compile(), (*arrays, *more)
+
+    if s.rival == "one_device":
+        ring = build(ring_rank(s, case, s.ranks, kind), laid_out, 0)[0]
+        ranks = {f"rank {r} of {s.ranks}": (ring, (*laid_out, r)) for r in range(s.ranks)}
+        return ranks | {"one device": build(ring_rank(s, case, 1, kind), in_order, 0)}
+    sizes: dict[str, Any] = {"query_chunk_size": s.chunk_size, "key_chunk_size": s.chunk_size}
+    own = make_attention(mesh, strategy=s.strategy, local=s.local, mask=case.mask, skip_hops=case.skip_hops, **sizes)
+    contenders = {}
+    if s.rival == "cudnn":
+        contenders["cudnn"] = cudnn(case)
+    else:
+        contenders |= {f"ringattention, blocks {n}": ringattention(case, mesh, n) for n in s.rival_chunk_size}
+    first = {f"ringbpt, blocks {s.chunk_size}": build(program(own, kind), laid_out)}
+    return first | {name: build(program(contender, kind), in_order) for name, contender in contenders.items()}
+
+
+def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """A row for each case, kind and contender: median seconds, every run, temporary bytes of a device.
+
+    'ratio': a rival's seconds over ours. Of one_device: one device's seconds over the sum that so many ranks would
+    take at this rank's pace, the share of the ideal that is left before any transfer.
+    """
+    rows = []
+    for case in CASES:
+        for kind in KINDS:
+            programs = compiled(settings, case, kind)
+            times: dict[str, list[float]] = {name: [] for name in programs}
+            for turn in range(settings.repeats + 1):
+                for name, (call, arguments) in programs.items():
+                    start = time.perf_counter()
+                    jax.block_until_ready(call(*arguments))
+                    if turn:  # the first one warms up
+                        times[name].append(time.perf_counter() - start)
+            seconds = {name: statistics.median(runs) for name, runs in times.items()}
+            for name, (call, _) in programs.items():
+                temp_bytes = call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
+                if settings.rival == "one_device":
+                    ratio = seconds["one device"] / seconds[name] / (settings.ranks if "rank" in name else 1)
+                else:
+                    ratio = seconds[name] / seconds[next(iter(seconds))]
+                rows.append(
+                    {"case": case.name, "kind": kind, "contender": name, "seconds": seconds[name], "ratio": ratio}
+                    | {"temp_bytes": temp_bytes, "all": times[name]}
+                )
+                say(f"{case.name:12} {kind:17} {name:26} {seconds[name]:9.4f} s {ratio:6.2f} x"
+                    f" {temp_bytes / 2**20:8.1f} MiB")  # fmt: skip
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """The ratios as bars, a group for each case and kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys((row["case"], row["kind"]) for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for i, name in enumerate(names):
+        ratios = [
+            next(r["ratio"] for r in rows if (r["case"], r["kind"], r["contender"]) == (*g, name)) for g in groups
+        ]
+        bars = axes.bar(np.arange(len(groups)) + i * 0.8 / len(names), ratios, 0.8 / len(names), label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+    axes.set_xticks(np.arange(len(groups)) + 0.4, ["\n".join(group) for group in groups], fontsize=7)
+    axes.set_ylabel("ratio of seconds")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,40 @@
+"""The simulated ring computes what the ring does, and a measurement is written down whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringbpt.attention import bench
+from ringbpt.attention.layouts import permutation
+from ringbpt.attention.local import reference
+from ringbpt.mesh import make_mesh
+from ringbpt.types import TokenMeta
+
+SETTINGS = bench.Settings(
+    rival="one_device", T=64, heads=2, kv_heads=1, H=8, dtype="float32", local="blockwise", strategy="ring",
+    chunk_size=16, rival_chunk_size=(), devices=8, ranks=2, repeats=1,
+)  # fmt: skip
+CASE = bench.Case("documents", documents=4, layout="zigzag")
+
+
+def test_the_ranks_together_are_the_whole():
+    arrays = bench.inputs(SETTINGS, CASE, make_mesh((1, 1, 1, 1), devices=jax.devices()[:1]), "zigzag")
+    rank = jax.jit(bench.ring_rank(SETTINGS, CASE, 2, "forward"))
+    got = jnp.concatenate([rank(*arrays, r) for r in range(2)], axis=1)
+    q, k, v, position, segment = arrays
+    meta = TokenMeta(position, segment)
+    np.testing.assert_allclose(got, reference.attend(q, k, v, meta, meta, CASE.mask).out_BTNH, atol=1e-5)
+    assert (np.asarray(position)[0] == (permutation("zigzag", 64, 2) % 16)).all()
+
+
+def test_a_table_a_row_for_each_and_a_plot(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "CASES", (CASE,))
+    lines = []
+    rows = bench.run(SETTINGS, say=lines.append)
+    assert [(row["kind"], row["contender"]) for row in rows] == [
+        (kind, name) for kind in bench.KINDS for name in ("rank 0 of 2", "rank 1 of 2", "one device")
+    ]
+    assert len(lines) == len(rows) and all(row["temp_bytes"] > 0 and len(row["all"]) == 1 for row in rows)
+    assert rows[2]["ratio"] == 1 and rows[0]["ratio"] == rows[2]["seconds"] / rows[0]["seconds"] / 2
+    bench.plot(rows, str(tmp_path / "ratios.png"))
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
