@@ -524,7 +524,7 @@ HELP: dict[str, dict[str, str]] = {
         "llama.attention_type": "standard, blockwise, ring_standard, ring_blockwise (ring_* for sp > 1)",
         "llama.attention_kernel": "auto (the fastest), or one of reference, blockwise, pallas_tpu, ...",
         "llama.max_sequence_length": "the longest sequence the model takes",
-        "llama.sequence_parallel": "how shares meet over sp: ring, all_gather, ulysses, ulysses_ring",
+        "llama.sequence_parallel": "how shares meet over sp: auto, ring, all_gather, ulysses, ulysses_ring",
         "llama.sequence_layout": "how a sequence is dealt out over sp: auto, contiguous, zigzag, striped",
         "llama.scan_query_chunk_size": "the most queries of a block; also scan_key_chunk_size",
         "llama.scan_mlp": "feedforward in chunks of llama.scan_mlp_chunk_size",

@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         "pallas_hopper_interpreted",
         "cudnn",
     ),
-    "llama.sequence_parallel": ("ring", "all_gather", "ulysses", "ulysses_ring"),
+    "llama.sequence_parallel": ("auto", "ring", "all_gather", "ulysses", "ulysses_ring"),
     "llama.sequence_layout": ("auto", "contiguous", "zigzag", "striped"),
     "llama.rope_scaling_type": ("", "linear", "llama3", "yarn"),
     "llama.remat_block": BLOCK_POLICIES,
@@ -448,6 +448,11 @@ def check_sequence_parallel(config: Config) -> None:
             f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={llama.sequence_parallel}: ulysses_ring, "
             f"and only that, needs a divisor of sp={sp}: --llama.sequence_parallel=ulysses_ring and "
             f"{either('--llama.ulysses_degree', nearest_divisors(sp, degree or sp))}"
+        )
+    if llama.ring_bidirectional and llama.sequence_parallel in ("all_gather", "ulysses"):
+        raise UserError(
+            f"--llama.ring_bidirectional is for a ring, not for --llama.sequence_parallel={llama.sequence_parallel}: "
+            "use --llama.sequence_parallel=ring, or leave it out"
         )
     dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(llama.sequence_parallel, 1)
     if heads % dealt or (kv_heads % dealt and dealt % kv_heads):

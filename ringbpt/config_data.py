@@ -99,6 +99,11 @@ def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
             f"use --llama.max_sequence_length={seq_length}" + (f" or {flag}={shorter}" if shorter else "")
         )
     local = seq_length // sp
+    if llama.ring_bidirectional and local % 2:
+        raise UserError(
+            f"--llama.ring_bidirectional halves the {local} tokens of a device ({flag}={seq_length} over sp={sp}): "
+            f"{either(flag, nearest_multiples(seq_length, 2 * sp))}, or leave it out"
+        )
     chunks = {"loss_chunk_size": llama.loss_chunk_size}
     if llama.scan_mlp:
         chunks["scan_mlp_chunk_size"] = llama.scan_mlp_chunk_size

@@ -257,9 +257,11 @@ class LlamaConfig:
     attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
     attention_kernel: str = "auto"  # what computes a device's share; auto: the fastest (of standard: reference)
     sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
-    sequence_parallel: str = "ring"  # how shares meet over sp: ring | all_gather | ulysses | ulysses_ring
+    sequence_parallel: str = "ring"  # how shares meet over sp: auto | ring | all_gather | ulysses | ulysses_ring
     heads_k_stride: int | None = None  # all_gather: kv heads gathered at a time; None: all
     ulysses_degree: int | None = None  # ulysses_ring: devices that trade heads; sp / ulysses_degree form the ring
+    ring_bidirectional: bool = False  # half of the keys travel each way round
+    ring_skip_hops: bool = False  # keys travel only as far as somebody sees any (short documents, contiguous layout)
     scan_attention: bool = False
     scan_query_chunk_size: int | None = None  # the most tokens of a block; None: as the kernel's table says
     scan_key_chunk_size: int | None = None

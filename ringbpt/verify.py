@@ -45,6 +45,7 @@ class Variant:
     sp: int = 1
     layout: str = "contiguous"
     strategy: str = "none"
+    ring: str = "whole"  # or "skipping" hops, or "two ways"
     local: str = "standard"
     kernel: str = "auto"
     packing: str = "as given"  # or "alone": each document in a row of its own
@@ -64,6 +65,8 @@ class Variant:
             sequence_parallel=self.strategy if ring else "ring",
             ulysses_degree=2 if self.strategy == "ulysses_ring" else None,
             heads_k_stride=None,
+            ring_bidirectional=self.ring == "two ways",
+            ring_skip_hops=self.ring == "skipping",
             scan_layers=self.layers == "scanned",
             scan_mlp=self.feedforward == "blockwise",
             remat_block=self.remat,
@@ -87,6 +90,7 @@ def given_variant(config: Config) -> Variant:
         *config.mesh_shape,
         layout=llama.sequence_layout,
         strategy=llama.sequence_parallel if ring else "none",
+        ring="two ways" if llama.ring_bidirectional else "skipping" if llama.ring_skip_hops else "whole",
         local=llama.attention_type.removeprefix("ring_"),
         kernel=llama.attention_kernel,
         accumulate=config.optimizer.accumulate_gradient_steps,
@@ -107,6 +111,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
     choices: dict[str, tuple[Any, ...]] = {
         "layout": ("contiguous", "zigzag", "striped"),
         "strategy": ("ring", "all_gather", "ulysses", "ulysses_ring"),
+        "ring": ("skipping", "two ways"),
         "local": ("standard", "blockwise"),
         "kernel": FASTEST.get(jax.default_backend(), ()),  # on a CPU, those that are asked for
         "packing": ("alone",),
@@ -128,6 +133,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
                 replace(given, dp=mesh[0], fsdp=mesh[1], tp=mesh[2], sp=mesh[3], layout=layout, strategy=strategy)
             )
     wanted += [replace(v, strategy=s) for v in wanted[-1:] for s in ("all_gather", "ulysses")]
+    wanted.append(replace(given, layout="contiguous", ring="skipping"))  # where short documents leave hops out
     return [variant for variant in dict.fromkeys(wanted) if _fits(variant, config)]
 
 

@@ -9,6 +9,8 @@ from ringbpt.config import FLAG_TYPES, UserError, parse_mesh_dim
 from ringbpt.training.optimizer import make_optimizer
 from tests.test_config import DEBUG, EVAL_SEQ, SEQ, configured, refusal
 
+WHOLE = ["--llama.loss_chunk_size=1024", "--llama.scan_mlp_chunk_size=1024"]  # chunks that fit any length
+
 # --- the mesh ---
 
 
@@ -100,6 +102,16 @@ PAIRS = [
         ["--mesh_dim=1,2,2,2", "--llama.sequence_parallel=all_gather", "--llama.heads_k_stride=3"],
         ["2 key/value heads"],
         ["--llama.heads_k_stride=2"],
+    ),
+    (
+        ["--mesh_dim=1,2,2,2", "--llama.sequence_parallel=all_gather", "--llama.ring_bidirectional"],
+        ["not for --llama.sequence_parallel=all_gather"],
+        ["--llama.sequence_parallel=ring"],
+    ),
+    (
+        [f"{SEQ}=1000", "--llama.ring_bidirectional", "--llama.sequence_layout=contiguous", *WHOLE],
+        ["125 tokens of a device"],
+        [f"{SEQ}=992", f"{SEQ}=1008"],
     ),
     (["--mesh_dim=2,2,1,2", f"{BATCH}=6"], ["dp*fsdp=2*2"], [f"{BATCH}=4", f"{BATCH}=8"]),
     (["--mesh_dim=2,2,1,2", f"{EVAL_BATCH}=6"], ["dp*fsdp=2*2"], [f"{EVAL_BATCH}=4", f"{EVAL_BATCH}=8"]),

@@ -46,7 +46,7 @@ def test_nothing_parts(config):
 
 
 def test_a_hop_that_never_arrives(config, monkeypatch):
-    monkeypatch.setattr(ring, "_send", lambda x, axis, size: x)
+    monkeypatch.setattr(ring, "_send", lambda x, axis, size, step=1: x)
     report = run(config)
     assert [row["ok"] for row in report["rows"]] == [False, True, True, False]
     assert report["parting"] == ["sp, strategy: 2 ring"]

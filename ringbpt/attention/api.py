@@ -1,6 +1,7 @@
 """The one way into attention, for our model and for anybody's: global arrays in, global arrays out."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -9,8 +10,9 @@ from typing import Any
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from ringbpt.attention.choose import Load, choose, machine
 from ringbpt.attention.core import Local, MaskSpec
 from ringbpt.attention.local import block_sizes, blockwise, cudnn, pallas_hopper, pallas_tpu, pallas_triton, reference
 from ringbpt.attention.parallel import all_gather, ring, ulysses
@@ -90,7 +92,7 @@ def _make_local(name: str, device: jax.Device, query_chunk_size: int | None, key
     return LOCALS[name](device, query_chunk_size, key_chunk_size)
 
 
-STRATEGIES = ("none", "ring", "all_gather", "ulysses", "ulysses_ring")
+STRATEGIES = ("none", "ring", "all_gather", "ulysses", "ulysses_ring", "auto")
 
 
 def _over(strategy: ModuleType, local: Local, axis: str, **options: Any) -> Local:
@@ -102,20 +104,25 @@ def _over(strategy: ModuleType, local: Local, axis: str, **options: Any) -> Loca
 
 
 def _make_strategy(
-    mesh: Mesh, strategy: str, local: Local, heads_k_stride: int | None, ulysses_degree: int | None
-) -> tuple[Local, Mesh, dict[str, Axes]]:
-    """The share of a device over sp, and the mesh and the axis table for it: ulysses_ring splits sp in two."""
+    mesh: Mesh,
+    strategy: str,
+    local: Local,
+    heads_k_stride: int | None,
+    ulysses_degree: int | None,
+    bidirectional: bool,
+) -> tuple[Callable[[ring.Hops], Local], Mesh, dict[str, Axes]]:
+    """hops -> the share of a device over sp; and the mesh and the axis table for it: ulysses_ring splits sp in two."""
     sp, axes = mesh.shape["sp"], ACTIVATION_AXES
     if strategy == "none":
         if sp > 1:
             raise NotImplementedError(f"strategy 'none' attends within one device; sp={sp} needs 'ring'")
-        return local, mesh, axes
+        return (lambda hops: local), mesh, axes
     if strategy == "ring":
-        return _over(ring, local, "sp"), mesh, axes
+        return (lambda hops: _over(ring, local, "sp", hops=hops, bidirectional=bidirectional)), mesh, axes
     if strategy == "all_gather":
-        return _over(all_gather, local, "sp", heads_k_stride=heads_k_stride), mesh, axes
+        return (lambda hops: _over(all_gather, local, "sp", heads_k_stride=heads_k_stride)), mesh, axes
     if strategy == "ulysses":
-        return _over(ulysses, local, "sp"), mesh, axes
+        return (lambda hops: _over(ulysses, local, "sp")), mesh, axes
     if ulysses_degree is None or sp % ulysses_degree:
         divisors = ", ".join(str(d) for d in range(1, sp + 1) if sp % d == 0)
         raise ValueError(f"ulysses_ring needs a ulysses_degree that divides sp={sp}: one of {divisors}")
@@ -123,7 +130,32 @@ def _make_strategy(
     names = ("dp", "fsdp", "tp", "ring", "ulysses")
     # The same devices in the same order: arrays sharded over sp are sharded over both of its halves as they are.
     split = Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
-    return _over(ulysses, _over(ring, local, "ring"), "ulysses"), split, {**axes, "T": ("ring", "ulysses")}
+
+    def share(hops: ring.Hops) -> Local:
+        return _over(ulysses, _over(ring, local, "ring", hops=hops, bidirectional=bidirectional), "ulysses")
+
+    return share, split, {**axes, "T": ("ring", "ulysses")}
+
+
+def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip_hops: bool):
+    """Chooses when it sees the shapes, once for each, and says so."""
+
+    @cache
+    def chosen(shape_BTNH: tuple[int, ...], kv_heads: int, itemsize: int):
+        B, T, N, H = shape_BTNH
+        dp, fsdp, tp, sp = (mesh.shape[axis] for axis in ("dp", "fsdp", "tp", "sp"))
+        load = Load(sp, max(1, B // (dp * fsdp)), T // sp, N // tp, kv_heads // tp, H, itemsize)
+        choice = choose(load, machine(mesh))
+        _log_once(f"attention over sp: {choice.strategy}; {choice.why}")
+        if "ring" in choice.strategy:
+            options.update(bidirectional=bidirectional, skip_hops=skip_hops)
+        return make_attention(mesh, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, **options)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
+        attention = chosen(q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
+        return attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
+
+    return attend
 
 
 def make_attention(
@@ -136,6 +168,8 @@ def make_attention(
     key_chunk_size: int | None = None,
     heads_k_stride: int | None = None,
     ulysses_degree: int | None = None,
+    bidirectional: bool = False,
+    skip_hops: bool = False,
 ):
     """attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT) -> out_BTNH, in q's dtype.
 
@@ -145,7 +179,11 @@ def make_attention(
     no key gives 0.
 
     strategy: how shares meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
-    `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1.
+    `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1;
+    `auto`: the quickest of them for the shapes, by the cost model of choose.py, said in a line of output.
+
+    Of rings: bidirectional sends half of the keys each way; skip_hops ends the journey of the keys where nobody further
+    on sees any of them (a window, packed documents), which depends on the batch: see ring.needed_hops.
 
     local: what a device computes its share with, one of LOCALS, in blocks of at most query_chunk_size queries and
     key_chunk_size keys; None: as the implementation thinks best. `auto`: the fastest that does what is asked on
@@ -159,26 +197,37 @@ def make_attention(
         raise NotImplementedError(
             f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
         )
+    if bidirectional and "ring" not in strategy and strategy != "auto":
+        raise NotImplementedError(f"bidirectional belongs to rings, not to {strategy!r}: use ring")
+    if strategy == "auto":
+        sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
+        return _make_chooser(mesh, {"local": local, "mask": mask, **sizes}, bidirectional, skip_hops)
     blocks = _make_local(local, mesh.devices.flat[0], query_chunk_size, key_chunk_size)
-    share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree)
+    make_share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree, bidirectional)
+    ring_size = math.prod(mesh.shape[axis] for axis in ("sp", "ring") if axis in mesh.shape and "ring" in strategy)
     q_spec, kv_spec, row_spec, meta_spec = (spec(dims, axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
 
     def on_shards(function, in_specs, out_specs):
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def forward(q, k, v, position, segment):
+    def needed(positions, segments) -> ring.Hops:
+        if not skip_hops or ring_size == 1:
+            return None
+        return ring.needed_hops(TokenMeta(positions, segments), mask, ring_size, bidirectional)
+
+    def forward(q, k, v, position, segment, hops):
         meta = TokenMeta(position, segment)
         with jax.named_scope(SCOPE):
-            part = share.attend(q, k, v, meta, meta, mask)
+            part = make_share(hops).attend(q, k, v, meta, meta, mask)
         return part.out_BTNH.astype(q.dtype), part.lse_BTN
 
-    def backward(q, k, v, position, segment, out, lse, d_out):
+    def backward(q, k, v, position, segment, hops, out, lse, d_out):
         meta = TokenMeta(position, segment)
         with jax.named_scope(SCOPE):
-            grads = share.attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
+            grads = make_share(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
 
-    inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec)
+    inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec, PartitionSpec())
     forward_shards = on_shards(forward, inputs, (q_spec, row_spec))
     backward_shards = on_shards(backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
 
@@ -189,15 +238,17 @@ def make_attention(
     def attend_fwd(q, k, v, positions, segments):
         # What depends on positions alone is the same in every layer: untied from q it would be computed ahead of
         # the scan over layers, for all hops, and stored.
+        # The number of hops may well be: it is one number.
+        hops = needed(positions, segments)
         q, positions, segments = lax.optimization_barrier((q, positions, segments))
-        out, lse = forward_shards(q, k, v, positions, segments)
+        out, lse = forward_shards(q, k, v, positions, segments, hops)
         out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES, strict=True))
-        return out, (q, k, v, positions, segments, out, lse)
+        return out, (q, k, v, positions, segments, hops, out, lse)
 
     def attend_bwd(residuals, d_out):
-        q, k, v, positions, segments, out, lse = residuals
+        q, k, v, positions, segments, hops, out, lse = residuals
         q, positions, segments = lax.optimization_barrier((q, positions, segments))
-        return (*backward_shards(q, k, v, positions, segments, out, lse, d_out), None, None)
+        return (*backward_shards(q, k, v, positions, segments, hops, out, lse, d_out), None, None)
 
     attend.defvjp(attend_fwd, attend_bwd)
     return attend

@@ -1,7 +1,7 @@
 """What every attention shares: who sees whom, a partial result, and how two partial results become one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -67,32 +67,43 @@ def visible(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> Bool[Array
 
 
 _BEYOND = 2**31 - 1
+Bounds = tuple[Array, Array]  # least and greatest
 
 
 @dataclass(frozen=True)
 class _Range:
-    """Per row and block: least and greatest position and segment; padding is in no segment's range."""
+    """Bounds of what is in each block of each row, [B, blocks]; padding is in nobody's.
 
-    position_min: Array  # each [B, blocks]
-    position_max: Array
-    segment_min: Array
-    segment_max: Array
+    lowest and highest: of the positions in the block's first and last segment alone.
+    """
+
+    segment: Bounds
+    position: Bounds
+    lowest: Bounds
+    highest: Bounds
     padded: Array
 
-    def map(self, function: Callable[[Array], Array]) -> "_Range":
-        return _Range(*(function(getattr(self, field.name)) for field in fields(self)))
 
-
-def _ranges(meta: TokenMeta, size: int) -> _Range:
+def _ranges(meta: TokenMeta, size: int, axis: int) -> _Range:
+    """With one more dim at `axis`, for the blocks on the other side."""
     position, segment = (x.reshape(x.shape[0], -1, size) for x in (meta.position_BT, meta.segment_BT))
+    xp = position.__array_namespace__()
     real = segment != 0
-    xp = real.__array_namespace__()
+
+    def bounds(values: Array, of: Array) -> Bounds:
+        return xp.min(xp.where(of, values, _BEYOND), axis=-1), xp.max(xp.where(of, values, -1), axis=-1)
+
+    def widen(pair: Bounds) -> Bounds:
+        return xp.expand_dims(pair[0], axis), xp.expand_dims(pair[1], axis)
+
+    segments = bounds(segment, real)
+    lowest, highest = (bounds(position, real & (segment == bound[..., None])) for bound in segments)
     return _Range(
-        position_min=xp.min(xp.where(real, position, _BEYOND), axis=-1),
-        position_max=xp.max(xp.where(real, position, -1), axis=-1),
-        segment_min=xp.min(xp.where(real, segment, _BEYOND), axis=-1),
-        segment_max=xp.max(segment, axis=-1),
-        padded=~xp.all(real, axis=-1),
+        segment=widen(segments),
+        position=widen(bounds(position, real)),
+        lowest=widen(lowest),
+        highest=widen(highest),
+        padded=xp.expand_dims(~xp.all(real, axis=-1), axis),
     )
 
 
@@ -104,19 +115,31 @@ def row_visibility(
     `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
     lengths here. Of jax arrays on the device, of numpy arrays on the host: one rule for what is done and counted.
     """
-    q = _ranges(q_meta, query_chunk_size).map(lambda x: x[:, :, None])
-    k = _ranges(kv_meta, key_chunk_size).map(lambda x: x[:, None, :])
-    some = (k.segment_min <= q.segment_max) & (q.segment_min <= k.segment_max)
-    every = (q.segment_min == k.segment_max) & (q.segment_max == k.segment_min) & ~q.padded & ~k.padded
+    q, k = _ranges(q_meta, query_chunk_size, axis=2), _ranges(kv_meta, key_chunk_size, axis=1)
+    xp = q.padded.__array_namespace__()
+    # Blocks of one text share one segment at most, the last of the one and the first of the other: where documents
+    # meet inside a block, only the positions of the shared one count.
+    first, last = xp.maximum(q.segment[0], k.segment[0]), xp.minimum(q.segment[1], k.segment[1])
+
+    def positions(side: _Range) -> Bounds:
+        shared = [
+            xp.where(side.segment[0] == last, low, xp.where(side.segment[1] == first, high, either))
+            for low, high, either in zip(side.lowest, side.highest, side.position, strict=True)
+        ]
+        return shared[0], shared[1]
+
+    (q_min, q_max), (k_min, k_max) = positions(q), positions(k)
+    some = first <= last
+    every = (q.segment[0] == k.segment[1]) & (q.segment[1] == k.segment[0]) & ~q.padded & ~k.padded
     if mask.causal:
-        some &= k.position_min <= q.position_max
-        every &= k.position_max <= q.position_min
+        some &= k_min <= q_max
+        every &= k_max <= q_min
     if mask.window is not None:
-        some &= q.position_min - k.position_max < mask.window
-        every &= q.position_max - k.position_min < mask.window
+        some &= q_min - k_max < mask.window
+        every &= q_max - k_min < mask.window
         if not mask.causal:
-            some &= k.position_min - q.position_max < mask.window
-            every &= k.position_max - q.position_min < mask.window
+            some &= k_min - q_max < mask.window
+            every &= k_max - q_min < mask.window
     return some, every
 
 
@@ -143,4 +166,5 @@ def gather_meta(meta: TokenMeta, axis: str) -> TokenMeta:
 
 def row_delta(out_BTNH: jax.Array, d_out_BTNH: jax.Array) -> Float[Array, "B T N"]:
     """sum_H out * d_out, the term every score's gradient subtracts. Ref: FlashAttention-2, arXiv:2307.08691, eq. 4."""
-    return jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1)
+    wide = jnp.promote_types(out_BTNH.dtype, jnp.float32)
+    return jnp.sum(out_BTNH.astype(wide) * d_out_BTNH.astype(wide), axis=-1)

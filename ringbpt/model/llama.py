@@ -282,6 +282,8 @@ class Model:
             key_chunk_size=llama.scan_key_chunk_size,
             heads_k_stride=llama.heads_k_stride,
             ulysses_degree=llama.ulysses_degree,
+            bidirectional=llama.ring_bidirectional,
+            skip_hops=llama.ring_skip_hops,
         )
 
     @cached_property

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge
+from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge, visible
 from ringbpt.attention.local import blockwise, reference
 from ringbpt.types import TokenMeta
 from tests.attention import suite
@@ -103,6 +103,17 @@ def test_blocks_nobody_sees_are_not_visited():
     assert visited(one, MaskSpec(window=8)) == 2 * blocks - 1
     assert visited(four, MaskSpec()) == 4 * 3  # four documents of two blocks: three each
     assert visited(np.zeros_like(one), MaskSpec()) == 0
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(False), MaskSpec(window=7), MaskSpec(False, 9)], ids=str)
+def test_in_one_text_no_block_is_visited_in_vain(mask):
+    """Documents that end inside blocks: a block is visited if, and only if, it holds a visible pair."""
+    for seed in range(20):
+        meta = packed_meta(np.random.default_rng(seed), 1, 128, 1 + seed % 7, padding=seed)
+        some, every = block_visibility(meta, meta, mask, 8, 16)
+        seen = np.asarray(visible(meta, meta, mask)).reshape(16, 8, 8, 16)
+        assert (some == seen.any((1, 3))).all()
+        assert (every <= seen.all((1, 3))).all()
 
 
 @settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes

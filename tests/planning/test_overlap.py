@@ -64,7 +64,23 @@ def test_every_hop_hides_behind_attention_on_eight(name):
     check(program(name, length=1024), 8)
 
 
-def waiting_forward(local, axis, q, k, v, q_meta, kv_meta, mask):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-8", "v5e-4"])
+def test_half_of_the_keys_each_way_hide_too(name):
+    """On TPUs; a GPU's compiler leaves one of the two ways exposed."""
+    hops = ring_hops(program(name, bidirectional=True))
+    assert len(hops) == 12 and not exposed(hops), exposed(hops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e-4", "4xh200"])
+def test_where_hops_are_skipped_only_the_way_home_is_exposed(name):
+    hops = ring_hops(program(name, skip_hops=True))
+    assert {hop.backward for hop in hops} == {False, True}
+    assert len(exposed(hops)) == 2, exposed(hops)  # onward, or back: one of the two
+
+
+def waiting_forward(local, axis, q, k, v, q_meta, kv_meta, mask, hops=None, bidirectional=False):
     """A ring that sends its keys only when it has computed with them."""
     size, meta_at = lax.axis_size(axis), ring._all_metas(kv_meta, axis)
 

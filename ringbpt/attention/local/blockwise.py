@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, row_delta, visible
+from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge, row_delta, visible
 from ringbpt.types import TokenMeta
 
 
@@ -23,9 +23,11 @@ def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
     return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
 
 
-def _visits(some: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each row of a bool matrix: the columns that are true, first, and how many they are."""
-    return jnp.argsort(~some, axis=1, stable=True).astype(jnp.int32), jnp.sum(some, axis=1, dtype=jnp.int32)
+def _visits(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For each row of blocks: the columns in order of visit, and up to where they need no mask, and up to where one."""
+    order = jnp.argsort(jnp.where(every, 0, jnp.where(some, 1, 2)), axis=1, stable=True)
+    full, visible_ = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (every, some))
+    return order.astype(jnp.int32), full, visible_
 
 
 def _pad(array: jax.Array, size: int) -> jax.Array:
@@ -60,10 +62,14 @@ def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _scores_BKGTS(q_BKGTH, k_BSKH, q_meta, kv_meta, mask: MaskSpec, unmasked: jax.Array) -> jax.Array:
-    scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH) * q_BKGTH.shape[-1] ** -0.5
-    seen_BTS = unmasked | visible(q_meta, kv_meta, mask)
-    return jnp.where(seen_BTS[:, None, None], scores, -jnp.inf)
+def _scores_BKGTS(q_BKGTH, k_BSKH, q_meta, kv_meta, mask: MaskSpec | None) -> jax.Array:
+    """Of a block, in float32; mask None: all of it is visible."""
+    scale = q_BKGTH.shape[-1] ** -0.5
+    if q_BKGTH.dtype == jnp.float32:  # a pass over the block less
+        scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH * scale, k_BSKH)
+    else:
+        scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH) * scale
+    return scores if mask is None else jnp.where(visible(q_meta, kv_meta, mask)[:, None, None], scores, -jnp.inf)
 
 
 def attend(
@@ -74,22 +80,19 @@ def attend(
     length, heads = q.shape[1], k.shape[2]
     size_T, size_S = min(query_chunk_size, length), min(key_chunk_size, k.shape[1])
     carry = Partial.empty(q.shape) if carry is None else carry
-    q, out, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry.out_BTNH, q_meta))
-    lse = _pad(carry.lse_BTN, size_T)
+    q, carry, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry, q_meta))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
-    some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
-    visits, counts = _visits(some)
+    visits, full, visible_ = _visits(*block_visibility(q_meta, kv_meta, mask, size_T, size_S))
 
-    def query_block(i, out_lse):
+    def query_block(i, carry):
         q_BKGTH = _group(_slice(q, i, size_T), heads)
         q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
-        out_BKGTH, lse_BKGT = (_group(_slice(x, i, size_T), heads) for x in out_lse)
 
-        def key_block(step, state):
+        def key_block(mask, step, state):
             out_BKGTH, max_BKGT, sum_BKGT = state
             j = visits[i, step]
             k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
-            scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask, every[i, j])
+            scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask)
             new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
             finite_BKGT = jnp.where(new_max_BKGT == -jnp.inf, 0.0, new_max_BKGT)
             p_BKGTS = jnp.exp(scores - finite_BKGT[..., None])
@@ -97,17 +100,21 @@ def attend(
             out_BKGTH = out_BKGTH * decay_BKGT[..., None] + _dot("BKGTS,BSKH->BKGTH", p_BKGTS.astype(v.dtype), v_j)
             return out_BKGTH, new_max_BKGT, sum_BKGT * decay_BKGT + jnp.sum(p_BKGTS, axis=-1)
 
-        empty_BKGT = lse_BKGT == -jnp.inf
-        state = (out_BKGTH, lse_BKGT, jnp.where(empty_BKGT, 0.0, 1.0))
-        out_BKGTH, max_BKGT, sum_BKGT = lax.fori_loop(0, counts[i], key_block, state)
+        # The carry is merged at the end: to begin with its lse as the maximum would leave no p that is exactly 1.
+        none = Partial.empty(q_BKGTH.shape)
+        state = (none.out_BTNH, none.lse_BTN, jnp.zeros(none.lse_BTN.shape, jnp.float32))
+        state = lax.fori_loop(0, full[i], partial(key_block, None), state)
+        out_BKGTH, max_BKGT, sum_BKGT = lax.fori_loop(full[i], visible_[i], partial(key_block, mask), state)
         empty_BKGT = sum_BKGT == 0
         out_BKGTH = out_BKGTH / jnp.where(empty_BKGT, 1.0, sum_BKGT)[..., None]
         lse_BKGT = jnp.where(empty_BKGT, -jnp.inf, max_BKGT + jnp.log(jnp.where(empty_BKGT, 1.0, sum_BKGT)))
-        blocks = (_ungroup(out_BKGTH), _ungroup(lse_BKGT))
-        return tuple(_update(whole, part, i, size_T) for whole, part in zip(out_lse, blocks, strict=True))
+        block = merge(
+            jax.tree.map(lambda x: _slice(x, i, size_T), carry), Partial(_ungroup(out_BKGTH), _ungroup(lse_BKGT))
+        )
+        return jax.tree.map(lambda whole, part: _update(whole, part, i, size_T), carry, block)
 
-    out, lse = lax.fori_loop(0, q.shape[1] // size_T, query_block, (out, lse))
-    return Partial(out[:, :length], lse[:, :length])
+    carry = lax.fori_loop(0, q.shape[1] // size_T, query_block, carry)
+    return jax.tree.map(lambda x: x[:, :length], carry)
 
 
 def attend_bwd(
@@ -126,18 +133,18 @@ def attend_bwd(
     )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
     some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
-    visits, counts = _visits(some.T)
+    visits, full, visible_ = _visits(some.T, every.T)
 
     def key_block(j, grads):
         dq, dk, dv = grads
         k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
 
-        def query_block(step, state):
+        def query_block(mask, step, state):
             dq, dk_j, dv_j = state
             i = visits[j, step]
             q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
-            scores = _scores_BKGTS(q_i, k_j, q_meta_i, kv_meta_j, mask, every[i, j])
+            scores = _scores_BKGTS(q_i, k_j, q_meta_i, kv_meta_j, mask)
             p_BKGTS = jnp.exp(scores - lse_i[..., None])
             dp_BKGTS = _dot("BKGTH,BSKH->BKGTS", d_out_i, v_j)
             ds_BKGTS = (p_BKGTS * (dp_BKGTS - delta_i[..., None]) * scale).astype(q.dtype)
@@ -147,7 +154,8 @@ def attend_bwd(
             return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_j, dv_j
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
-        dq, dk_j, dv_j = lax.fori_loop(0, counts[j], query_block, (dq, zeros, zeros))
+        state = lax.fori_loop(0, full[j], partial(query_block, None), (dq, zeros, zeros))
+        dq, dk_j, dv_j = lax.fori_loop(full[j], visible_[j], partial(query_block, mask), state)
         return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))

@@ -1,26 +1,58 @@
-"""Ring Attention: queries stay, keys and values travel once round the sp axis and hide behind the computation.
+"""Ring Attention: queries stay, keys and values travel round the sp axis and hide behind the computation.
 
-Everything here runs inside shard_map on one device's share. n devices need n - 1 hops. K and V travel in ONE
-array, in the compute dtype; the gradients of K and V travel behind them in float32.
+Everything here runs inside shard_map on one device's share. n devices need n - 1 hops, and fewer where documents or a
+window leave nothing to see on devices further apart. K and V travel in ONE array, in the compute dtype; the gradients
+of K and V travel behind them in float32. A bidirectional ring sends the first half of a device's keys one way and the
+second half the other: links that carry both ways at once need half the time for a hop.
 Ref: Ring Attention, arXiv:2310.01889.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial
+from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility
 from ringbpt.types import TokenMeta
 
+Hops: TypeAlias = Any  # how far the keys travel: an int32 scalar, or None for all the way
+Streams = tuple[tuple[int, slice], ...]  # which way (+1: to the next device), and which of a device's keys go there
+ONE_WAY: Streams = ((1, slice(None)),)
 
-def _send(x: jax.Array, axis: str, size: int) -> jax.Array:
-    """To the next device of the ring; what arrives is the previous one's."""
-    return lax.ppermute(x, axis, [(i, (i + 1) % size) for i in range(size)])
+
+def _streams(bidirectional: bool, tokens: int) -> Streams:
+    if not bidirectional:
+        return ONE_WAY
+    if tokens % 2:
+        raise ValueError(f"a bidirectional ring halves a device's {tokens} keys: {tokens - 1} or {tokens + 1} would do")
+    return ((1, slice(tokens // 2)), (-1, slice(tokens // 2, None)))
 
 
-def _all_metas(meta: TokenMeta, axis: str) -> Callable[[jax.Array | int], TokenMeta]:
+def needed_hops(meta: TokenMeta, mask: MaskSpec, size: int, bidirectional: bool = False) -> jax.Array:
+    """int32: how far round a ring of `size` the keys must travel to have met all queries that see any of them.
+
+    Outside shard_map, of the whole batch in layout order: one number for all devices, of all rings of the mesh, so
+    that none waits for a transfer that another one skips. In the contiguous layout it is ceil((window - 1) / tokens
+    of a device) for a window, and for packed documents the device boundaries that the longest one spans.
+    """
+    tokens = meta.position_BT.shape[1] // size
+    parts = 2 - tokens % 2  # half of a device's tokens may come from elsewhere in the text (zigzag)
+    some, _ = block_visibility(meta, meta, mask, tokens // parts, tokens // parts)
+    seen = some.reshape(size, parts, size, parts).any(axis=1)  # [query device, key device, part of the keys]
+    distance = (np.arange(size)[:, None] - np.arange(size)[None]) % size
+    ways = [(step * distance % size, keys) for step, keys in _streams(bidirectional, parts)]
+    return jnp.max(jnp.stack([jnp.max(jnp.where(seen[:, :, keys].any(axis=-1), far, 0)) for far, keys in ways]))
+
+
+def _send(x: jax.Array, axis: str, size: int, step: int = 1) -> jax.Array:
+    """To the next device of the ring; what arrives is the previous one's. step=-1: the other way round."""
+    return lax.ppermute(x, axis, [(i, (i + step) % size) for i in range(size)])
+
+
+def _all_metas(meta: TokenMeta, axis: str, streams: Streams = ONE_WAY) -> Callable[[jax.Array | int], TokenMeta]:
     """hop -> the places of the keys that this device holds at that hop.
 
     Gathered once, eight bytes a token, and not sent along: so each hop is one transfer, which schedulers overlap.
@@ -29,68 +61,126 @@ def _all_metas(meta: TokenMeta, axis: str) -> Callable[[jax.Array | int], TokenM
     device, size = lax.axis_index(axis), lax.axis_size(axis)
 
     def at(hop: jax.Array | int) -> TokenMeta:
-        source = (device - hop) % size
-        return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, source, keepdims=False), everybody)
+        def held(x):
+            sources = [((device - step * hop) % size, keys) for step, keys in streams]
+            parts = [lax.dynamic_index_in_dim(x, source, keepdims=False)[:, keys] for source, keys in sources]
+            return jnp.concatenate(parts, axis=1)
+
+        return jax.tree.map(held, everybody)
 
     return at
 
 
-def forward(local: Local, axis: str, q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> Partial:
-    """Attention of this device's queries over the keys of every device of the ring."""
-    size, meta_at = lax.axis_size(axis), _all_metas(kv_meta, axis)
+def _split(kv: jax.Array, streams: Streams) -> list[jax.Array]:
+    """K and V, or their gradients, [2, B, S, K, H], into what goes each way; _join is its inverse."""
+    return [kv[:, :, keys] for _, keys in streams]
 
-    def hop(state, i):
-        part, kv = state
-        next_kv = _send(kv, axis, size)  # issued first: it hides behind the computation
-        return (local.attend(q, kv[0], kv[1], q_meta, meta_at(i), mask, part), next_kv), None
 
-    (part, kv), _ = lax.scan(hop, (Partial.empty(q.shape), jnp.stack([k, v])), jnp.arange(size - 1))
-    return local.attend(q, kv[0], kv[1], q_meta, meta_at(size - 1), mask, part)
+def _join(kvs: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(kvs, axis=2)
+
+
+def forward(
+    local: Local, axis: str, q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
+    hops: Hops = None, bidirectional: bool = False,
+) -> Partial:  # fmt: skip
+    """Attention of this device's queries over the keys of every device of the ring that is `hops` away or nearer."""
+    size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
+    meta_at = _all_metas(kv_meta, axis, streams)
+    hops = size - 1 if hops is None else hops
+
+    def attend(part, kvs, i):
+        kv = _join(kvs)
+        return local.attend(q, kv[0], kv[1], q_meta, meta_at(i), mask, part)
+
+    def hop(i, state):
+        part, kvs = state
+        # Issued first: it hides behind the computation.
+        next_kvs = [_send(kv, axis, size, step) for (step, _), kv in zip(streams, kvs, strict=True)]
+        return attend(part, kvs, i), next_kvs
+
+    state = (Partial.empty(q.shape), _split(jnp.stack([k, v]), streams))
+    part, kvs = lax.fori_loop(0, hops, hop, state)
+    return attend(part, kvs, hops)
 
 
 def backward(
-    local: Local, axis: str, q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    local: Local, axis: str, q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
+    hops: Hops = None, bidirectional: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients towards this device's q, k and v (float32), from the global out and lse.
 
-    The sum of dK and dV for a device's keys is handed on with the keys, one hop behind: while hop i computes,
-    the sum of hop i - 1 is on its way. It comes home after n - 1 hops. So that the first sending of K and V and
-    the homecoming hide behind computation too, the device's own keys are done in two halves: the first half of
-    its queries before the ring starts, the second while its sum comes home. 2 (n - 1) transfers, none exposed.
+    The sum of dK and dV for a device's keys is handed on with the keys, one hop behind: while hop i computes, the sum
+    of hop i - 1 is on its way. So that the first sending of K and V and the sum's homecoming hide behind computation
+    too, the device's own keys are done in two halves: the first half of its queries before the ring starts, the second
+    while the sum comes home. None is exposed. n - 1 transfers of K and V cannot be fewer; dK and dV go once all the
+    way round, n, the first with the own half only: kept back it would save one, and cost a second loop body.
     """
-    size, meta_at = lax.axis_size(axis), _all_metas(kv_meta, axis)
+    size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
+    meta_at = _all_metas(kv_meta, axis, streams)
     half = q.shape[1] // 2
     rows = (q, out, lse, d_out, q_meta)
-    first, second = (jax.tree.map(lambda x, part=part: x[:, part], rows) for part in (slice(half), slice(half, None)))
 
-    def grads(rows, kv, hop):
+    def grads(rows, kv, i):
+        """dq of these rows, and dK and dV."""
         q, out, lse, d_out, q_meta = rows
-        dq, dk, dv = local.attend_bwd(q, kv[0], kv[1], out, lse, d_out, q_meta, meta_at(hop), mask)
-        return dq, jnp.stack([dk, dv])
+        dq, dk, dv = local.attend_bwd(q, kv[0], kv[1], out, lse, d_out, q_meta, meta_at(i), mask)
+        return dq, _split(jnp.stack([dk, dv]), streams)
 
-    own = jnp.stack([k, v])
+    def send(arrays, way=1):
+        return [_send(x, axis, size, way * step) for (step, _), x in zip(streams, arrays, strict=True)]
+
+    def alone():
+        return grads(rows, (k, v), 0)
+
+    def round_trip():
+        last = size - 1 if hops is None else hops
+        first, second = (jax.tree.map(lambda x, p=p: x[:, p], rows) for p in (slice(half), slice(half, None)))
+        kvs = send(_split(jnp.stack([k, v]), streams))
+        if half:
+            dq_first, d_kvs = grads(first, (k, v), 0)
+        else:
+            dq_first, d_kvs = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
+        dq = jnp.concatenate([dq_first, jnp.zeros(second[0].shape, jnp.float32)], axis=1)
+
+        def hop(i, state):
+            dq, d_kvs, kvs = state
+            next_kvs, arrived = send(kvs), send(d_kvs)
+            dq_hop, d_hop = grads(rows, _join(kvs), i)
+            return dq + dq_hop, _add(arrived, d_hop), next_kvs
+
+        dq, d_kvs, kvs = lax.fori_loop(1, last, hop, (dq, d_kvs, kvs))
+        arrived = send(d_kvs)
+        dq_hop, d_hop = grads(rows, _join(kvs), last)
+
+        # The rest of the own keys is for hiding the homecoming: not before.
+        d_kvs, second = lax.optimization_barrier((_add(arrived, d_hop), second))
+        home = _homecoming(d_kvs, send, size, hops)
+        dq_second, d_second = grads(second, (k, v), 0)
+        return (dq + dq_hop).at[:, half:].add(dq_second), _add(home, d_second)
+
     if size == 1:
-        dq, d_kv = grads(rows, own, 0)
-        return dq, d_kv[0], d_kv[1]
+        dq, d_kvs = alone()
+    elif hops is None:
+        dq, d_kvs = round_trip()
+    else:
+        dq, d_kvs = lax.cond(hops > 0, round_trip, alone)
+    dk, dv = _join(d_kvs)
+    return dq, dk, dv
 
-    kv = _send(own, axis, size)
-    dq_first, d_own = grads(first, own, 0) if half else (q[:, :0].astype(jnp.float32), 0.0)
-    dq = jnp.concatenate([dq_first, jnp.zeros(second[0].shape, jnp.float32)], axis=1)
 
-    def hop(state, i):
-        dq, d_kv, kv = state
-        next_kv, arrived = _send(kv, axis, size), _send(d_kv, axis, size)
-        dq_hop, d_kv_hop = grads(rows, kv, i)
-        return (dq + dq_hop, arrived + d_kv_hop, next_kv), None
+def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
+    return [x + y for x, y in zip(a, b, strict=True)]
 
-    # The sum that hop 1 receives is nobody's yet: zeros, sent so that all hops are one loop body.
-    state = (dq, jnp.zeros(own.shape, jnp.float32), kv)
-    (dq, d_kv, kv), _ = lax.scan(hop, state, jnp.arange(1, size - 1))
-    arrived = _send(d_kv, axis, size) if size > 2 else d_kv
-    dq_hop, d_kv_hop = grads(rows, kv, size - 1)
 
-    home = _send(arrived + d_kv_hop, axis, size)
-    dq_second, d_own_second = grads(second, own, 0)
-    dq = (dq + dq_hop).at[:, half:].add(dq_second)
-    d_kv = home + d_own + d_own_second
-    return dq, d_kv[0], d_kv[1]
+def _homecoming(d_kvs: list[jax.Array], send: Callable, size: int, hops: Hops) -> list[jax.Array]:
+    """The sums of dK and dV, `hops` devices away from where their keys belong, on to there: one step for a whole ring.
+
+    Where hops were skipped it is not known ahead how far that is: step by step, by the shorter way.
+    """
+    if hops is None:
+        return send(d_kvs)
+    onward = jnp.where(2 * hops > size, size - hops, 0)
+    back = jnp.where(2 * hops > size, 0, hops)
+    d_kvs = lax.fori_loop(0, onward, lambda _, x: send(x), d_kvs)
+    return lax.fori_loop(0, back, lambda _, x: send(x, way=-1), d_kvs)
