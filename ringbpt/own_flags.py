@@ -48,3 +48,10 @@ def own_help(doc: str, flags: dict[str, Flag]) -> str:
         shown = f"  --{name}" if default in ("", None, [], False) else f"  --{name}={default}"
         lines.append(f"{shown:<40} {line}")
     return "\n".join([*lines, ""])
+
+
+def split_flags(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, Any], list[str]]:
+    """(every flag's value, the words that are none of `flags`), for an entry that takes a training run's flags too."""
+    mine = [word for word in argv if word.removeprefix("--").partition("=")[0] in flags]
+    joined = [word if "=" in word or flags[word[2:]].kind is bool else f"{word}=" for word in mine]
+    return read_own_flags(joined, flags), [word for word in argv if word not in mine]

@@ -257,7 +257,10 @@ def _copy(name: str, chunks: Iterator[bytes], target: Path, kind: str, corrupt: 
 
 # --- packages that few need ---
 
-EXTRAS = {"zstandard": "data", "pyarrow": "data", "datasets": "data", "tensorflow_datasets": "tfds", "jinja2": "hf"}
+EXTRAS = {"pyarrow": "data", "zstandard": "data", "datasets": "data", "tensorflow_datasets": "tfds"} | {
+    "jinja2": "hf",
+    "tokenizers": "hf",
+}
 
 
 def optional(name: str, where: str) -> Any:

@@ -17,7 +17,7 @@ from ringbpt.config import DatasetConfig, UserError
 from ringbpt.config_data import bad_lines_allowed
 from ringbpt.data.catalogue import Part, make_source, parts_of
 from ringbpt.data.files import cached, digest_of
-from ringbpt.data.packing import Arrays, Plan, Store, interleave, make_plan, mix
+from ringbpt.data.packing import Arrays, Plan, Row, Store, interleave, make_plan, mix
 from ringbpt.data.rows import open_rows
 from ringbpt.data.shapes import detect
 from ringbpt.data.sources import Source
@@ -44,7 +44,8 @@ class Loader:
     / ln 2 / bytes_per_token is bits per byte; inf where special tokens alone take loss. tokens_in: of the documents
     as often as an epoch has them; tokens_used, tokens_dropped (by reason) of the first epoch add up to it.
     utilisation: the share of the places of its batches that hold a token. fingerprint: of the batches, whatever the
-    step. lengths: tokens of each document, int64.
+    step. lengths: tokens of each document, int64. epoch_rows: with those that fill no batch; packing_dropped: what
+    stands in none of them. summary: see TokenStore.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Loader:
         self.tokens_in = self.tokens_used + sum(self.tokens_dropped.values())
         self.utilisation = self.tokens_used / (rows * self.seq_length)
         self.lengths = np.diff(data.offset)
+        self.epoch_rows, self.packing_dropped, self.summary = plan.rows, plan.dropped, data.summary
         self._data, self._plan, self._dataset = data, plan, dataset
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._bos_token_id = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
@@ -72,7 +74,7 @@ class Loader:
         shape = (stop - start, self.seq_length)
         arrays = [np.empty(shape, np.float32 if name == "weight" else np.int32) for name in COLUMNS]
         for place, row in enumerate(range(start, stop)):
-            values = self._plan.row(epoch, index * self.batch_size + row, self._data.token, self._data.mask)
+            values = self.row(epoch, index * self.batch_size + row)
             for array, value in zip(arrays, values, strict=True):
                 array[place] = value
         if self._data.summary["max_token"] < 0 and stop > start:  # not known before
@@ -80,6 +82,10 @@ class Loader:
         if self._bos_token_id is not None:
             arrays[0][:, :1] = self._bos_token_id
         return Batch(*arrays)
+
+    def row(self, epoch: int, row: int) -> Row:
+        """Row `row` of an epoch, of epoch_rows."""
+        return self._plan.row(epoch, row, self._data.token, self._data.mask)
 
     def digest(self, steps: int) -> str:
         """sha256 of the first `steps` global batches: every column's bytes, little-endian, batch by batch."""

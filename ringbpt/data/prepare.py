@@ -1,0 +1,175 @@
+"""A data set tokenised and packed ahead of training: rows on disk with a manifest, by many processes, restartable."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
+from ringbpt.data.files import digest_of
+from ringbpt.data.loader import Loader, make_loader
+from ringbpt.data.rows import FORMAT, write_rows
+from ringbpt.data.tokenizers import make_tokenizer
+from ringbpt.data.tokens import COUNTED, write_last
+
+FILE_BYTES = 1 << 28  # of a file of rows, before compression
+BYTES_A_TOKEN = 20
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker process must know to write a file of rows."""
+
+    dataset: DatasetConfig
+    tokenizer: TokenizerConfig
+    seed: int
+    vocab_size: int
+    folder: Path
+    rows_per_file: int
+    files: int
+    flag: str = "train_dataset"
+
+    def loader(self) -> Loader:
+        tokenizer = make_tokenizer(self.tokenizer)
+        return make_loader(self.dataset, tokenizer, seed=self.seed, vocab_size=self.vocab_size, flag=self.flag)
+
+
+def prepare(
+    dataset: DatasetConfig,
+    tokenizer: TokenizerConfig,
+    folder: Path,
+    *,
+    seed: int,
+    vocab_size: int,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Writes the rows of an epoch into `folder`; returns the manifest, which is written last.
+
+    A killed run goes on with the files that are complete. Raises UserError for a folder that holds other rows.
+    """
+    begin = time.monotonic()
+    order = Order(dataset, tokenizer, seed, vocab_size, folder, 0, 0)
+    loader = order.loader()
+    say(loader.describe())
+    rows_per_file = max(1, FILE_BYTES // (BYTES_A_TOKEN * loader.seq_length))
+    files = -(-loader.epoch_rows // rows_per_file)
+    order = Order(dataset, tokenizer, seed, vocab_size, folder, rows_per_file, files)
+    _claim(folder, digest_of([loader.fingerprint, str(rows_per_file)]))
+    todo = [number for number in range(files) if not _part(folder, number).exists()]
+    if len(todo) < files:
+        say(f"{files - len(todo)} of {files} files are there from an earlier run")
+    done = 0
+    for number, rows in _each(order, todo, processes):
+        done += rows * loader.seq_length
+        seconds = time.monotonic() - begin
+        left = seconds / (todo.index(number) + 1) * (len(todo) - todo.index(number) - 1)
+        say(f"file {number + 1} of {files}: {done / seconds:,.0f} tokens/s, {left:.0f} s left")
+    parts = [json.loads(_part(folder, number).read_text()) for number in range(files)]
+    for name, values in (("row_tokens", [t for part in parts for t in part["tokens"]]), ("lengths", loader.lengths)):
+        np.save(folder / f"{name}.npy", np.asarray(values, np.int64))
+    manifest = {
+        "format": FORMAT,
+        "seq_length": loader.seq_length,
+        "rows": loader.epoch_rows,
+        "packing": dataset.packing,
+        "seed": seed,
+        "shuffle": dataset.shuffle,
+        "tokenizer": make_tokenizer(tokenizer).fingerprint(),
+        **{name: loader.summary[name] for name in (*COUNTED, "max_token")},
+        "dropped": loader.packing_dropped,
+        "shards": [{key: part[key] for key in ("file", "rows", "bytes", "sha256")} for part in parts],
+    }
+    write_last(folder / "manifest.json", json.dumps(manifest, indent=1))
+    seconds = time.monotonic() - begin
+    say(f"{loader.epoch_rows:,} rows in {files} files: {seconds:.1f} s, {loader.tokens_in / seconds:,.0f} tokens/s")
+    return manifest
+
+
+def _claim(folder: Path, key: str) -> None:
+    """Makes the folder, or checks that what is in it was begun with the same data and flags."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = folder / "begun.json"
+        if not claim.exists():
+            if any(folder.iterdir()):
+                raise UserError(f"--output={str(folder)!r} is not empty: give a new folder")
+            write_last(claim, json.dumps({"key": key}))
+        if json.loads(claim.read_text())["key"] != key:
+            raise UserError(f"--output={str(folder)!r} holds rows of other data or flags: give a new folder")
+    except OSError as error:
+        raise UserError(f"--output={str(folder)!r}: {error.strerror}; give a folder with room", code=4) from None
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"rows-{number:05d}.json"
+
+
+def _each(order: Order, todo: list[int], processes: int) -> Iterator[tuple[int, int]]:
+    """Writes the files of `todo`; (its number, rows) of each, in order."""
+    processes = min(processes, len(todo), os.cpu_count() or 1)
+    if processes <= 1:
+        loader = order.loader() if todo else None
+        for number in todo:
+            yield number, _write(order, loader, number)
+        return
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(order,),
+    ) as pool:
+        yield from zip(todo, pool.map(_write_in_worker, todo), strict=True)
+
+
+_worker: tuple[Order, Loader] | None = None
+
+
+def _start_worker(order: Order) -> None:
+    global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
+    _worker = order, order.loader()
+
+
+def _write_in_worker(number: int) -> int:
+    assert _worker is not None
+    return _write(*_worker, number)
+
+
+def _write(order: Order, loader: Loader | None, number: int) -> int:
+    assert loader is not None
+    first = number * order.rows_per_file
+    count = min(order.rows_per_file, loader.epoch_rows - first)
+    path = order.folder / f"rows-{number:05d}.array_record"
+    rows = islice(map(partial(loader.row, 0), range(first, first + count)), count)
+    tokens, digest = write_rows(path, rows)
+    part = {"file": path.name, "rows": count, "bytes": path.stat().st_size, "sha256": digest, "tokens": tokens}
+    write_last(_part(order.folder, number), json.dumps(part))
+    return count
+
+
+def write_jsonl(source: Any, path: Path, say: Callable[[str], None] = print) -> int:
+    """Writes a source's examples as JSON lines, complete or not at all; returns how many. Prints the throughput."""
+    begin, size = time.monotonic(), 0
+    partial_path = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial_path, "w", encoding="utf-8") as out:
+            for index in range(len(source)):
+                size += out.write(json.dumps(source[index], ensure_ascii=False) + "\n")
+        os.replace(partial_path, path)
+    except OSError as error:
+        raise UserError(f"--output={str(path)!r}: {error.strerror}; give a folder with room", code=4) from None
+    finally:
+        partial_path.unlink(missing_ok=True)
+    seconds = time.monotonic() - begin
+    say(f"{path}: {len(source):,} examples, {size / 1e6 / seconds:.1f} MB/s")
+    return len(source)

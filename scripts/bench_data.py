@@ -1,0 +1,29 @@
+"""How fast data come: bytes and tokens a second of each format and of the cache, and what a second worker gives.
+
+python scripts/bench_data.py [--megabytes=64] [--tokenizer=bytes] [--folder=DIR]
+"""
+
+import sys
+
+from ringbpt.config import run_main
+from ringbpt.own_flags import Flag, read_own_flags
+
+FLAGS = {
+    "megabytes": Flag(int, 64, "of text, which is made here"),
+    "tokenizer": Flag(str, "bytes", "as --tokenizer.vocab_file; 'train' trains a SentencePiece model on the text"),
+    "folder": Flag(str, "", "where the text and the caches are made; empty: a temporary one"),
+}
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    from ringbpt.data.bench import bench
+
+    bench(**read_own_flags(argv, FLAGS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,54 @@
+"""Any data, tokenised and packed ahead of training: rows with a manifest, by many processes, restartable.
+
+python scripts/prepare_data.py --output=DIR <flags of ringbpt.train for the tokenizer and train_dataset>
+python scripts/prepare_data.py --output=owt.jsonl --openwebtext          # the text itself, from the Hugging Face hub
+
+Training then reads it by --train_dataset.type=tokens --train_dataset.files_dataset.path=DIR.
+"""
+
+import sys
+from pathlib import Path
+
+from ringbpt.config import DatasetConfig, UserError, parse, parse_args, run_main
+from ringbpt.config_fields import HuggingfaceDatasetConfig
+from ringbpt.own_flags import Flag, split_flags
+
+FLAGS = {
+    "output": Flag(str, "", "a new folder for packed rows; or a .jsonl file, for the examples as they are"),
+    "processes": Flag(int, 1, "worker processes that write rows"),
+    "openwebtext": Flag(bool, False, "OpenWebText of the hub, whatever train_dataset says"),
+}
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    own, rest = split_flags(argv, FLAGS)
+    if not own["output"]:
+        raise UserError("--output is empty: give a new folder, or a .jsonl file")
+    output = Path(own["output"]).expanduser()
+    from ringbpt.data.catalogue import make_source, parts_of
+    from ringbpt.data.loader import cache_folder
+    from ringbpt.data.prepare import prepare, write_jsonl
+
+    hub = HuggingfaceDatasetConfig(path="Skylion007/openwebtext", name="")
+    if own["openwebtext"]:
+        rest += ["--train_dataset.type=huggingface", f"--train_dataset.huggingface_dataset.path={hub.path}"]
+        rest += ["--train_dataset.huggingface_dataset.name="]
+    if output.suffix == ".jsonl":
+        tree = parse_args(rest)
+        dataset = DatasetConfig(type="huggingface", huggingface_dataset=hub)
+        if not own["openwebtext"]:
+            dataset = parse(tree, 1).train_dataset
+        for part in parts_of(dataset, "train_dataset"):
+            write_jsonl(make_source(dataset, part, cache_folder(dataset), "train_dataset"), output)
+        return 0
+    config = parse(parse_args(rest), 1)
+    settings = {"seed": config.seed, "vocab_size": config.llama.vocab_size, "processes": own["processes"]}
+    prepare(config.train_dataset, config.tokenizer, output, **settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
