@@ -1,0 +1,157 @@
+"""Batches as one HTML page without anything outside of it: tokens coloured by what takes loss, document and shard."""
+
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ringbpt.data.loader import Loader
+from ringbpt.data.packing import Row
+from ringbpt.data.tokenizers import Tokenizer
+
+BINS = 24
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --ink: CanvasText; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink); }
+h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+.note { color: GrayText; font-size: .85rem; margin: .2rem 0; }
+.row { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem; margin: .3rem 0; }
+.row b { font-weight: normal; border-radius: 2px; padding: 1px 0; box-shadow: inset -1px 0 var(--line); }
+.row b.first { border-left: 3px solid var(--ink); margin-left: 3px; padding-left: 2px; }
+.row b.pad { opacity: .35; }
+nav { position: sticky; top: 0; background: Canvas; padding: .6rem 0; display: flex; gap: .5rem; flex-wrap: wrap;
+  align-items: center; border-bottom: 1px solid var(--line); z-index: 1; }
+nav label { border: 1px solid var(--line); border-radius: 999px; padding: .1rem .8rem; cursor: pointer; }
+nav input { position: absolute; opacity: 0; } nav label:has(:checked) { background: CanvasText; color: Canvas; }
+nav label:has(:focus-visible) { outline: 2px solid Highlight; outline-offset: 2px; }
+.pictures { display: flex; gap: 2rem; flex-wrap: wrap; margin-top: .8rem; }
+svg text { font-size: 11px; fill: var(--ink); }
+.targets b[data-t]::after { content: attr(data-t); font-size: .7em; vertical-align: sub; opacity: .7; }
+.by-loss b[data-w="1"] { background: #2e9e5b55; } .by-loss b[data-w="0"] { background: #8882; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .6rem 0; }
+dt { color: GrayText; } dd { margin: 0; }
+"""
+SCRIPT = """
+const show = () => {
+  const targets = document.querySelector('nav [name=targets]').checked ? ' targets' : '';
+  document.body.className = 'by-' + document.querySelector('nav [name=by]:checked').value + targets;
+};
+document.querySelectorAll('nav input').forEach(input => input.addEventListener('change', show)); show();
+"""
+
+
+class View(NamedTuple):
+    """A batch to be shown: its step, its rows in text order, and each place's shard on sp."""
+
+    step: int
+    rows: Sequence[Row]
+    shard_T: np.ndarray
+
+
+def colours(kind: str, count: int) -> str:
+    """Style rules that colour places by `kind` in hues that stand apart."""
+    hue = [f"hsl({number * 137.5 % 360:.0f} 70% 50% / .3)" for number in range(count)]
+    return "\n".join(
+        f'.by-{kind} b[data-{kind[0]}="{number}"] {{ background: {hue[number]}; }}' for number in range(count)
+    )
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text that can be seen: line ends as signs, what is no text by its number."""
+    names = {tokenizer.bos_token_id: "<bos>", tokenizer.eos_token_id: "<eos>"}
+    if token in names:
+        return names[token]
+    text = tokenizer.decode([token]).replace("\n", "⏎\n").replace("\t", "⇥").replace("\r", "␍")
+    return text if text and "\ufffd" not in text else f"‹{token}›"
+
+
+def row_html(row: Row, shard_T: np.ndarray, tokenizer: Tokenizer, most: int) -> str:
+    """The first `most` places of a row."""
+    parts = []
+    for place in range(min(most, len(row.token))):
+        token, segment = int(row.token[place]), int(row.segment[place])
+        first = segment > 0 and (place == 0 or segment != int(row.segment[place - 1]))
+        kind = "pad" if segment == 0 else "first" if first else ""
+        text = "·" if segment == 0 else shown(tokenizer, token)
+        target = shown(tokenizer, int(row.target[place])).strip() or "blank"
+        learns = f"→ {target}" if row.weight[place] else "no loss"
+        title = f"place {place}, id {token}, position {int(row.position[place])}, document {segment}, {learns}"
+        marks = f'data-w="{int(row.weight[place] > 0)}" data-d="{segment % 12}" data-s="{int(shard_T[place])}"'
+        if row.weight[place]:
+            marks += f' data-t="{html.escape(target)}"'
+        parts.append(f'<b class="{kind}" {marks} title="{html.escape(title)}">{html.escape(text)}</b>')
+    return "".join(parts)
+
+
+def histogram(lengths: np.ndarray, seq_length: int) -> str:
+    """How many documents have how many tokens, in bins of equal ratio, as an SVG."""
+    lengths = lengths[lengths > 0]
+    top = max(int(lengths.max(initial=1)), seq_length) + 1
+    edges = np.unique(np.geomspace(1, top, BINS + 1).astype(np.int64))
+    counts, _ = np.histogram(lengths, edges)
+    width, height = 420, 140
+    step = width / len(counts)
+    bars = []
+    for number, count in enumerate(counts):
+        tall = height * count / max(1, counts.max())
+        title = f"{edges[number]:,} to {edges[number + 1] - 1:,} tokens: {count:,} documents"
+        size = f'x="{number * step:.1f}" y="{height - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
+        bars.append(f'<rect {size} fill="#4682b4"><title>{title}</title></rect>')
+    at = float(np.interp(np.log(seq_length), np.log(edges), np.arange(len(edges)))) * step
+    line = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}" stroke="#c33" stroke-dasharray="4 3"/>'
+    below = f'y="{height + 16}"'
+    text = f'<text x="0" {below}>1</text><text x="{width}" {below} text-anchor="end">{top - 1:,}</text>'
+    label = f'<text x="{at:.1f}" {below} text-anchor="middle">seq_length</text>'
+    drawing = "".join(bars) + line + (label if 40 < at < width - 60 else "") + text
+    return f'<svg width="{width}" height="{height + 22}" role="img" aria-label="lengths of documents">{drawing}</svg>'
+
+
+def account(loader: Loader) -> str:
+    """Where the tokens of an epoch go, as one bar with its legend."""
+    parts = [("used", loader.tokens_used), *loader.tokens_dropped.items()]
+    width, at, bars, legend = 420, 0.0, [], []
+    for number, (name, count) in enumerate(parts):
+        share = count / max(1, loader.tokens_in)
+        colour = "#2e9e5b" if number == 0 else f"hsl({(number * 67 + 330) % 360} 70% 50%)"
+        bars.append(f'<rect x="{at:.2f}" y="0" width="{share * width:.2f}" height="22" fill="{colour}"/>')
+        at += share * width
+        legend.append(f'<div><span style="color:{colour}">■</span> {html.escape(name)}: {count:,} ({share:.2%})</div>')
+    drawing = f'<svg width="{width}" height="22" role="img" aria-label="tokens by use">{"".join(bars)}</svg>'
+    return f'{drawing}<div class="note">{"".join(legend)}</div>'
+
+
+def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: int, layout: str, most: int) -> str:
+    """The whole page. most: places of a row that are shown."""
+    choices = (("loss", "what takes loss"), ("document", "document"), ("shard", f"shard of sp={shards} ({layout})"))
+    radios = "".join(
+        f'<label><input type="radio" name="by" value="{value}"{" checked" if value == "loss" else ""}> {label}</label>'
+        for value, label in choices
+    )
+    toggle = '<label><input type="checkbox" name="targets"> with its target below each token</label>'
+    body = []
+    for view in views:
+        body.append(f"<h2>batch {view.step}</h2>")
+        for number, row in enumerate(view.rows):
+            filled = np.mean(row.segment > 0)
+            cut = f", the first {most} shown" if len(row.token) > most else ""
+            documents = int(row.segment.max(initial=0))
+            learnt = int(np.count_nonzero(row.weight))
+            body.append(
+                f'<p class="note">row {number}: {documents} documents, {filled:.1%} filled, '
+                f"{learnt:,} of {len(row.token):,} places take loss{cut}</p>"
+                f'<div class="row">{row_html(row, view.shard_T, tokenizer, most)}</div>'
+            )
+    empty = f"{loader.utilisation:.2%} of the places of an epoch's batches hold a token"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ringbpt: batches</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{colours("document", 12)}\n'
+        f"{colours('shard', shards)}</style></head><body><h1>The first batches</h1>"
+        f'<p class="note">{html.escape(loader.describe())}; {html.escape(tokenizer.describe())}</p>'
+        f'<div class="pictures"><div><h2>lengths of documents</h2>{histogram(loader.lengths, loader.seq_length)}</div>'
+        f"<div><h2>tokens of an epoch</h2>{account(loader)}<p class=note>{empty}</p></div></div>"
+        f"<nav>coloured by {radios}{toggle}<span class=note>a bar begins a document; point at a token</span></nav>"
+        f"{''.join(body)}<script>{SCRIPT}</script></body></html>\n"
+    )
