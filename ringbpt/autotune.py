@@ -6,7 +6,7 @@ Forward and backward are timed apart, causal, for each head dim; the table that 
     --kernel=NAME                  one that reads the table; default: the one that `auto` tries first on this device
     --head_dim=64,128              whose sizes to find
     --tokens=8192                  of a device; also --heads=8, --kv_heads=2, --dtype=bf16
-    --blocks=128,256,512,1024      sizes to try, for queries and for keys
+    --blocks=128,256,512,1024      sizes to try, for queries and for keys; of pallas_triton 32,64,128
     --nowrite                      only print
 """
 
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, str] = {
     "kernel": "", "head_dim": "64,128", "tokens": "8192", "heads": "8", "kv_heads": "2", "dtype": "bf16",
     "blocks": "128,256,512,1024", "write": "true",
 }  # fmt: skip
-TUNABLE = ("blockwise", "pallas_tpu")  # those that read the table
+TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
 REPEATS = 5
 
 

@@ -17,7 +17,8 @@ from ringbpt.types import TokenMeta
 from tests.attention import suite
 from tests.attention.gpu_programs import train_like
 from tests.attention.suite import REFERENCE, Case
-from tests.planning.test_overlap import compiler
+from tests.planning.test_overlap import check as check_overlap
+from tests.planning.test_overlap import compiler, program
 
 
 def in_order(x) -> TokenMeta:
@@ -136,3 +137,9 @@ def test_its_calls_compile(name, tmp_path):
     text = train_like(machine, cudnn.make_cudnn(machine.devices[0], None, None), 128, "bfloat16", dump=tmp_path)
     called = set(re.findall(r'custom_call_target="(__cudnn\$\w+)"', text.as_text()))
     assert called == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4xh200", "8xh200"])
+def test_every_hop_hides_behind_its_calls(name):
+    check_overlap(program(name, local="cudnn"), int(name[0]))

@@ -60,6 +60,7 @@ def test_no_kernel_spills(name, head_dim, tmp_path, monkeypatch):
     machine = compiler(name)
     train_like(machine, make_pallas_hopper(machine.devices[0], None, None), head_dim, "bfloat16", dump=tmp_path)
     found = [kernel for kernel in kernels(tmp_path, machine) if kernel.name.endswith("_mosaic_gpu_kernel")]
+    print(name, head_dim, *found, sep="\n  ")
     assert len(found) == 2, found  # forward and backward; more shared memory than there is would not have compiled
     assert all(kernel.spilled_bytes == 0 for kernel in found), found
 

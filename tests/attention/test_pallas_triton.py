@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.local import block_sizes, pallas_triton
 from ringbpt.attention.local.pallas_triton import make_interpreted, make_pallas_triton
 from ringbpt.mesh import make_mesh
 from ringbpt.types import TokenMeta
@@ -60,6 +61,21 @@ def test_what_it_cannot_do_it_refuses_by_name():
         make_pallas_triton(jax.devices()[0], None, None)
 
 
+def test_the_table_of_block_sizes_is_read(monkeypatch):
+    """Of half precision; and a user's limits cut what it says."""
+    entry = {"forward": [64, 32], "backward": [16, 128], "from": "a test"}
+    monkeypatch.setitem(block_sizes.table(), "pallas_triton", {"A100": {"128": entry}})
+    half, full = (jax.ShapeDtypeStruct((1, 4096, 1, 128), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+
+    def sizes(x, *limits):
+        tiles = pallas_triton._tiles(x, x, pallas_triton._Options("NVIDIA A100-SXM4-80GB", limits, False))
+        return [(tile.query, tile.key) for tile in (tiles.forward, tiles.dq, tiles.dkv)]
+
+    assert sizes(half, None, None) == [(64, 32), (128, 16), (16, 128)]
+    assert sizes(half, 50, 1000) == [(32, 32), (32, 16), (16, 128)]
+    assert sizes(full, None, None)[0] == (32, 32)
+
+
 # --- for GPUs that aren't here ---
 
 MACHINES = ("a100", "h100", "h200")
@@ -80,6 +96,7 @@ def test_no_kernel_spills(name, dtype, head_dim, tmp_path):
     local = make_pallas_triton(machine.devices[0], None, None)
     train_like(machine, local, head_dim, dtype, dump=tmp_path)
     found = {kernel.name: kernel for kernel in kernels(tmp_path, machine)}
+    print(name, dtype, head_dim, *[kernel for kernel in found.values() if "triton" in kernel.name], sep="\n  ")
     for kernel in ("triton_forward", "triton_dq", "triton_dkv"):
         assert found[kernel].spilled_bytes == 0, found[kernel]
         assert 0 < found[kernel].registers <= 255, found[kernel]
@@ -89,8 +106,6 @@ def test_no_kernel_spills(name, dtype, head_dim, tmp_path):
 @pytest.mark.slow
 def test_a_spill_is_seen(tmp_path, monkeypatch):
     """The check above has teeth: keys in blocks of 128 and 4 warps hold two accumulators of 128 x 128 too many."""
-    from ringbpt.attention.local import pallas_triton
-
     tile = pallas_triton.Tile(64, 128, 4, 2)
     tiles = pallas_triton.Tiles(pallas_triton.Tile(32, 32, 4, 1), pallas_triton.Tile(32, 32, 4, 1), tile)
     monkeypatch.setitem(pallas_triton._TILES, (2, 128), tiles)

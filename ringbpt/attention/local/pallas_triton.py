@@ -8,9 +8,8 @@ Ref: FlashAttention-2, arXiv:2307.08691.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, visible
+from ringbpt.attention.local import block_sizes
 from ringbpt.attention.local.gpu_schedule import make_schedule
 from ringbpt.types import TokenMeta
 
@@ -56,10 +56,21 @@ _TILES = {
 }
 
 
+@dataclass(frozen=True)
+class _Options:
+    """device_kind: whose block sizes. limits: the most tokens a block may have, queries and keys."""
+
+    device_kind: str
+    limits: tuple[int | None, int | None]
+    interpret: bool
+
+
 def make_pallas_triton(
     device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None, interpret: bool = False
 ) -> Local:
-    """Blocks as _TILES has them, of at most these sizes, in powers of two. interpret: on any device, slowly.
+    """Blocks as block_sizes.json or else _TILES has them, of at most these sizes, in powers of two.
+
+    interpret: on any device, slowly.
 
     Raises NotImplementedError for a device that is no NVIDIA GPU of compute capability 8.0 or later.
     """
@@ -69,8 +80,8 @@ def make_pallas_triton(
             f"pallas_triton runs on NVIDIA GPUs from compute capability 8.0 (Ampere) on, and this is "
             f"{device.device_kind}: use blockwise, or auto"
         )
-    options: dict[str, Any] = {"limits": (query_chunk_size, key_chunk_size), "interpret": interpret}
-    return Local(attend=partial(attend, **options), attend_bwd=partial(attend_bwd, **options))
+    options = _Options(device.device_kind, (query_chunk_size, key_chunk_size), interpret)
+    return Local(attend=partial(attend, options=options), attend_bwd=partial(attend_bwd, options=options))
 
 
 def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
@@ -78,8 +89,12 @@ def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk
     return make_pallas_triton(device, query_chunk_size, key_chunk_size, interpret=True)
 
 
-def _tiles(q: jax.Array, k: jax.Array, limits: tuple[int | None, int | None]) -> Tiles:
-    """The tiles for arrays of this kind. Raises NotImplementedError where no kernel can serve them."""
+def _tiles(q: jax.Array, k: jax.Array, options: _Options) -> Tiles:
+    """The tiles for arrays of this kind: of half precision those of the table, where it has them.
+
+    The table's backward sizes are dkv's; dq's are the other way round. Raises NotImplementedError where no kernel can
+    serve them.
+    """
     dtype, head_dim = q.dtype, q.shape[-1]
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or k.dtype != dtype:
         raise NotImplementedError(f"pallas_triton takes bf16, f16 or f32, all alike, not {dtype}: use blockwise")
@@ -89,13 +104,18 @@ def _tiles(q: jax.Array, k: jax.Array, limits: tuple[int | None, int | None]) ->
             f"pallas_triton takes heads of at most {max(widths)} in {dtype}, not {head_dim}: use blockwise"
         )
     found = _TILES[dtype.itemsize, min(width for width in widths if head_dim <= width)]
+    entry = block_sizes.entry("pallas_triton", options.device_kind, head_dim) if dtype.itemsize == 2 else None
+    if entry:
+        forward, backward = entry["forward"], entry["backward"]
+        sizes = {"forward": forward, "dq": backward[::-1], "dkv": backward}
+        found = Tiles(**{name: replace(getattr(found, name), query=t, key=s) for name, (t, s) in sizes.items()})
 
     def cut(size: int, limit: int | None, length: int) -> int:
         return max(_LEAST, min(size, 1 << (length - 1).bit_length(), 1 << ((limit or size).bit_length() - 1)))
 
     def cut_tile(tile: Tile) -> Tile:
-        query = cut(tile.query, limits[0], q.shape[1])
-        return Tile(query, cut(tile.key, limits[1], k.shape[1]), tile.warps, tile.stages)
+        query = cut(tile.query, options.limits[0], q.shape[1])
+        return Tile(query, cut(tile.key, options.limits[1], k.shape[1]), tile.warps, tile.stages)
 
     return Tiles(*map(cut_tile, (found.forward, found.dq, found.dkv)))
 
@@ -279,10 +299,10 @@ def _by_key(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
 
 def attend(
     q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, carry: Partial | None = None,
-    *, limits: tuple[int | None, int | None] = (None, None), interpret: bool = False,
+    *, options: _Options,
 ) -> Partial:  # fmt: skip
     """See core.Local; the carry is read by the kernel and nothing is merged outside it."""
-    tile, (_, T, _, H) = _tiles(q, k, limits).forward, q.shape
+    tile, (_, T, _, H) = _tiles(q, k, options).forward, q.shape
     scale = H**-0.5
     q, q_meta, carry = jax.tree.map(lambda x: _pad(x, tile.query), (q, q_meta, carry))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
@@ -294,16 +314,16 @@ def attend(
         inputs += [(carry.out_BTNH, specs["BTNH"]), (carry.lse_BTN, specs["BTN"])]
     outputs = [(q.shape, specs["BTNH"]), (q.shape[:-1], specs["BTN"])]
     kernel = partial(_forward, mask=mask, scale=scale, size_S=tile.key)
-    out, lse = _pallas_call(kernel, grid, inputs, outputs, tile, interpret, aliases)
+    out, lse = _pallas_call(kernel, grid, inputs, outputs, tile, options.interpret, aliases)
     return Partial(out[:, :T, :, :H], lse[:, :T])
 
 
 def attend_bwd(
     q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    *, limits: tuple[int | None, int | None] = (None, None), interpret: bool = False,
+    *, options: _Options,
 ):  # fmt: skip
     """See core.Local."""
-    tiles, T, (_, S, _, H) = _tiles(q, k, limits), q.shape[1], k.shape
+    tiles, T, (_, S, _, H) = _tiles(q, k, options), q.shape[1], k.shape
     scale = H**-0.5
     delta = row_delta(out, d_out)
     # A row without keys must get p = exp2(score - lse) = 0, not exp2(+inf).
@@ -318,12 +338,12 @@ def attend_bwd(
     inputs += [(q, specs["BTNH"]), (k, specs["BSKH"]), (v, specs["BSKH"]), (d_out, specs["BTNH"])]
     inputs += [(lse, specs["BTN"]), (delta, specs["BTN"])]
     kernel = partial(_dq, mask=mask, scale=scale, size_S=tiles.dq.key)
-    (dq,) = _pallas_call(kernel, grid, inputs, [(q.shape, specs["BTNH"])], tiles.dq, interpret, {})
+    (dq,) = _pallas_call(kernel, grid, inputs, [(q.shape, specs["BTNH"])], tiles.dq, options.interpret, {})
 
     grid, inputs, specs = _by_key(q, k, q_meta, kv_meta, mask, tiles.dkv)
     inputs += [(q, specs["BTNH"]), (k, specs["BSKH"]), (v, specs["BSKH"]), (d_out, specs["BTNH"])]
     # Read in every block here: heads first, so that a block's rows lie side by side.
     inputs += [(jnp.swapaxes(x, 1, 2), specs["BNT"]) for x in (lse, delta)]
     kernel = partial(_dkv, mask=mask, scale=scale, size_T=tiles.dkv.query)
-    dk, dv = _pallas_call(kernel, grid, inputs, [(k.shape, specs["BSKH"])] * 2, tiles.dkv, interpret, {})
+    dk, dv = _pallas_call(kernel, grid, inputs, [(k.shape, specs["BSKH"])] * 2, tiles.dkv, options.interpret, {})
     return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]

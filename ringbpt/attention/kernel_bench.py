@@ -1,0 +1,430 @@
+"""Attention kernels against a float32 reference and against the clock, ours beside those of others, on one device.
+
+Each kernel is checked first; what is wrong is not timed. A problem's programs are compiled side by side and then timed
+with nothing else at work, the most telling problem first, until the time is up: what was left out is listed. TFLOP/s
+count the visible pairs only: 4 H a pair and query head forward, 10 H backward.
+"""
+
+import importlib
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ringbpt.attention.api import LOCALS
+from ringbpt.attention.core import Local, MaskSpec, Partial
+from ringbpt.attention.layouts import permutation
+from ringbpt.attention.local import reference
+from ringbpt.attention.work import visible_pairs
+from ringbpt.types import TokenMeta
+
+TOLERANCE = 2e-2  # of the largest number of each of out, dq, dk, dv; bf16 keeps 8 bits
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention. mask: causal, packed (documents of equal length) or window."""
+
+    length: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    mask: str = "causal"
+    documents: int = 8
+    window: int = 1024
+
+    @property
+    def spec(self) -> MaskSpec:
+        return MaskSpec(window=min(self.window, self.length // 4) if self.mask == "window" else None)
+
+    def meta(self) -> TokenMeta:
+        """numpy, [1, length]."""
+        place = np.arange(self.length, dtype=np.int32)[None]
+        size = -(-self.length // self.documents) if self.mask == "packed" else self.length
+        return TokenMeta(place % size, place // size + 1)
+
+    def flops(self, direction: str) -> float:
+        pairs = visible_pairs(self.meta(), self.meta(), self.spec)
+        return {"forward": 4, "backward": 10}[direction] * float(self.head_dim * self.heads * pairs)
+
+    def inputs(self) -> list[jax.Array]:
+        """q, k, v, d_out in bf16, on the device."""
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = ((1, self.length, n, self.head_dim) for n in heads)
+        return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """programs(problem) -> (forward, backward, prepare): functions of prepare(q, k, v, d_out), not yet compiled.
+
+    Raises NotImplementedError for what it cannot do. jax: its programs can be compiled ahead, by other threads.
+    """
+
+    name: str
+    programs: Callable[[Problem], tuple[Any, Any, Callable]]
+    jax: bool = True
+
+
+def ours(name: str, device: jax.Device) -> Peer:
+    def programs(problem: Problem):
+        local, spec = LOCALS[name](device, None, None), problem.spec
+        meta = jax.tree.map(jnp.asarray, problem.meta())
+
+        def forward(q, k, v, d_out, out, lse, meta):
+            part = local.attend(q, k, v, meta, meta, spec)
+            return part.out_BTNH.astype(q.dtype), part.lse_BTN
+
+        def backward(q, k, v, d_out, out, lse, meta):
+            grads = local.attend_bwd(q, k, v, out, lse, d_out, meta, meta, spec)
+            return [grad.astype(q.dtype) for grad in grads]
+
+        def prepare(q, k, v, d_out):
+            out, lse = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32))
+            return [q, k, v, d_out, out, lse, meta]
+
+        jax.eval_shape(backward, *jax.eval_shape(prepare, *jax.eval_shape(problem.inputs)))  # refuses now or never
+        return jax.jit(forward), jax.jit(backward), prepare
+
+    return Peer(name, programs)
+
+
+def differentiated(name: str, attend: Callable) -> Peer:
+    """A peer whose backward is its function's vjp; it is timed together with its forward, which is then taken off."""
+
+    def programs(problem: Problem):
+        if problem.mask != "causal":
+            raise NotImplementedError(f"{name} is asked for plain causal attention only")
+
+        def forward(q, k, v, d_out):
+            return [attend(q, k, v)]
+
+        def both(q, k, v, d_out):
+            return jax.vjp(attend, q, k, v)[1](d_out)
+
+        return jax.jit(forward), jax.jit(both), lambda *inputs: list(inputs)
+
+    return Peer(name, programs)
+
+
+def torch_sdpa(backend: str) -> Peer:
+    """PyTorch's attention by one of its backends: FLASH_ATTENTION or CUDNN_ATTENTION."""
+    torch = importlib.import_module("torch")
+    attention = importlib.import_module("torch.nn.attention")
+
+    def programs(problem: Problem):
+        if problem.mask != "causal":
+            raise NotImplementedError("PyTorch's fused attention knows neither documents nor a window")
+
+        def prepare(*inputs):
+            tensors = [torch.from_dlpack(x).transpose(1, 2).detach() for x in inputs]
+            return [*[x.requires_grad_() for x in tensors[:3]], tensors[3]]
+
+        def attend(q, k, v):
+            with attention.sdpa_kernel(getattr(attention.SDPBackend, backend)):
+                grouped = q.shape[1] != k.shape[1]
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+        def forward(q, k, v, d_out):
+            with torch.no_grad():
+                return [attend(q, k, v)]
+
+        def both(q, k, v, d_out):
+            return torch.autograd.grad(attend(q, k, v), (q, k, v), d_out)
+
+        return forward, both, prepare
+
+    return Peer(f"torch {backend.split('_')[0].lower()}", programs, jax=False)
+
+
+def peers(device: jax.Device, names: list[str]) -> Iterator[tuple[str, Peer | str]]:
+    """Each peer, or why there is none."""
+    for name in names:
+        try:
+            LOCALS[name](device, None, None)
+        except NotImplementedError as refusal:
+            yield name, str(refusal)
+        else:
+            yield name, ours(name, device)
+    if device.platform != "gpu":
+        return
+    yield (
+        "jax cudnn",
+        differentiated("jax cudnn", partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")),
+    )
+    try:
+        tokamax = importlib.import_module("tokamax")
+        yield "tokamax", differentiated("tokamax", partial(tokamax.dot_product_attention, is_causal=True))
+    except ImportError as missing:
+        yield "tokamax", str(missing)
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        name = f"torch {backend.split('_')[0].lower()}"
+        try:
+            if not importlib.import_module("torch").cuda.is_available():
+                raise ImportError("this torch has no CUDA")
+            yield name, torch_sdpa(backend)
+        except ImportError as missing:
+            yield name, str(missing)
+
+
+# --- correctness ---
+
+
+def _numpy(x: Any, heads: int) -> np.ndarray:
+    """float32 [1, T, heads, H], of a jax array or a torch tensor (heads before tokens)."""
+    if isinstance(x, jax.Array):
+        return np.asarray(x, np.float32)
+    return x.detach().float().cpu().numpy().swapaxes(1, 2)
+
+
+def errors(peer: Peer, problem: Problem) -> dict[str, float]:
+    """The greatest difference from the float32 reference, over the greatest number there, of out, dq, dk and dv."""
+    forward, backward, prepare = peer.programs(problem)
+    inputs = problem.inputs()
+    q, k, v, d_out = (x.astype(jnp.float32) for x in inputs)
+    meta = problem.meta()
+    whole = jax.jit(partial(reference.attend, mask=problem.spec))(q, k, v, meta, meta)
+    truth = [
+        whole.out_BTNH,
+        *jax.jit(partial(reference.attend_bwd, mask=problem.spec))(
+            q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, meta, meta
+        ),
+    ]
+    args = prepare(*inputs)
+    if len(args) > 4:  # ours: out and lse are the global ones
+        args[4:6] = [whole.out_BTNH.astype(jnp.bfloat16), whole.lse_BTN]
+    found = [forward(*args)[0], *backward(*args)]
+    heads = (problem.heads, problem.heads, problem.kv_heads, problem.kv_heads)
+    differences = {}
+    for name, n, a, b in zip(("out", "dq", "dk", "dv"), heads, found, truth, strict=True):
+        a, b = _numpy(a, n), np.asarray(b)
+        error = np.abs(a - b).max() / np.abs(b).max()
+        differences[name] = float(error) if np.isfinite(a).all() else float("inf")
+    return differences
+
+
+# --- time ---
+
+
+def _wait(result: Any) -> None:
+    first = jax.tree.leaves(result)[0]
+    if isinstance(first, jax.Array):
+        jax.block_until_ready(result)
+    elif first.is_cuda:
+        importlib.import_module("torch").cuda.synchronize()
+
+
+def seconds(function: Callable, args: list, least: float = 0.03) -> float:
+    """The median time of a call: each measurement is of as many calls in a row as take `least` seconds."""
+
+    def measure(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*args)
+        _wait(result)
+        return (time.perf_counter() - start) / calls
+
+    measure(1)
+    calls = max(1, int(least / max(measure(1), 1e-6)))
+    return median(measure(calls) for _ in range(_REPEATS))
+
+
+def _compiled(peer: Peer, problem: Problem) -> tuple[Callable, Callable, Callable]:
+    """Both programs, ready to run, and prepare."""
+    forward, backward, prepare = peer.programs(problem)
+    if peer.jax:
+        shapes = jax.eval_shape(prepare, *jax.eval_shape(problem.inputs))
+        forward, backward = (function.lower(*shapes).compile() for function in (forward, backward))
+    return forward, backward, prepare
+
+
+def measure(problem: Problem, forward: Callable, backward: Callable, prepare: Callable) -> dict[str, float]:
+    """{"forward": TFLOP/s, "backward": TFLOP/s} of one peer's compiled programs."""
+    args = prepare(*problem.inputs())
+    if len(args) > 4:
+        args[4:6] = forward(*args)
+    times = {"forward": seconds(forward, args), "backward": seconds(backward, args)}
+    if len(args) == 4:  # the backward ran its forward too
+        times["backward"] = max(times["backward"] - times["forward"], 1e-9)
+    return {direction: problem.flops(direction) / spent / 1e12 for direction, spent in times.items()}
+
+
+def ring_of_ranks(local: Local, length: int, ranks: int, problem: Problem) -> dict[str, float]:
+    """A zigzag ring without its transfers, a rank at a time, against one shot over the whole sequence.
+
+    length: tokens a rank. {"forward": one shot's time / ranks / the slowest rank's, "both": forward and backward}.
+    """
+    whole = Problem(**{**asdict(problem), "length": length * ranks, "mask": "causal"})
+    order = jnp.asarray(permutation("zigzag", whole.length, ranks))
+    q, k, v, d_out = whole.inputs()
+    meta = jax.tree.map(jnp.asarray, whole.meta())
+
+    def one_shot(backward: bool, q, k, v, d_out, meta):
+        part = local.attend(q, k, v, meta, meta, MaskSpec())
+        out = part.out_BTNH.astype(q.dtype)
+        return local.attend_bwd(q, k, v, out, part.lse_BTN, d_out, meta, meta, MaskSpec()) if backward else out
+
+    def one_rank(backward: bool, rank, q, k, v, d_out, meta):
+        dealt = jax.tree.map(lambda x: x[:, order].reshape(1, ranks, length, *x.shape[2:]), (k, v, meta))
+
+        def take(x, r):
+            return lax.dynamic_index_in_dim(x, r, axis=1, keepdims=False)
+
+        mine = lax.dynamic_index_in_dim(order.reshape(ranks, length), rank, keepdims=False)
+        q, d_out, q_meta = jax.tree.map(lambda x: x[:, mine], (q, d_out, meta))
+
+        def hop(part, i):
+            k, v, kv_meta = jax.tree.map(lambda x: take(x, (rank - i) % ranks), dealt)
+            return local.attend(q, k, v, q_meta, kv_meta, MaskSpec(), part), None
+
+        part, _ = lax.scan(hop, Partial.empty(q.shape), jnp.arange(ranks))
+        if not backward:
+            return part.out_BTNH.astype(q.dtype)
+        out = part.out_BTNH.astype(q.dtype)
+
+        def hop_back(dq, i):
+            k, v, kv_meta = jax.tree.map(lambda x: take(x, (rank - i) % ranks), dealt)
+            more, dk, dv = local.attend_bwd(q, k, v, out, part.lse_BTN, d_out, q_meta, kv_meta, MaskSpec())
+            return dq + more, (jnp.sum(dk), jnp.sum(dv))  # summed, so that they are computed and not kept
+
+        return lax.scan(hop_back, jnp.zeros(q.shape, jnp.float32), jnp.arange(ranks))
+
+    found = {}
+    for name, backward in (("forward", False), ("both", True)):
+        shot = seconds(jax.jit(partial(one_shot, backward)), [q, k, v, d_out, meta])
+        rank = jax.jit(partial(one_rank, backward))
+        slowest = max(seconds(rank, [jnp.int32(r), q, k, v, d_out, meta]) for r in (0, ranks - 1))
+        found[name] = shot / ranks / slowest
+    return found
+
+
+# --- the whole of it ---
+
+
+def problems(lengths: list[int], head_dims: list[int], heads: list[tuple[int, int]]) -> list[Problem]:
+    """Every one, the most telling first: by mask and heads, and the longest of each."""
+    masks = ("causal", "packed", "window")
+    found = [
+        Problem(length, head_dim, *count, mask)
+        for head_dim, count, mask in itertools.product(sorted(head_dims, reverse=True), heads, masks)
+        for length in sorted(lengths, reverse=True)
+    ]
+    return sorted(
+        found, key=lambda p: (p.mask != "causal") + 2 * (p.head_dim < max(head_dims)) + 2 * (p.heads == p.kv_heads)
+    )
+
+
+def versions(device: jax.Device) -> dict[str, str]:
+    found = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "python": platform.python_version()}
+    for name in ("jax", "jaxlib", "torch", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_all(found: dict[str, Peer], todo: list[Problem], length: int, report: dict, say: Callable) -> set[str]:
+    """Fills the report's errors, at `length` tokens and one kv head; returns the names of those that are right."""
+    wrong = set()
+    kinds = {(p.head_dim, p.heads // p.kv_heads, p.mask): p for p in todo}
+    for (name, peer), (head_dim, group, mask) in itertools.product(found.items(), kinds):
+        label = f"{name} {mask} D={head_dim} {group}/1"
+        try:
+            report["errors"][label] = errors(peer, Problem(length, head_dim, group, 1, mask))
+        except Exception as failure:  # of whatever kind: it must not end the others' measurements
+            report["refused"][label] = _line(failure)
+            continue
+        worst = max(report["errors"][label].values())
+        wrong |= {name} if worst > TOLERANCE else set()
+        say(f"{label}: off by {worst:.1e} of the greatest number{', WRONG' if worst > TOLERANCE else ''}")
+    return set(found) - wrong
+
+
+def _line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+
+
+def run(
+    names: list[str], todo: list[Problem], check_length: int, ring: tuple[int, int] | None, budget_s: float,
+    say: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda report: None,
+) -> dict:  # fmt: skip
+    """Everything, within the budget of seconds. ring: (tokens a rank, ranks). keep is handed the report as it grows."""
+    start, device = time.monotonic(), jax.devices()[0]
+    report: dict[str, Any] = {"versions": versions(device), "errors": {}, "refused": {}, "tflops": [], "left_out": []}
+    say(f"{report['versions']}")
+    found = {}
+    for name, peer in peers(device, names):
+        if isinstance(peer, str):
+            report["refused"][name] = peer
+        else:
+            found[name] = peer
+    right = _check_all(found, todo, check_length, report, say)
+    for problem in todo:
+        if time.monotonic() - start > 0.8 * budget_s:
+            report["left_out"].append(str(problem))
+            continue
+        with ThreadPoolExecutor() as pool:
+            compiling = {name: pool.submit(_compiled, found[name], problem) for name in found if name in right}
+        for name, future in compiling.items():
+            try:
+                speed = measure(problem, *future.result())
+            except Exception as failure:
+                report["refused"][f"{name} {problem}"] = _line(failure)
+                continue
+            report["tflops"].append({"kernel": name, **asdict(problem), **speed})
+            say(f"{name:28} {problem.length:6} D={problem.head_dim:3} {problem.heads}/{problem.kv_heads} "
+                f"{problem.mask:7} {speed['forward']:8.3g} {speed['backward']:8.3g}")  # fmt: skip
+        keep(report)
+    report["ring"] = {}
+    for name in (name for name in names if ring and name in right):
+        if time.monotonic() - start > 0.9 * budget_s:
+            report["left_out"].append(f"{name} ring")
+            continue
+        assert ring
+        try:
+            report["ring"][name] = ring_of_ranks(LOCALS[name](device, None, None), *ring, problem=todo[0])
+        except Exception as failure:
+            report["refused"][f"{name} ring"] = _line(failure)
+            continue
+        say(f"{name}: a zigzag ring of {ring[1]}, {ring[0]} tokens a rank, over one shot: {report['ring'][name]}")
+    for name, why in report["refused"].items():
+        say(f"not measured: {name}: {why}")
+    for what in report["left_out"]:
+        say(f"left out, for want of time: {what}")
+    report["seconds"] = time.monotonic() - start
+    keep(report)
+    return report
+
+
+def table(report: dict) -> str:
+    """Markdown: a line for each problem, a column for each kernel: forward / backward TFLOP/s."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for entry in report["tflops"]:
+        key = (entry["length"], entry["head_dim"], f"{entry['heads']}/{entry['kv_heads']}", entry["mask"])
+        rows.setdefault(key, {})[entry["kernel"]] = f"{entry['forward']:.4g} / {entry['backward']:.4g}"
+    names = list(dict.fromkeys(entry["kernel"] for entry in report["tflops"]))
+    lines = [f"| tokens | D | heads | mask | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    for key, cells in rows.items():
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(name, '') for name in names)} |")
+    return "\n".join(lines)
+
+
+def save(report: dict, path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report) + "\n")
