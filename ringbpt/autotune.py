@@ -2,12 +2,6 @@
 
 Forward and backward are timed apart, causal, for each head dim; the table that every run reads
 (ringbpt/attention/local/block_sizes.json) gets the fastest of each.
-
-    --kernel=NAME                  one that reads the table; default: the one that `auto` tries first on this device
-    --head_dim=64,128              whose sizes to find
-    --tokens=8192                  of a device; also --heads=8, --kv_heads=2, --dtype=bf16
-    --blocks=128,256,512,1024      sizes to try, for queries and for keys; of pallas_triton 32,64,128
-    --nowrite                      only print
 """
 
 import sys
@@ -26,34 +20,27 @@ from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.local import block_sizes
 from ringbpt.config import UserError, run_main
 from ringbpt.model.llama import COMPUTE_DTYPES
+from ringbpt.own_flags import Flag, own_help, read_own_flags
 from ringbpt.types import TokenMeta
 
-DEFAULTS: dict[str, str] = {
-    "kernel": "", "head_dim": "64,128", "tokens": "8192", "heads": "8", "kv_heads": "2", "dtype": "bf16",
-    "blocks": "128,256,512,1024", "write": "true",
-}  # fmt: skip
-TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
+FLAGS = {
+    "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
+    "head_dim": Flag(str, "64,128", "whose sizes to find"),
+    "blocks": Flag(str, "128,256,512,1024", "sizes to try, for queries and for keys"),
+    "tokens": Flag(int, 8192, "queries and keys of a device"),
+    "heads": Flag(int, 8, "query heads of a device"),
+    "kv_heads": Flag(int, 2, "key/value heads of a device"),
+    "dtype": Flag(str, "bf16", "fp32, bf16, fp16"),
+    "print_only": Flag(bool, False, "leave the table as it is"),
+}
+TUNABLE = ("blockwise", "pallas_tpu")  # those that read the table
 REPEATS = 5
 
 
-def read_flags(argv: list[str]) -> dict[str, str]:
-    """This verb's flags as text. Raises UserError for one that is none."""
-    flags = dict(DEFAULTS)
-    for word in argv:
-        name, _, value = word.removeprefix("--").partition("=")
-        if word == "--nowrite":
-            flags["write"] = ""
-        elif word.startswith("--") and name in DEFAULTS and value:
-            flags[name] = value
-        else:
-            raise UserError(f"{word} is no flag of ringbpt.autotune: {', '.join(f'--{n}=...' for n in DEFAULTS)}")
-    return flags
-
-
-def _numbers(flags: dict[str, str], name: str) -> list[int]:
+def _numbers(flags: dict[str, Any], name: str) -> list[int]:
     words = flags[name].split(",")
     if not all(word.isascii() and word.isdigit() and int(word) for word in words):
-        raise UserError(f"--{name}={flags[name]} is no list of numbers: --{name}={DEFAULTS[name]}")
+        raise UserError(f"--{name}={flags[name]} is no list of numbers: --{name}={FLAGS[name].default}")
     return [int(word) for word in words]
 
 
@@ -112,13 +99,16 @@ def measure(kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int]
 
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(own_help(__doc__ or "", FLAGS))
         return 0
-    flags = read_flags(argv)
+    flags = read_own_flags(argv, FLAGS)
     blocks, head_dims = _numbers(flags, "blocks"), _numbers(flags, "head_dim")
-    shape = {name: _numbers(flags, name)[0] for name in ("tokens", "heads", "kv_heads")}
+    shape = {name: flags[name] for name in ("tokens", "heads", "kv_heads")}
+    for name, value in shape.items():
+        if value < 1:
+            raise UserError(f"--{name}={value} is below 1: --{name}={FLAGS[name].default}")
     if shape["heads"] % shape["kv_heads"]:
-        raise UserError(f"--kv_heads={shape['kv_heads']} does not divide --heads={shape['heads']}")
+        raise UserError(f"--kv_heads={shape['kv_heads']} does not divide --heads={shape['heads']}: --kv_heads=1 does")
     if flags["dtype"] not in COMPUTE_DTYPES:
         raise UserError(f"--dtype={flags['dtype']} is none of {', '.join(COMPUTE_DTYPES)}")
     device = jax.devices()[0]
@@ -134,7 +124,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--kernel={kernel}: {refusal}") from None
     for head_dim, entry in entries.items():
         print(f"{head_dim}: {entry}")
-    if flags["write"]:
+    if not flags["print_only"]:
         block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): entries}})
         print(f"written: {block_sizes.FILE}")
     return 0

@@ -75,12 +75,13 @@ def test_autotune_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     [
         ("--kernel=reference", "those that do: blockwise, "),
         ("--kernel=pallas_tpu", "this is cpu: use blockwise"),
+        ("--heads=0", "--heads=8"),
         ("--kv_heads=3", "--kv_heads=3 does not divide --heads=8"),
         ("--blocks=a", "--blocks=128,256,512,1024"),
         ("--dtype=int8", "none of fp32, bf16, fp16"),
-        ("--block=128", "no flag of ringbpt.autotune"),
+        ("--block=128", "did you mean --blocks"),
     ],
 )
 def test_autotune_refuses_by_name(flag, message):
     with pytest.raises(UserError, match=message):
-        autotune.main([flag, "--nowrite", "--tokens=128"])
+        autotune.main([flag, "--print_only", "--tokens=128"])

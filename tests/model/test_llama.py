@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from ringbpt.config import UserError
 from ringbpt.dims import WEIGHT_AXES, spec
 from ringbpt.model.llama import REMAT_POLICIES
 from tests.model.helpers import assert_same, loss_and_grads, make_batch, make_model
@@ -36,6 +37,21 @@ def test_these_flags_change_nothing(plain, llama):
     params, want = plain
     model = make_model(**llama)
     assert_same(loss_and_grads(model, params, make_batch(model)), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["pallas_tpu_interpreted", "pallas_triton_interpreted"])
+def test_no_kernel_changes_anything(plain, kernel):
+    params, want = plain
+    model = make_model((1, 1, 1, 2), attention_kernel=kernel)
+    assert_same(loss_and_grads(model, params, make_batch(model)), want)
+
+
+def test_a_kernel_that_cannot_is_refused_before_anything_compiles():
+    with pytest.raises(UserError, match=r"^--llama.attention_kernel=pallas_tpu: .* this is cpu: use blockwise"):
+        make_model(attention_kernel="pallas_tpu")
+    with pytest.raises(UserError, match=r"^--llama.attention_kernel=pallas_tpu_interpreted: .* float16: use blockwise"):
+        make_model(attention_kernel="pallas_tpu_interpreted", dtype="fp16")
 
 
 @pytest.mark.parametrize(

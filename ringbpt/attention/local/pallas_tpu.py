@@ -36,6 +36,7 @@ VMEM_MIB = {"v5e": 64, "v5p": 48, "v6e": 64}
 # Over heads, then visits, then the query heads of a kv head: heads may go to both cores of a chip, dq may not.
 FORWARD_SEMANTICS = ("parallel", "arbitrary")
 BACKWARD_SEMANTICS = ("parallel", "arbitrary", "arbitrary")
+PART = 256  # keys whose scores the forward computes at a time
 LOG2_E = math.log2(math.e)
 # What the list of visits may fill of a core's scalar memory (1 MiB on v4 and later).
 MOST_VISITS = 96 * 1024
@@ -91,14 +92,28 @@ def _forward_kernel(row_ref, step_ref, q, k, v, q_meta, kv_meta, *refs, mask: Ma
         sum_1T[...] = jnp.where(lse_in == -jnp.inf, 0.0, 1.0)
 
     def visit(masked: bool) -> None:
-        scores = _scores_ST(q[...], k[...], q_meta[...], kv_meta[...], mask, masked)
-        new_max_1T = jnp.maximum(max_1T[...], jnp.max(scores, axis=0, keepdims=True))
-        finite_1T = jnp.where(new_max_1T == -jnp.inf, 0.0, new_max_1T)
-        p_ST = jnp.exp2(scores - finite_1T)
-        decay_1T = jnp.exp2(max_1T[...] - finite_1T)
-        sum_1T[...] = sum_1T[...] * decay_1T + jnp.sum(p_ST, axis=0, keepdims=True)
-        acc_HT[...] = acc_HT[...] * decay_1T + _dot(v[...], p_ST.astype(v.dtype), NN)
-        max_1T[...] = new_max_1T
+        # Part by part of the keys; the next part's scores stand before this one's softmax, so that the compiler keeps
+        # the matrix units busy meanwhile.
+        size = k.shape[1]
+        part = PART if size % PART == 0 else LANES
+        maximum, total, acc = max_1T[...], sum_1T[...], acc_HT[...]
+
+        def scores_of(keys: slice):
+            return _scores_ST(q[...], k[:, keys], q_meta[...], kv_meta[:, keys], mask, masked)
+
+        parts = [slice(start, start + part) for start in range(0, size, part)]
+        coming = scores_of(parts[0])
+        for i, keys in enumerate(parts):
+            scores = coming
+            if i + 1 < len(parts):
+                coming = scores_of(parts[i + 1])
+            new_max = jnp.maximum(maximum, jnp.max(scores, axis=0, keepdims=True))
+            finite = jnp.where(new_max == -jnp.inf, 0.0, new_max)
+            p_ST, decay = jnp.exp2(scores - finite), jnp.exp2(maximum - finite)
+            total = total * decay + jnp.sum(p_ST, axis=0, keepdims=True)
+            acc = acc * decay + _dot(v[:, keys], p_ST.astype(v.dtype), NN)
+            maximum = new_max
+        max_1T[...], sum_1T[...], acc_HT[...] = maximum, total, acc
 
     _on_visible(flags, visit)
 
@@ -158,9 +173,9 @@ def _backward_kernel(
 
     def visit(masked: bool) -> None:
         scores = _scores_ST(q[...], k[...], q_meta[...], kv_meta[...], mask, masked)
+        dp_ST = _dot(v[...], d_out[...], TN)  # before p, so that the matrix units have it to do meanwhile
         p_ST = jnp.exp2(scores - rows[0:1])
         dv[...] += _dot(d_out[...], p_ST.astype(d_out.dtype), NT)
-        dp_ST = _dot(v[...], d_out[...], TN)
         ds_ST = (p_ST * (dp_ST - rows[1:2])).astype(q.dtype)
         dk[...] += _dot(q[...], ds_ST, NT) * scale
         dq_HT = _dot(k[...], ds_ST, NN) * scale
