@@ -26,14 +26,14 @@ from ringbpt.types import TokenMeta
 FLAGS = {
     "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
     "head_dim": Flag(str, "64,128", "whose sizes to find"),
-    "blocks": Flag(str, "128,256,512,1024", "sizes to try, for queries and for keys"),
+    "blocks": Flag(str, "128,256,512,1024", "sizes to try, for queries and for keys; of pallas_triton 32,64,128"),
     "tokens": Flag(int, 8192, "queries and keys of a device"),
     "heads": Flag(int, 8, "query heads of a device"),
     "kv_heads": Flag(int, 2, "key/value heads of a device"),
     "dtype": Flag(str, "bf16", "fp32, bf16, fp16"),
     "print_only": Flag(bool, False, "leave the table as it is"),
 }
-TUNABLE = ("blockwise", "pallas_tpu")  # those that read the table
+TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
 REPEATS = 5
 
 
