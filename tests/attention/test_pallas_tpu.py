@@ -58,9 +58,10 @@ def test_a_race_is_detected(capfd, monkeypatch):
     """A block of dq that the visit before has added to is read again only when it has been written."""
     monkeypatch.setattr(pallas_tpu, "_was", lambda writing, slot, at: False)
     twice = Case("a block of dq twice", T=128, S=256, heads=(1, 1), head_dim=16, mask=MaskSpec(causal=False))
-    with pytest.raises(AssertionError):
+    # jax 0.10 says so and goes on, to wrong numbers; 0.12 raises.
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)) as error:
         suite.check(interpreted(), twice)
-    assert "RACE" in capfd.readouterr().out
+    assert "RACE" in capfd.readouterr().out + str(error.value)
 
 
 def test_what_nobody_sees_is_no_step_of_the_grid():
