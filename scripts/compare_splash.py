@@ -35,6 +35,7 @@ def visits(q_position, kv_position, segment_q, segment_kv) -> int:
 
 
 def main(name: str = "v5e-4", tokens: str = "32768") -> None:
+    jax.config.update("jax_platforms", "cpu")  # whatever is here, nothing runs on it
     machine, T = topology(name), int(tokens)
     mesh = make_mesh((1, 1, 1, 1), devices=machine.devices[:1])
     print(f"{name}, jax {jax.__version__}, {T} tokens, {N} query and {K} kv heads, bfloat16, blocks of {BLOCK}, causal")
