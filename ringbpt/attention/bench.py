@@ -81,9 +81,9 @@ def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[jax
     place_BT = np.arange(s.T, dtype=np.int32)[None]
     length = s.T // case.documents
     order = permutation(layout, s.T, s.ranks if s.rival == "one_device" else mesh.shape["sp"])
-    metas = [x[:, order] for x in (place_BT % length, 1 + place_BT // length)]
+    in_order = (*tensors, place_BT % length, 1 + place_BT // length)
     sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
-    return tuple(jax.device_put(x, sharding) for x in (*tensors, *metas))
+    return tuple(jax.device_put(x[:, order], sharding) for x in in_order)
 
 
 def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
