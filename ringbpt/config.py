@@ -266,6 +266,11 @@ ENTRY_FLAGS = ("help", "print_config")  # the entries' own: they ask about the f
 SP_ALIASES = ("ring_attn_size", "sequence_parallel_degree", "sequence_parallel_size", "context_parallel_size")
 SEQ_LENGTH_ALIASES = ("cutoff_len", "max_len", "sequence_len")
 PACKING_ALIASES = ("packing_samples", "sample_packing")
+TEXT_ALIASES = {
+    item.name: item.type
+    for item in fields(TextProcessorConfig)
+    if item.name.endswith("_key") or item.name in ("input_template", "apply_chat_template", "roles_to_train")
+}
 STRIDE_ALIASES = ("ring_head_stride", "heads_k_stride")
 RING_FUNCTIONS = {
     "batch_ring": {"llama.sequence_parallel": "ring", "llama.sequence_layout": "zigzag"},
@@ -273,7 +278,8 @@ RING_FUNCTIONS = {
     "varlen_llama3": {"llama.sequence_parallel": "all_gather"},
 }
 ALIAS_TYPES: dict[str, Any] = (
-    {"config": str, "ring_attn_func": str}
+    {"config": str, "ring_attn_func": str, "dataset": str, "dataset_probs": str, "max_samples": int}
+    | TEXT_ALIASES
     | dict.fromkeys((*SP_ALIASES, *SEQ_LENGTH_ALIASES, *STRIDE_ALIASES), int)
     | dict.fromkeys(PACKING_ALIASES, bool)
 )
@@ -405,6 +411,12 @@ def _apply_alias(tree: ConfigDict, name: str, value: Any, given: dict[str, Any])
         ours = {"llama.attention_type": "ring_blockwise"} | RING_FUNCTIONS[function]
     elif name in STRIDE_ALIASES:
         ours = {"llama.sequence_parallel": "all_gather", "llama.heads_k_stride": value}
+    elif name in TEXT_ALIASES:
+        ours = {f"{split}.text_processor.{name}": value for split in ("train_dataset", "eval_dataset")}
+    elif name == "max_samples":
+        ours = {"train_dataset.max_samples": value}
+    elif name in ("dataset", "dataset_probs"):
+        ours = {"train_dataset.type": "files", "train_dataset.files_dataset.path": _weighted(name, given)}
     elif name in PACKING_ALIASES:
         ours = {"train_dataset.packing": "first_fit" if value else "concat"}
     else:
@@ -418,6 +430,21 @@ def _apply_alias(tree: ConfigDict, name: str, value: Any, given: dict[str, Any])
         if flag in FLAG_TYPES:  # a dataset type that isn't there is for parse() to report
             _set(tree, flag, wanted)
             given[flag] = wanted
+
+
+def _weighted(name: str, given: dict[str, Any]) -> str:
+    """--dataset a,b --dataset_probs .7,.3 -> `"a:0.7,b:0.3"`."""
+    if "dataset" not in given:
+        raise UserError(f"--{name}={given[name]} goes with --dataset=a,b, which is not given: add it")
+    names, shares = given["dataset"].split(","), given.get("dataset_probs", "").split(",")
+    if "dataset_probs" not in given:
+        return given["dataset"]
+    if len(names) != len(shares):
+        raise UserError(
+            f"--dataset_probs={given['dataset_probs']} has {len(shares)} numbers and --dataset={given['dataset']} has "
+            f"{len(names)} names: give one for each"
+        )
+    return ",".join(f"{one}:{share.strip()}" for one, share in zip(names, shares, strict=True))
 
 
 def _with_sp(mesh_dim: str, alias: str, sp: int, explicit: bool) -> str:

@@ -431,3 +431,23 @@ def test_answers_without_jax():
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: --sead is no flag: did you mean --seed?\n"
+
+
+def test_other_trainers_names_of_the_data():
+    tree = parse_args(
+        [
+            "--dataset=a.jsonl,b.csv",
+            "--dataset_probs",
+            ".7,.3",
+            "--max_samples=9",
+            "--input_key=q",
+            "--apply_chat_template",
+        ]
+    )
+    assert (tree.train_dataset.type, tree.train_dataset.files_dataset.path) == ("files", "a.jsonl:.7,b.csv:.3")
+    assert tree.train_dataset.max_samples == 9 and tree.eval_dataset.text_processor.input_key == "q"
+    assert tree.train_dataset.text_processor.apply_chat_template is True
+    with pytest.raises(UserError, match="has 1 numbers and --dataset=a,b has 2 names: give one for each"):
+        parse_args(["--dataset=a,b", "--dataset_probs=1"])
+    with pytest.raises(UserError, match="goes with --dataset=a,b, which is not given"):
+        parse_args(["--dataset_probs=1"])
