@@ -59,9 +59,15 @@ def test_every_hop_hides_behind_attention(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("local", ["blockwise", "auto"])
 @pytest.mark.parametrize("name", ["v4-16", "v5p-16", "v5e-8", "v6e-8", "8xh200"])
-def test_every_hop_hides_behind_attention_on_eight(name):
-    check(program(name, length=1024), 8)
+def test_every_hop_hides_behind_attention_on_eight(name, local):
+    check(program(name, length=1024 if local == "blockwise" else 32768, local=local), 8)
+
+
+def test_every_hop_hides_behind_a_kernel():
+    """Additions of the gradients that travel are long enough to seem to hide K and V: they must not be asked to."""
+    check(program("v4-8", length=32768, local="auto"), 4)
 
 
 @pytest.mark.slow

@@ -147,6 +147,8 @@ def backward(
             dq, d_kvs, kvs = state
             next_kvs, arrived = send(kvs), send(d_kvs)
             dq_hop, d_hop = grads(rows, _join(kvs), i)
+            # All has arrived before anything is added up: the additions alone would seem long enough to hide K and V.
+            dq_hop, d_hop, next_kvs, arrived = lax.optimization_barrier((dq_hop, d_hop, next_kvs, arrived))
             return dq + dq_hop, _add(arrived, d_hop), next_kvs
 
         dq, d_kvs, kvs = lax.fori_loop(1, last, hop, (dq, d_kvs, kvs))
