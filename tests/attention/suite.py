@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ringbpt.attention import make_attention, permutation
 from ringbpt.attention.core import Local, MaskSpec, Partial
-from ringbpt.attention.layouts import permutation
 from ringbpt.attention.local import reference
+from ringbpt.mesh import make_mesh
 from ringbpt.types import TokenMeta
 
 REFERENCE = Local(reference.attend, reference.attend_bwd)
@@ -158,3 +159,22 @@ def check(local: Local, case: Case, refuses: Collection[str] = ()) -> None:
     got = run(q, k, v, d_out, q_meta, kv_meta, whole=whole)
     assert all(array.dtype == jnp.float32 for array in got)
     assert_close(got, wanted(case), tolerance=2e-5 if case.dtype == "float32" else 2e-2)
+
+
+def check_ring(local: str, length: int, block: int, heads=(2, 1), head_dim: int = 8) -> None:
+    """make_attention by ring over two devices, zigzag, three documents, against the reference on one."""
+    rng = np.random.default_rng(0)
+    *qkv, d_out = arrays(rng, 1, length, length, *heads, head_dim)
+    meta = packed_meta(rng, 1, length, 3, padding=7)
+    part = reference.attend(*qkv, meta, meta, MaskSpec())
+    want = (part.out_BTNH, *reference.attend_bwd(*qkv, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec()))
+    mesh, order = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2]), permutation("zigzag", length, 2)
+    attend = make_attention(mesh, local=local, query_chunk_size=block, key_chunk_size=block)
+
+    def run(q, k, v, d_out, position, segment):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, position, segment), q, k, v)
+        return out, *pull(d_out)
+
+    got = jax.jit(run)(*(x[:, order] for x in (*qkv, d_out, meta.position_BT, meta.segment_BT)))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert np.abs(a - b[:, order]).max() <= 2e-5 * np.abs(b).max(), name

@@ -13,12 +13,10 @@ from jax.sharding import SingleDeviceSharding
 from ringbpt.attention.core import MaskSpec, Partial
 from ringbpt.attention.local import pallas_tpu
 from ringbpt.attention.local.pallas_tpu import make_pallas_tpu
-from ringbpt.mesh import make_mesh
 from ringbpt.planning.overlap import ring_hops
 from ringbpt.types import TokenMeta
 from tests.attention import suite
-from tests.attention.suite import CASES, Case, packed_meta
-from tests.attention.test_parallel import dense, run
+from tests.attention.suite import CASES, Case
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
@@ -46,6 +44,12 @@ def interpreted(blocks=(128, 128), **params):
 def test_the_kernels_pass_the_suite(case, capfd):
     suite.check(interpreted(), case)
     assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("keys", [512, pytest.param(384, marks=pytest.mark.slow)])  # two parts of 256, three of 128
+def test_a_block_of_keys_in_parts(keys):
+    case = Case("parts", T=128, S=keys, heads=(1, 1), head_dim=16, documents=3, mask=MaskSpec(causal=False))
+    suite.check(interpreted((128, keys)), case)
 
 
 def test_two_cores_of_a_chip_share_the_heads(capfd):
@@ -83,13 +87,7 @@ def test_what_nobody_sees_is_no_step_of_the_grid():
 
 
 def test_a_ring_over_the_kernels_is_dense_attention():
-    rng = np.random.default_rng(0)
-    inputs = suite.arrays(rng, 1, 512, 512, 2, 1, 8)
-    meta = packed_meta(rng, 1, 512, 3, padding=7)
-    mesh = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2])
-    got = run(mesh, "zigzag", inputs, meta, local="pallas_tpu_interpreted", query_chunk_size=128, key_chunk_size=128)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, dense(inputs, meta, MaskSpec()), strict=True):
-        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
+    suite.check_ring("pallas_tpu_interpreted", 512, 128)
 
 
 def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):

@@ -8,12 +8,10 @@ import pytest
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.local import block_sizes, pallas_triton
 from ringbpt.attention.local.pallas_triton import make_interpreted, make_pallas_triton
-from ringbpt.mesh import make_mesh
 from ringbpt.types import TokenMeta
 from tests.attention import suite
 from tests.attention.gpu_programs import kernels, train_like
-from tests.attention.suite import CASES, packed_meta
-from tests.attention.test_parallel import dense, run
+from tests.attention.suite import CASES
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
@@ -37,13 +35,7 @@ def test_wide_heads_in_half_precision():
 
 @pytest.mark.slow
 def test_a_ring_over_the_kernels_is_dense_attention():
-    rng = np.random.default_rng(0)
-    inputs = suite.arrays(rng, 1, 128, 128, 2, 1, 16)
-    meta = packed_meta(rng, 1, 128, 3, padding=7)
-    mesh = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2])
-    got = run(mesh, "zigzag", inputs, meta, local="pallas_triton_interpreted", query_chunk_size=32, key_chunk_size=32)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, dense(inputs, meta, MaskSpec()), strict=True):
-        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
+    suite.check_ring("pallas_triton_interpreted", 128, 32, head_dim=16)
 
 
 def test_what_it_cannot_do_it_refuses_by_name():
