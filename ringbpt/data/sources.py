@@ -204,13 +204,19 @@ class TextSource:
     Empty files and files that aren't UTF-8 are left out and counted in `left_out`.
     """
 
-    def __init__(self, root: Path, names: Iterable[str], nothing: str):
-        """nothing: the message where no file is left."""
+    def __init__(self, root: Path, names: Iterable[str], nothing: str, cache_dir: Path | None = None):
+        """nothing: the message where no file is left. cache_dir: where it is kept what the files hold."""
         self._root, self._names, self.size = root, [], 0
         self.left_out = {"empty": 0, "not UTF-8": 0}
         digests = []
         for name in names:
-            content = self._read(name)
+            known = known_digest(str(root / name), cache_dir) if cache_dir else None
+            if known:  # so it was text when it was read
+                self._names.append(name)
+                self.size += os.path.getsize(root / name)
+                digests.append(known)
+                continue
+            seen, content = time.time(), self._read(name)
             try:
                 content.decode("utf-8")
             except UnicodeDecodeError:
@@ -222,6 +228,8 @@ class TextSource:
             self._names.append(name)
             self.size += len(content)
             digests.append(hashlib.sha256(content).hexdigest())
+            if cache_dir:
+                remember_digest(str(root / name), cache_dir, digests[-1], seen)
         if not self._names:
             raise UserError(nothing)
         self._fingerprint = digest_of(digests)

@@ -70,7 +70,7 @@ def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes
     The result depends on the number of processes in nothing. Raises UserError for the first bad example in order, and
     then leaves nothing behind; code 4 where the folder cannot be written, or is damaged again.
     """
-    for _ in range(2):
+    for _ in range(3):
         if folder.exists():
             store = open_store(folder, key)
             if store is not None:
@@ -85,6 +85,8 @@ def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes
             remove(work)  # begun again by one that came too late
             for lock in folder.glob("*.lock"):
                 lock.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process has finished, or has met a bad example and left: look again
+            continue
         except OSError as error:
             if not folder.exists():  # another process may have been faster
                 raise unwritable(folder.parent, job.flag, error) from None

@@ -22,8 +22,8 @@ from ringbpt.config import (
     TokenizerConfig,
     UserError,
 )
+from ringbpt.data import files, sources, tokenise
 from ringbpt.data import loader as module
-from ringbpt.data import tokenise
 from ringbpt.data.loader import Loader, cache_folder, make_loader
 from ringbpt.data.tokenizers import BytesTokenizer
 
@@ -210,6 +210,33 @@ def test_a_killed_run_leaves_its_finished_shards_and_no_workers(dataset, tmp_pat
     (whole,) = folders(dataset)
     assert whole.suffix == "" and len(list(whole.glob("0*.json"))) > len(done)
     assert {name: (whole / name).stat().st_mtime_ns for name in done} == done  # what was finished was not made again
+
+
+def test_another_process_that_gives_up_takes_nothing_with_it(dataset, monkeypatch):
+    """It removes the folder of the shards; this one begins again, and finds by itself what is wrong, if anything is."""
+    real, calls = tokenise._make_shards, []
+
+    def robbed(job, tokenizer, work, processes):
+        calls.append(work)
+        real(job, tokenizer, work, processes)
+        if len(calls) == 1:
+            shutil.rmtree(work)
+
+    monkeypatch.setattr(tokenise, "_make_shards", robbed)
+    assert load(dataset).steps_per_epoch > 0 and len(calls) == 2
+
+
+def test_an_old_file_is_not_read_again(dataset, monkeypatch):
+    past = time.time() - 100
+    os.utime(dataset.json_dataset.path, (past, past))
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -10)  # its ctime is of now
+    first = load(dataset)
+    monkeypatch.setattr(sources, "scan_lines", lambda *_: pytest.fail("read again"))
+    assert load(dataset).fingerprint == first.fingerprint
+    monkeypatch.undo()
+    path = Path(dataset.json_dataset.path)
+    path.write_text(path.read_text().replace("00 ", "99 "))  # the same size
+    assert load(dataset).fingerprint != first.fingerprint
 
 
 def test_what_decides_the_tokens_is_in_the_key(dataset):
