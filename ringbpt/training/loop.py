@@ -23,6 +23,7 @@ from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
 from ringbpt.training.checkpoint import Checkpointer, find_checkpoint
+from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, MetricsWriter, bits_per_byte, due, say
 from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import first_state
@@ -161,5 +162,6 @@ def _describe(config: Config, loader: Loader, eval_loader: Loader | None, run_di
         f"mesh   dp,fsdp,tp,sp = {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}, "
         f"{llama.attention_type}, {llama.sequence_layout} layout, {config.dtype}",
         f"data   {loader.describe()}",
+        describe(config, jax.devices()[0].device_kind),
     ]
     return "\n".join(lines + ([f"eval   {eval_loader.describe()}"] if eval_loader else []))

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from ringbpt.config import Config
 from ringbpt.dims import AXES
+from ringbpt.hardware import find
 from ringbpt.model.llama import COMPUTE_DTYPES, Model, make_dims
 from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import abstract_state
@@ -68,6 +69,22 @@ def account(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     stored = _stored(config)
     layer, loss = _layer_moment(config, rows, seq_length), _loss_moment(config, rows, seq_length)
     return stored | max(layer, loss, key=lambda moment: sum(moment.values()))
+
+
+def describe(config: Config, device_kind: str) -> str:
+    """The account in one line for the run's start, with a warning where the device's memory cannot suffice."""
+    try:
+        parts = account(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
+    except NotImplementedError as error:
+        return f"memory not estimated: {error}"
+    gib, known = sum(parts.values()) / 2**30, find(device_kind)
+    line = f"memory about {gib:.2f} GiB a device by the closed form"
+    if known is None:
+        return line
+    line += f", of {known.hbm_gib:g} GiB"
+    if gib <= known.hbm_gib:
+        return line
+    return f"{line}: WARNING: it will hardly fit; python -m ringbpt.plan with these flags says what would"
 
 
 def _stored(config: Config) -> dict[str, int]:

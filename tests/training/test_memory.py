@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ringbpt.config import PRESETS, Config, LlamaConfig, OptimizerConfig
-from ringbpt.training.memory import account
+from ringbpt.training.memory import account, describe
 from tests.model.test_programs import compile_step
 
 MIB = 2**20
@@ -107,3 +107,15 @@ NO_COUNT = [{"remat_block": ""}, {"scan_mlp": False}, {"attention_type": "standa
 def test_programs_without_a_count_are_refused(llama):
     with pytest.raises(NotImplementedError, match="--llama"):
         account(config_of((1, 1, 1, 8), **llama), 1, 16384)
+
+
+def test_the_start_up_line_warns_before_the_compile():
+    config = config_of((1, 1, 1, 8), "bf16")
+    sized = replace(config.train_dataset.json_dataset, seq_length=16384, batch_size=1)
+    short = replace(config, train_dataset=replace(config.train_dataset, json_dataset=sized))
+    sized = replace(sized, seq_length=2**23)
+    long = replace(config, train_dataset=replace(config.train_dataset, json_dataset=sized))
+    assert describe(short, "cpu").endswith("GiB a device by the closed form")
+    assert describe(short, "TPU v4").endswith("of 30.75 GiB")
+    assert "WARNING: it will hardly fit; python -m ringbpt.plan" in describe(long, "TPU v4")
+    assert describe(config_of((1, 1, 1, 8), scan_mlp=False), "TPU v4").startswith("memory not estimated: ")
