@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
         dataset = DatasetConfig(type="huggingface", huggingface_dataset=hub)
         if not own["openwebtext"]:
             dataset = parse(tree, 1).train_dataset
-        for part in parts_of(dataset, "train_dataset"):
-            write_jsonl(make_source(dataset, part, cache_folder(dataset), "train_dataset"), output)
+        parts, cache = parts_of(dataset, "train_dataset"), cache_folder(dataset)
+        write_jsonl([make_source(dataset, part, cache, "train_dataset") for part in parts], output)
         return 0
     config = parse(parse_args(rest), 1)
     settings = {"seed": config.seed, "vocab_size": config.llama.vocab_size, "processes": own["processes"]}

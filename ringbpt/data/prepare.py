@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
 from ringbpt.data.files import digest_of
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.rows import FORMAT, write_rows
+from ringbpt.data.sources import Source
 from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.data.tokens import COUNTED, write_last
 
@@ -156,20 +157,22 @@ def _write(order: Order, loader: Loader | None, number: int) -> int:
     return count
 
 
-def write_jsonl(source: Any, path: Path, say: Callable[[str], None] = print) -> int:
-    """Writes a source's examples as JSON lines, complete or not at all; returns how many. Prints the throughput."""
+def write_jsonl(sources: Sequence[Source], path: Path, say: Callable[[str], None] = print) -> int:
+    """Writes the sources' examples as JSON lines, complete or not at all; returns how many. Prints the throughput."""
     begin, size = time.monotonic(), 0
+    count = sum(map(len, sources))
     partial_path = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial_path, "w", encoding="utf-8") as out:
-            for index in range(len(source)):
-                size += out.write(json.dumps(source[index], ensure_ascii=False) + "\n")
+            for source in sources:
+                for index in range(len(source)):
+                    size += out.write(json.dumps(source[index], ensure_ascii=False) + "\n")
         os.replace(partial_path, path)
     except OSError as error:
         raise UserError(f"--output={str(path)!r}: {error.strerror}; give a folder with room", code=4) from None
     finally:
         partial_path.unlink(missing_ok=True)
     seconds = time.monotonic() - begin
-    say(f"{path}: {len(source):,} examples, {size / 1e6 / seconds:.1f} MB/s")
-    return len(source)
+    say(f"{path}: {count:,} examples, {size / 1e6 / seconds:.1f} MB/s")
+    return count

@@ -160,4 +160,8 @@ def test_the_scripts(dataset, tmp_path):
     assert "tokens/s" in out and (tmp_path / "rows" / "manifest.json").exists()
     script("prepare_data.py", f"--output={tmp_path / 'copy.jsonl'}", *flags)
     assert (tmp_path / "copy.jsonl").read_text().count("\n") == 300
+    path = dataset.files_dataset.path
+    twice = [flag.replace(path, f"{path},{path}") for flag in flags]
+    script("prepare_data.py", f"--output={tmp_path / 'twice.jsonl'}", *twice)
+    assert (tmp_path / "twice.jsonl").read_text() == 2 * (tmp_path / "copy.jsonl").read_text()
     assert "error: --output is empty" in script("prepare_data.py", *flags, code=2)
