@@ -84,7 +84,7 @@ def write_page(known: dict) -> None:
         "ahead of time within the device's memory, beside what others published for the same model and hardware.",
         "Theirs were run; ours were compiled, not run. Written by `python scripts/context_lengths.py`, which says how",
         f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit: the search ended before the last",
-        "token. A GPU's program may use 95 % of its memory.",
+        "token. A GPU's program may use 95 % of its memory. Host: of each device, so a node of 8 needs 8 times that.",
         "",
         "| source | hardware | model | theirs | ours | of one device | host | mesh | with |",
         "|---|---|---|---|---|---|---|---|---|",
