@@ -5,6 +5,7 @@ memory by name, arithmetic, transfers by mesh axis, whether every hop of the rin
 
     --topology=v4-512    v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), h200, cpu-8
     --find=seq_length    the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)
+    --suggest            a few changes that make it fit or go faster, each with its own compiled figures
     --json=FILE          the report as JSON
     --png=FILE           a picture of the memory
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from ringbpt.config import UserError, help_text, parse, parse_args, read_value, run_main
 
-OWN_FLAGS = {"topology": str, "find": str, "json": str, "png": str}
+OWN_FLAGS = {"topology": str, "find": str, "suggest": bool, "json": str, "png": str}
 
 
 def main(argv: list[str]) -> int:
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
     kind, _, count = own["topology"].lower().rpartition("-")
     if kind == "cpu" and count.isdigit() and 0 < int(count) <= 4096:
         jax.config.update("jax_num_cpu_devices", int(count))
-    from ringbpt.planning.report import draw, make_plan, table
-    from ringbpt.planning.search import find
+    from ringbpt.planning.report import draw, make_plan, suggestion, table
+    from ringbpt.planning.search import find, suggest
     from ringbpt.planning.topologies import topology
 
     machine = topology(own["topology"])
@@ -46,6 +47,10 @@ def main(argv: list[str]) -> int:
     plan = find(tree, machine, own["find"], say) if own.get("find") else make_plan(config, machine)
     report = plan.as_dict()
     print(table(report))
+    if own.get("suggest"):
+        print("\nwith                                                      total    a step, s")
+        for flags, other in suggest(tree, machine):
+            print(suggestion(flags, other), flush=True)
     if own.get("json"):
         Path(own["json"]).write_text(json.dumps(report, indent=1) + "\n")
     if own.get("png"):
@@ -63,7 +68,9 @@ def own_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         if not word.startswith("--") or name not in OWN_FLAGS:
             rest.append(word)
             continue
-        if not equals:
+        if not equals and OWN_FLAGS[name] is bool:
+            text = "True"
+        elif not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=...")
             text = words.pop(0)

@@ -165,6 +165,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def suggestion(flags: str, plan: Plan) -> str:
+    """One line for a change: what it needs, and how long a step would take."""
+    report = plan.as_dict()
+    seconds = report["step_seconds"]
+    time = f"{seconds[0]:.3g} to {seconds[1]:.3g}" if seconds else ""
+    host = f", {size(plan.program.host)} on the host" if plan.program.host else ""
+    verdict = "fits" if plan.fits else "too much"
+    return f"  {flags:<50}{size(plan.program.total):>12}  {time:>16}  {verdict}{host}"
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """One bar: the closed form's shares of the temporaries scaled to what the compiler allocated, up to the limit."""
     import matplotlib

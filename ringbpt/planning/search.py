@@ -1,6 +1,7 @@
 """The largest value that still fits, in few compiles: memory is close to linear in what is searched for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -42,6 +43,35 @@ def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], No
         return made
 
     return _largest(plan, first, machine.memory, close)
+
+
+# What may make it fit or go faster, as the flags that one would add; several of one line go together.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"llama.remat_block": "save_attention"},
+    {"llama.remat_block": "nothing_saveable"},
+    {"llama.scan_mlp": True},
+    {"llama.residual_over_tp": True},
+    {"llama.remat_block": "offload_inputs"},
+    {"optimizer.offload_state": True},
+    {"llama.remat_block": "offload_inputs", "llama.residual_over_tp": True, "optimizer.offload_state": True},
+    {"llama.loss_chunk_size": 512},
+)
+
+
+def suggest(tree: ConfigDict, machine: Topology) -> Iterator[tuple[str, Plan]]:
+    """(the flags to add, the plan with them), for each change that is one and that the model and the mesh allow."""
+    current = parse(tree, len(machine.devices))
+    for change in CHANGES:
+        changed = tree.copy_and_resolve_references()
+        for name, value in change.items():
+            group, leaf = name.split(".")
+            changed[group][leaf] = value
+        try:
+            config = parse(changed, len(machine.devices))
+        except UserError:
+            continue
+        if config != current and not (config.llama.residual_over_tp and config.mesh_shape[2] == 1):
+            yield " ".join(f"--{name}={value}" for name, value in change.items()), make_plan(config, machine)
 
 
 def _unit(config: Config, what: str) -> tuple[int, int]:

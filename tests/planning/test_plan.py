@@ -17,8 +17,8 @@ from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import balance, step_flops, visible_pairs
 from ringbpt.planning.hlo import parse as parse_hlo
 from ringbpt.planning.hlo import shape_bytes
-from ringbpt.planning.program import needed_bytes, read_assignment
-from ringbpt.planning.report import Plan, make_plan
+from ringbpt.planning.program import Program, needed_bytes, read_assignment
+from ringbpt.planning.report import Plan, make_plan, suggestion, table
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training import loop
 
@@ -235,3 +235,25 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("memory of one device", "largest temporaries", "transfers", "ring", "MFU"))
+
+
+def test_suggestions_are_changes_that_the_model_and_the_mesh_allow(monkeypatch):
+    planned = fake_plans(monkeypatch, lambda config: 1)
+    flags = [
+        flags for flags, _ in search.suggest(parse_args([*SMALL, "--llama.remat_block=nothing_saveable"]), MACHINE)
+    ]
+    assert "--llama.remat_block=offload_inputs" in flags and "--optimizer.offload_state=True" in flags
+    assert "--llama.remat_block=nothing_saveable" not in flags  # it is so already
+    assert not any("residual_over_tp" in text for text in flags)  # tp is 1
+    assert len(planned) == len(flags) and planned[0].llama.remat_block == "save_attention"
+    with_tp = parse_args([*SMALL, "--mesh_dim=1,1,2,4", "--llama.remat_block=nothing_saveable"])
+    assert "--llama.residual_over_tp=True" in [flags for flags, _ in search.suggest(with_tp, MACHINE)]
+
+
+def test_what_does_not_fit_is_a_report_too():
+    program = Program({"parameters": 400}, 2**31, 2**31 + 400, 2**30, [], "")
+    plan = Plan(config_of(), MACHINE, program)
+    assert not plan.fits
+    assert suggestion("--a=1", plan).split() == "--a=1 2.00 GiB too much, 1.00 GiB on the host".split()
+    shown = table(plan.as_dict())
+    assert "does not fit: 2.00 GiB too much" in shown and "ring" not in shown
