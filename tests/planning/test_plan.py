@@ -254,6 +254,6 @@ def test_what_does_not_fit_is_a_report_too():
     program = Program({"parameters": 400}, 2**31, 2**31 + 400, 2**30, [], "")
     plan = Plan(config_of(), MACHINE, program)
     assert not plan.fits
-    assert suggestion("--a=1", plan).split() == "--a=1 2.00 GiB too much, 1.00 GiB on the host".split()
+    assert " ".join(suggestion("--a=1", plan).split()) == "--a=1 2.00 GiB too much, 1.00 GiB on the host"
     shown = table(plan.as_dict())
     assert "does not fit: 2.00 GiB too much" in shown and "ring" not in shown
