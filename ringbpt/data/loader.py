@@ -8,7 +8,7 @@ import json
 import math
 import os
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from ringbpt.data.tokenizers import Tokenizer
 from ringbpt.data.tokens import FORMAT, Column, TokenStore, open_megatron, open_store
 from ringbpt.types import Batch
 
-PLAN_FORMAT = "1"  # part of a kept plan's key
+PLAN_FORMAT = "2"  # part of a kept plan's key
 KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
 SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
 NOT_FOR_SFT = {
@@ -62,11 +62,14 @@ class Loader:
         self.tokens_dropped = {reason: count for reason, count in reasons.items() if count}
         self.tokens_in = self.tokens_used + sum(self.tokens_dropped.values())
         self.utilisation = self.tokens_used / (rows * self.seq_length)
-        self.lengths = np.diff(data.offset)
         self.epoch_rows, self.packing_dropped, self.summary = plan.rows, plan.dropped, data.summary
         self._data, self._plan, self._dataset = data, plan, dataset
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._bos_token_id = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._data.offset)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop of the global batch `step` (from 0): numpy arrays [stop - start, T]."""

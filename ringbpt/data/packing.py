@@ -106,10 +106,10 @@ class Concat:
 
     def __init__(self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store):
         self._documents, self._seq_length, self._seed, self._store = (starts, stops), seq_length, seed, store
-        total = int((stops - starts).sum())
+        self._stream = lru_cache(maxsize=2)(self._load_stream)
+        total = int(self._stream(0)[1][-1]) if len(starts) else 0
         self.rows = max(0, total - 1) // seq_length  # the last target takes one token more
         self.dropped = {"end of the stream": total - self.rows * seq_length}
-        self._stream = lru_cache(maxsize=2)(self._load_stream)
 
     def _load_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] each: where a document begins in the data, and where it ends in the stream."""
@@ -166,15 +166,14 @@ class WholeDocuments:
         self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store, fit: "Fit"
     ):
         self._seq_length, self._seed, self._store = seq_length, seed, store
-        lengths = stops - starts
         packed = store("rows", lambda: self._pack(starts, stops, fit))
         self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
         self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
         self.rows = len(self._row_ends)
-        lone = int(np.sum(lengths == 1))
+        tokens, lone = packed["counts"].tolist()
         self.dropped = {
             "documents of one token": lone,
-            "last tokens of split documents": int(lengths.sum()) - lone - int(self._row_tokens.sum()),
+            "last tokens of split documents": tokens - lone - int(self._row_tokens.sum()),
         }
         self._order = lru_cache(maxsize=2)(self._make_order)
 
@@ -188,6 +187,7 @@ class WholeDocuments:
         row_of_piece, rows = fit(lengths, self._seq_length)
         by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
         return {
+            "counts": np.array([np.sum(stops - starts), np.sum(stops - starts == 1)], np.int64),
             "start": start[by_row],
             "stop": stop[by_row],
             "has_next": (stop < document_stop)[by_row],
