@@ -69,17 +69,20 @@ def make_passkey(
 
 
 def training_rows(count: int, length: int, seed: int, path: str = "") -> Iterator[dict[str, str]]:
-    """Passkey texts of every length up to `length` characters, short ones far more often, for a JSONL.
+    """A course in finding keys, to be read in this order, for a JSONL: two thirds are strings of random letters and
+    digits, said twice, which teach copying; then passkey texts, longer and longer up to `length` characters, every
+    third one such a string still.
 
-    Every other one is a string of random letters and digits, said twice: that teaches copying, which a question about
-    five digits teaches far too slowly. Keys and depths are uniform.
+    Five digits at the end of a long text would teach copying far too slowly. Keys and depths are uniform.
     """
     rng, haystack = np.random.default_rng(seed), Haystack("train", path)
-    shortest = len(NEEDLE + QUESTION) + 3 * KEY_DIGITS
+    shortest = len(NEEDLE + QUESTION + ANSWER) + 3 * KEY_DIGITS
+    first = 2 * count // 3
     for i in range(count):
-        if i % 2:
+        if i < first or i % 3 == 0:
             text = "".join(rng.choice(list(string.ascii_letters + string.digits), rng.integers(8, 48)))
             yield Passkey(text + "\n", text, "", "", "")._asdict()
-            continue
-        size = int(shortest * (length / shortest) ** (rng.uniform() ** 2) + 0.5)
-        yield make_passkey(haystack, rng, min(size, length), float(rng.uniform()))._asdict()
+        else:
+            longest = shortest + (length - shortest) * min(1.0, 2 * (i - first) / (count - first))
+            size = int(rng.uniform(shortest, longest + 1))
+            yield make_passkey(haystack, rng, min(size, length), float(rng.uniform()))._asdict()

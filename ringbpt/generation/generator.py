@@ -82,6 +82,16 @@ def plan(lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int)
     return shape, groups
 
 
+def check_vocabulary(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
+    """Raises UserError where a prompt's tokens cannot be the model's."""
+    largest = max((int(prompt.max()) for prompt in prompts if len(prompt)), default=0)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {largest}, and the model has a vocabulary of {vocab_size}: give the tokenizer "
+            "that belongs to it"
+        )
+
+
 class Generator:
     """A model ready to generate, on its mesh; what is compiled for a Shape is kept."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.families import read_json
-from ringbpt.generation.generator import Generator, plan
+from ringbpt.generation.generator import Generator, check_vocabulary, plan
 from ringbpt.generation.load import Found
 from ringbpt.generation.sampling import Sampling
 
@@ -155,6 +155,7 @@ def complete(
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number + 1} has no tokens: write something")
+    check_vocabulary(prompts, generator.model.config.llama.vocab_size)
     shape, groups = plan([len(prompt) for prompt in prompts], generator.model, batch_size, max_new_tokens)
     for group in groups:
         texts = {number: Text(codec, stops) for row in group.rows for number in row}

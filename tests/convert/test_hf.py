@@ -168,6 +168,8 @@ def test_a_family_is_told_by_its_features():
 def test_transposing_in_tiles_is_transposing():
     x = np.arange(300 * 260, dtype=np.float32).reshape(300, 260)
     np.testing.assert_array_equal(repack(x, np.transpose, None), x.T)
+    heads = x.reshape(300, 2, 130).transpose(1, 2, 0)
+    np.testing.assert_array_equal(repack(x, lambda x: x.reshape(300, 2, 130).transpose(1, 2, 0), None), heads)
     np.testing.assert_array_equal(repack(x, np.transpose, np.dtype(jnp.bfloat16)), x.T.astype(jnp.bfloat16))
 
 

@@ -1,0 +1,82 @@
+"""Time per token of decoding at a long context, beside transformers on torch: same model, same CPU, one run.
+
+    python scripts/bench_decode.py --context=8192 [--mesh_dim=1,1,1,1]
+
+Both decode greedily from the same prompt; the two take turns, and the median time of a token is compared.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=32, help="of each turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    args = parser.parse_args()
+    import jax
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+    from ringbpt.generation.generator import Generator, plan
+    from ringbpt.generation.load import load_model
+    from ringbpt.generation.sampling import Sampling
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32000, hidden_size=args.hidden_size, intermediate_size=args.hidden_size * 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 64,
+        num_key_value_heads=args.hidden_size // 128, max_position_embeddings=2 * args.context,
+        eos_token_id=None, bos_token_id=None, initializer_range=0.05,
+    )  # fmt: skip
+    prompt = np.random.default_rng(0).integers(0, 32000, args.context).astype(np.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+        theirs.save_pretrained(folder)
+        model, params = load_model(f"huggingface::{Path(folder)}", (1, 1, 1, 1))
+    generator = Generator(model, params)
+    total = args.tokens * args.turns + 2
+    shape, groups = plan([args.context], model, 1, total + 2)
+    ours = generator.tokens([prompt], shape, groups[0], Sampling())
+    started = time.perf_counter()
+    mine = [next(ours)[0], next(ours)[0]]  # prefill and the compilation of a step
+    print(f"ours: prefill and compilation {time.perf_counter() - started:.1f} s", flush=True)
+    with torch.no_grad():
+        started = time.perf_counter()
+        cache = DynamicCache()
+        out = theirs(torch.tensor(prompt[None], dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+        print(f"transformers: prefill {time.perf_counter() - started:.1f} s", flush=True)
+        token = out.logits[:, -1:].argmax(-1)
+        told = [int(token)]
+
+        def step() -> None:
+            nonlocal token
+            token = theirs(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            told.append(int(token))
+
+        step()
+        times: dict[str, list[float]] = {"ours": [], "transformers": []}
+        for _ in range(args.turns):
+            for name, advance in (("ours", lambda: mine.append(next(ours)[0])), ("transformers", step)):
+                for _ in range(args.tokens):
+                    started = time.perf_counter()
+                    advance()
+                    times[name].append(time.perf_counter() - started)
+    same = sum(a == b for a, b in zip(mine, told, strict=True))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    versions = f"jax {jax.__version__}, torch {torch.__version__} with {torch.get_num_threads()} threads, float32"
+    print(f"{versions}; {args.layers} layers of {args.hidden_size}, context {args.context:,}")
+    print(f"the same token {same} of {len(told)} times")
+    shown = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
+    print(f"median of a token: {shown}, ratio {medians['ours'] / medians['transformers']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The mixture of experts against every expert for every token, and the load balancing loss against its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringbpt.config import LlamaConfig
+from ringbpt.model.experts import Choice, Routing, balance_loss, choose, mixture
+
+
+def test_no_token_is_dropped_however_uneven_the_loads():
+    rng = np.random.default_rng(0)
+    x_BTD, E, F = rng.normal(size=(2, 8, 6)).astype(np.float32), 4, 5
+    w_gate, w_up = (rng.normal(size=(E, 6, F)).astype(np.float32) for _ in range(2))
+    w_down = rng.normal(size=(E, F, 6)).astype(np.float32)
+    expert_BTX = np.stack([np.zeros((2, 8)), rng.integers(1, 4, (2, 8))], -1).astype(np.int32)  # expert 0 takes all
+    weight_BTX = rng.uniform(size=(2, 8, 2)).astype(np.float32)
+    got = mixture(E, x_BTD, weight_BTX, expert_BTX, w_gate, w_up, w_down)
+    gate, up = (np.einsum("BTD,EDF->BTEF", x_BTD, w) for w in (w_gate, w_up))
+    every = np.einsum("BTEF,EFD->BTED", gate / (1 + np.exp(-gate)) * up, w_down)
+    want = sum(
+        weight_BTX[..., x, None] * np.take_along_axis(every, expert_BTX[..., x, None, None], 2)[:, :, 0] for x in (0, 1)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_balance_loss():
+    """E sum_e f_e P_e over real tokens and all layers; X at uniform probabilities and even loads."""
+    llama = LlamaConfig(num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
+    real = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    routing = Routing.zeros(llama, (2, 5))
+    for layer in logits:
+        routing = routing.add(choose(llama, jnp.asarray(layer)))
+    got = jnp.sum(balance_loss(llama, routing, jnp.asarray(real))) / real.sum()
+    p = np.asarray(jax.nn.softmax(logits, -1))[:, real]  # [L, tokens, E]
+    chosen = np.argsort(-p, -1)[..., :2]
+    share = np.array([(chosen == e).sum() for e in range(4)]) / (3 * real.sum())
+    np.testing.assert_allclose(got, 4 * np.sum(share * p.mean((0, 1))), rtol=1e-5)
+    even = Choice(None, jnp.array([[[0, 1], [2, 3]]]), jnp.full((1, 2, 4), 0.25))
+    one = LlamaConfig(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
+    loss = balance_loss(one, Routing.zeros(one, (1, 2)).add(even), jnp.ones((1, 2), bool))
+    np.testing.assert_allclose(loss, 2.0)
