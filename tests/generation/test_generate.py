@@ -11,7 +11,7 @@ from ringbpt.generate import main
 from ringbpt.generation.text import PlainCodec, Text
 from tests.golden.make_families import restore
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?()[]{}<>|+-*/=_@#$%&'~\n"
+LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}a: "
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *argv: str) -> int:
-    return run_main(main, [f"--load_checkpoint=huggingface::{folder}", "--mesh_dim=1,1,1,1", *argv])
+    return run_main(main, [f"--load_checkpoint=huggingface::{folder}", *argv])
 
 
 def test_a_file_of_prompts(folder, tmp_path, capsys):
@@ -82,7 +82,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line(name, folder, capsys):
     argv, message = MISTAKES[name]
-    assert run_main(main, [word.replace("FOLDER", str(folder)) for word in argv] + ["--mesh_dim=1,1,1,1"]) == 2
+    assert run_main(main, [word.replace("FOLDER", str(folder)) for word in argv]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
