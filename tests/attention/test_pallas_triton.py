@@ -65,7 +65,7 @@ def test_the_table_of_block_sizes_is_read(monkeypatch):
 
     assert sizes(half, None, None) == [(64, 32), (128, 16), (16, 128)]
     assert sizes(half, 50, 1000) == [(32, 32), (32, 16), (16, 128)]
-    assert sizes(full, None, None)[0] == (32, 32)
+    assert sizes(full, None, None)[0] == (16, 16)
 
 
 # --- for GPUs that aren't here ---
