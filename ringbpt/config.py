@@ -622,10 +622,10 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
     traceback.
     """
-    log = logging.getLogger("ringbpt")
-    if not log.handlers:
-        log.addHandler(_Printed(logging.INFO))
-        log.setLevel(logging.INFO)
+    log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
+    log.addHandler(printed)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # a handler that some library gave to all logs would say each line again, on stderr
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
@@ -634,3 +634,6 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        log.removeHandler(printed)
+        log.propagate = True

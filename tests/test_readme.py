@@ -78,7 +78,8 @@ def test_make_train_changes_the_recipe_by_flags():
     for args, steps in (("", 250), ("--total_steps=5", 5), ("--config=tests/recipe.py", 500)):
         command = ["make", "--dry-run", "train", f"ARGS={args}"]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        words = shown.strip().splitlines()[-1].split()
+        [line] = [line for line in shown.splitlines() if "-m ringbpt.train" in line]
+        words = line.split()
         assert parse(parse_args(words[words.index("ringbpt.train") + 1 :]), 8).total_steps == steps
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention.core import Local, MaskSpec, Partial
 from ringbpt.planning.topologies import Topology
@@ -28,7 +28,8 @@ class Kernel:
 
 def train_like(machine: Topology, local: Local, head_dim: int, dtype: str, dump: Path, length: int = 2048):
     """A forward with a carry, and a backward, of 8 query and 2 kv heads; XLA's files go to `dump`."""
-    array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(machine.devices[0]))
+    mesh = Mesh(machine.devices[:1], ("one",))
+    array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     q, k = (array((1, length, heads, head_dim), dtype) for heads in (8, 2))
     meta = TokenMeta(*[array((1, length), jnp.int32)] * 2)
     carry = Partial(array(q.shape, jnp.float32), array(q.shape[:-1], jnp.float32))
@@ -39,7 +40,9 @@ def train_like(machine: Topology, local: Local, head_dim: int, dtype: str, dump:
 
     # The tests' own environment asks for the least optimised code.
     options = {"xla_dump_to": str(dump), "xla_backend_optimization_level": 3}
-    return machine.compile(jax.jit(both), q, k, k, q, meta, carry, options=options)
+    # As make_attention has it: from its mesh a kernel learns, on jax 0.12, which GPU it is lowered for.
+    share = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    return machine.compile(jax.jit(share), q, k, k, q, meta, carry, options=options)
 
 
 def _ptxas() -> str:
