@@ -11,6 +11,7 @@ Ref: FlashAttention-3, arXiv:2407.08608.
 import math
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ _LOG2E = math.log2(math.e)
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # one number a row, a column
 _COMPUTE, _FETCH = (0, 1), 2  # warpgroups
 _WARPGROUP = 64  # rows of a product
+_NO_INDEX: Any = ((),) if "idx" in signature(plgpu.load).parameters else ()  # until jax 0.11 a load wants an index
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class _Unit:
 
     def load(self, ref, layout) -> jax.Array:
         """From device or shared memory into registers."""
-        return ref[...] if self.interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+        return ref[...] if self.interpret else plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
 
     def later(self, along, ref, layout, shape):
         """A function that loads `ref` and broadcasts it."""
@@ -104,7 +106,7 @@ class _Turned:
 
 
 def _operand(x):
-    return plgpu.transpose_ref(x.ref, (1, 0)) if isinstance(x, _Turned) else x
+    return x.ref.transpose((1, 0)) if isinstance(x, _Turned) else x
 
 
 def _wide(x) -> jax.Array:
