@@ -152,13 +152,13 @@ class ShardWriter:
         self._counts["tokens"] += len(token)
         self._counts["loss_tokens"] += int(np.count_nonzero(mask))
 
-    def add_bad(self, message: str) -> int:
-        """An example that is left out: a document of no tokens. Returns how many there are by now."""
+    def add_bad(self, message: str) -> tuple[int, list[str]]:
+        """An example that is left out: a document of no tokens. Returns how many there are by now, and what the first were."""
         self._lengths.append(0)
         self._counts["bad"] += 1
         if len(self._bad_lines) < 3:
             self._bad_lines.append(message)
-        return self._counts["bad"]
+        return self._counts["bad"], self._bad_lines
 
     def close(self) -> dict[str, Any]:
         self._flush()
