@@ -153,7 +153,7 @@ class ShardWriter:
         self._counts["loss_tokens"] += int(np.count_nonzero(mask))
 
     def add_bad(self, message: str) -> tuple[int, list[str]]:
-        """An example that is left out: a document of no tokens. Returns how many there are by now, and what the first were."""
+        """An example that is left out: a document of no tokens. Returns how many there are, and what the first were."""
         self._lengths.append(0)
         self._counts["bad"] += 1
         if len(self._bad_lines) < 3:
