@@ -199,10 +199,14 @@ def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
 
 
 def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> None:
-    """Makes of the complete shards of a folder one store; any number of processes may do it, all the same."""
+    """Makes of the complete shards of a folder one store; any number of processes may do it, all the same.
+
+    Raises FileNotFoundError where one of them has given the folder its last name meanwhile.
+    """
     found = [shard_summary(folder, shard) for shard in range(shards)]
     summaries = [summary for summary in found if summary is not None]
-    assert len(summaries) == shards
+    if len(summaries) < shards:
+        raise FileNotFoundError(folder)
     lengths = [np.fromfile(folder / f"{shard:05d}.length", np.int64) for shard in range(shards)]
     offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
     name = folder / f"offset.{os.getpid()}.npy"
