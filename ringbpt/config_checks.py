@@ -93,6 +93,7 @@ AT_LEAST: dict[str, float] = {
     "llama.num_experts_per_tok": 1,
     "llama.router_aux_loss_coef": 0,
     "llama.heads_k_stride": 1,
+    "llama.kv_heads_at_a_time": 1,
     "llama.ulysses_degree": 1,
     "llama.scan_query_chunk_size": 1,
     "llama.scan_key_chunk_size": 1,
@@ -442,6 +443,23 @@ def check_sequence_parallel(config: Config) -> None:
             f"--llama.heads_k_stride={stride} does not divide the {kv_heads} key/value heads of a device "
             f"(--llama.num_key_value_heads={llama.num_key_value_heads} over tp={tp}): "
             f"{either('--llama.heads_k_stride', nearest_divisors(kv_heads, stride))}"
+        )
+    at_a_time = llama.kv_heads_at_a_time
+    if at_a_time is not None and kv_heads % at_a_time:
+        raise UserError(
+            f"--llama.kv_heads_at_a_time={at_a_time} does not divide the {kv_heads} key/value heads of a device "
+            f"(--llama.num_key_value_heads={llama.num_key_value_heads} over tp={tp}): "
+            f"{either('--llama.kv_heads_at_a_time', nearest_divisors(kv_heads, at_a_time))}"
+        )
+    if at_a_time is not None and llama.sequence_parallel not in ("ring", "all_gather"):
+        raise UserError(
+            f"--llama.kv_heads_at_a_time={at_a_time} does not go with --llama.sequence_parallel="
+            f"{llama.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
+        )
+    if at_a_time is not None and llama.num_experts:
+        raise UserError(
+            f"--llama.kv_heads_at_a_time={at_a_time} does not go with experts (--llama.num_experts="
+            f"{llama.num_experts}): leave it out"
         )
     if (degree is not None) != (llama.sequence_parallel == "ulysses_ring") or (degree and sp % degree):
         raise UserError(

@@ -268,6 +268,7 @@ class LlamaConfig:
     scan_mlp: bool = False  # feedforward in chunks of the local sequence
     scan_mlp_chunk_size: int = 1024
     loss_chunk_size: int = 1024
+    kv_heads_at_a_time: int | None = None  # of a device: attention for so many at a time, and whole layers in blocks
     scan_layers: bool = True
     param_scan_axis: int = 0
     residual_over_tp: bool = False  # between layers, tokens split over tp too: what remat saves shrinks by tp

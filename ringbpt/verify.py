@@ -4,6 +4,10 @@ One step of the given configuration is run again along every dimension in which 
 differing; each loss and each group of gradients is compared with the plainest program there is (one device, dense
 attention, a Python loop over layers). The table goes to the terminal; exit code 1 where a tolerance is passed, and a
 line that says along which dimension the numbers part.
+
+    --tolerance=1e-5     of the loss and of the gradients, relative (bf16: 2e-2 unless given)
+    --json=FILE          the table as JSON
+    --real_devices       on the accelerators at hand instead of 8 virtual CPU devices
 """
 
 import json
@@ -12,13 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, combinations, product
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringbpt.config import Config, UserError, help_text, parse, parse_args, run_main
+from ringbpt.config import Config, UserError, help_text, parse, parse_args, read_value, run_main
 from ringbpt.config_checks import check
-from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
 
 if TYPE_CHECKING:
     from ringbpt.types import Batch
@@ -29,11 +32,7 @@ GROUPS = {
     "feedforward": ("w_gate", "w_up", "w_down", "w_router"),
     "norms": ("attention_norm", "feedforward_norm", "norm", "q_norm", "k_norm"),
 }
-FLAGS = {
-    "tolerance": Flag(float, 0.0, "the largest relative difference; 0: 1e-5 in float32, 2e-2 in bfloat16"),
-    "json": Flag(str, "", "the report as JSON"),
-    "real_devices": Flag(bool, False, "on the devices at hand instead of 8 virtual CPU devices"),
-}
+OWN_FLAGS = {"tolerance": float, "json": str, "real_devices": bool}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Variant:
     layers: str = "loop"
     feedforward: str = "whole"
     remat: str = ""
+    heads: int | None = None  # kv heads at a time, whole layers in blocks; None: layers in pieces, all heads at once
 
     def apply(self, config: Config) -> Config:
         """The config with this variant's choices. Raises UserError where they don't fit the model or the data."""
@@ -71,6 +71,7 @@ class Variant:
             scan_layers=self.layers == "scanned",
             scan_mlp=self.feedforward == "blockwise",
             remat_block=self.remat,
+            kv_heads_at_a_time=self.heads,
         )
         config = replace(
             config,
@@ -98,6 +99,7 @@ def given_variant(config: Config) -> Variant:
         layers="scanned" if llama.scan_layers else "loop",
         feedforward="blockwise" if llama.scan_mlp else "whole",
         remat=llama.remat_block,
+        heads=llama.kv_heads_at_a_time,
     )
 
 
@@ -120,6 +122,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
         "layers": ("loop", "scanned"),
         "feedforward": ("whole", "blockwise"),
         "remat": ("", "nothing_saveable", "save_attention", "dots_saveable"),
+        "heads": (None,),
     }
     for name, values in choices.items():
         for value in values:
@@ -179,7 +182,6 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     grads, means = jax.jit(make_gradients(model, OBJECTIVES[config.objective]))(params, batch)
     numbers: dict[str, Any] = {"loss": float(means["loss"].value())}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
-    assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
     for group, names in GROUPS.items():
         numbers[group] = np.concatenate([leaves[name] for name in names if name in leaves])
     return numbers
@@ -257,25 +259,37 @@ def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
     return f"{groups}  {what}"
 
 
+def _own_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(this verb's own flags, read; the words that are ringbpt.train's)."""
+    own: dict[str, Any] = {}
+    rest = []
+    for word in argv:
+        name, _, text = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in OWN_FLAGS:
+            own[name] = read_value(f"--{name}", text or "True", OWN_FLAGS[name], None)
+        else:
+            rest.append(word)
+    return own, rest
+
+
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(f"{own_help(__doc__ or '', FLAGS)}\n{help_text('verify')}")
+        print(f"{__doc__}\n{help_text('verify')}")
         return 0
-    own, rest = split_flags(argv, FLAGS)
-    check_folders(own, "json")
-    tree = parse_args(rest)
+    own, argv = _own_flags(argv)
+    tree = parse_args(argv)
     import jax
 
     from ringbpt.mesh import start_jax
 
-    if not own["real_devices"]:
+    if not own.get("real_devices"):
         jax.config.update("jax_platforms", "cpu")
         tree.num_cpu_devices = tree.num_cpu_devices or 8
     device_count = start_jax(tree)
     config = parse(tree, device_count)
-    tolerance = own["tolerance"] or (1e-5 if config.dtype == "fp32" else 2e-2)
+    tolerance = own.get("tolerance") or (1e-5 if config.dtype == "fp32" else 2e-2)
     report = verify(config, device_count, tolerance)
-    if own["json"]:
+    if own.get("json"):
         Path(own["json"]).write_text(json.dumps(report, indent=1) + "\n")
     bad = sum(not row["ok"] for row in report["rows"])
     for line in report["parting"]:

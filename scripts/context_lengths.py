@@ -1,9 +1,10 @@
 """docs/context_lengths.md: the longest sequence that fits, by compiling ahead of time, beside what others published.
 
-    python scripts/context_lengths.py [--only=TEXT] [--close=1.1]
+    python scripts/context_lengths.py [--only=TEXT] [--times=1] [--close=1.1] [--most=3]
 
 Every row that is computed is kept in docs/context_lengths.json, so that a run can be stopped and gone on with; the
-page is written from that file. --only: rows whose name contains the text. --close: how close to the limit.
+page is written from that file. A row begins at their length, or so many --times it, and ends --close to the limit or
+after --most compiles. --only: rows whose name contains the text.
 """
 
 import json
@@ -25,11 +26,10 @@ QWEN7, QWEN14, QWEN72 = (
     (5120, 13824, 48, 40, 8, 152064),
     (8192, 29568, 80, 64, 8, 152064),
 )
-FP32, BF16 = (
-    ("--dtype=fp32", "--llama.remat_block=nothing_saveable"),
-    ("--dtype=bf16", "--llama.remat_block=nothing_saveable"),
-)
-OFFLOAD = ("--dtype=bf16", "--llama.remat_block=offload_inputs", "--optimizer.offload_state")
+KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offload_inputs"
+BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
+FP32, BF16 = ("--dtype=fp32", KEPT, BLOCKS), ("--dtype=bf16", KEPT)
+OFFLOAD = ("--dtype=bf16", AWAY, STATE)
 RING, ALST, LF = "Ring Attention", "ALST", "360-LLaMA-Factory"
 
 # source, their hardware, model (a preset or sizes), their maximum in tokens, topology, mesh, flags.
@@ -37,22 +37,22 @@ ROWS = [
     (RING, "8 A100-80", "3b", 512 * K, "8xa100-80g", "1,1,1,8", FP32),
     (RING, "8 A100-80", "7b", 256 * K, "8xa100-80g", "1,1,1,8", FP32),
     (RING, "8 A100-80", "13b", 128 * K, "8xa100-80g", "1,1,1,8", FP32),
-    (RING, "32 A100-80", "7b", 4096 * K, "4x8xa100-80g", "1,1,1,32", FP32),
+    (RING, "32 A100-80", "7b", 4096 * K, "4x8xa100-80g", "1,1,1,32", ("--dtype=fp32", AWAY, BLOCKS)),
     (RING, "32 A100-80", "13b", 2048 * K, "4x8xa100-80g", "1,1,1,32", FP32),
-    (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", OFFLOAD),
-    (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", OFFLOAD),
-    (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", OFFLOAD),
-    (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", OFFLOAD),
+    (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", (*OFFLOAD, BLOCKS)),
+    (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", (*OFFLOAD, BLOCKS)),
+    (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", (*OFFLOAD, BLOCKS)),
+    (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", (*OFFLOAD, BLOCKS)),
     (LF, "8 A800", ("Qwen2.5-7B", QWEN7), 210_000, "8xa100-80g", "1,1,1,8", BF16),
     (LF, "8 A800", ("Qwen2.5-14B", QWEN14), 175_000, "8xa100-80g", "1,1,1,8", BF16),
     (LF, "32 A800", ("Qwen2.5-72B", QWEN72), 128_000, "4x8xa100-80g", "1,1,1,32", OFFLOAD),
-    (RING, "TPU v3-512", "7b", 2048 * K, "v3-512", "1,1,4,128", FP32),
-    (RING, "TPU v4-1024", "3b", 16384 * K, "v4-1024", "1,1,4,128", FP32),
-    (RING, "TPU v4-1024", "7b", 8192 * K, "v4-1024", "1,1,4,128", FP32),
-    (RING, "TPU v4-1024", "13b", 4096 * K, "v4-1024", "1,1,4,128", FP32),
-    (RING, "TPU v4-1024", "30b", 2048 * K, "v4-1024", "1,1,4,128", FP32),
-    (RING, "TPU v5e-256", "3b", 4096 * K, "v5e-256", "1,1,4,64", FP32),
-    (RING, "TPU v5e-256", "7b", 2048 * K, "v5e-256", "1,1,4,64", FP32),
+    (RING, "TPU v3-512", "7b", 2048 * K, "v3-512", "1,1,4,128", (*FP32, OVER_TP)),
+    (RING, "TPU v4-1024", "3b", 16384 * K, "v4-1024", "1,1,4,128", (*FP32, OVER_TP)),
+    (RING, "TPU v4-1024", "7b", 8192 * K, "v4-1024", "1,1,4,128", (*FP32, OVER_TP)),
+    (RING, "TPU v4-1024", "13b", 4096 * K, "v4-1024", "1,1,4,128", (*FP32, OVER_TP)),
+    (RING, "TPU v4-1024", "30b", 2048 * K, "v4-1024", "1,1,4,128", (*FP32, OVER_TP)),
+    (RING, "TPU v5e-256", "3b", 4096 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
+    (RING, "TPU v5e-256", "7b", 2048 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
 ]  # fmt: skip
 
 
@@ -120,8 +120,9 @@ def main() -> None:
         print(name, flush=True)
         try:
             say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
-            tree = parse_args(flags_of(model, theirs, mesh, flags))
-            plan = find(tree, topology(machine), "seq_length", say, float(own.get("close", 1.25)))
+            tree = parse_args(flags_of(model, round(theirs * float(own.get("times", 1))), mesh, flags))
+            close, most = float(own.get("close", 1.25)), int(own.get("most", 3))
+            plan = find(tree, topology(machine), "seq_length", say, close, most)
             program, ours = plan.program, plan.config.train_dataset.seq_length
             known[name] = {"ours": ours, "total": program.total, "limit": plan.machine.memory, "host": program.host}
         except Exception as error:  # a compiler that gives up is an answer too

@@ -104,6 +104,16 @@ PAIRS = [
         ["--llama.heads_k_stride=2"],
     ),
     (
+        ["--mesh_dim=1,2,2,2", "--llama.kv_heads_at_a_time=3"],
+        ["2 key/value heads"],
+        ["--llama.kv_heads_at_a_time=2"],
+    ),
+    (
+        ["--mesh_dim=1,2,2,2", "--llama.kv_heads_at_a_time=1", "--llama.sequence_parallel=ulysses"],
+        ["not go with --llama.sequence_parallel=ulysses"],
+        ["--llama.sequence_parallel=ring"],
+    ),
+    (
         ["--mesh_dim=1,2,2,2", "--llama.sequence_parallel=all_gather", "--llama.ring_bidirectional"],
         ["not for --llama.sequence_parallel=all_gather"],
         ["--llama.sequence_parallel=ring"],
@@ -215,6 +225,7 @@ SINGLES = [
     ("llama.scan_query_chunk_size", "0", "=1"),
     ("llama.scan_key_chunk_size", "-1", "=1"),
     ("llama.heads_k_stride", "0", "=1"),
+    ("llama.kv_heads_at_a_time", "0", "=1"),
     ("train_dataset.python_dataset.batch_size", "0", "=1"),
     ("eval_dataset.python_dataset.seq_length", "0", "=1"),
     ("load_checkpoint", "/a/b", "--load_checkpoint='params::/a/b'"),

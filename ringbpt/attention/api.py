@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,72 @@ def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip
     return attend
 
 
+def _check_options(strategy: str, heads_k_stride: int | None, bidirectional: bool) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
+    if heads_k_stride is not None and strategy != "all_gather":
+        raise NotImplementedError(
+            f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
+        )
+    if bidirectional and "ring" not in strategy and strategy != "auto":
+        raise NotImplementedError(f"bidirectional belongs to rings, not to {strategy!r}: use ring")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Attention as it stands inside a shard_map over `mesh`, on one device's share, the T dim split as `axes` say.
+
+    forward(q, k, v, position, segment, hops) -> (out, in q's dtype, and lse);
+    backward(q, k, v, position, segment, hops, out, lse, d_out) -> gradients in their operands' dtypes;
+    needed(position_BT, segment_BT) -> hops, outside the shard_map, of the whole batch.
+    """
+
+    mesh: Mesh
+    axes: dict[str, Axes]
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[jax.Array, ...]]
+    needed: Callable[[jax.Array, jax.Array], ring.Hops]
+
+
+def make_shares(
+    mesh: Mesh,
+    *,
+    strategy: str,
+    local: str,
+    mask: MaskSpec,
+    query_chunk_size: int | None,
+    key_chunk_size: int | None,
+    heads_k_stride: int | None,
+    ulysses_degree: int | None,
+    bidirectional: bool,
+    skip_hops: bool,
+) -> Shares:
+    """For who has a shard_map of its own; the arguments, and what is refused, are make_attention's. Not for `auto`."""
+    _check_options(strategy, heads_k_stride, bidirectional)
+    blocks = _make_local(local, mesh.devices.flat[0], query_chunk_size, key_chunk_size)
+    make_share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree, bidirectional)
+    ring_size = math.prod(mesh.shape[axis] for axis in ("sp", "ring") if axis in mesh.shape and "ring" in strategy)
+
+    def needed(positions, segments) -> ring.Hops:
+        if not skip_hops or ring_size == 1:
+            return None
+        return ring.needed_hops(TokenMeta(positions, segments), mask, ring_size, bidirectional)
+
+    def forward(q, k, v, position, segment, hops):
+        meta = TokenMeta(position, segment)
+        with jax.named_scope(SCOPE):
+            part = make_share(hops).attend(q, k, v, meta, meta, mask)
+        return part.out_BTNH.astype(q.dtype), part.lse_BTN
+
+    def backward(q, k, v, position, segment, hops, out, lse, d_out):
+        meta = TokenMeta(position, segment)
+        with jax.named_scope(SCOPE):
+            grads = make_share(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
+        return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
+
+    return Shares(mesh, axes, forward, backward, needed)
+
+
 def make_attention(
     mesh: Mesh,
     *,
@@ -191,45 +258,30 @@ def make_attention(
 
     Raises ValueError for an unknown name, and NotImplementedError for what a strategy cannot do.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if heads_k_stride is not None and strategy != "all_gather":
-        raise NotImplementedError(
-            f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
-        )
-    if bidirectional and "ring" not in strategy and strategy != "auto":
-        raise NotImplementedError(f"bidirectional belongs to rings, not to {strategy!r}: use ring")
+    _check_options(strategy, heads_k_stride, bidirectional)
     if strategy == "auto":
         sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
         return _make_chooser(mesh, {"local": local, "mask": mask, **sizes}, bidirectional, skip_hops)
-    blocks = _make_local(local, mesh.devices.flat[0], query_chunk_size, key_chunk_size)
-    make_share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree, bidirectional)
-    ring_size = math.prod(mesh.shape[axis] for axis in ("sp", "ring") if axis in mesh.shape and "ring" in strategy)
-    q_spec, kv_spec, row_spec, meta_spec = (spec(dims, axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
+    shares = make_shares(
+        mesh,
+        strategy=strategy,
+        local=local,
+        mask=mask,
+        query_chunk_size=query_chunk_size,
+        key_chunk_size=key_chunk_size,
+        heads_k_stride=heads_k_stride,
+        ulysses_degree=ulysses_degree,
+        bidirectional=bidirectional,
+        skip_hops=skip_hops,
+    )
+    q_spec, kv_spec, row_spec, meta_spec = (spec(dims, shares.axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
 
     def on_shards(function, in_specs, out_specs):
-        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-    def needed(positions, segments) -> ring.Hops:
-        if not skip_hops or ring_size == 1:
-            return None
-        return ring.needed_hops(TokenMeta(positions, segments), mask, ring_size, bidirectional)
-
-    def forward(q, k, v, position, segment, hops):
-        meta = TokenMeta(position, segment)
-        with jax.named_scope(SCOPE):
-            part = make_share(hops).attend(q, k, v, meta, meta, mask)
-        return part.out_BTNH.astype(q.dtype), part.lse_BTN
-
-    def backward(q, k, v, position, segment, hops, out, lse, d_out):
-        meta = TokenMeta(position, segment)
-        with jax.named_scope(SCOPE):
-            grads = make_share(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
-        return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
+        return jax.shard_map(function, mesh=shares.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec, PartitionSpec())
-    forward_shards = on_shards(forward, inputs, (q_spec, row_spec))
-    backward_shards = on_shards(backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
+    forward_shards = on_shards(shares.forward, inputs, (q_spec, row_spec))
+    backward_shards = on_shards(shares.backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
 
     @jax.custom_vjp
     def attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
@@ -239,7 +291,7 @@ def make_attention(
         # What depends on positions alone is the same in every layer: untied from q it would be computed ahead of
         # the scan over layers, for all hops, and stored.
         # The number of hops may well be: it is one number.
-        hops = needed(positions, segments)
+        hops = shares.needed(positions, segments)
         q, positions, segments = lax.optimization_barrier((q, positions, segments))
         out, lse = forward_shards(q, k, v, positions, segments, hops)
         out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES, strict=True))

@@ -24,6 +24,22 @@ def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
     return matmul("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
 
 
+def swiglu_backward(
+    x: jax.Array, dy: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """(dx in x's dtype, this part's share of the weights' gradients in float32), the activations computed again.
+
+    By hand, so that weights' gradients are summed in float32 while every product has the compute dtype.
+    """
+    matmul, weigh = partial(dot, out_dtype=x.dtype), partial(dot, out_dtype=jnp.float32)
+    gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
+    hidden, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    d_gate, d_up = hidden_vjp(matmul("BTD,FD->BTF", dy, w_down))
+    dx = matmul("BTF,DF->BTD", d_gate, w_gate) + matmul("BTF,DF->BTD", d_up, w_up)
+    dws = weigh("BTD,BTF->DF", x, d_gate), weigh("BTD,BTF->DF", x, d_up), weigh("BTF,BTD->FD", hidden, dy)
+    return dx, dws
+
+
 def split_chunks(x: jax.Array, size: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, size, ...], inside shard_map."""
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
@@ -62,21 +78,10 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
         return join_chunks(chunks)
 
     def backward_local(x, dy, *weights):
-        """By hand, so that weights' gradients are summed in float32 while every product has the compute dtype."""
-        w_gate, w_up, w_down = whole = gathered(x, weights)
-        matmul, weigh = partial(dot, out_dtype=x.dtype), partial(dot, out_dtype=jnp.float32)
+        whole = gathered(x, weights)
 
         def chunk_backward(sums, chunk):
-            x, dy = chunk
-            gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
-            hidden, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-            d_gate, d_up = hidden_vjp(matmul("BTD,FD->BTF", dy, w_down))
-            dx = matmul("BTF,DF->BTD", d_gate, w_gate) + matmul("BTF,DF->BTD", d_up, w_up)
-            dws = (
-                weigh("BTD,BTF->DF", x, d_gate),
-                weigh("BTD,BTF->DF", x, d_up),
-                weigh("BTF,BTD->FD", hidden, dy),
-            )
+            dx, dws = swiglu_backward(*chunk, *whole)
             return [s + dw for s, dw in zip(sums, dws, strict=True)], lax.psum(dx, "tp")
 
         zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]

@@ -12,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention import MaskSpec, make_attention
-from ringbpt.attention.api import SAVED_NAMES
+from ringbpt.attention.api import SAVED_NAMES, make_shares
 from ringbpt.config import Config, LlamaConfig, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
+from ringbpt.model.blockwise_layer import BlockwiseLayer
 from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
@@ -79,14 +80,21 @@ def queries_keys_values(
     llama: LlamaConfig, w: Params, h_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], matmul: Callable
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_BTNH and k_BTKH, rotated, and v_BTKH of one layer; `matmul(equation, x, w)` says how weights are used."""
+    q_BTNH = matmul("BTD,DNH->BTNH", h_BTD, w["w_q"])
+    k_BTKH, v_BTKH = matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), matmul("BTD,DKH->BTKH", h_BTD, w["w_v"])
+    return attention_operands(llama, w, q_BTNH, k_BTKH, v_BTKH, rope)
+
+
+def attention_operands(
+    llama: LlamaConfig, w: Params, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rope: tuple
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What attention takes, of a layer's three products: biases added, heads normed, queries and keys rotated."""
 
     def biased(y_BTNH, name):
         # In float32, so that the bias's gradient is summed in it.
         return (y_BTNH.astype(jnp.float32) + w[name][None, None]).astype(y_BTNH.dtype) if llama.qkv_bias else y_BTNH
 
-    q_BTNH = biased(matmul("BTD,DNH->BTNH", h_BTD, w["w_q"]), "b_q")
-    k_BTKH = biased(matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), "b_k")
-    v_BTKH = biased(matmul("BTD,DKH->BTKH", h_BTD, w["w_v"]), "b_v")
+    q_BTNH, k_BTKH, v_BTKH = biased(q_BTNH, "b_q"), biased(k_BTKH, "b_k"), biased(v_BTKH, "b_v")
     if llama.qk_norm:
         q_BTNH = rms_norm(q_BTNH, w["q_norm"], llama.rms_norm_eps)
         k_BTKH = rms_norm(k_BTKH, w["k_norm"], llama.rms_norm_eps)
@@ -203,7 +211,13 @@ class Model:
         llama = self.config.llama
         x_BTD = embed(self.mesh, self.dtype, params["embed"], token_BT)
         rope = self.rope(meta)
-        block = self._remat(lambda x, layer: self.block(layer, x, meta, rope)[0], llama.remat_block)
+
+        def one(state, layer):
+            if llama.kv_heads_at_a_time:
+                return self.layer(layer, state, meta)
+            return self.block(layer, state, meta, rope)[0]
+
+        block = self._remat(one, llama.remat_block)
         axis = llama.param_scan_axis
         state = (self._between_layers(x_BTD), Routing.zeros(llama, token_BT.shape) if llama.num_experts else None)
         if llama.scan_layers:
@@ -250,6 +264,12 @@ class Model:
         x_BTD = self._between_layers(x_BTD + fed_BTD)
         return (x_BTD, routing.add(choice) if routing else None), keys_values
 
+    def layer(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
+        """A layer in blocks, attention kv_heads_at_a_time: what `block` makes of the state."""
+        x_BTD = checkpoint_name(self._between_layers(state[0]), LAYER_INPUT)
+        x_BTD = constrain_activation(x_BTD, self.mesh, "B T D")
+        return self._between_layers(self._blockwise_layer(w, x_BTD, meta.position_BT, meta.segment_BT)), None
+
     def _between_layers(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream as it is handed from layer to layer, and saved for the backward."""
         axes = {**ACTIVATION_AXES, "T": ("sp", "tp")} if self.config.llama.residual_over_tp else ACTIVATION_AXES
@@ -269,21 +289,43 @@ class Model:
     def mask(self) -> MaskSpec:
         return MaskSpec(causal=True, window=self.config.llama.sliding_window)
 
-    @cached_property
-    def _attend(self) -> Callable[..., jax.Array]:
+    @property
+    def _attention(self) -> dict[str, Any]:
+        """The flags as attention.api names them."""
         llama = self.config.llama
         kernel = llama.attention_kernel
-        return make_attention(
-            self.mesh,
-            strategy=llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
-            local=ATTENTION_TYPES[llama.attention_type] if kernel == "auto" else kernel,
-            mask=self.mask,
-            query_chunk_size=llama.scan_query_chunk_size,
-            key_chunk_size=llama.scan_key_chunk_size,
-            heads_k_stride=llama.heads_k_stride,
-            ulysses_degree=llama.ulysses_degree,
-            bidirectional=llama.ring_bidirectional,
-            skip_hops=llama.ring_skip_hops,
+        return {
+            "strategy": llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
+            "local": ATTENTION_TYPES[llama.attention_type] if kernel == "auto" else kernel,
+            "mask": self.mask,
+            "query_chunk_size": llama.scan_query_chunk_size,
+            "key_chunk_size": llama.scan_key_chunk_size,
+            "heads_k_stride": llama.heads_k_stride,
+            "ulysses_degree": llama.ulysses_degree,
+            "bidirectional": llama.ring_bidirectional,
+            "skip_hops": llama.ring_skip_hops,
+        }
+
+    @cached_property
+    def _attend(self) -> Callable[..., jax.Array]:
+        return make_attention(self.mesh, **self._attention)
+
+    @cached_property
+    def _blockwise_layer(self) -> BlockwiseLayer:
+        llama = self.config.llama
+        assert llama.kv_heads_at_a_time is not None
+        frequency, scale = frequencies(llama), rope_scale(llama)
+
+        def operands(w, q_BTNH, k_BTKH, v_BTKH, position_BT):
+            return attention_operands(llama, w, q_BTNH, k_BTKH, v_BTKH, rotation(position_BT, frequency, scale))
+
+        return BlockwiseLayer(
+            mesh=self.mesh,
+            shares=make_shares(self.mesh, **self._attention),
+            norm=partial(rms_norm, eps=llama.rms_norm_eps),
+            operands=operands,
+            kv_heads=llama.kv_heads_at_a_time,
+            chunk_size=llama.scan_mlp_chunk_size if llama.scan_mlp else None,
         )
 
     @cached_property

@@ -15,11 +15,18 @@ CLOSE = 1.04
 MOST_COMPILES = 12
 
 
-def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], None], close: float = CLOSE) -> Plan:
+def find(
+    tree: ConfigDict,
+    machine: Topology,
+    what: str,
+    say: Callable[[str], None],
+    close: float = CLOSE,
+    most_compiles: int = MOST_COMPILES,
+) -> Plan:
     """The plan of the largest seq_length or batch_size, or the smallest sp (fsdp takes the rest), that fits.
 
-    close: the search ends when what fits and what does not are this close. The sequence grows in steps that the mesh,
-    the layout and the chunks divide. Raises UserError where nothing fits.
+    close: the search ends when what fits and what does not are this close, or after most_compiles. The sequence grows
+    in steps that the mesh, the layout and the chunks divide. Raises UserError where nothing fits.
     """
     if what not in SEARCHABLE:
         raise UserError(
@@ -42,7 +49,7 @@ def find(tree: ConfigDict, machine: Topology, what: str, say: Callable[[str], No
         say(f"{what}={units * unit:,}: {size(made.program.total)} of {size(machine.memory or 0)}, {verdict}")
         return made
 
-    return _largest(plan, first, machine.memory, close)
+    return _largest(plan, first, machine.memory, close, most_compiles)
 
 
 # What may make it fit or go faster, as the flags that one would add; several of one line go together.
@@ -51,9 +58,15 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"llama.remat_block": "nothing_saveable"},
     {"llama.scan_mlp": True},
     {"llama.residual_over_tp": True},
+    {"llama.kv_heads_at_a_time": 1},
     {"llama.remat_block": "offload_inputs"},
     {"optimizer.offload_state": True},
-    {"llama.remat_block": "offload_inputs", "llama.residual_over_tp": True, "optimizer.offload_state": True},
+    {
+        "llama.remat_block": "offload_inputs",
+        "llama.residual_over_tp": True,
+        "llama.kv_heads_at_a_time": 1,
+        "optimizer.offload_state": True,
+    },
     {"llama.loss_chunk_size": 512},
 )
 
@@ -86,11 +99,11 @@ def _unit(config: Config, what: str) -> tuple[int, int]:
     return sp * chunk, max(1, config.train_dataset.seq_length // (sp * chunk))
 
 
-def _largest(plan: Callable[[int], Plan], first: int, memory: int, close: float) -> Plan:
+def _largest(plan: Callable[[int], Plan], first: int, memory: int, close: float, most_compiles: int) -> Plan:
     """By the straight line through what is known, kept inside the bracket; the best plan that fits."""
     known: dict[int, Plan] = {}
     units = first
-    for _ in range(MOST_COMPILES):
+    for _ in range(most_compiles):
         known[units] = plan(units)
         fitting = [n for n, made in known.items() if made.fits]
         failing = [n for n, made in known.items() if not made.fits]

@@ -1,4 +1,5 @@
-"""What trades time for memory changes no number: residuals over tp, layers' inputs and optimizer state on the host."""
+"""What trades time for memory changes no number: residuals over tp, layers' inputs and optimizer state on the host,
+layers in blocks with a few kv heads at a time."""
 
 from dataclasses import replace
 
@@ -51,12 +52,11 @@ def plain():
 
 
 RESIDUAL, INPUTS, STATE = "--llama.residual_over_tp", "--llama.remat_block=offload_inputs", "--optimizer.offload_state"
+HEADS = "--llama.kv_heads_at_a_time=1"
+ALL = (RESIDUAL, INPUTS, STATE, HEADS)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [(RESIDUAL, INPUTS, STATE), *(pytest.param((f,), marks=pytest.mark.slow) for f in (RESIDUAL, INPUTS, STATE))],
-)
+@pytest.mark.parametrize("flags", [ALL, *(pytest.param((flag,), marks=pytest.mark.slow) for flag in ALL)])
 def test_they_change_no_number(flags, plain):
     losses, state = steps(*flags)
     assert losses == pytest.approx(plain, rel=1e-6)

@@ -1,0 +1,270 @@
+"""A whole layer block by block, for the longest sequences: attention a few kv heads at a time, the rest in chunks.
+
+Of arrays as long as a device's share of the sequence the backward holds three as wide as the model: the layer's input,
+attention's output, and the gradient, which is overwritten chunk by chunk on its way down; the queries' gradient takes
+the place of attention's output, group by group. Queries, and all that attention itself needs, are alive for one group
+of heads only. Every sum and every rounding is that of the layer in pieces (llama.Model.block).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+from ringbpt.attention.api import SAVED_NAMES, Shares
+from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.model.feedforward import swiglu, swiglu_backward
+from ringbpt.model.weights import dot, gather_shards, scatter_grad
+from ringbpt.types import Params
+
+LETTERS = {
+    "attention_norm": "D",
+    "w_q": "D N H",
+    "w_k": "D K H",
+    "w_v": "D K H",
+    "w_o": "N H D",
+    "feedforward_norm": "D",
+    "w_gate": "D F",
+    "w_up": "D F",
+    "w_down": "F D",
+    "b_q": "N H",
+    "b_k": "K H",
+    "b_v": "K H",
+    "q_norm": "H",
+    "k_norm": "H",
+}
+PROJECTIONS = ("w_q", "w_k", "w_v")
+HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
+FEEDFORWARD = ("w_gate", "w_up", "w_down")
+AFTER_ATTENTION = ("w_o", "feedforward_norm", *FEEDFORWARD)
+TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different tokens
+
+
+@dataclass(frozen=True)
+class BlockwiseLayer:
+    """layer(w, x_BTD, position_BT, segment_BT) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
+
+    norm(x, scale) normalises; operands(w, q, k, v, position_BT) makes of the three products what attention takes
+    (biases, norms of heads, rotation). kv_heads divides a device's kv heads; chunk_size divides its tokens or exceeds
+    them, None is all of them.
+    """
+
+    mesh: Mesh
+    shares: Shares
+    norm: Callable[[jax.Array, jax.Array], jax.Array]
+    operands: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    kv_heads: int
+    chunk_size: int | None
+
+    def __call__(self, w: Params, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
+        return self._layer(w, x_BTD, position_BT, segment_BT, self.shares.needed(position_BT, segment_BT))
+
+    @cached_property
+    def _layer(self) -> Callable[..., jax.Array]:
+        @jax.custom_vjp
+        def layer(*args):
+            return self._forward(*args)[0]
+
+        layer.defvjp(self._forward, self._backward)
+        return layer
+
+    def _forward(self, w, x, position, segment, hops):
+        before, after = ({n: a for n, a in w.items() if (n in AFTER_ATTENTION) == later} for later in (False, True))
+        attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
+        out, lse = attend(before, x, position, segment, hops)
+        out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED_NAMES, strict=True))
+        finish = self._on_shards(self._after_attention, after, (self._x_spec, self._out_spec), self._x_spec)
+        return finish(after, x, out), (w, x, position, segment, hops, out, lse)
+
+    def _backward(self, residuals, dy):
+        w, *rest = residuals
+        in_specs = (*self._token_specs, self._out_spec, self._out_spec, self._x_spec)
+        back = self._on_shards(self._backward_local, w, in_specs, (_stored_specs(w), self._x_spec))
+        return *back(w, *rest, dy), None, None, None
+
+    _x_spec = spec("B T D", ACTIVATION_AXES)
+    _token_specs = (_x_spec, spec("B T", ACTIVATION_AXES), spec("B T", ACTIVATION_AXES), PartitionSpec())
+    # [groups, B, T, heads * H] and [groups, B, T, heads]: short last dims would be padded to whole tiles.
+    _out_spec = PartitionSpec(None, *_x_spec[:2], "tp")
+
+    def _on_shards(self, function: Callable, w: Params, in_specs: tuple, out_specs: Any) -> Callable:
+        in_specs = (_stored_specs(w), *in_specs)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    # From here on: inside shard_map, of one device's share.
+
+    def _chunk(self, x: jax.Array) -> int:
+        return min(self.chunk_size or x.shape[1], x.shape[1])
+
+    def _groups(self, w: Params) -> Params:
+        """What belongs to heads, by group: [groups, ...]."""
+        count = w["w_k"].shape[1] // self.kv_heads
+
+        def split(x: jax.Array, dim: int) -> jax.Array:
+            return jnp.moveaxis(x.reshape(*x.shape[:dim], count, -1, *x.shape[dim + 1 :]), dim, 0)
+
+        of_heads = {name: [i for i, letter in enumerate(LETTERS[name].split()) if letter in "NK"] for name in w}
+        return {name: split(w[name], dims[0]) for name, dims in of_heads.items() if dims}
+
+    def _queries_keys_values(self, w: Params, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+        size = self._chunk(x)
+
+        def chunk(i):
+            h = self.norm(_slice(x, i, size), w["attention_norm"])
+            products = (dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS)
+            return self.operands(w, *products, _slice(position, i, size))
+
+        return _in_chunks(chunk, x.shape[1], size)
+
+    def _attend(self, w: Params, x, position, segment, hops) -> tuple[jax.Array, jax.Array]:
+        """Attention's output and lse, by group."""
+        # What depends on positions alone would be computed ahead of the scan over layers, and stored.
+        x, position, segment = lax.optimization_barrier((x, position, segment))
+        whole = _gathered(w, x.dtype)
+
+        def group(part: Params):
+            q, k, v = self._queries_keys_values(whole | part, x, position)
+            out, lse = self.shares.forward(q, k, v, position, segment, hops)
+            return out.reshape(*x.shape[:2], -1), lse
+
+        return lax.map(group, self._groups(whole))
+
+    def _after_attention(self, w: Params, x, out) -> jax.Array:
+        size, whole = self._chunk(x), _gathered(w, x.dtype)
+        w_o, (w_gate, w_up, w_down) = _by_group(whole["w_o"], out), (whole[name] for name in FEEDFORWARD)
+        matmul = partial(dot, out_dtype=x.dtype)
+
+        def chunk(i, y):
+            x_i = _add_attended(_slice(y, i, size), _slice(out, i, size, dim=2), w_o)
+            h = self.norm(x_i, whole["feedforward_norm"])
+            return _update(y, x_i + lax.psum(swiglu(h, w_gate, w_up, w_down, matmul), "tp"), i)
+
+        return lax.fori_loop(0, x.shape[1] // size, chunk, x)
+
+    def _backward_local(self, w: Params, x, position, segment, hops, out, lse, dy) -> tuple[Params, jax.Array]:
+        x, position, segment = lax.optimization_barrier((x, position, segment))
+        whole = _gathered(w, x.dtype)
+        dy, grads = self._after_attention_back(whole, x, out, dy)
+        d_operands = self._attend_back(whole, x, position, segment, hops, out, lse, dy)
+        dx, more = self._projections_back(whole, x, position, d_operands, dy)
+        return {name: _scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in w}, dx
+
+    def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
+        """(the gradient of the layer's input plus attention, those of the weights)."""
+        size, w_o = self._chunk(x), _by_group(w["w_o"], out)
+
+        def chunk(i, state):
+            dy, sums = state
+            out_i, dy_i = _slice(out, i, size, dim=2), _slice(dy, i, size)
+            h, norm_vjp = jax.vjp(self.norm, _add_attended(_slice(x, i, size), out_i, w_o), w["feedforward_norm"])
+            dh, dws = swiglu_backward(h, dy_i, *(w[name] for name in FEEDFORWARD))
+            dx, d_norm = norm_vjp(lax.psum(dh, "tp"))
+            dy_i += dx
+            dw_o = dot("GBTQ,BTD->GQD", out_i, dy_i, jnp.float32)
+            new = dict(zip(FEEDFORWARD, dws, strict=True)) | {"feedforward_norm": d_norm, "w_o": dw_o}
+            return _update(dy, dy_i, i), {name: total + new[name] for name, total in sums.items()}
+
+        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, _zeros(w, AFTER_ATTENTION) | _zeros({"w_o": w_o})))
+
+    def _attend_back(self, w: Params, x, position, segment, hops, out, lse, dy) -> tuple[jax.Array, ...]:
+        """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
+        size, groups = self._chunk(x), self._groups(w)
+
+        def group(g, state):
+            part = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, g, keepdims=False), groups)
+            out_g, lse_g = (lax.dynamic_index_in_dim(a, g, keepdims=False) for a in (state[0], lse))
+            q, k, v = self._queries_keys_values(w | part, x, position)
+            d_out = _in_chunks(
+                lambda i: dot("BTD,NHD->BTNH", _slice(dy, i, size), part["w_o"], x.dtype), x.shape[1], size
+            )
+            grads = self.shares.backward(q, k, v, position, segment, hops, out_g.reshape(q.shape), lse_g, d_out)
+            return tuple(
+                lax.dynamic_update_index_in_dim(whole, grad.reshape(*grad.shape[:2], -1), g, 0)
+                for whole, grad in zip(state, grads, strict=True)
+            )
+
+        keys = jnp.zeros((*out.shape[:3], self.kv_heads * w["w_k"].shape[2]), x.dtype)
+        return lax.fori_loop(0, out.shape[0], group, (out, keys, keys))
+
+    def _projections_back(self, w: Params, x, position, d_operands, dy) -> tuple[jax.Array, Params]:
+        """(the gradient of the layer's input, those of the weights before attention)."""
+        size = self._chunk(x)
+        heads = {name: w[name] for name in HEADS if name in w}
+
+        def chunk(i, state):
+            dy, sums = state
+            h, norm_vjp = jax.vjp(self.norm, _slice(x, i, size), w["attention_norm"])
+            products = [dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS]
+            position_i = _slice(position, i, size)
+            _, operands_vjp = jax.vjp(lambda *args: self.operands(*args, position_i), heads, *products)
+            d_heads, *grads = operands_vjp(
+                tuple(
+                    jnp.moveaxis(_slice(d, i, size, dim=2), 0, 2).reshape(product.shape)
+                    for d, product in zip(d_operands, products, strict=True)
+                )
+            )
+            new = dict(d_heads)
+            dh = jnp.zeros_like(h)
+            for name, grad in zip(PROJECTIONS, grads, strict=True):
+                new[name] = dot("BTD,BTNH->DNH", h, grad, jnp.float32)
+                dh += dot("BTNH,DNH->BTD", grad, w[name], x.dtype)
+            dx, new["attention_norm"] = norm_vjp(lax.psum(dh, "tp"))
+            return _update(dy, _slice(dy, i, size) + dx, i), {name: total + new[name] for name, total in sums.items()}
+
+        sums = _zeros(w, ("attention_norm", *PROJECTIONS, *heads))
+        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
+
+
+def _stored_specs(w: Params) -> dict[str, PartitionSpec]:
+    return {name: weight_spec(LETTERS[name]) for name in w}
+
+
+def _gathered(w: Params, dtype: jnp.dtype) -> Params:
+    """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
+    return {
+        name: gather_shards(x, LETTERS[name].split().index("D"), dtype) if name.startswith("w_") else x
+        for name, x in w.items()
+    }
+
+
+def _scattered(name: str, dw: jax.Array) -> jax.Array:
+    """The sum of all devices' gradients, as the weight itself is stored."""
+    if name.startswith("w_"):
+        return scatter_grad(dw, LETTERS[name].split().index("D"))
+    # Of what all heads share, each device of tp has its own heads' part of the gradient.
+    return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
+
+
+def _zeros(w: Params, names: tuple[str, ...] | None = None) -> Params:
+    return {name: jnp.zeros(w[name].shape, jnp.float32) for name in names or w}
+
+
+def _slice(x: jax.Array, i: jax.Array, size: int, dim: int = 1) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, i * size, size, dim)
+
+
+def _update(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part, i * part.shape[1], 1)
+
+
+def _in_chunks(function: Callable, length: int, size: int) -> Any:
+    """Arrays [b, length, ...] of function(i), [b, size, ...], each written where it belongs."""
+    shapes = jax.eval_shape(function, jnp.int32(0))
+    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype), shapes)
+    update = lambda i, whole: jax.tree.map(lambda x, part: _update(x, part, i), whole, function(i))  # noqa: E731
+    return lax.fori_loop(0, length // size, update, empty)
+
+
+def _by_group(w_o: jax.Array, out: jax.Array) -> jax.Array:
+    """w_o as attention's output is laid out: [groups, heads * H, D]."""
+    return w_o.reshape(out.shape[0], out.shape[3], -1)
+
+
+def _add_attended(x: jax.Array, out: jax.Array, w_o: jax.Array) -> jax.Array:
+    return x + lax.psum(dot("GBTQ,GQD->BTD", out, w_o, x.dtype), "tp")

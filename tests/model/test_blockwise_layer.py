@@ -1,0 +1,46 @@
+"""Layers in blocks, a few kv heads at a time, against the same layers in pieces: losses and every gradient."""
+
+from functools import cache
+
+import jax
+import pytest
+
+from tests.model.helpers import assert_same, loss_and_grads, make_batch, make_model
+
+# Everything that a layer of some family has, and two kv heads for each of tp=2.
+FAMILY = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "qkv_bias": True, "qk_norm": True}
+
+
+@cache
+def in_pieces():
+    model = make_model(**FAMILY)
+    params = model.init(jax.random.key(0))
+    moved = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), params)
+    return moved, loss_and_grads(model, moved, make_batch(model))
+
+
+def check(mesh, at_a_time, **llama):
+    params, want = in_pieces()
+    model = make_model(mesh, kv_heads_at_a_time=at_a_time, **FAMILY | llama)
+    params = jax.device_put(params, model.shardings)
+    assert_same(loss_and_grads(model, params, make_batch(model)), want)
+
+
+def test_one_head_at_a_time_over_every_axis():
+    check((1, 2, 2, 2), 1, sequence_layout="zigzag", remat_block="nothing_saveable", residual_over_tp=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "at_a_time", "llama"),
+    [
+        ((1, 1, 1, 1), 2, {"attention_type": "blockwise", "remat_block": "save_attention"}),
+        ((2, 1, 1, 4), 4, {"sequence_layout": "striped", "scan_layers": False}),
+        ((1, 1, 2, 4), 2, {"sequence_parallel": "all_gather", "heads_k_stride": 1}),
+        ((1, 1, 1, 8), 1, {"ring_skip_hops": True, "ring_bidirectional": True, "remat_block": "nothing_saveable"}),
+        ((1, 1, 4, 2), 1, {"scan_mlp": False, "residual_over_tp": True}),
+    ],
+    ids=str,
+)
+def test_on_other_meshes_and_with_other_strategies(mesh, at_a_time, llama):
+    check(mesh, at_a_time, **llama)
