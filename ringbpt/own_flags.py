@@ -1,5 +1,6 @@
 """The flags of an entry that is no training run: a handful, each with its type, its default and a line of help."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringbpt.config import read_value
@@ -30,7 +31,7 @@ def read_own_flags(argv: list[str], flags: dict[str, Flag]) -> dict[str, Any]:
         if not equals and kind is bool:
             text = "True"
         elif not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}=...")
             text = rest.pop(0)
         if kind is list:
@@ -52,6 +53,22 @@ def own_help(doc: str, flags: dict[str, Flag]) -> str:
 
 def split_flags(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, Any], list[str]]:
     """(every flag's value, the words that are none of `flags`), for an entry that takes a training run's flags too."""
-    mine = [word for word in argv if word.removeprefix("--").partition("=")[0] in flags]
-    joined = [word if "=" in word or flags[word[2:]].kind is bool else f"{word}=" for word in mine]
-    return read_own_flags(joined, flags), [word for word in argv if word not in mine]
+    mine, others, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in flags:
+            others.append(word)
+            continue
+        mine.append(word)
+        if not equals and flags[name].kind is not bool and words and not words[0].startswith("--"):
+            mine.append(words.pop(0))
+    return read_own_flags(mine, flags), others
+
+
+def check_folders(values: dict[str, Any], *names: str) -> None:
+    """Raises UserError where a file that is to be written, once the work is done, has no folder to be in."""
+    for name in names:
+        folder = Path(values[name]).expanduser().parent
+        if values[name] and not folder.is_dir():
+            raise UserError(f"--{name}={values[name]}: there is no folder {folder}: make it first")

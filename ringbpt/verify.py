@@ -4,10 +4,6 @@ One step of the given configuration is run again along every dimension in which 
 differing; each loss and each group of gradients is compared with the plainest program there is (one device, dense
 attention, a Python loop over layers). The table goes to the terminal; exit code 1 where a tolerance is passed, and a
 line that says along which dimension the numbers part.
-
-    --tolerance=1e-5     of the loss and of the gradients, relative (bf16: 2e-2 unless given)
-    --json=FILE          the table as JSON
-    --real_devices       on the accelerators at hand instead of 8 virtual CPU devices
 """
 
 import json
@@ -16,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringbpt.config import Config, UserError, help_text, parse, parse_args, read_value, run_main
+from ringbpt.config import Config, UserError, help_text, parse, parse_args, run_main
 from ringbpt.config_checks import check
+from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
 
 if TYPE_CHECKING:
     from ringbpt.types import Batch
@@ -32,7 +29,11 @@ GROUPS = {
     "feedforward": ("w_gate", "w_up", "w_down", "w_router"),
     "norms": ("attention_norm", "feedforward_norm", "norm", "q_norm", "k_norm"),
 }
-OWN_FLAGS = {"tolerance": float, "json": str, "real_devices": bool}
+FLAGS = {
+    "tolerance": Flag(float, 0.0, "the largest relative difference; 0: 1e-5 in float32, 2e-2 in bfloat16"),
+    "json": Flag(str, "", "the report as JSON"),
+    "real_devices": Flag(bool, False, "on the devices at hand instead of 8 virtual CPU devices"),
+}
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     grads, means = jax.jit(make_gradients(model, OBJECTIVES[config.objective]))(params, batch)
     numbers: dict[str, Any] = {"loss": float(means["loss"].value())}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
+    assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
     for group, names in GROUPS.items():
         numbers[group] = np.concatenate([leaves[name] for name in names if name in leaves])
     return numbers
@@ -259,37 +261,25 @@ def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
     return f"{groups}  {what}"
 
 
-def _own_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """(this verb's own flags, read; the words that are ringbpt.train's)."""
-    own: dict[str, Any] = {}
-    rest = []
-    for word in argv:
-        name, _, text = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in OWN_FLAGS:
-            own[name] = read_value(f"--{name}", text or "True", OWN_FLAGS[name], None)
-        else:
-            rest.append(word)
-    return own, rest
-
-
 def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{help_text('verify')}")
+        print(f"{own_help(__doc__ or '', FLAGS)}\n{help_text('verify')}")
         return 0
-    own, argv = _own_flags(argv)
-    tree = parse_args(argv)
+    own, rest = split_flags(argv, FLAGS)
+    check_folders(own, "json")
+    tree = parse_args(rest)
     import jax
 
     from ringbpt.mesh import start_jax
 
-    if not own.get("real_devices"):
+    if not own["real_devices"]:
         jax.config.update("jax_platforms", "cpu")
         tree.num_cpu_devices = tree.num_cpu_devices or 8
     device_count = start_jax(tree)
     config = parse(tree, device_count)
-    tolerance = own.get("tolerance") or (1e-5 if config.dtype == "fp32" else 2e-2)
+    tolerance = own["tolerance"] or (1e-5 if config.dtype == "fp32" else 2e-2)
     report = verify(config, device_count, tolerance)
-    if own.get("json"):
+    if own["json"]:
         Path(own["json"]).write_text(json.dumps(report, indent=1) + "\n")
     bad = sum(not row["ok"] for row in report["rows"])
     for line in report["parting"]:

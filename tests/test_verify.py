@@ -1,13 +1,15 @@
 """The verifier finds nothing where nothing is wrong, and names the dimension of each of three planted faults."""
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
 
 from ringbpt import mesh, verify
 from ringbpt.attention.parallel import ring
-from ringbpt.config import parse, parse_args
+from ringbpt.config import parse, parse_args, run_main
+from ringbpt.families import FAMILIES
 
 FLAGS = [
     "--config=tests/recipe.py",
@@ -103,3 +105,15 @@ def test_alone_keeps_every_token_and_its_target():
     for name in ("token_BT", "target_BT", "weight_BT", "position_BT"):
         old, new = getattr(batch, name)[segment > 0], getattr(split, name)[split.segment_BT > 0]
         assert old.tolist() == new.tolist()  # rows and documents keep their order
+
+
+def test_every_weight_of_every_family_is_compared():
+    compared = set(chain(*verify.GROUPS.values()))
+    rows = {row.ours.rpartition(".")[2] for family in FAMILIES.values() for row in family.rows}
+    assert rows and rows <= compared, rows - compared
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(capsys):
+    assert run_main(verify.main, [*FLAGS, "--json", "/nowhere/at/all.json"]) == 2
+    said = "error: --json=/nowhere/at/all.json: there is no folder /nowhere/at: make it first\n"
+    assert capsys.readouterr().err == said

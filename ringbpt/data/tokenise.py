@@ -211,7 +211,8 @@ def _make_shard(
                 except UserError as error:
                     if not job.allowed:
                         raise
-                    _check_bad(writer.add_bad(str(error)), job, [str(error)])
+                    count, lines = writer.add_bad(str(error))
+                    _check_bad(count, job, lines)
                     continue
                 writer.add(document.token, document.mask, document.loss_bytes)
             return writer.close()

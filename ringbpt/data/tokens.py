@@ -152,13 +152,13 @@ class ShardWriter:
         self._counts["tokens"] += len(token)
         self._counts["loss_tokens"] += int(np.count_nonzero(mask))
 
-    def add_bad(self, message: str) -> int:
-        """An example that is left out: a document of no tokens. Returns how many there are by now."""
+    def add_bad(self, message: str) -> tuple[int, list[str]]:
+        """An example that is left out: a document of no tokens. Returns how many there are, and what the first were."""
         self._lengths.append(0)
         self._counts["bad"] += 1
         if len(self._bad_lines) < 3:
             self._bad_lines.append(message)
-        return self._counts["bad"]
+        return self._counts["bad"], self._bad_lines
 
     def close(self) -> dict[str, Any]:
         self._flush()
@@ -199,10 +199,14 @@ def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
 
 
 def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> None:
-    """Makes of the complete shards of a folder one store; any number of processes may do it, all the same."""
+    """Makes of the complete shards of a folder one store; any number of processes may do it, all the same.
+
+    Raises FileNotFoundError where one of them has given the folder its last name meanwhile.
+    """
     found = [shard_summary(folder, shard) for shard in range(shards)]
     summaries = [summary for summary in found if summary is not None]
-    assert len(summaries) == shards
+    if len(summaries) < shards:
+        raise FileNotFoundError(folder)
     lengths = [np.fromfile(folder / f"{shard:05d}.length", np.int64) for shard in range(shards)]
     offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
     name = folder / f"offset.{os.getpid()}.npy"

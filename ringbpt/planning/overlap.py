@@ -114,9 +114,10 @@ def _is_attention(module: Module, instruction: Instruction, hop: Instruction) ->
     """A loop, a branch or a kernel of the hop's own attention that multiplies matrices."""
     if instruction.opcode not in ("while", "conditional", "call", "custom-call", "fusion", "async-start"):
         return False
-    if _scope(instruction.op_name) != _scope(hop.op_name):
-        return False
-    return any(_multiplies(i) for i in (instruction, *module.inside(instruction)))
+    products = [i for i in (instruction, *module.inside(instruction)) if _multiplies(i)]
+    # What a GPU's compiler wraps around a kernel and the slices that it takes has no name of its own.
+    named = [instruction] if instruction.op_name else products
+    return bool(products) and any(_scope(i.op_name) == _scope(hop.op_name) for i in named)
 
 
 def _multiplies(instruction: Instruction) -> bool:

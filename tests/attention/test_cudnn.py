@@ -140,6 +140,5 @@ def test_its_calls_compile(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["4xh200", "8xh200"])
-def test_every_hop_hides_behind_its_calls(name):
-    check_overlap(program(name, local="cudnn"), int(name[0]))
+def test_every_hop_hides_behind_its_calls():
+    check_overlap(program("4xh200", local="cudnn"), 4)

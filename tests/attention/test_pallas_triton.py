@@ -106,6 +106,5 @@ def test_a_spill_is_seen(tmp_path, monkeypatch):
     assert {k.name for k in kernels(tmp_path, machine) if k.spilled_bytes} >= {"triton_dkv"}
 
 
-@pytest.mark.parametrize("name", ["4xh200", pytest.param("8xh200", marks=pytest.mark.slow)])
-def test_every_hop_hides_behind_the_kernels(name):
-    check_overlap(program(name, local="pallas_triton"), int(name[0]))
+def test_every_hop_hides_behind_the_kernels():
+    check_overlap(program("4xh200", local="pallas_triton"), 4)

@@ -212,6 +212,22 @@ def test_a_killed_run_leaves_its_finished_shards_and_no_workers(dataset, tmp_pat
     assert {name: (whole / name).stat().st_mtime_ns for name in done} == done  # what was finished was not made again
 
 
+def test_another_process_that_is_done_first_is_believed(dataset, monkeypatch):
+    """It gives the store its last name between this one's last look at the shards and its joining them."""
+    join = tokenise.join_shards
+
+    def join_too_late(folder, *rest):
+        join(folder, *rest)
+        os.rename(folder, folder.with_suffix(""))
+        join(folder, *rest)
+
+    monkeypatch.setattr(tokenise, "join_shards", join_too_late)
+    late = load(dataset)
+    assert [path.suffix for path in Path(dataset.cache_dir).glob("tokens-*")] == [""]
+    monkeypatch.undo()
+    assert digest(load(dataset), range(4)) == digest(late, range(4))
+
+
 def test_another_process_that_gives_up_takes_nothing_with_it(dataset, monkeypatch):
     """It removes the folder of the shards; this one begins again, and finds by itself what is wrong, if anything is."""
     real, calls = tokenise._make_shards, []

@@ -10,7 +10,7 @@ import multiprocessing
 import random
 import time
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
@@ -86,14 +86,20 @@ def digest(context, dataset: DatasetConfig, processes: int) -> str:
     return found.hexdigest()
 
 
-def test_processes_and_workers_change_nothing(server, dataset, tmp_path):
-    expected = loader_of(dataset).digest(STEPS)
-    for processes, workers in ((1, 0), (2, 1), (4, 4)):  # each tokenises anew, the processes of a run together
-        source = replace(dataset.json_dataset, tokenizer_processes=workers)
-        elsewhere = replace(dataset, json_dataset=source, cache_dir=str(tmp_path / f"{workers}"))
-        assert digest(server, elsewhere, processes) == expected
-        stores = sorted(path.name for path in Path(elsewhere.cache_dir).glob("tokens-*"))
-        assert len(stores) == 2 and not any(".work" in name for name in stores)
+@pytest.mark.parametrize(
+    ("processes", "workers"),
+    [
+        pytest.param(*both, marks=() if both in ((1, 0), (2, 1), (4, 4)) else pytest.mark.slow)
+        for both in product((1, 2, 4), (0, 1, 4))
+    ],
+)
+def test_processes_and_workers_change_nothing(server, dataset, tmp_path, processes, workers):
+    """Each tokenises anew, the processes of a run together."""
+    source = replace(dataset.json_dataset, tokenizer_processes=workers)
+    elsewhere = replace(dataset, json_dataset=source, cache_dir=str(tmp_path))
+    assert digest(server, elsewhere, processes) == loader_of(dataset).digest(STEPS)
+    stores = sorted(path.name for path in tmp_path.glob("tokens-*"))
+    assert len(stores) == 2 and not any(".work" in name for name in stores)
 
 
 def run_on(dataset: DatasetConfig, step: int, steps: int, pipe) -> None:
@@ -127,10 +133,11 @@ def test_tokens_in_are_tokens_used_and_dropped(dataset):
 
 
 def resume(dataset: DatasetConfig, step: int, pipe) -> None:
-    begin = time.process_time()  # other tests run beside this one
+    begin, wall = time.process_time(), time.perf_counter()
     loader = loader_of(dataset)
     token = loader.rows(step, 0, 1).token_BT[0]
-    pipe.send((time.process_time() - begin, len(loader.lengths), loader.steps_per_epoch, token.tolist()))
+    took = time.process_time() - begin, time.perf_counter() - wall
+    pipe.send((took, len(loader.lengths), loader.steps_per_epoch, token.tolist()))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,7 @@ def test_resuming_is_quick_in_the_middle_of_many_documents(server, tmp_path, pac
     expected = loader_of(data).rows(step, 0, 1).token_BT[0]  # this run made the plan, as every run's first start does
     mine, theirs = server.Pipe(duplex=False)
     server.Process(target=resume, args=(data, step, theirs)).start()
-    seconds, count, steps, token = mine.recv()
+    (seconds, wall), count, steps, token = mine.recv()
+    print(f"resumed in {seconds:.3f} s of CPU time, {wall:.3f} s of the clock")
     assert (count, token) == (documents, expected.tolist()) and steps > step
-    assert seconds < 1, seconds
+    assert seconds < 1, seconds  # not the clock's: other tests run beside this one

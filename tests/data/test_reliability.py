@@ -17,9 +17,13 @@ def text(value: object) -> bytes:
 
 GOOD = text("a good document") * 8
 CUT = gzip.compress(os.urandom(2000).hex().encode())[:-9]
+ZIPPED = gzip.compress(GOOD)
+FLIPPED = ZIPPED[:-8] + bytes([ZIPPED[-8] ^ 1]) + ZIPPED[-7:]  # in its checksum
 FLAG = "--train_dataset.json_dataset.path"
-# name of the file, its content, and what is said of it; {0} is its path, {1} its folder
-CASES = {
+CHATML = "--train_dataset.text_processor.chat_template=chatml"
+KINDS = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
+# name of the file, its content, what is said of it, and further flags; {0} is its path, {1} its folder
+CASES: dict[str, tuple[str | bytes | None, ...]] = {
     "malformed line": (
         "a.jsonl",
         GOOD + b'{"text": "b"\n',
@@ -51,6 +55,47 @@ CASES = {
         GOOD,
         "{0}:1: the gzip file is corrupt (Not a gzipped file (b'{{\"')); copy it again",
     ),
+    "flipped gzip": (
+        "a.jsonl.gz",
+        FLIPPED,
+        "{0}:1: the gzip file is corrupt (CRC check failed 0xad11f85a != 0xad11f85b); copy it again",
+    ),
+    "more bad lines than allowed": (
+        "a.jsonl",
+        GOOD + b"{\n" * 2,
+        "--train_dataset.on_bad_line=skip:1: 2 bad examples (the first: {0}:9: malformed JSON at column 2: Expecting "
+        "property name enclosed in double quotes; each line must be one JSON object); "
+        "--train_dataset.on_bad_line=skip:2 would leave them out",
+        "--train_dataset.on_bad_line=skip:1",
+    ),
+    "longer than a row": (
+        "a.jsonl",
+        GOOD + text("x" * 1000),
+        "--train_dataset.long_documents=refuse: 1 documents are longer than "
+        "--train_dataset.json_dataset.seq_length=256, the first of them document 9 with 1002 tokens: "
+        "--train_dataset.long_documents=split or =drop, or seq_length=1002",
+        "--train_dataset.long_documents=refuse",
+    ),
+    "token beyond the vocabulary": (
+        "a.jsonl",
+        GOOD,
+        "--llama.vocab_size=100 is too small for --tokenizer.vocab_file='bytes' (bytes), which gave the id 257: "
+        "--llama.vocab_size=258 works",
+        "--llama.vocab_size=100",
+    ),
+    "no such tokenizer": (
+        "a.jsonl",
+        GOOD,
+        "--tokenizer.vocab_file='{0}.model' does not exist; the nearest name is '{0}': " + KINDS,
+        "--tokenizer.vocab_file={0}.model",
+    ),
+    "corrupt tokenizer": (
+        "a.jsonl",
+        GOOD,
+        "--tokenizer.vocab_file='{0}' is no tokenizer.json: Cannot instantiate Tokenizer from buffer: "
+        "expected `,` or `}}` at line 1 column 8",
+        "--tokenizer.vocab_file={0}",
+    ),
     "directory": ("d", None, FLAG + "='{0}' is a directory: '{0}/*.jsonl' takes the files in it"),
     "pipe": (
         "p",
@@ -64,11 +109,14 @@ CASES = {
         b'{"messages": [{"role": "user", "content": "x"}]}\n' * 40,
         "--train_dataset.text_processor.roles_to_train='assistant': no token takes loss; "
         "name a role that says something, as assistant",
+        "--train_dataset.text_processor.add_eos_token=False",
+        CHATML,
     ),
     "no conversation": (
         "a.jsonl",
         b'{"messages": []}\n',
         "{0}:1: field 'messages' is empty; it must be a list of messages",
+        CHATML,
     ),
     "pairs for SFT": (
         "a.jsonl",
@@ -87,7 +135,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_data_is_one_line(tmp_path, name, capsys):
-    file, content, said = CASES[name]
+    file, content, said, *more = CASES[name]
     path = tmp_path / file
     if content is not None:
         path.write_bytes(content)
@@ -102,17 +150,14 @@ def test_bad_data_is_one_line(tmp_path, name, capsys):
         "--train_dataset.json_dataset.seq_length=256",
         f"--train_dataset.cache_dir={tmp_path / 'cache'}",
         f"--html={tmp_path / 'page.html'}",
+        *(flag.format(path) for flag in more),
     ]
-    bare = ("nothing to learn",)
-    no_end = "--train_dataset.text_processor.add_eos_token=False"
-    flags += [no_end, "--train_dataset.text_processor.chat_template=chatml"] if name in bare else []
-    flags += ["--train_dataset.text_processor.chat_template=chatml"] if name == "no conversation" else []
     assert run_main(main, flags) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: " + said.format(path, tmp_path) + "\n"
     assert not (tmp_path / "page.html").exists()
     made = [entry.name for entry in Path(tmp_path).glob("cache/*") if entry.name.startswith("tokens-")]
-    assert made == [] or name == "nothing to learn"
+    assert made == [] or name in ("nothing to learn", "longer than a row", "token beyond the vocabulary")
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "a\0b", "a\r\nb", "\ufeff"])

@@ -281,11 +281,10 @@ def _backward(
     @pl.when(wg != _FETCH)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        mine = pl.ds(wg * _WARPGROUP, _WARPGROUP)  # of the block's keys
         keys = pl.ds(j * tile.key + wg * _WARPGROUP, _WARPGROUP)
         shape = (_WARPGROUP, tile.query)  # scores stand with keys in the rows, so that no operand need be turned
         halved = H == 2 * _WARPGROUP
-        columns = mine if halved else slice(None)  # of dq
+        columns = pl.ds(wg * _WARPGROUP, _WARPGROUP) if halved else slice(None)  # of dq
         plgpu.barrier_wait(kv_ready)
 
         def add_dq(slot, head, start):
@@ -299,6 +298,9 @@ def _backward(
             dk_SH, dv_SH = state
             slot = lax.rem(n, stages)
             head, visit, start = place(n)
+            # Half of the block's keys, by a sum that holds a zero of this visit: were it the same in every visit, the
+            # addresses of all products' operands would be computed ahead of the loop and not fit the registers.
+            mine = pl.ds((wg + lax.shift_right_logical(start, 31)) * _WARPGROUP, _WARPGROUP)
             plgpu.barrier_wait(q_ready.at[slot])
             (scores,) = unit.products((k_smem.at[mine], _Turned(q_smem.at[slot])))
 
@@ -314,8 +316,9 @@ def _backward(
             scores = lax.cond(visit < partly, with_mask, lambda scores: scores, scores)
             p = jnp.exp2(scores * (scale * _LOG2E) - _along_columns(unit.load(lse_smem.at[slot], _COLUMNS), shape))
             plgpu.barrier_wait(d_out_ready.at[slot])
-            (dp,) = unit.products((v_smem.at[mine], _Turned(d_out_smem.at[slot])))
-            ds = (p * (dp - _along_columns(unit.load(delta_smem.at[slot], _COLUMNS), shape))).astype(q.dtype)
+            less_delta = _along_columns(unit.load(delta_smem.at[slot], _COLUMNS), shape)
+            (dp,) = unit.add_products((less_delta, v_smem.at[mine], _Turned(d_out_smem.at[slot])))
+            ds = (p * dp).astype(q.dtype)
             ds_smem[slot, mine] = ds
             plgpu.commit_smem()
             # Of two buffers or more for ds: who writes one again has met the other here once more in between.
@@ -465,7 +468,7 @@ def attend_bwd(
     T, (_, S, _, H) = q.shape[1], k.shape
     scale = H**-0.5
     tile = _BACKWARD[64 if H <= 64 else 128]
-    delta = row_delta(out, d_out)
+    delta = -row_delta(out, d_out)  # to be added
     # A row without keys must get p = exp2(score - lse) = 0, not exp2(+inf).
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
     q, d_out, lse, delta, q_meta = jax.tree.map(
