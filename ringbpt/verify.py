@@ -280,7 +280,7 @@ def main(argv: list[str]) -> int:
     tolerance = own["tolerance"] or (1e-5 if config.dtype == "fp32" else 2e-2)
     report = verify(config, device_count, tolerance)
     if own["json"]:
-        Path(own["json"]).write_text(json.dumps(report, indent=1) + "\n")
+        Path(own["json"]).expanduser().write_text(json.dumps(report, indent=1) + "\n")
     bad = sum(not row["ok"] for row in report["rows"])
     for line in report["parting"]:
         print(f"the numbers part along {line}")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ringbpt.config import parse, parse_args
-from ringbpt.plan import own_flags
+from ringbpt.own_flags import split_flags
+from ringbpt.plan import FLAGS as PLAN_FLAGS
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "ringbpt" / "README.md"]
@@ -101,7 +102,7 @@ def test_flags_parse(devices, words, tmp_path, monkeypatch):
     for name in re.findall(r"<([\w.]+)>", " ".join(words)):
         (tmp_path / name).write_text('{"text": "a"}\n')
     if words[start + 1] == "ringbpt.plan":
-        _, argv = own_flags(argv)
+        _, argv = split_flags(argv, PLAN_FLAGS)
     config = parse(parse_args(argv), int(devices))
     named = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
     if "total_steps" in named:
