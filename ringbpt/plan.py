@@ -12,9 +12,7 @@ from ringbpt.config import UserError, help_text, parse, parse_args, run_main
 from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
 
 FLAGS = {
-    "topology": Flag(
-        str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8"
-    ),
+    "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8"),
     "find": Flag(str, "", "the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)"),
     "suggest": Flag(bool, False, "a few changes that make it fit or go faster, each with its own compiled figures"),
     "json": Flag(str, "", "the report as JSON"),
