@@ -37,14 +37,14 @@ def test_what_it_cannot_do_it_refuses_by_name():
     meta = TokenMeta(np.zeros((1, 16), np.int32), np.ones((1, 16), np.int32))
     cpu = jax.devices()[0]
     x = jnp.ones((1, 16, 1, 256))
-    with pytest.raises(NotImplementedError, match="bfloat16, not float32: use pallas_triton"):
+    with pytest.raises(NotImplementedError, match="bfloat16, not float32: use blockwise"):
         make_interpreted(cpu, None, None).attend(x, x, x, meta, meta, MaskSpec())
     x = x.astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="at most 128, not 256: use pallas_triton"):
         make_interpreted(cpu, None, None).attend_bwd(x, x, x, x, x[..., 0], x, meta, meta, MaskSpec())
     with pytest.raises(NotImplementedError, match="not 64 x 1024: use pallas_triton"):
         make_interpreted(cpu, 64, 1024)
-    with pytest.raises(NotImplementedError, match="this is cpu: use pallas_triton"):
+    with pytest.raises(NotImplementedError, match="this is cpu: use blockwise"):
         make_pallas_hopper(cpu, None, None)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge
 from ringbpt.attention.local.pallas_hopper import make_pallas_hopper
-from ringbpt.attention.local.pallas_triton import make_pallas_triton
+from ringbpt.attention.local.pallas_triton import make_pallas_triton, or_blockwise
 from ringbpt.types import TokenMeta
 
 _LEAST_VERSION = 90100  # cuDNN 9.1
@@ -144,9 +144,11 @@ def with_binding(binding: Binding, otherwise: Local) -> Local:
 def _check(q, k, mask: MaskSpec) -> None:
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {q.dtype}: use pallas_triton")
+        raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {q.dtype}: use {or_blockwise(q, k)}")
     if H > 128 or H % 8:
-        raise NotImplementedError(f"cudnn takes heads of at most 128, a multiple of 8, not {H}: use pallas_triton")
+        raise NotImplementedError(
+            f"cudnn takes heads of at most 128, a multiple of 8, not {H}: use {or_blockwise(q, k)}"
+        )
     if mask.window is not None:
         raise NotImplementedError("cudnn knows no window by positions: use pallas_hopper or pallas_triton")
     if S % 2 or T not in (S, S // 2):

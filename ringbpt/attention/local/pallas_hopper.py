@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta
 from ringbpt.attention.local.gpu_schedule import Schedule, make_schedule
+from ringbpt.attention.local.pallas_triton import or_blockwise
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -356,14 +357,14 @@ def make_pallas_hopper(
     Raises NotImplementedError for a device that is no Hopper GPU, and for blocks that must be smaller.
     """
     if not interpret and (device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0"):
+        other = "pallas_triton" if device.platform == "gpu" else "blockwise"
         raise NotImplementedError(
-            f"pallas_hopper runs on Hopper GPUs (H100, H200), and this is {device.device_kind}: "
-            "use pallas_triton, or auto"
+            f"pallas_hopper runs on Hopper GPUs (H100, H200), and this is {device.device_kind}: use {other}, or auto"
         )
     if min(query_chunk_size or 128, key_chunk_size or 128) < 128:
         raise NotImplementedError(
             f"pallas_hopper computes in blocks of 128 tokens, not {query_chunk_size} x {key_chunk_size}: "
-            "use pallas_triton"
+            "use pallas_triton, or auto"
         )
     unit = _Unit(interpret)
     return Local(attend=partial(attend, unit=unit), attend_bwd=partial(attend_bwd, unit=unit))
@@ -382,9 +383,11 @@ def _smem(*shape: int):
 
 def _check(q, k) -> None:
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"pallas_hopper takes bfloat16, not {q.dtype}: use pallas_triton")
+        raise NotImplementedError(f"pallas_hopper takes bfloat16, not {q.dtype}: use {or_blockwise(q, k)}, or auto")
     if q.shape[3] > 128:
-        raise NotImplementedError(f"pallas_hopper takes heads of at most 128, not {q.shape[3]}: use pallas_triton")
+        raise NotImplementedError(
+            f"pallas_hopper takes heads of at most 128, not {q.shape[3]}: use {or_blockwise(q, k)}, or auto"
+        )
 
 
 def _pad(x: jax.Array, size: int) -> jax.Array:

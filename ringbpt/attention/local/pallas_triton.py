@@ -89,6 +89,17 @@ def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk
     return make_pallas_triton(device, query_chunk_size, key_chunk_size, interpret=True)
 
 
+def _widest(dtype: jnp.dtype) -> int:
+    """The most numbers that a head may have; 0 where the kernels do not take the dtype."""
+    known = dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return max(width for size, width in _TILES if size == dtype.itemsize) if known else 0
+
+
+def or_blockwise(q: jax.Array, k: jax.Array) -> str:
+    """What to use instead of a kernel for GPUs that cannot serve these: pallas_triton where it can, else blockwise."""
+    return "pallas_triton" if q.dtype == k.dtype and q.shape[-1] <= _widest(q.dtype) else "blockwise"
+
+
 def _tiles(q: jax.Array, k: jax.Array, options: _Options) -> Tiles:
     """The tiles for arrays of this kind: of half precision those of the table, where it has them.
 
@@ -96,14 +107,13 @@ def _tiles(q: jax.Array, k: jax.Array, options: _Options) -> Tiles:
     serve them.
     """
     dtype, head_dim = q.dtype, q.shape[-1]
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or k.dtype != dtype:
+    if not _widest(dtype) or k.dtype != dtype:
         raise NotImplementedError(f"pallas_triton takes bf16, f16 or f32, all alike, not {dtype}: use blockwise")
-    widths = [width for size, width in _TILES if size == dtype.itemsize]
-    if head_dim > max(widths):
+    if head_dim > _widest(dtype):
         raise NotImplementedError(
-            f"pallas_triton takes heads of at most {max(widths)} in {dtype}, not {head_dim}: use blockwise"
+            f"pallas_triton takes heads of at most {_widest(dtype)} in {dtype}, not {head_dim}: use blockwise"
         )
-    found = _TILES[dtype.itemsize, min(width for width in widths if head_dim <= width)]
+    found = _TILES[dtype.itemsize, min(width for size, width in _TILES if size == dtype.itemsize and head_dim <= width)]
     entry = block_sizes.entry("pallas_triton", options.device_kind, head_dim) if dtype.itemsize == 2 else None
     if entry:
         forward, backward = entry["forward"], entry["backward"]
