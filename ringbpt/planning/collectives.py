@@ -55,7 +55,8 @@ def _axis(instruction: Instruction, mesh_shape: tuple[int, ...]) -> tuple[str, i
 
 
 def _group(attributes: str, device_count: int) -> list[int]:
-    """The first group of devices: {{0,1},{2,3}} written out, or [2,2]<=[4] or [2,2]<=[2,2]T(1,0) as iota."""
+    """The first group of devices: {{0,1},{2,3}} written out, [2,2]<=[4] or [2,2]<=[2,2]T(1,0) as iota, or by names of a
+    mesh's axes, mesh['a'=2,'b'=2] {'b'} (since jax 0.12). Raises ValueError for what is none of these."""
     if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return [int(match.group(1)), int(match.group(2))]
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -66,4 +67,11 @@ def _group(attributes: str, device_count: int) -> list[int]:
         if order:
             ids = ids.transpose([int(axis) for axis in order.split(",")])
         return ids.reshape(int(rows), int(columns))[0].tolist()
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
+        ids = np.arange(device_count).reshape(list(sizes.values()))
+        along = re.findall(r"'(\w+)'", match.group(2))
+        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"no group of devices is read from {attributes[:200]!r}")
     return list(range(device_count))
