@@ -1,9 +1,11 @@
 """`python -m ringbpt.autotune`: measures block sizes of attention on the device that is here, and keeps the best.
 
 Forward and backward are timed apart, causal, for each head dim; the table that every run reads
-(ringbpt/attention/local/block_sizes.json) gets the fastest of each.
+(ringbpt/attention/local/block_sizes.json) gets the fastest of each as they are found, so that a run that is stopped
+keeps what it has.
 """
 
+import faulthandler
 import sys
 import time
 from collections.abc import Callable
@@ -26,21 +28,24 @@ from ringbpt.types import TokenMeta
 FLAGS = {
     "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
     "head_dim": Flag(str, "64,128", "whose sizes to find"),
-    "blocks": Flag(str, "128,256,512,1024", "sizes to try, for queries and for keys; of pallas_triton 32,64,128"),
+    "blocks": Flag(str, "", "sizes to try, for queries and for keys: 128,256,512,1024; of pallas_triton 32,64,128"),
     "tokens": Flag(int, 8192, "queries and keys of a device"),
     "heads": Flag(int, 8, "query heads of a device"),
     "kv_heads": Flag(int, 2, "key/value heads of a device"),
     "dtype": Flag(str, "bf16", "fp32, bf16, fp16"),
+    "budget_s": Flag(int, 540, "seconds after which nothing further is tried"),
     "print_only": Flag(bool, False, "leave the table as it is"),
 }
 TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
+BLOCKS = {"pallas_triton": "32,64,128"}  # what fits a GPU's registers; of the others:
+MOST_BLOCKS = "128,256,512,1024"
 REPEATS = 5
 
 
-def _numbers(flags: dict[str, Any], name: str) -> list[int]:
-    words = flags[name].split(",")
+def _numbers(name: str, text: str, default: str) -> list[int]:
+    words = (text or default).split(",")
     if not all(word.isascii() and word.isdigit() and int(word) for word in words):
-        raise UserError(f"--{name}={flags[name]} is no list of numbers: --{name}={FLAGS[name].default}")
+        raise UserError(f"--{name}={text} is no list of numbers: --{name}={default}")
     return [int(word) for word in words]
 
 
@@ -63,8 +68,14 @@ def _backward(local, q, k, v, part, d_out, meta):
     return local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec())
 
 
-def measure(kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int], dtype: Any) -> dict[str, Any]:
-    """The table's entry for one head dim: the fastest sizes, forward and backward. Sizes that do not run are said."""
+def measure(
+    kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int], dtype: Any, until: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The table's entry for one head dim: the fastest sizes, forward and backward; {} where there was no time for any.
+
+    Sizes that do not run are said. until: of time.monotonic. keep is handed the entry as it gets better.
+    """
     device = jax.devices()[0]
     q, k, v, d_out = (
         jax.random.normal(jax.random.key(i), (1, shape["tokens"], n, head_dim), dtype)
@@ -72,10 +83,15 @@ def measure(kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int]
     )
     place = jnp.arange(shape["tokens"], dtype=jnp.int32)[None]
     meta = TokenMeta(place, jnp.ones_like(place))
-    row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
     best: dict[str, tuple[float, list[int]]] = {}
+    entry: dict[str, Any] = {}
     part: Any = None  # the forward's result, of whichever sizes ran first: the backward's input
-    for sizes in product([b for b in blocks if b <= shape["tokens"]], repeat=2):
+    todo = list(product([b for b in blocks if b <= shape["tokens"]], repeat=2))
+    for number, sizes in enumerate(todo):
+        if time.monotonic() > until:
+            print(f"  {head_dim}: left out, for want of time: {', '.join(map(str, todo[number:]))}", flush=True)
+            return entry
+        row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
         row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
         local = LOCALS[kernel](device, None, None)
         for way in ("forward", "backward"):
@@ -91,10 +107,16 @@ def measure(kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int]
                 break  # without a forward there is no backward
             print(f"  {head_dim} {way} {sizes}: {seconds * 1e3:.3f} ms", flush=True)
             best[way] = min(best.get(way, (seconds, list(sizes))), (seconds, list(sizes)))
-    if len(best) < 2:
+        if len(best) == 2:
+            source = (
+                f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, "
+                f"{jnp.dtype(dtype).name}, the best of {number + 1} tried"
+            )
+            entry = {way: sizes for way, (_, sizes) in best.items()} | {"from": source}
+            keep(entry)
+    if not entry:
         raise UserError(f"--blocks={','.join(map(str, blocks))}: none of these sizes runs {kernel} on this device")
-    source = f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, {jnp.dtype(dtype).name}"
-    return {way: best[way][1] for way in ("forward", "backward")} | {"from": source}
+    return entry
 
 
 def main(argv: list[str]) -> int:
@@ -102,7 +124,6 @@ def main(argv: list[str]) -> int:
         print(own_help(__doc__ or "", FLAGS))
         return 0
     flags = read_own_flags(argv, FLAGS)
-    blocks, head_dims = _numbers(flags, "blocks"), _numbers(flags, "head_dim")
     shape = {name: flags[name] for name in ("tokens", "heads", "kv_heads")}
     for name, value in shape.items():
         if value < 1:
@@ -117,16 +138,28 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--kernel={kernel} does not read the table of block sizes; those that do: {', '.join(TUNABLE)}"
         )
+    blocks = _numbers("blocks", flags["blocks"], BLOCKS.get(kernel, MOST_BLOCKS))
+    head_dims = _numbers("head_dim", flags["head_dim"], FLAGS["head_dim"].default)
     print(f"{kernel} on {device.device_kind}: {shape}", flush=True)
+    until = time.monotonic() + flags["budget_s"]
+
+    def keep(head_dim: int, entry: dict[str, Any]) -> None:
+        if not flags["print_only"]:
+            block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): {str(head_dim): entry}}})
+
+    # A kernel that hangs ends the run; what was measured is in the table.
+    faulthandler.dump_traceback_later(flags["budget_s"] + 50, exit=True, file=2)
     try:
-        entries = {str(h): measure(kernel, h, blocks, shape, COMPUTE_DTYPES[flags["dtype"]]) for h in sorted(head_dims)}
+        for head_dim in sorted(head_dims):
+            entry = measure(
+                kernel, head_dim, blocks, shape, COMPUTE_DTYPES[flags["dtype"]], until, partial(keep, head_dim)
+            )
+            print(f"{head_dim}: {entry or 'left out'}", flush=True)
     except NotImplementedError as refusal:
         raise UserError(f"--kernel={kernel}: {refusal}") from None
-    for head_dim, entry in entries.items():
-        print(f"{head_dim}: {entry}")
-    if not flags["print_only"]:
-        block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): entries}})
-        print(f"written: {block_sizes.FILE}")
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    print("nothing written" if flags["print_only"] else f"written: {block_sizes.FILE}")
     return 0
 
 

@@ -30,8 +30,12 @@ def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     # A kernel that hangs must not hang the rest: what was measured is in the file.
     faulthandler.dump_traceback_later(args.budget_s + 20, exit=True)
+    import jax
+
     from ringbpt.attention import kernel_bench
 
+    if jax.default_backend() == "cpu" and not args.tiny:
+        raise SystemExit("no GPU: jax finds only CPUs here, where kernels run in interpreters; --tiny does that")
     heads = [(int(n), int(k)) for n, k in (pair.split("/") for pair in args.heads.split(","))]
     todo = kernel_bench.problems(
         [int(n) for n in args.lengths.split(",")], [int(n) for n in args.head_dims.split(",")], heads

@@ -1,8 +1,8 @@
 """Attention kernels against a float32 reference and against the clock, ours beside those of others, on one device.
 
-Each kernel is checked first; what is wrong is not timed. A problem's programs are compiled side by side and then timed
-with nothing else at work, the most telling problem first, until the time is up: what was left out is listed. TFLOP/s
-count the visible pairs only: 4 H a pair and query head forward, 10 H backward.
+Each kernel is checked first, at the problem's head dim, group of heads and mask; what is wrong is not timed. Programs
+are compiled side by side and then timed with nothing else at work, the most telling problem first, until the time is
+up: what was left out is listed. TFLOP/s count the visible pairs only: 4 H a pair and query head forward, 10 H backward.
 """
 
 import importlib
@@ -11,9 +11,9 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -192,20 +192,20 @@ def _numpy(x: Any, heads: int) -> np.ndarray:
     return x.detach().float().cpu().numpy().swapaxes(1, 2)
 
 
-def errors(peer: Peer, problem: Problem) -> dict[str, float]:
-    """The greatest difference from the float32 reference, over the greatest number there, of out, dq, dk and dv."""
-    forward, backward, prepare = peer.programs(problem)
-    inputs = problem.inputs()
-    q, k, v, d_out = (x.astype(jnp.float32) for x in inputs)
+@lru_cache(1)
+def _truth(problem: Problem) -> tuple[Partial, list[jax.Array]]:
+    """The float32 reference's out and lse; and its out, dq, dk and dv."""
+    q, k, v, d_out = (x.astype(jnp.float32) for x in problem.inputs())
     meta = problem.meta()
     whole = jax.jit(partial(reference.attend, mask=problem.spec))(q, k, v, meta, meta)
-    truth = [
-        whole.out_BTNH,
-        *jax.jit(partial(reference.attend_bwd, mask=problem.spec))(
-            q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, meta, meta
-        ),
-    ]
-    args = prepare(*inputs)
+    backward = jax.jit(partial(reference.attend_bwd, mask=problem.spec))
+    return whole, [whole.out_BTNH, *backward(q, k, v, whole.out_BTNH, whole.lse_BTN, d_out, meta, meta)]
+
+
+def errors(problem: Problem, forward: Callable, backward: Callable, prepare: Callable) -> dict[str, float]:
+    """The greatest difference from the float32 reference, over the greatest number there, of out, dq, dk and dv."""
+    whole, truth = _truth(problem)
+    args = prepare(*problem.inputs())
     if len(args) > 4:  # ours: out and lse are the global ones
         args[4:6] = [whole.out_BTNH.astype(jnp.bfloat16), whole.lse_BTN]
     found = [forward(*args)[0], *backward(*args)]
@@ -339,21 +339,46 @@ def versions(device: jax.Device) -> dict[str, str]:
     return found
 
 
-def _check_all(found: dict[str, Peer], todo: list[Problem], length: int, report: dict, say: Callable) -> set[str]:
-    """Fills the report's errors, at `length` tokens and one kv head; returns the names of those that are right."""
-    wrong = set()
-    kinds = {(p.head_dim, p.heads // p.kv_heads, p.mask): p for p in todo}
-    for (name, peer), (head_dim, group, mask) in itertools.product(found.items(), kinds):
-        label = f"{name} {mask} D={head_dim} {group}/1"
+def _kind(problem: Problem) -> tuple[int, int, str]:
+    return problem.head_dim, problem.heads // problem.kv_heads, problem.mask
+
+
+def _compile_all(found: dict[str, Peer], problem: Problem) -> dict[str, Future]:
+    """name -> its programs, or the failure to make them; all are done."""
+    with ThreadPoolExecutor() as pool:
+        return {name: pool.submit(_compiled, peer, problem) for name, peer in found.items()}
+
+
+def _check_all(found: dict[str, Peer], problem: Problem, report: dict, say: Callable) -> dict[str, Peer]:
+    """Fills the report's errors, returns those that are right, and takes out of `found` those that are wrong."""
+    right = {}
+    for name, programs in _compile_all(found, problem).items():
+        label = f"{name} {problem.mask} D={problem.head_dim} {problem.heads}/{problem.kv_heads}"
         try:
-            report["errors"][label] = errors(peer, Problem(length, head_dim, group, 1, mask))
+            report["errors"][label] = errors(problem, *programs.result())
         except Exception as failure:  # of whatever kind: it must not end the others' measurements
             report["refused"][label] = _line(failure)
             continue
         worst = max(report["errors"][label].values())
-        wrong |= {name} if worst > TOLERANCE else set()
+        if worst > TOLERANCE:
+            del found[name]
+        else:
+            right[name] = found[name]
         say(f"{label}: off by {worst:.1e} of the greatest number{', WRONG' if worst > TOLERANCE else ''}")
-    return set(found) - wrong
+    return right
+
+
+def _time_all(found: dict[str, Peer], problem: Problem, report: dict, say: Callable, keep: Callable) -> None:
+    for name, programs in _compile_all(found, problem).items():
+        try:
+            speed = measure(problem, *programs.result())
+        except Exception as failure:
+            report["refused"][f"{name} {problem}"] = _line(failure)
+            continue
+        report["tflops"].append({"kernel": name, **asdict(problem), **speed})
+        say(f"{name:28} {problem.length:6} D={problem.head_dim:3} {problem.heads}/{problem.kv_heads} "
+            f"{problem.mask:7} {speed['forward']:8.3g} {speed['backward']:8.3g}")  # fmt: skip
+        keep(report)
 
 
 def _line(failure: Exception) -> str:
@@ -364,45 +389,46 @@ def run(
     names: list[str], todo: list[Problem], check_length: int, ring: tuple[int, int] | None, budget_s: float,
     say: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda report: None,
 ) -> dict:  # fmt: skip
-    """Everything, within the budget of seconds. ring: (tokens a rank, ranks). keep is handed the report as it grows."""
+    """Everything, within the budget of seconds; the ring after the first kind of problem, at its heads.
+
+    ring: (tokens a rank, ranks). keep is handed the report as it grows.
+    """
     start, device = time.monotonic(), jax.devices()[0]
-    report: dict[str, Any] = {"versions": versions(device), "errors": {}, "refused": {}, "tflops": [], "left_out": []}
+    report: dict[str, Any] = {
+        "versions": versions(device), "errors": {}, "refused": {}, "tflops": [], "ring": {}, "left_out": [],
+    }  # fmt: skip
     say(f"{report['versions']}")
-    found = {}
+    found: dict[str, Peer] = {}
     for name, peer in peers(device, names):
         if isinstance(peer, str):
             report["refused"][name] = peer
         else:
             found[name] = peer
-    right = _check_all(found, todo, check_length, report, say)
-    for problem in todo:
-        if time.monotonic() - start > 0.8 * budget_s:
-            report["left_out"].append(str(problem))
-            continue
-        with ThreadPoolExecutor() as pool:
-            compiling = {name: pool.submit(_compiled, found[name], problem) for name in found if name in right}
-        for name, future in compiling.items():
-            try:
-                speed = measure(problem, *future.result())
-            except Exception as failure:
-                report["refused"][f"{name} {problem}"] = _line(failure)
-                continue
-            report["tflops"].append({"kernel": name, **asdict(problem), **speed})
-            say(f"{name:28} {problem.length:6} D={problem.head_dim:3} {problem.heads}/{problem.kv_heads} "
-                f"{problem.mask:7} {speed['forward']:8.3g} {speed['backward']:8.3g}")  # fmt: skip
+
+    def in_time(what: Any) -> bool:
+        if time.monotonic() - start <= 0.85 * budget_s:
+            return True
+        report["left_out"].append(str(what))
+        return False
+
+    for number, ((head_dim, heads, mask), group) in enumerate(itertools.groupby(todo, _kind)):
+        kind = Problem(check_length, head_dim, heads, 1, mask)
+        right = _check_all(found, kind, report, say) if in_time(f"the check of {kind}") else {}
         keep(report)
-    report["ring"] = {}
-    for name in (name for name in names if ring and name in right):
-        if time.monotonic() - start > 0.9 * budget_s:
-            report["left_out"].append(f"{name} ring")
-            continue
-        assert ring
-        try:
-            report["ring"][name] = ring_of_ranks(LOCALS[name](device, None, None), *ring, problem=todo[0])
-        except Exception as failure:
-            report["refused"][f"{name} ring"] = _line(failure)
-            continue
-        say(f"{name}: a zigzag ring of {ring[1]}, {ring[0]} tokens a rank, over one shot: {report['ring'][name]}")
+        for problem in group:
+            if in_time(problem):
+                _time_all(right, problem, report, say, keep)
+        for name in names if ring and number == 0 else ():
+            if name in report["refused"] or not in_time(f"{name} ring") or name not in right:
+                continue
+            assert ring
+            try:
+                report["ring"][name] = ring_of_ranks(LOCALS[name](device, None, None), *ring, problem=todo[0])
+            except Exception as failure:
+                report["refused"][f"{name} ring"] = _line(failure)
+                continue
+            say(f"{name}: a zigzag ring of {ring[1]}, {ring[0]} tokens a rank, over one shot: {report['ring'][name]}")
+            keep(report)
     for name, why in report["refused"].items():
         say(f"not measured: {name}: {why}")
     for what in report["left_out"]:
@@ -413,18 +439,31 @@ def run(
 
 
 def table(report: dict) -> str:
-    """Markdown: a line for each problem, a column for each kernel: forward / backward TFLOP/s."""
-    rows: dict[tuple, dict[str, str]] = {}
+    """Markdown: a line for each problem, a column for each kernel: forward / backward TFLOP/s, and what auto reaches of
+    PyTorch's best; then the rings."""
+    rows: dict[tuple, dict[str, tuple[float, float]]] = {}
     for entry in report["tflops"]:
         key = (entry["length"], entry["head_dim"], f"{entry['heads']}/{entry['kv_heads']}", entry["mask"])
-        rows.setdefault(key, {})[entry["kernel"]] = f"{entry['forward']:.4g} / {entry['backward']:.4g}"
+        rows.setdefault(key, {})[entry["kernel"]] = entry["forward"], entry["backward"]
     names = list(dict.fromkeys(entry["kernel"] for entry in report["tflops"]))
-    lines = [f"| tokens | D | heads | mask | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
+    heads = [*names, "auto / torch's best"]
+    lines = [f"| tokens | D | heads | mask | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
     for key, cells in rows.items():
-        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells.get(name, '') for name in names)} |")
+        theirs = [speeds for name, speeds in cells.items() if name.startswith("torch")]
+        if theirs and "auto" in cells:
+            best = [max(speeds) for speeds in zip(*theirs, strict=True)]
+            cells[heads[-1]] = cells["auto"][0] / best[0], cells["auto"][1] / best[1]
+        texts = [f"{cells[name][0]:.4g} / {cells[name][1]:.4g}" if name in cells else "" for name in heads]
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(texts)} |")
+    for name, shares in report["ring"].items():
+        forward, both = f"{shares['forward']:.3f}", f"{shares['both']:.3f}"
+        lines += ["", f"Zigzag ring over {name}: {forward} of one shot forward, {both} with its backward."]
     return "\n".join(lines)
 
 
 def save(report: dict, path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(report) + "\n")
+    """Both files, each whole at any time: a run that is killed leaves what it had."""
+    for file, text in ((path, json.dumps(report, indent=1)), (path.with_suffix(".md"), table(report))):
+        new = file.with_name(file.name + ".new")
+        new.write_text(text + "\n")
+        new.replace(file)

@@ -66,6 +66,9 @@ def test_autotune_writes_what_it_measured(tmp_path, monkeypatch, capsys):
         assert json.loads(file.read_text())["pallas_tpu"] == block_sizes.table()["pallas_tpu"]
         assert "8 backward (32, 16)" in capsys.readouterr().out
         assert block_sizes.sizes("blockwise", "cpu", 8, "forward", (1024, 1024)) == tuple(entry["forward"])
+        assert autotune.main([*flags, "--budget_s=0"]) == 0
+        assert "8: left out, for want of time: (16, 16), (16, 32)" in capsys.readouterr().out
+        assert json.loads(file.read_text())["blockwise"]["cpu"]["8"] == entry
     finally:
         block_sizes.table.cache_clear()
 

@@ -37,7 +37,7 @@ def test_a_wrong_kernel_is_told_and_not_timed(monkeypatch, tmp_path):
     report = kernel_bench.run(names, [TINY], 16, (16, 2), 60.0, say=said.append, keep=keep)
     assert [entry["kernel"] for entry in report["tflops"]] == ["reference"]
     assert set(report["ring"]) == {"reference"} and set(report["ring"]["reference"]) == {"forward", "both"}
-    assert "use pallas_triton" in report["refused"]["pallas_hopper"]
+    assert "use blockwise" in report["refused"]["pallas_hopper"]
     assert any("WRONG" in line and "wrong" in line for line in said)
     assert json.loads((tmp_path / "bench.json").read_text())["tflops"] == report["tflops"]
     assert "| 32 | 16 | 2/1 | causal |" in (tmp_path / "bench.md").read_text()
@@ -46,8 +46,8 @@ def test_a_wrong_kernel_is_told_and_not_timed(monkeypatch, tmp_path):
 def test_what_there_is_no_time_for_is_listed():
     said = []
     report = kernel_bench.run(["reference"], [TINY], 16, (16, 2), 0.0, say=said.append)
-    assert report["tflops"] == [] and len(report["left_out"]) == 2
-    assert sum("left out" in line for line in said) == 2
+    assert report["tflops"] == [] and len(report["left_out"]) == 3  # its check, itself and the ring
+    assert sum("left out" in line for line in said) == 3
 
 
 def test_the_order_is_that_of_importance():
@@ -59,14 +59,25 @@ def test_the_order_is_that_of_importance():
 
 def test_jax_itself_is_a_peer():
     peer = kernel_bench.differentiated("jax", lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
-    assert max(kernel_bench.errors(peer, TINY).values()) < kernel_bench.TOLERANCE
+    assert max(kernel_bench.errors(TINY, *peer.programs(TINY)).values()) < kernel_bench.TOLERANCE
     with pytest.raises(NotImplementedError, match="plain causal"):
         peer.programs(Problem(32, 16, 2, 1, "packed"))
+
+
+def test_the_table_compares_auto_with_the_better_of_pytorch():
+    speeds = {"auto": (600.0, 500.0), "torch flash": (500.0, 400.0), "torch cudnn": (625.0, 250.0)}
+    entries = [
+        {"kernel": name, "length": 1, "head_dim": 2, "heads": 3, "kv_heads": 4, "mask": "m"}
+        | dict(zip(("forward", "backward"), speed, strict=True))
+        for name, speed in speeds.items()
+    ]
+    text = kernel_bench.table({"tflops": entries, "ring": {"auto": {"forward": 0.93, "both": 0.95}}})
+    assert "| 625 / 250 | 0.96 / 1.25 |" in text and "0.930 of one shot" in text
 
 
 @pytest.mark.slow
 def test_torch_is_a_peer():
     peer = kernel_bench.torch_sdpa("MATH")
-    assert max(kernel_bench.errors(peer, TINY).values()) < kernel_bench.TOLERANCE
+    assert max(kernel_bench.errors(TINY, *peer.programs(TINY)).values()) < kernel_bench.TOLERANCE
     speed = kernel_bench.measure(TINY, *peer.programs(TINY))
     assert speed["forward"] > 0 and jnp.isfinite(speed["backward"])

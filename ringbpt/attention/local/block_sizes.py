@@ -50,12 +50,14 @@ def at_most(size: int, limit: int | None) -> int:
 
 
 def write(found: Table) -> None:
-    """Puts these entries into the table's file, beside those that are there."""
+    """Puts these entries into the table's file, beside those that are there; the file is whole at any time."""
     whole = json.loads(FILE.read_text())
     for kernel, kinds in found.items():
         for kind, entries in kinds.items():
             whole.setdefault(kernel, {}).setdefault(kind, {}).update(entries)
-    FILE.write_text(_format(whole))
+    new = FILE.with_name(FILE.name + ".new")
+    new.write_text(_format(whole))
+    new.replace(FILE)
     table.cache_clear()
 
 
