@@ -108,6 +108,8 @@ def _entries(file: Path) -> dict[str, Entry]:
             if 8 + length > size or length >= HEADER_LIMIT:
                 raise UserError(f"{file}: truncated, or no safetensors file: {size} bytes do not hold its header")
             header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise ValueError
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except ValueError:
@@ -117,7 +119,11 @@ def _entries(file: Path) -> dict[str, Entry]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (start, end) = about["dtype"], tuple(map(int, about["shape"])), about["data_offsets"]
+            dtype, shape, (start, end) = (
+                about["dtype"],
+                tuple(map(int, about["shape"])),
+                map(int, about["data_offsets"]),
+            )
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
         if dtype not in DTYPES:

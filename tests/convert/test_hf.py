@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
+from ringbpt import generate, train
 from ringbpt.config import (
     CheckpointerConfig,
     LlamaConfig,
@@ -93,6 +95,34 @@ def test_there_and_back_is_the_same_bits(case, tmp_path, capsys):
     after, before = (complete(replace(LlamaConfig(), **llama_fields(x, ""))) for x in (settings, before))
     assert after == before
     assert settings["torch_dtype"] == settings["dtype"] == ("float32" if case == "llama" else "bfloat16")
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    """As transformers' save_pretrained writes it, special tokens and chat template included: the same ids and texts."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from ringbpt.generation.text import HuggingFaceCodec
+
+    letters = {chr(32 + i): i for i in range(94)} | {"<s>": 94, "</s>": 95}
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=letters, merges=[])), bos_token="<s>", eos_token="</s>",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}",
+    )  # fmt: skip
+    source, messages = tmp_path / "hf", [{"role": "user", "content": "to be <s> or </s>"}]
+    restore("llama3", source)
+    words.save_pretrained(source)
+    to_ours(source, tmp_path / "ours")
+    to_huggingface(tmp_path / "ours", tmp_path / "back")
+    want = words(words.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert {94, 95} <= set(want)
+    for folder in (tmp_path / "ours" / "huggingface", tmp_path / "back"):
+        again = AutoTokenizer.from_pretrained(folder)
+        assert again(again.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"] == want
+        assert again.all_special_tokens == words.all_special_tokens
+        codec = HuggingFaceCodec(folder)
+        assert codec.chat(messages).tolist() == want
+        assert codec.encode("a b").tolist() == words("a b")["input_ids"]
+        assert 95 in codec.ends
 
 
 def test_a_trained_run_goes_to_hugging_face(tmp_path):
@@ -210,6 +240,18 @@ def pickles(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def lose_a_shard(folder: Path) -> None:
+    recast(folder, np.float32, 20_000)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def write_header(header: str):
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+
+    return damage
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGES = {
     "another architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "none of LlamaForCausalLM"),
@@ -226,6 +268,12 @@ DAMAGES = {
     "truncated": (cut(5000), "truncated: tensor"),
     "truncated header": (cut(100), "truncated, or no safetensors"),
     "empty": (cut(0), "truncated, or no safetensors"),
+    "a lost shard": (lose_a_shard, ".safetensors: No such file"),
+    "no JSON header": (write_header("{]"), "its header is not JSON"),
+    "a list as header": (write_header("[1]"), "its header is not JSON"),
+    "no numbers in the header": (
+        write_header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["a", 4]}}'), "tensor a is malformed",
+    ),
     "pickles": (pickles, "could run code"),
 }  # fmt: skip
 
@@ -242,6 +290,33 @@ def test_a_damaged_folder_is_one_line(name, tmp_path, capsys):
     assert error.count("\n") == 1
     assert not (tmp_path / "ours").exists()
     assert not (tmp_path / "ours.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["another architecture", "auto_map", "another size", "missing", "extra", "truncated", "truncated header"]
+)
+def test_a_damaged_folder_is_one_line_to_who_loads_it(name, tmp_path, capsys):
+    """Straight onto the mesh, by training and by generation; no run is begun."""
+    source = tmp_path / "hf"
+    restore("llama3", source)
+    letters = Tokenizer(models.BPE(vocab={chr(32 + i): i for i in range(95)}, merges=[]))
+    letters.save(str(source / "tokenizer.json"))
+    damage, message = DAMAGES[name]
+    damage(source)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a few words"}\n' * 40)
+    spec = f"--load_checkpoint=huggingface::{source}"
+    training = [
+        spec, "--mesh_dim=1,1,1,-1", "--llama.attention_type=ring_blockwise", f"--logger.output_dir={tmp_path}/runs",
+        f"--train_dataset.json_dataset.path={tmp_path}/texts.jsonl", "--train_dataset.json_dataset.seq_length=64",
+        "--train_dataset.json_dataset.batch_size=1", "--train_dataset.text_processor.add_bos_token=False",
+        "--train_dataset.text_processor.add_eos_token=False", f"--train_dataset.cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+    for main, argv in ((train.main, training), (generate.main, [spec, "--prompt=a"])):
+        assert run_main(main, argv) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_file_that_lies_about_its_tensors(tmp_path):

@@ -35,12 +35,12 @@ def run(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampli
     return [found[i] for i in range(len(prompts))]
 
 
-def check(folder: Path, want: np.ndarray, mesh: str) -> None:
-    """The prompt beside two others of other lengths, all in one row where they fit."""
+def check(folder: Path, want: np.ndarray, mesh: str, packed: bool = True) -> None:
+    """The prompt beside two others of other lengths, all in one row where they fit; or alone."""
     first = documents()[0][:PROMPT]
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(2, 96, 29), first, rng.integers(2, 96, 7)]
-    assert run(make_generator(folder, mesh), prompts, NEW_TOKENS)[1] == want.tolist()
+    prompts = [first, rng.integers(2, 96, 29), rng.integers(2, 96, 7)] if packed else [first]
+    assert run(make_generator(folder, mesh), prompts, NEW_TOKENS)[0] == want.tolist()
 
 
 @pytest.mark.parametrize(("case", "mesh"), COVER)
@@ -53,7 +53,8 @@ def test_greedy_text_is_that_of_transformers(case, mesh, tmp_path):
 def test_greedy_text_is_that_of_transformers_live(case, tmp_path):
     want = live(case, tmp_path)["continuation"]
     for mesh in MESHES:
-        check(tmp_path, want, mesh)
+        for packed in (True, False):
+            check(tmp_path, want, mesh, packed)
 
 
 @pytest.fixture(scope="module")
