@@ -83,8 +83,9 @@ def write_page(known: dict) -> None:
         "The longest single sequence of full fine-tuning (AdamW, float32 weights and state) whose train step compiles",
         "ahead of time within the device's memory, beside what others published for the same model and hardware.",
         "Theirs were run; ours were compiled, not run. Written by `python scripts/context_lengths.py`, which says how",
-        f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit: the search ended before the last",
-        "token. A GPU's program may use 95 % of its memory. Host: of each device, so a node of 8 needs 8 times that.",
+        f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit, not the longest: a row begins at",
+        "their length, and ends after one to three compiles. A GPU's program may use 95 % of its memory. Host: of each",
+        "device, so a node of 8 needs 8 times that.",
         "",
         "| source | hardware | model | theirs | ours | of one device | host | mesh | with |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -128,7 +129,7 @@ def main() -> None:
         except Exception as error:  # a compiler that gives up is an answer too
             known[name] = {"refused": " ".join(str(error).split())[:200]}
         file.write_text(json.dumps(known, indent=1) + "\n")
-        write_page(known)
+    write_page(known)
 
 
 if __name__ == "__main__":

@@ -256,8 +256,7 @@ class Model:
         if not llama.remat_block:  # inside a rematerialised block another remat would run its part a third time
             attention = self._remat(attention, llama.remat_attention)
             feedforward = self._remat(feedforward, llama.remat_mlp)
-        x_BTD, routing = state
-        x_BTD = constrain_activation(checkpoint_name(x_BTD, LAYER_INPUT), mesh, "B T D")
+        x_BTD, routing = self._layer_input(state[0]), state[1]
         attended_BTD, keys_values = attention(x_BTD)
         x_BTD = x_BTD + attended_BTD
         fed_BTD, choice = feedforward(x_BTD)
@@ -266,9 +265,13 @@ class Model:
 
     def layer(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
         """A layer in blocks, attention kv_heads_at_a_time: what `block` makes of the state."""
-        x_BTD = checkpoint_name(self._between_layers(state[0]), LAYER_INPUT)
-        x_BTD = constrain_activation(x_BTD, self.mesh, "B T D")
-        return self._between_layers(self._blockwise_layer(w, x_BTD, meta.position_BT, meta.segment_BT)), None
+        x_BTD = self._blockwise_layer(w, self._layer_input(state[0]), meta.position_BT, meta.segment_BT)
+        return self._between_layers(x_BTD), None
+
+    def _layer_input(self, x_BTD: jax.Array) -> jax.Array:
+        """What a layer computes with, of what it was handed; said of both, or all of it is saved for the backward."""
+        x_BTD = checkpoint_name(self._between_layers(x_BTD), LAYER_INPUT)
+        return constrain_activation(x_BTD, self.mesh, "B T D")
 
     def _between_layers(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream as it is handed from layer to layer, and saved for the backward."""

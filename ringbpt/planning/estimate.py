@@ -46,7 +46,8 @@ def step_flops(config: Config) -> Flops:
     """The model's own (three times the forward pass), attention's part in it, and what is computed once more.
 
     Computed again are, by the flags: each layer's forward pass but what the policy saved; in attention's backward
-    the scores; in the blockwise feedforward's gate and up; in the loss's the logits.
+    the scores; in the blockwise feedforward's gate and up; in the loss's the logits. A layer in blocks computes its
+    projections again in the backward, and attention's operands for the policy's sake before.
     """
     llama, d = config.llama, make_dims(config.llama)
     tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
@@ -56,9 +57,14 @@ def step_flops(config: Config) -> Flops:
     loss = 2.0 * tokens * d.D * d.V
     layers, feedforward = dense - loss, 2.0 * tokens * d.L * 3 * d.D * d.F * (llama.num_experts_per_tok or 1)
     again = attention / 2 + loss  # the scores are half of attention's products
-    if llama.scan_mlp:
+    if llama.scan_mlp or llama.kv_heads_at_a_time:
         again += feedforward * 2 / 3
-    if llama.remat_block == "save_attention":
+    if llama.kv_heads_at_a_time:
+        projected = 2.0 * tokens * d.L * d.D * d.H
+        again += projected * (2 * d.N + 2 * d.K)  # queries, keys, values and output, in the backward itself
+        if llama.remat_block in NOTHING_SAVED:
+            again += attention + projected * (d.N + 2 * d.K)
+    elif llama.remat_block == "save_attention":
         again += layers
     elif llama.remat_block in NOTHING_SAVED:
         again += layers + attention

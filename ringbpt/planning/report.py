@@ -45,7 +45,7 @@ class Plan:
             },
             "arguments": program.arguments,
             "largest": [asdict(buffer) for buffer in program.largest],
-            "closed_form": closed_form(config),
+            "closed_form": closed_form(config, machine.platform),
             "fits": self.fits,
             "flops": asdict(flops),
             "collectives": None,
@@ -88,10 +88,10 @@ def overlap_counts(hops: list[Hop]) -> dict[str, int]:
     return {"hops": every, "hidden": hidden, "exposed": every - hidden}
 
 
-def closed_form(config: Config) -> dict[str, int] | None:
+def closed_form(config: Config, platform: str) -> dict[str, int] | None:
     """The account without a compiler, by name; None for a program that it has no count of."""
     try:
-        return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
+        return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
     except NotImplementedError:
         return None
 

@@ -6,6 +6,7 @@ compiled program's buffer assignment (XLA's --xla_dump_to); tests/training/test_
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,22 +18,40 @@ from ringbpt.dims import AXES
 from ringbpt.hardware import find
 from ringbpt.model.llama import COMPUTE_DTYPES, Model, make_dims
 from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import abstract_state
+from ringbpt.training.state import TrainState, abstract_state
 
-# A device's arrays of one layer's backward that are alive together, by their shape and dtype.
-# [b, t, D], compute dtype: the saved input, the input of the feedforward, both after their norms (2), those again
+
+@dataclass(frozen=True)
+class Arrays:
+    """A device's arrays of one layer's backward that are alive together, by their shape and dtype.
+
+    model: [b, t, D], query: [b, t, N, H], key: [b, t, K, H], in the compute dtype; *_sums: the same in float32.
+    """
+
+    model: float
+    query: int
+    query_sums: int
+    key: int
+    key_sums: int
+
+
+# By compiler. The CPU's: the saved input, the input of the feedforward, both after their norms (2), those again
 # transposed or in chunks for the weights' gradients (3), the feedforward's output gradient in chunks, its input
-# gradient, the gradient handed to the layer; and the norms' factors (4), which the CPU writes out for long sequences.
-MODEL_ARRAYS = 13
-# [b, t, N, H], compute dtype: q, out, out transposed for w_o's gradient, and both halves of q, out and d_out, into
-# which the ring's backward cuts its own part (6 halves).
-QUERY_ARRAYS = 6
-# [b, t, N, H], float32: dq.
-QUERY_SUMS = 1
-# [b, t, K, H], compute dtype: k, v, and the ring's k and v on their way.
-KEY_ARRAYS = 4
-# [b, t, K, H], float32: dk and dv of the three places the ring's backward computes them in, and their sum on its way.
-KEY_SUMS = 8
+# gradient, the gradient handed to the layer, and the norms' factors (4), which the CPU writes out for long sequences;
+# q, out, out transposed for w_o's gradient, and both halves of q, out and d_out (6 halves), into which the ring's
+# backward cuts its own part; dq; k, v, and the ring's on their way; dk and dv of the three places in which the ring's
+# backward computes them, and their sum on its way. The others write fewer arrays out.
+ARRAYS = {
+    "cpu": Arrays(model=13, query=6, query_sums=1, key=4, key_sums=8),
+    "tpu": Arrays(model=5.5, query=3, query_sums=1, key=4, key_sums=10),
+    "cuda": Arrays(model=3, query=3, query_sums=1, key=4, key_sums=10),
+}
+# Keys where nothing travels: k and v, dk and dv, and one of them on its way into the other dtype.
+KEYS_ALONE = {"key": 2, "key_sums": 3}
+# A layer in blocks (kv_heads_at_a_time): its input, the gradient, and one of them on its way in or out; attention's
+# output; dk and dv; and of one group of heads what attention needs.
+BLOCK_MODEL, BLOCK_QUERY, BLOCK_KEY = 3, 1, 2
+GROUP = Arrays(model=0, query=2, query_sums=1, key=2, key_sums=3)
 # [D, F], each times w_gate, w_up and w_down: gathered in the compute dtype; in float32, the gradient's sum over chunks
 # and one chunk's gradient about to be added to it.
 FEEDFORWARD_SUMS = 2
@@ -47,12 +66,12 @@ UNEMBEDDING_SUMS = 2
 LOSS_MODEL_ARRAYS = 4
 
 
-def account(config: Config, rows: int, seq_length: int) -> dict[str, int]:
+def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -> dict[str, int]:
     """Bytes on one device at the fullest moment of a training step over `rows` x `seq_length` tokens, by name.
 
     'params' and 'optimizer' are the step's arguments; the sum of all others is its temporary memory. A name whose
-    arrays are not alive at that moment has 0. No device is needed, whatever the mesh. Raises NotImplementedError for
-    programs that it has no count of.
+    arrays are not alive at that moment has 0. platform: whose compiler, tpu, cuda or cpu. No device is needed, whatever
+    the mesh. Raises NotImplementedError for programs that it has no count of.
     """
     llama = config.llama
     if not (llama.remat_block in COUNTED_POLICIES and llama.scan_mlp and llama.scan_layers):
@@ -67,14 +86,17 @@ def account(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     if config.mesh_shape[3] > 1 and llama.sequence_parallel != "ring":
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
     stored = _stored(config)
-    layer, loss = _layer_moment(config, rows, seq_length), _loss_moment(config, rows, seq_length)
-    return stored | max(layer, loss, key=lambda moment: sum(moment.values()))
+    moments = [_layer_moment(config, rows, seq_length, platform), _loss_moment(config, rows, seq_length)]
+    if config.optimizer.offload_state and platform == "cuda":
+        moments.append(_update_moment(config))
+    return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
 def describe(config: Config, device_kind: str) -> str:
     """The account in one line for the run's start, with a warning where the device's memory cannot suffice."""
+    platform = next((name for name, word in (("tpu", "TPU"), ("cuda", "NVIDIA")) if word in device_kind), "cpu")
     try:
-        parts = account(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
+        parts = account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
     except NotImplementedError as error:
         return f"memory not estimated: {error}"
     gib, known = sum(parts.values()) / 2**30, find(device_kind)
@@ -89,9 +111,7 @@ def describe(config: Config, device_kind: str) -> str:
 
 def _stored(config: Config) -> dict[str, int]:
     """What is alive throughout. The gradient of an unembedding is counted where it is whole."""
-    model = Model(config, AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
-    optimizer, _ = make_optimizer(config.optimizer, config.llama.param_scan_axis)
-    state = abstract_state(model, optimizer)
+    state = _abstract_state(config)
     params = _shard_bytes(state.params)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
     return {
@@ -100,6 +120,12 @@ def _stored(config: Config) -> dict[str, int]:
         "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
         "gradients": sums + params - _shard_bytes(state.params.get("unembed", ())),
     }
+
+
+def _abstract_state(config: Config) -> TrainState:
+    model = Model(config, AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+    optimizer, _ = make_optimizer(config.optimizer, config.llama.param_scan_axis)
+    return abstract_state(model, optimizer)
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -124,23 +150,39 @@ def _saved(config: Config, rows: int, seq_length: int) -> int:
     return d.L * saved
 
 
-def _layer_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
-    """In a layer's feedforward, going back: the loss is done, but its weight's gradient is not yet scattered."""
+def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
+    """In a layer, going back: the loss is done, but its weight's gradient is not yet scattered."""
     b, t, tp, size = _sizes(config, rows, seq_length)
-    d = make_dims(config.llama)
-    token_rows, chunk = b * t, b * min(config.llama.scan_mlp_chunk_size, t)
+    llama, d = config.llama, make_dims(config.llama)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
+    arrays, projections = ARRAYS[platform], 2 * d.D * (query + key)
+    if config.mesh_shape[3] == 1:
+        arrays = replace(arrays, **KEYS_ALONE)
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
     gathered = size if config.optimizer.accumulate_gradient_steps > 1 else 0
+    if llama.kv_heads_at_a_time:
+        part = llama.kv_heads_at_a_time * tp / d.K
+        away = llama.remat_block == "offload_inputs"  # then the input is one of those on their way from the host
+        a_token = (d.D * (BLOCK_MODEL - away) + query * BLOCK_QUERY + key * BLOCK_KEY) * size
+        a_token += int(part * _token_bytes(GROUP, d.D, query, key, size))
+        weights = (3 * d.D * feedforward + projections) * (size + FEEDFORWARD_SUMS * 4)
+    else:
+        a_token = _token_bytes(arrays, d.D, query, key, size)
+        weights = 3 * d.D * feedforward * (size + FEEDFORWARD_SUMS * 4) + projections * size
+    chunk = b * min(llama.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
         "unembedding": d.D * d.V // tp * (gathered + 4),
         "loss chunk": 0,
-        "layer weights": 3 * d.D * feedforward * (size + FEEDFORWARD_SUMS * 4) + 2 * d.D * (query + key) * size,
-        "layer activations": token_rows * (d.D * MODEL_ARRAYS + query * QUERY_ARRAYS + key * KEY_ARRAYS) * size
-        + token_rows * (query * QUERY_SUMS + key * KEY_SUMS) * 4
-        + chunk * feedforward * FEEDFORWARD_CHUNKS * size,
+        "layer weights": weights,
+        "layer activations": b * t * a_token + chunk,
     }
+
+
+def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) -> int:
+    """Of one token: all of `arrays`; query and key are a device's heads times H."""
+    numbers = model * arrays.model + query * arrays.query + key * arrays.key
+    return int(numbers * size) + (query * arrays.query_sums + key * arrays.key_sums) * 4
 
 
 def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
@@ -153,4 +195,14 @@ def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
         "loss chunk": b * min(config.llama.loss_chunk_size, t) * d.V // tp * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
+    }
+
+
+def _update_moment(config: Config) -> dict[str, int]:
+    """In the update, when a GPU has fetched the whole state of the optimizer from the host's memory."""
+    on_device = replace(config, optimizer=replace(config.optimizer, offload_state=False))
+    state = _abstract_state(on_device)
+    return {
+        "fetched optimizer": _shard_bytes(state.opt_state),
+        "unembedding": _shard_bytes(state.params.get("unembed", ())),
     }

@@ -140,6 +140,12 @@ def test_arithmetic_is_our_own_count():
     assert flops.attention == 3 * 4 * pairs * llama.num_hidden_layers * llama.hidden_size
     saved = step_flops(config_of("--llama.remat_block=save_attention"))
     assert flops.recompute - saved.recompute == flops.attention / 3
+    blocks, kept = (
+        step_flops(config_of(f"--llama.remat_block={policy}", "--llama.kv_heads_at_a_time=1"))
+        for policy in ("nothing_saveable", "save_attention")
+    )
+    projected = 3 * 2 * tokens * llama.num_hidden_layers * llama.hidden_size**2  # queries, keys and values
+    assert blocks.recompute - kept.recompute == pytest.approx(flops.attention / 3 + projected)
     windowed = config_of("--llama.sliding_window=8")
     assert visible_pairs(windowed) == 4 * (8 * 9 / 2 + 504 * 8)
 
@@ -164,7 +170,7 @@ def fake_plans(monkeypatch, bytes_of):
     return planned
 
 
-MACHINE = SimpleNamespace(name="fake", memory=1000, devices=range(8), hardware=None)
+MACHINE = SimpleNamespace(name="fake", platform="tpu", memory=1000, devices=range(8), hardware=None)
 
 
 @pytest.mark.parametrize("start", [512, 4096, 262144])

@@ -1,0 +1,52 @@
+"""The account of memory beside what three compilers say of real sizes: within 15 % of the total.
+
+python -m pytest tests/planning/test_account.py -m "" -s          prints both
+"""
+
+import pytest
+
+from ringbpt.config import UserError, parse, parse_args
+from ringbpt.planning.report import GIB, closed_form, make_plan
+from ringbpt.planning.topologies import need, topology
+
+FP32, BF16 = "--dtype=fp32", "--dtype=bf16"
+KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offload_inputs"
+BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
+K = 1024
+LLAMA8 = ("--llama.intermediate_size=14336", "--llama.num_key_value_heads=8", "--llama.vocab_size=128256")
+
+# topology, mesh, model (a preset, and what differs from it), rows, tokens of each, flags
+CASES = [
+    ("h200", "1,1,1,1", ("1b",), 1, 128 * K, (BF16, KEPT)),
+    ("cpu-8", "1,1,1,8", ("1b",), 1, 64 * K, (FP32, KEPT, BLOCKS)),
+    ("cpu-8", "1,2,2,2", ("1b",), 2, 16 * K, (FP32, KEPT)),
+    ("8xh200", "1,1,1,8", ("7b",), 1, 1024 * K, (BF16, KEPT)),
+    ("8xh200", "1,1,1,8", ("7b",), 1, 1024 * K, (BF16, KEPT, BLOCKS)),
+    ("8xh200", "1,1,2,4", ("7b",), 1, 512 * K, (BF16, KEPT)),
+    ("8xh100-80g", "1,8,1,1", ("7b",), 8, 32 * K, (BF16, KEPT)),
+    ("8xh100-80g", "1,2,2,2", ("7b",), 2, 128 * K, (BF16, KEPT, OVER_TP, BLOCKS)),
+    ("8xh100-80g", "1,1,1,8", ("7b", *LLAMA8), 1, 2048 * K, (BF16, AWAY, STATE, BLOCKS)),
+    ("8xa100-80g", "1,1,1,8", ("13b",), 1, 128 * K, (FP32, KEPT, BLOCKS)),
+    ("v4-512", "1,1,4,64", ("7b",), 1, 2048 * K, (BF16, KEPT)),
+    ("v4-512", "1,1,4,64", ("7b",), 1, 8192 * K, (BF16, KEPT, OVER_TP, BLOCKS)),
+]  # fmt: skip
+
+
+@pytest.mark.slow  # training/test_memory.py has three that every test run compiles
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_account_is_within_15_percent(case):
+    name, mesh, (model, *differences), rows, length, flags = case
+    try:
+        need({"v": "tpu", "c": "cpu"}.get(name[0], "cuda"))
+    except UserError as error:
+        pytest.skip(str(error))
+    source, machine = "--train_dataset.json_dataset", topology(name)
+    words = ["--llama.attention_type=ring_blockwise", "--llama.scan_mlp", f"--mesh_dim={mesh}", *flags, *differences]
+    words += [f"--load_llama_config={model}", f"{source}.batch_size={rows}", f"{source}.seq_length={length}"]
+    words += [f"--llama.max_sequence_length={length}"]
+    config = parse(parse_args(words), len(machine.devices))
+    compiled, account = make_plan(config, machine).program.total, closed_form(config, machine.platform)
+    assert account is not None
+    named = sum(account.values())
+    print(f"\n{case}: account {named / GIB:.2f} GiB, compiled {compiled / GIB:.2f} GiB, {named / compiled - 1:+.1%}")
+    assert abs(named / compiled - 1) < 0.15
