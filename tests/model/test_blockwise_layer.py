@@ -26,14 +26,11 @@ def check(mesh, at_a_time, **llama):
     assert_same(loss_and_grads(model, params, make_batch(model)), want)
 
 
-def test_one_head_at_a_time_over_every_axis():
-    check((1, 2, 2, 2), 1, sequence_layout="zigzag", remat_block="nothing_saveable", residual_over_tp=True)
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # training/test_frontier.py trains with it in every test run
 @pytest.mark.parametrize(
     ("mesh", "at_a_time", "llama"),
     [
+        ((1, 2, 2, 2), 1, {"sequence_layout": "zigzag", "remat_block": "nothing_saveable", "residual_over_tp": True}),
         ((1, 1, 1, 1), 2, {"attention_type": "blockwise", "remat_block": "save_attention"}),
         ((2, 1, 1, 4), 4, {"sequence_layout": "striped", "scan_layers": False}),
         ((1, 1, 2, 4), 2, {"sequence_parallel": "all_gather", "heads_k_stride": 1}),
@@ -42,5 +39,5 @@ def test_one_head_at_a_time_over_every_axis():
     ],
     ids=str,
 )
-def test_on_other_meshes_and_with_other_strategies(mesh, at_a_time, llama):
+def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
     check(mesh, at_a_time, **llama)

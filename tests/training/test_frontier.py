@@ -26,6 +26,10 @@ FLAGS = [
     "--llama.intermediate_size=64",
     "--llama.num_hidden_layers=2",
     "--llama.hidden_size=64",
+    "--llama.num_attention_heads=8",
+    "--llama.num_key_value_heads=4",
+    "--llama.qkv_bias",
+    "--llama.qk_norm",
 ]
 
 
