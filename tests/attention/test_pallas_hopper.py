@@ -17,16 +17,15 @@ from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
 REFUSED = {"wide heads"}  # of 256
-# A carry, two documents, padding, two query heads, four visits to two stages; the rest of the suite takes minutes.
+# A carry, two documents, padding, two query heads, four visits to two stages.
 QUICK = Case("quick", T=128, S=256, heads=(2, 1), documents=2, padding=20, split=128, mask=MaskSpec(causal=False))
 
 
-@pytest.mark.parametrize("case", [QUICK, *[pytest.param(c, marks=pytest.mark.slow) for c in CASES]], ids=str)
+@pytest.mark.parametrize("case", [QUICK, *CASES], ids=str)
 def test_the_kernels_pass_the_suite(case):
     suite.check(make_interpreted(jax.devices()[0], None, None), replace(case, dtype="bfloat16"), refuses=REFUSED)
 
 
-@pytest.mark.slow
 def test_heads_of_128():
     """dq is shared otherwise between the warpgroups than where heads are of 64."""
     case = replace(QUICK, head_dim=128, mask=MaskSpec(window=150), dtype="bfloat16", name="heads of 128")
@@ -54,10 +53,7 @@ def test_what_it_cannot_do_it_refuses_by_name():
 # Mosaic GPU compiles what it has compiled before no second time, and says nothing of it: no two tests share a length.
 @pytest.mark.parametrize(
     ("name", "head_dim", "length"),
-    [
-        ("h200", 128, 1920),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in (("h100", 128, 1792), ("h200", 64, 1920))],
-    ],
+    [("h200", 128, 1920), ("h100", 128, 1792), ("h200", 64, 1920)],
 )
 def test_no_kernel_spills(name, head_dim, length, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))

@@ -20,8 +20,6 @@ from tests.attention.suite import CASES, Case
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
-# Those that a minute has room for; `make test-all` runs every one.
-QUICK = {"packed, grouped, padded", "zigzag hop", "odd lengths", "bf16"}
 MACHINES = ("v4-8", "v5e-4", "v5p-8", "v6e-4")
 
 
@@ -38,9 +36,7 @@ def interpreted(blocks=(128, 128), **params):
     return make_pallas_tpu(jax.devices()[0], *blocks, interpret=interpret)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in CASES]
-)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_pass_the_suite(case, capfd):
     suite.check(interpreted(), case)
     assert "RACE" not in capfd.readouterr().out

@@ -15,19 +15,14 @@ from tests.attention.suite import CASES
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
-# Those that half a minute has room for; `make test-all` runs every one.
-QUICK = {"window, both sides", "bf16 hop"}
 REFUSED = {"wide heads"}  # of 256, in float32
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow, id=c.name) for c in CASES]
-)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_pass_the_suite(case):
     suite.check(make_interpreted(jax.devices()[0], 64, 64), case, refuses=REFUSED)
 
 
-@pytest.mark.slow
 def test_wide_heads_in_half_precision():
     case = suite.Case("wide", T=128, S=256, head_dim=256, heads=(2, 1), documents=2, dtype="float16")
     suite.check(make_interpreted(jax.devices()[0], None, None), case)
