@@ -184,6 +184,13 @@ def test_the_longest_sequence_is_found_in_few_compiles(start, monkeypatch):
     assert len(planned) <= 6
 
 
+def test_a_search_may_be_cut_short(monkeypatch):
+    planned = fake_plans(monkeypatch, lambda config: 100 + 900 * config.train_dataset.seq_length // 65536)
+    tree = parse_args([*MODEL, SIZES[0].format(512), SIZES[1].format(4), "--llama.max_sequence_length=300000"])
+    found = search.find(tree, MACHINE, "seq_length", lambda line: None, most_compiles=2)
+    assert len(planned) == 2 and found.config is planned[1]
+
+
 def test_what_never_fits_is_said(monkeypatch):
     fake_plans(monkeypatch, lambda config: 2000)
     with pytest.raises(UserError, match="nothing fits"):
