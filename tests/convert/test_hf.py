@@ -319,6 +319,18 @@ def test_a_damaged_folder_is_one_line_to_who_loads_it(name, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_damaged_folder_of_ours_is_one_line(tmp_path, capsys):
+    restore("llama3", tmp_path / "hf")
+    to_ours(tmp_path / "hf", tmp_path / "ours")
+    file, spec = tmp_path / "ours" / "params.safetensors", f"--load_checkpoint=params::{tmp_path}/ours"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert jax2hf(spec, f"--output_dir={tmp_path}/back") == 2
+    assert run_main(generate.main, [spec, "--prompt=a", "--tokenizer=bytes"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("truncated: tensor") == errors.count("\n") == 2
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_file_that_lies_about_its_tensors(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))

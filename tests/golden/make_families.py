@@ -110,11 +110,11 @@ def make_model(case: str, folder: Path, **more: Any) -> Any:
     return model
 
 
-def live(case: str, folder: Path) -> dict[str, np.ndarray]:
+def live(case: str, folder: Path, **more: Any) -> dict[str, np.ndarray]:
     """Saves the model into `folder`; returns logits, a greedy continuation, and gradients as `gradient/<tensor>`."""
     import torch
 
-    model = make_model(case, folder)
+    model = make_model(case, folder, **more)
     tokens = [torch.tensor(document)[None] for document in documents()]
     logits = [model(token).logits[0] for token in tokens]
     losses = [

@@ -120,6 +120,17 @@ def test_same_as_transformers_live(case, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "mixtral"])
+def test_windows_of_other_families_live(case, tmp_path):
+    """What Mistral has always and these may have."""
+    qwen = {"use_sliding_window": True, "max_window_layers": 0} if case.startswith("qwen") else {}
+    want = live(case, tmp_path, sliding_window=12, **qwen)
+    assert open_huggingface(tmp_path)[2].sliding_window == 12
+    for program in ("one device", "sp=4"):
+        check(tmp_path, want, program, packed=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_golden_file_is_what_transformers_says(case, tmp_path):
     kept = restore(case, tmp_path / "kept")
