@@ -10,7 +10,7 @@ from ringbpt.evaluation.texts import training_rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=45000)
+    parser.add_argument("--count", type=int, default=27000)
     parser.add_argument("--length", type=int, default=1022, help="characters; a bos and an eos are added to them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -5,7 +5,6 @@ Ref: the task is that of Landmark Attention, arXiv:2305.16300, section 4.2.
 """
 
 import re
-import string
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -69,20 +68,21 @@ def make_passkey(
 
 
 def training_rows(count: int, length: int, seed: int, path: str = "") -> Iterator[dict[str, str]]:
-    """A course in finding keys, to be read in this order, for a JSONL: two thirds are strings of random letters and
-    digits, said twice, which teach copying; then passkey texts, longer and longer up to `length` characters, every
-    third one such a string still.
+    """A course in finding keys, to be read in this order, for a JSONL: {given, again, between, answer} of one text.
 
-    Five digits at the end of a long text would teach copying far too slowly. Keys and depths are uniform.
+    The key can be known where it is said again, in `again` and in `answer`: only these are to take loss, and both do,
+    since the near one is soon learned and teaches the far one. The first third of the texts are as short as they can
+    be, so that there are many; then they grow up to `length` characters, and most keys lie in the first half, where
+    the way to them is long. All keys are equally likely.
     """
     rng, haystack = np.random.default_rng(seed), Haystack("train", path)
-    shortest = len(NEEDLE + QUESTION + ANSWER) + 3 * KEY_DIGITS
-    first = 2 * count // 3
+    shortest = len((NEEDLE + QUESTION + ANSWER).replace("{key}", "0" * KEY_DIGITS))
     for i in range(count):
-        if i < first or i % 3 == 0:
-            text = "".join(rng.choice(list(string.ascii_letters + string.digits), rng.integers(8, 48)))
-            yield Passkey(text + "\n", text, "", "", "")._asdict()
-        else:
-            longest = shortest + (length - shortest) * min(1.0, 2 * (i - first) / (count - first))
-            size = int(rng.uniform(shortest, longest + 1))
-            yield make_passkey(haystack, rng, min(size, length), float(rng.uniform()))._asdict()
+        grown = min(1.0, max(0.0, 4 * i / count - 4 / 3))  # from a third of the texts to 7/12 of them
+        longest = shortest + 50 + grown * (length - shortest - 50)
+        size = int(shortest + (longest + 1 - shortest) * rng.uniform() ** (1 + grown))
+        text = make_passkey(haystack, rng, min(size, length), float(rng.uniform() ** (1 + grown)))
+        key = text.answer.strip()
+        first, middle, last = text.needle.split(key)
+        given, between = text.before + first + key + middle, last + text.after + text.question
+        yield {"given": given, "again": key, "between": between, "answer": text.answer}

@@ -85,11 +85,17 @@ def test_passkey_texts():
         assert text.needle.count(text.answer.strip()) == 2
     with pytest.raises(UserError, match="no room"):
         make_passkey(haystack, rng, 50, 0.5)
-    rows = list(training_rows(20, 300, seed=0))
-    assert max(sum(map(len, row.values())) for row in rows) <= 300
-    assert [bool(row["question"]) for row in rows].index(True) == 13
-    assert all(row["needle"] == row["before"].strip() for row in rows if not row["question"])
-    assert rows == list(training_rows(20, 300, seed=0))
+
+
+def test_texts_for_training_grow():
+    rows = list(training_rows(40, 300, seed=0))
+    lengths = [sum(map(len, row.values())) for row in rows]
+    assert max(lengths[:16]) <= 170 < 200 < max(lengths) <= 300
+    for row in rows:
+        assert row["again"] == row["answer"].strip()
+        assert row["given"].count(row["again"]) == 1  # what takes loss has been said
+        assert not any(c.isdigit() for c in row["between"])
+    assert rows == list(training_rows(40, 300, seed=0))
 
 
 def test_passkey_items_end_with_the_key():
