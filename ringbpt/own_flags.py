@@ -1,5 +1,6 @@
 """The flags of an entry that is no training run: a handful, each with its type, its default and a line of help."""
 
+import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,9 @@ def split_flags(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, Any]
         word = words.pop(0)
         name, equals, _ = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name not in flags:
+            # The training run's parser knows nothing of these, and would name a flag of its own.
+            if word.startswith("--") and (near := difflib.get_close_matches(name, flags, 1, 0.85)):
+                raise UserError(f"--{name} is no flag: did you mean --{near[0]}?")
             others.append(word)
             continue
         mine.append(word)

@@ -6,10 +6,11 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from ringbpt import mesh, verify
+from ringbpt import inspect, mesh, plan, verify
 from ringbpt.attention.parallel import ring
-from ringbpt.config import parse, parse_args, run_main
+from ringbpt.config import ALIAS_TYPES, ENTRY_FLAGS, FLAG_TYPES, parse, parse_args, run_main
 from ringbpt.families import FAMILIES
+from ringbpt.own_flags import split_flags
 
 FLAGS = [
     "--config=tests/recipe.py",
@@ -117,3 +118,14 @@ def test_a_report_that_could_not_be_written_is_refused_before_anything_runs(caps
     assert run_main(verify.main, [*FLAGS, "--json", "/nowhere/at/all.json"]) == 2
     said = "error: --json=/nowhere/at/all.json: there is no folder /nowhere/at: make it first\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_flag_of_its_own_with_a_slip_is_named(capsys):
+    assert run_main(verify.main, [*FLAGS, "--tolerence=1e-5"]) == 2
+    assert capsys.readouterr().err == "error: --tolerence is no flag: did you mean --tolerance?\n"
+
+
+@pytest.mark.parametrize("entry", [verify, plan, inspect])
+def test_no_flag_of_train_is_taken_for_one_of_an_entrys_own(entry):
+    words = [f"--{name}=1" for name in (*FLAG_TYPES, *ALIAS_TYPES, *ENTRY_FLAGS)]
+    assert split_flags(words, entry.FLAGS)[1] == [word for word in words if word[2:-2] not in entry.FLAGS]
