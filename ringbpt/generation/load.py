@@ -67,7 +67,7 @@ def run_config(llama: LlamaConfig, mesh_shape: tuple[int, int, int, int], dtype:
         sequence_parallel="ring", heads_k_stride=None, ulysses_degree=None, mesh_dim=None,
         sequence_layout="zigzag" if sp > 1 else "contiguous", scan_mlp=True,
         attention_kernel="auto", ring_bidirectional=False, ring_skip_hops=False, residual_over_tp=False,
-        remat_block="", remat_attention="", remat_mlp="", **more,
+        kv_heads_at_a_time=None, remat_block="", remat_attention="", remat_mlp="", **more,
     )  # fmt: skip
     return Config(dtype=dtype, mesh_shape=mesh_shape, llama=llama)
 

@@ -23,22 +23,6 @@ from ringbpt.model.feedforward import swiglu, swiglu_backward
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
 from ringbpt.types import Params
 
-LETTERS = {
-    "attention_norm": "D",
-    "w_q": "D N H",
-    "w_k": "D K H",
-    "w_v": "D K H",
-    "w_o": "N H D",
-    "feedforward_norm": "D",
-    "w_gate": "D F",
-    "w_up": "D F",
-    "w_down": "F D",
-    "b_q": "N H",
-    "b_k": "K H",
-    "b_v": "K H",
-    "q_norm": "H",
-    "k_norm": "H",
-}
 PROJECTIONS = ("w_q", "w_k", "w_v")
 HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
 FEEDFORWARD = ("w_gate", "w_up", "w_down")
@@ -51,14 +35,15 @@ class BlockwiseLayer:
     """layer(w, x_BTD, position_BT, segment_BT) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
 
     norm(x, scale) normalises; operands(w, q, k, v, position_BT) makes of the three products what attention takes
-    (biases, norms of heads, rotation). kv_heads divides a device's kv heads; chunk_size divides its tokens or exceeds
-    them, None is all of them.
+    (biases, norms of heads, rotation). letters: the dims of each weight, "D N H". kv_heads divides a device's kv heads;
+    chunk_size divides its tokens or exceeds them, None is all of them.
     """
 
     mesh: Mesh
     shares: Shares
     norm: Callable[[jax.Array, jax.Array], jax.Array]
     operands: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    letters: dict[str, str]
     kv_heads: int
     chunk_size: int | None
 
@@ -85,7 +70,7 @@ class BlockwiseLayer:
     def _backward(self, residuals, dy):
         w, *rest = residuals
         in_specs = (*self._token_specs, self._out_spec, self._out_spec, self._x_spec)
-        back = self._on_shards(self._backward_local, w, in_specs, (_stored_specs(w), self._x_spec))
+        back = self._on_shards(self._backward_local, w, in_specs, (self._stored_specs(w), self._x_spec))
         return *back(w, *rest, dy), None, None, None
 
     _x_spec = spec("B T D", ACTIVATION_AXES)
@@ -94,13 +79,33 @@ class BlockwiseLayer:
     _out_spec = PartitionSpec(None, *_x_spec[:2], "tp")
 
     def _on_shards(self, function: Callable, w: Params, in_specs: tuple, out_specs: Any) -> Callable:
-        in_specs = (_stored_specs(w), *in_specs)
+        in_specs = (self._stored_specs(w), *in_specs)
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _stored_specs(self, w: Params) -> dict[str, PartitionSpec]:
+        return {name: weight_spec(self.letters[name]) for name in w}
 
     # From here on: inside shard_map, of one device's share.
 
+    def _gathered(self, w: Params, dtype: jnp.dtype) -> Params:
+        """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
+        return {
+            name: gather_shards(x, self.letters[name].split().index("D"), dtype) if name.startswith("w_") else x
+            for name, x in w.items()
+        }
+
+    def _scattered(self, name: str, dw: jax.Array) -> jax.Array:
+        """The sum of all devices' gradients, as the weight itself is stored."""
+        if name.startswith("w_"):
+            return scatter_grad(dw, self.letters[name].split().index("D"))
+        # Of what all heads share, each device of tp has its own heads' part of the gradient.
+        return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
+
     def _chunk(self, x: jax.Array) -> int:
-        return min(self.chunk_size or x.shape[1], x.shape[1])
+        size = min(self.chunk_size or x.shape[1], x.shape[1])
+        if x.shape[1] % size:
+            raise ValueError(f"chunks of {size} do not divide the {x.shape[1]} tokens of a device")
+        return size
 
     def _groups(self, w: Params) -> Params:
         """What belongs to heads, by group: [groups, ...]."""
@@ -109,7 +114,7 @@ class BlockwiseLayer:
         def split(x: jax.Array, dim: int) -> jax.Array:
             return jnp.moveaxis(x.reshape(*x.shape[:dim], count, -1, *x.shape[dim + 1 :]), dim, 0)
 
-        of_heads = {name: [i for i, letter in enumerate(LETTERS[name].split()) if letter in "NK"] for name in w}
+        of_heads = {name: [i for i, letter in enumerate(self.letters[name].split()) if letter in "NK"] for name in w}
         return {name: split(w[name], dims[0]) for name, dims in of_heads.items() if dims}
 
     def _queries_keys_values(self, w: Params, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
@@ -126,7 +131,7 @@ class BlockwiseLayer:
         """Attention's output and lse, by group."""
         # What depends on positions alone would be computed ahead of the scan over layers, and stored.
         x, position, segment = lax.optimization_barrier((x, position, segment))
-        whole = _gathered(w, x.dtype)
+        whole = self._gathered(w, x.dtype)
 
         def group(part: Params):
             q, k, v = self._queries_keys_values(whole | part, x, position)
@@ -136,7 +141,7 @@ class BlockwiseLayer:
         return lax.map(group, self._groups(whole))
 
     def _after_attention(self, w: Params, x, out) -> jax.Array:
-        size, whole = self._chunk(x), _gathered(w, x.dtype)
+        size, whole = self._chunk(x), self._gathered(w, x.dtype)
         w_o, (w_gate, w_up, w_down) = _by_group(whole["w_o"], out), (whole[name] for name in FEEDFORWARD)
         matmul = partial(dot, out_dtype=x.dtype)
 
@@ -149,11 +154,11 @@ class BlockwiseLayer:
 
     def _backward_local(self, w: Params, x, position, segment, hops, out, lse, dy) -> tuple[Params, jax.Array]:
         x, position, segment = lax.optimization_barrier((x, position, segment))
-        whole = _gathered(w, x.dtype)
+        whole = self._gathered(w, x.dtype)
         dy, grads = self._after_attention_back(whole, x, out, dy)
         d_operands = self._attend_back(whole, x, position, segment, hops, out, lse, dy)
         dx, more = self._projections_back(whole, x, position, d_operands, dy)
-        return {name: _scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in w}, dx
+        return {name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in w}, dx
 
     def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
@@ -219,26 +224,6 @@ class BlockwiseLayer:
 
         sums = _zeros(w, ("attention_norm", *PROJECTIONS, *heads))
         return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
-
-
-def _stored_specs(w: Params) -> dict[str, PartitionSpec]:
-    return {name: weight_spec(LETTERS[name]) for name in w}
-
-
-def _gathered(w: Params, dtype: jnp.dtype) -> Params:
-    """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
-    return {
-        name: gather_shards(x, LETTERS[name].split().index("D"), dtype) if name.startswith("w_") else x
-        for name, x in w.items()
-    }
-
-
-def _scattered(name: str, dw: jax.Array) -> jax.Array:
-    """The sum of all devices' gradients, as the weight itself is stored."""
-    if name.startswith("w_"):
-        return scatter_grad(dw, LETTERS[name].split().index("D"))
-    # Of what all heads share, each device of tp has its own heads' part of the gradient.
-    return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
 
 
 def _zeros(w: Params, names: tuple[str, ...] | None = None) -> Params:

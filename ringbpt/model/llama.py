@@ -168,9 +168,13 @@ class Model:
         return nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.config.llama), nnx.Param))
 
     @cached_property
+    def _declared(self) -> nnx.State:
+        """Every param without its numbers, as its module declares it."""
+        return nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.config.llama), nnx.Param))
+
+    @cached_property
     def specs(self) -> Any:
         """A PartitionSpec for each param."""
-        state = nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.config.llama), nnx.Param))
 
         def leaf(path: tuple, param: nnx.Variable) -> PartitionSpec:
             entries = list(weight_spec(param.get_metadata("dims")))
@@ -178,7 +182,7 @@ class Model:
                 entries.insert(self.config.llama.param_scan_axis, None)
             return PartitionSpec(*entries)
 
-        return nnx.to_pure_dict(nnx.map_state(leaf, state))
+        return nnx.to_pure_dict(nnx.map_state(leaf, self._declared))
 
     @property
     def shardings(self) -> Any:
@@ -327,6 +331,7 @@ class Model:
             shares=make_shares(self.mesh, **self._attention),
             norm=partial(rms_norm, eps=llama.rms_norm_eps),
             operands=operands,
+            letters={name: param.get_metadata("dims") for name, param in self._declared["layers"].items()},
             kv_heads=llama.kv_heads_at_a_time,
             chunk_size=llama.scan_mlp_chunk_size if llama.scan_mlp else None,
         )

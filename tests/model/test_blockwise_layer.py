@@ -41,3 +41,9 @@ def check(mesh, at_a_time, **llama):
 )
 def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
     check(mesh, at_a_time, **llama)
+
+
+def test_chunks_that_leave_tokens_over_are_refused():
+    model = make_model(kv_heads_at_a_time=1, scan_mlp_chunk_size=5, **FAMILY)
+    with pytest.raises(ValueError, match="chunks of 5 do not divide"):
+        jax.eval_shape(model.token_stats, model.abstract_params, make_batch(model))
