@@ -420,10 +420,35 @@ def check_mesh(config: Config) -> None:
             f"split the weights: {_weights_fit(llama.hidden_size, fsdp, sp)}"
         )
     check_sequence_parallel(config)
+    check_offload(config)
     if sp > 1 and not llama.attention_type.startswith("ring"):
         raise UserError(
             f"--llama.attention_type='{llama.attention_type}' keeps a sequence on one device, but --mesh_dim has "
             f"sp={sp}: use --llama.attention_type=ring_blockwise, or sp=1"
+        )
+
+
+def check_offload(config: Config) -> None:
+    """Weights in the host's memory come a layer at a time, for the forward, for the backward and for the update."""
+    llama, optimizer = config.llama, config.optimizer
+    if not optimizer.offload_params:
+        return
+    bad = "--optimizer.offload_params does not go with"
+    if not llama.scan_layers or llama.param_scan_axis:
+        raise UserError(
+            f"{bad} --llama.scan_layers={llama.scan_layers} and --llama.param_scan_axis={llama.param_scan_axis}: "
+            "layers are fetched out of a stack: --llama.scan_layers=True --llama.param_scan_axis=0"
+        )
+    if llama.remat_block in ("", "everything_saveable"):
+        raise UserError(
+            f"{bad} --llama.remat_block='{llama.remat_block}': the backward would keep every layer's fetched weights: "
+            "--llama.remat_block=nothing_saveable"
+        )
+    if not optimizer.is_layerwise:
+        what = "type=palm" if optimizer.type == "palm" else "adamw_optimizer.multiply_by_parameter_scale"
+        raise UserError(
+            f"{bad} --optimizer.{what}: its steps are in units of a whole weight, not of a layer: "
+            "--optimizer.type=adamw, lion or muon"
         )
 
 

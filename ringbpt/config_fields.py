@@ -205,12 +205,21 @@ class OptimizerConfig:
     type: str = "adamw"  # adamw | palm | lion | muon
     schedule: str = "warmup_cosine"  # warmup_cosine | warmup_linear | wsd (not palm, which has its own)
     wsd_decay_fraction: float = 0.1  # wsd: the last share of lr_decay_steps, in which the rate falls to end_lr
-    offload_state: bool = False  # the optimizer's state in the host's memory, fetched for the update
+    offload_state: bool = False  # the optimizer's state in the host's memory, updated a layer at a time
+    offload_params: bool = False  # weights and gradients there too, a layer's at a time on the device
     accumulate_gradient_steps: int = 1  # the batch is split into this many parts, one after the other
     adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
     lion_optimizer: LionConfig = field(default_factory=LionConfig)
     muon_optimizer: MuonConfig = field(default_factory=MuonConfig)
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether the update of one layer of a stacked weight depends on that layer alone: not where steps are in units
+        of the whole weight's RMS.
+        """
+        scaled = self.type == "adamw" and self.adamw_optimizer.multiply_by_parameter_scale
+        return self.type != "palm" and not scaled
 
 
 @dataclass(frozen=True)

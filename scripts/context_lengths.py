@@ -30,6 +30,7 @@ KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offloa
 BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
 FP32, BF16 = ("--dtype=fp32", KEPT, BLOCKS), ("--dtype=bf16", KEPT)
 OFFLOAD = ("--dtype=bf16", AWAY, STATE)
+PARAMS = "--optimizer.offload_params"
 RING, ALST, LF = "Ring Attention", "ALST", "360-LLaMA-Factory"
 
 # source, their hardware, model (a preset or sizes), their maximum in tokens, topology, mesh, flags.
@@ -40,7 +41,7 @@ ROWS = [
     (RING, "32 A100-80", "7b", 4096 * K, "4x8xa100-80g", "1,1,1,32", ("--dtype=fp32", AWAY, BLOCKS)),
     (RING, "32 A100-80", "13b", 2048 * K, "4x8xa100-80g", "1,1,1,32", FP32),
     (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", (*OFFLOAD, BLOCKS)),
-    (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", (*OFFLOAD, BLOCKS)),
+    (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", (*OFFLOAD, PARAMS, BLOCKS)),
     (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", (*OFFLOAD, BLOCKS)),
     (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", (*OFFLOAD, BLOCKS)),
     (LF, "8 A800", ("Qwen2.5-7B", QWEN7), 210_000, "8xa100-80g", "1,1,1,8", BF16),
@@ -54,12 +55,6 @@ ROWS = [
     (RING, "TPU v5e-256", "3b", 4096 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
     (RING, "TPU v5e-256", "7b", 2048 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
 ]  # fmt: skip
-
-# What a refusal comes down to.
-WHY = {
-    "ALST 1 H100-80 Llama-3-8B": "weights, gradients and the fetched state of AdamW are 4 x 29.92 GiB in float32, all "
-    "on the device in the update; theirs keeps parameters on the host too",
-}
 
 
 def flags_of(model, theirs: int, mesh: str, flags: tuple[str, ...]) -> list[str]:
@@ -104,7 +99,7 @@ def write_page(known: dict) -> None:
         if row is None:
             missing.append(f"{source}: {label} on {hardware} ({theirs:,})")
         elif "refused" in row:
-            missing.append(f"{source}: {label} on {hardware} ({theirs:,}): {WHY.get(name, row['refused'])}")
+            missing.append(f"{source}: {label} on {hardware} ({theirs:,}): {row['refused']}")
         else:
             asked = ", ".join(flag.rpartition(".")[2].removeprefix("--").replace("remat_block=", "") for flag in flags)
             memory = f"{size(row['total'])} of {size(row['limit'])}"

@@ -263,6 +263,25 @@ def test_optimizers_own_conditions():
     assert configured(DEBUG, "--optimizer.lion_optimizer.lr=-1").optimizer.type == "adamw"
 
 
+@pytest.mark.parametrize(
+    ("flag", "fix"),
+    [
+        ("--llama.remat_block=everything_saveable", "--llama.remat_block=nothing_saveable"),
+        ("--llama.param_scan_axis=1", "--llama.param_scan_axis=0"),
+        ("--llama.scan_layers=False", "--llama.scan_layers=True"),
+        ("--optimizer.type=palm", "--optimizer.type=lion"),
+        ("--optimizer.adamw_optimizer.multiply_by_parameter_scale", "--optimizer.type=adamw"),
+    ],
+)
+def test_what_weights_in_the_hosts_memory_do_not_go_with(flag, fix):
+    argv = [DEBUG, "--optimizer.offload_params", "--llama.remat_block=nothing_saveable"]
+    assert configured(*argv).optimizer.offload_params
+    name, kept = flag.partition("=")[0], [word for word in argv if not word.startswith(flag.partition("=")[0])]
+    message = refusal(*kept, flag)
+    assert message.startswith("--optimizer.offload_params") and name.rpartition(".")[2] in message
+    assert fix.rpartition("=")[2] in message
+
+
 @pytest.mark.parametrize("schedule", ["warmup_cosine", "warmup_linear", "wsd"])
 def test_the_longest_warmup_that_is_allowed_builds(schedule):
     longest = 499 if schedule == "warmup_cosine" else 500

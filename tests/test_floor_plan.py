@@ -21,7 +21,7 @@ PACKAGE = ROOT / "ringbpt"
 LEVELS = [
     {"", "dims", "types", "hardware", "families"}
     | {"config_fields", "config_checks", "config_data", "config", "own_flags"},
-    {"mesh", "attention", "data"},
+    {"mesh", "host_memory", "attention", "data"},
     {"model", "convert", "objectives"},
     {"training", "generation", "evaluation"},
     {"rollout", "planning"},

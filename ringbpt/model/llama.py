@@ -15,6 +15,7 @@ from ringbpt.attention import MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES, make_shares
 from ringbpt.config import Config, LlamaConfig, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
+from ringbpt.host_memory import fetch
 from ringbpt.model.blockwise_layer import BlockwiseLayer
 from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
 from ringbpt.model.feedforward import make_feedforward
@@ -204,7 +205,7 @@ class Model:
 
     def unembed(self, params: Params) -> jax.Array:
         """The unembedding, [D, V]: the embedding's own table where they are tied."""
-        return params["embed"].T if self.config.llama.tie_word_embeddings else params["unembed"]
+        return fetch(params["embed"]).T if self.config.llama.tie_word_embeddings else fetch(params["unembed"])
 
     def hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> jax.Array:
         """The last layer's normalised output, [B, T, D] in the compute dtype."""
@@ -213,10 +214,11 @@ class Model:
     def _hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> tuple[jax.Array, Routing | None]:
         """The same, and what the routers chose, summed over layers; None where there are no experts."""
         llama = self.config.llama
-        x_BTD = embed(self.mesh, self.dtype, params["embed"], token_BT)
+        x_BTD = embed(self.mesh, self.dtype, fetch(params["embed"]), token_BT)
         rope = self.rope(meta)
 
         def one(state, layer):
+            layer = fetch(layer)  # inside what is computed again: the backward fetches it once more
             if llama.kv_heads_at_a_time:
                 return self.layer(layer, state, meta)
             return self.block(layer, state, meta, rope)[0]
@@ -232,7 +234,7 @@ class Model:
                 layer = jax.tree.map(lambda w, i=i: jax.lax.index_in_dim(w, i, axis, keepdims=False), params["layers"])
                 state = block(state, layer)
         x_BTD, routing = state
-        return rms_norm(x_BTD, params["norm"], llama.rms_norm_eps), routing
+        return rms_norm(x_BTD, fetch(params["norm"]), llama.rms_norm_eps), routing
 
     def rope(self, meta: TokenMeta) -> tuple[jax.Array, jax.Array]:
         """(cos, sin) for the tokens' places."""

@@ -3,7 +3,7 @@
 import math
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import abstract_state
+from ringbpt.training.state import TrainState, abstract_state, host_leaves
 from ringbpt.training.step import make_train_step
 from ringbpt.types import Batch
 
@@ -60,13 +60,16 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     return Batch(token_BT=ints, target_BT=ints, weight_BT=floats, position_BT=ints, segment_BT=ints)
 
 
-def step_and_arguments(config: Config, devices: tuple[jax.Device, ...]) -> tuple[Any, tuple[Any, Batch]]:
-    """(the jitted train step of the loop, its abstract arguments) on these devices."""
+def step_and_arguments(
+    config: Config, devices: tuple[jax.Device, ...]
+) -> tuple[Any, tuple[TrainState, Batch], TrainState]:
+    """(the jitted train step of the loop, its abstract arguments, which of the state is in the host's memory)."""
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
     model = Model(config, mesh)
     optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
     step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
-    return step, (abstract_state(model, optimizer), abstract_batch(config, mesh))
+    arguments = abstract_state(model, optimizer), abstract_batch(config, mesh)
+    return step, arguments, host_leaves(model, optimizer)
 
 
 def compile_program(config: Config, machine: Topology) -> Program:
@@ -74,35 +77,16 @@ def compile_program(config: Config, machine: Topology) -> Program:
 
     Raises what the compiler raises for any other reason.
     """
-    step, (state, batch) = step_and_arguments(config, machine.devices)
+    step, (state, batch), away = step_and_arguments(config, machine.devices)
     arguments = {
-        "parameters": _shard_bytes(state.params),
-        "optimizer state": _shard_bytes(state.opt_state) + _shard_bytes(state.step),
-        "batch": _shard_bytes(batch),
+        "parameters": _shard_bytes(state.params, away.params),
+        "optimizer state": _shard_bytes(state.opt_state, away.opt_state) + _shard_bytes(state.step, away.step),
+        "batch": _shard_bytes(batch, jax.tree.map(lambda _: False, batch)),
     }
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
-    if config.optimizer.offload_state and "pinned_host" not in kinds:
-        return _fetched_at_once(_compile(machine, step, state, batch, arguments))
-    return _compile(machine, step, state, batch, arguments)
-
-
-def _fetched_at_once(program: Program) -> Program:
-    """Optimizer state in the host's memory, for a machine (a GPU that is not here) whose arguments cannot be put there.
-
-    At most: in the update, when no activation is left, the device holds the whole state beside the gradients.
-    """
-    state = program.arguments["optimizer state"]
-    temporaries = max(program.temporaries, program.arguments["parameters"] + state)
-    arguments = program.arguments | {"optimizer state": 0}
-    total = sum(arguments.values()) + temporaries
-    return replace(program, arguments=arguments, temporaries=temporaries, total=total, host=program.host + state)
-
-
-def _compile(machine: Topology, step: Any, state: Any, batch: Batch, arguments: dict[str, int]) -> Program:
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
-            compiled = machine.compile(step, state, batch, options=options)
+            compiled = machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=options)
         except jax.errors.JaxRuntimeError as error:
             total = needed_bytes(str(error))
             if total is None:
@@ -122,9 +106,9 @@ def _compile(machine: Topology, step: Any, state: Any, batch: Batch, arguments: 
     )
 
 
-def _shard_bytes(tree: Any) -> int:
+def _shard_bytes(tree: Any, away: Any) -> int:
     """Of what lives on the device: an argument in the host's memory is the host's."""
-    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != "pinned_host"]
+    leaves = [x for x, host in zip(jax.tree.leaves(tree), jax.tree.leaves(away), strict=True) if not host]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

@@ -61,11 +61,13 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"llama.kv_heads_at_a_time": 1},
     {"llama.remat_block": "offload_inputs"},
     {"optimizer.offload_state": True},
+    {"optimizer.offload_state": True, "optimizer.offload_params": True},
     {
         "llama.remat_block": "offload_inputs",
         "llama.residual_over_tp": True,
         "llama.kv_heads_at_a_time": 1,
         "optimizer.offload_state": True,
+        "optimizer.offload_params": True,
     },
     {"llama.loss_chunk_size": 512},
 )

@@ -16,7 +16,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,19 +78,47 @@ class Topology:
         part = GPU_FRACTION if self.platform == "cuda" else 1.0
         return int(part * self.hardware.hbm_gib * 2**30)
 
-    def lower(self, jitted: Any, *args: Any) -> Any:
-        return jitted.trace(*args).lower(lowering_platforms=(self.platform,))
+    def lower(self, jitted: Any, *args: Any, on_host: Sequence[bool] = ()) -> Any:
+        lowered = jitted.trace(*args).lower(lowering_platforms=(self.platform,))
+        if any(on_host) and self.platform == "cuda":
+            _place_on_host(lowered.compiler_ir("stablehlo"), on_host)
+        return lowered
 
-    def compile(self, jitted: Any, *args: Any, options: dict[str, Any] | None = None) -> Any:
+    def compile(
+        self, jitted: Any, *args: Any, on_host: Sequence[bool] = (), options: dict[str, Any] | None = None
+    ) -> Any:
         """The compiled program of a jitted function for this machine; args are ShapeDtypeStructs with shardings.
 
-        options: further compiler options ({"xla_dump_to": folder}). What does not fit the memory is a
-        jax.errors.JaxRuntimeError with RESOURCE_EXHAUSTED (planning.program reads it).
+        on_host: for each array of the arguments, whether it and the result in its place live in the host's memory; a
+        GPU that is not here can't be told by their shardings. options: further compiler options ({"xla_dump_to":
+        folder}). What does not fit the memory is a jax.errors.JaxRuntimeError with RESOURCE_EXHAUSTED
+        (planning.program reads it).
         """
         # Autotuning times kernels on a GPU, and there is none.
         own: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
         with quiet(self.platform != "cpu"):
-            return self.lower(jitted, *args).compile(own | (options or {}))
+            return self.lower(jitted, *args, on_host=on_host).compile(own | (options or {}))
+
+
+def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:
+    """Says in the program what jax says of arrays whose sharding has a memory kind: abstract GPUs have none to name."""
+    from jax.extend.mlir import ir
+
+    with module.context:
+        [main] = [op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main"]
+        for side in ("arg_attrs", "res_attrs"):
+            every = list(ir.ArrayAttr(main.attributes[side]))
+            flags = [*on_host, *(False for _ in every[len(on_host) :])]
+            assert len(flags) == len(every), "an argument was dropped: on_host no longer says which is which"
+            main.attributes[side] = ir.ArrayAttr.get(
+                [
+                    ir.DictAttr.get(
+                        {a.name: a.attr for a in ir.DictAttr(known)}
+                        | {"mhlo.memory_kind": ir.StringAttr.get("pinned_host" if away else "device")}
+                    )
+                    for known, away in zip(every, flags, strict=True)
+                ]
+            )
 
 
 def names() -> list[str]:

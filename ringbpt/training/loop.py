@@ -131,6 +131,8 @@ def _evaluate(
     means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
     values = {f"eval_{name}": float(mean.value()) for name, mean in means.items()}
     if probe:
+        # Text is made with all weights on the device, wherever training keeps them.
+        params = jax.device_put(params, model.shardings)
         values |= probe(params, (_put(config, model, loader, i) for i in numbers))
     return {"step": step, **values, "eval_bits_per_byte": bits_per_byte(values["eval_loss"], loader.bytes_per_token)}
 

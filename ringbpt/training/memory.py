@@ -87,8 +87,6 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
     stored = _stored(config)
     moments = [_layer_moment(config, rows, seq_length, platform), _loss_moment(config, rows, seq_length)]
-    if config.optimizer.offload_state and platform == "cuda":
-        moments.append(_update_moment(config))
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -110,15 +108,17 @@ def describe(config: Config, device_kind: str) -> str:
 
 
 def _stored(config: Config) -> dict[str, int]:
-    """What is alive throughout. The gradient of an unembedding is counted where it is whole."""
+    """What is alive throughout. The gradient of an unembedding is counted where it is whole.
+
+    What is in the host's memory is fetched a layer at a time: for the update, when the activations are gone.
+    """
     state = _abstract_state(config)
-    params = _shard_bytes(state.params)
+    params = 0 if config.optimizer.offload_params else _shard_bytes(state.params)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
     return {
         "params": params,
-        # In the host's memory it is fetched, a part at a time, when the activations are gone.
         "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
-        "gradients": sums + params - _shard_bytes(state.params.get("unembed", ())),
+        "gradients": max(0, sums + params - _shard_bytes(state.params.get("unembed", ()))),
     }
 
 
@@ -195,14 +195,4 @@ def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
         "loss chunk": b * min(config.llama.loss_chunk_size, t) * d.V // tp * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
-    }
-
-
-def _update_moment(config: Config) -> dict[str, int]:
-    """In the update, when a GPU has fetched the whole state of the optimizer from the host's memory."""
-    on_device = replace(config, optimizer=replace(config.optimizer, offload_state=False))
-    state = _abstract_state(on_device)
-    return {
-        "fetched optimizer": _shard_bytes(state.opt_state),
-        "unembedding": _shard_bytes(state.params.get("unembed", ())),
     }

@@ -28,19 +28,14 @@ MUON_WEIGHTS = {
 
 
 def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.GradientTransformation, Schedule]:
-    """The gradient transformation that `config` names (clipping included), and its schedule: step -> learning rate.
+    """The gradient transformation that `config` names, and its schedule: step -> learning rate.
 
     `layer_axis` is the axis over which stacked layers are stacked (llama.param_scan_axis); only muon looks at it.
-    Accumulation is not in here: the train step adds totals over micro-batches and calls the optimizer once.
+    Accumulation and clipping are not in here: the train step adds totals over micro-batches, multiplies by
+    clip_factor, for which all gradients are needed, and calls the optimizer once, or for one weight after the other.
     Raises KeyError for a type that isn't one of adamw, palm, lion, muon.
     """
-    groups: dict[str, AdamWConfig | PalmConfig | LionConfig | MuonConfig] = {
-        "adamw": config.adamw_optimizer,
-        "palm": config.palm_optimizer,
-        "lion": config.lion_optimizer,
-        "muon": config.muon_optimizer,
-    }
-    group = groups[config.type]
+    group = _group(config)
     if isinstance(group, PalmConfig):
         schedule = _palm_schedule(group)
         optimizer = _palm(group, schedule)
@@ -53,8 +48,25 @@ def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.
         else:
             optimizer = _muon(group, schedule, layer_axis)
     if group.clip_gradient > 0:
-        optimizer = optax.chain(optax.clip_by_global_norm(group.clip_gradient), optimizer)
+        # Where clipping once stood: states that were saved with it keep their names.
+        optimizer = optax.chain(optax.identity(), optimizer)
     return optimizer, schedule
+
+
+def clip_factor(config: OptimizerConfig, norm: jax.Array) -> jax.Array:
+    """What gradients of this global norm are multiplied by, so that it is at most clip_gradient; 0 clips nothing."""
+    limit = _group(config).clip_gradient
+    return jnp.where(norm < limit, 1.0, limit / norm) if limit > 0 else jnp.ones_like(norm)
+
+
+def _group(config: OptimizerConfig) -> AdamWConfig | PalmConfig | LionConfig | MuonConfig:
+    groups: dict[str, AdamWConfig | PalmConfig | LionConfig | MuonConfig] = {
+        "adamw": config.adamw_optimizer,
+        "palm": config.palm_optimizer,
+        "lion": config.lion_optimizer,
+        "muon": config.muon_optimizer,
+    }
+    return groups[config.type]
 
 
 def state_specs(optimizer: optax.GradientTransformation, params_abstract: Params, param_specs: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
 """What a training step carries on: step, params, optimizer state; made on the mesh, sharded from the first byte."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import UserError
+from ringbpt.host_memory import fetch
 from ringbpt.model.llama import Model
+from ringbpt.training import offload
 from ringbpt.training.checkpoint import Checkpointer, load_checkpoint
 from ringbpt.training.metrics import say
 from ringbpt.training.optimizer import state_specs
-from ringbpt.types import Array, Params
+from ringbpt.types import Array, Params, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -29,21 +31,41 @@ class TrainState:
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
-    """Optimizer state that mirrors a param is sharded like it; the rest is on every device. With
-    optimizer.offload_state, what is sharded of it lives in the host's memory.
-    """
-    specs = TrainState(
+    """Optimizer state that mirrors a param is sharded like it; the rest is on every device."""
+
+    def leaf(spec: PartitionSpec, away: bool) -> NamedSharding:
+        sharding = NamedSharding(model.mesh, spec)
+        return sharding.with_memory_kind("pinned_host") if away else sharding
+
+    specs = _specs(model, optimizer)
+    return jax.tree.map(leaf, specs, host_leaves(model, optimizer), is_leaf=_is_spec)
+
+
+def host_leaves(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """True for each leaf of a TrainState that lives in the host's memory, by optimizer.offload_params and _state."""
+    config, specs = model.config.optimizer, _specs(model, optimizer)
+
+    def away(tree: PyTree, asked: bool) -> PyTree:
+        # Only what is large, and that is what is or mirrors a matrix.
+        return jax.tree.map(lambda spec: asked and any(spec), tree, is_leaf=_is_spec)
+
+    return TrainState(
+        step=False,
+        params=away(specs.params, config.offload_params),
+        opt_state=away(specs.opt_state, config.offload_state),
+    )
+
+
+def _specs(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(
         step=PartitionSpec(),
         params=model.specs,
         opt_state=state_specs(optimizer, model.abstract_params, model.specs),
     )
-    leaf = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    shardings = jax.tree.map(lambda s: NamedSharding(model.mesh, s), specs, is_leaf=leaf)
-    if not model.config.optimizer.offload_state:
-        return shardings
-    # Only what is large, and that is what mirrors a matrix.
-    on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host") if any(s.spec) else s, shardings.opt_state)
-    return replace(shardings, opt_state=on_host)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def abstract_state(model: Model, optimizer: optax.GradientTransformation) -> TrainState:
@@ -62,8 +84,11 @@ def start_state(
 ) -> TrainState:
     """The state for these params; opt_state None starts the optimizer afresh."""
     shardings = state_shardings(model, optimizer)
-    if opt_state is None:
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    params = jax.device_put(params, shardings.params)
+    if opt_state is None and model.config.optimizer.offload_state:
+        opt_state = offload.init(optimizer, params, shardings.opt_state)
+    elif opt_state is None:
+        opt_state = jax.jit(lambda params: optimizer.init(fetch(params)), out_shardings=shardings.opt_state)(params)
     return TrainState(step=jax.device_put(jnp.int32(step), shardings.step), params=params, opt_state=opt_state)
 
 

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from ringbpt.config import Config
+from ringbpt.host_memory import on_host, stow
 from ringbpt.model.llama import Model
-from ringbpt.training.state import TrainState, state_shardings
+from ringbpt.training import offload
+from ringbpt.training.optimizer import clip_factor
+from ringbpt.training.state import TrainState, host_leaves, state_shardings
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
 
 # So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
@@ -34,11 +37,9 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
-    """gradients(params, batch) -> (gradients of the mean loss, the objective's means); to be jitted by the caller.
-
-    The loss is a total over a total weight; both are summed over micro-batches and shards before the one division,
-    so accumulation, packing and the mesh don't change the numbers. Without any weight the gradients are zero.
+def make_totals(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
+    """totals(params, batch) -> (gradients of the loss's total, the objective's means), summed over micro-batches and
+    shards; to be jitted by the caller. Gradients live where their params do, on the device or in the host's memory.
     """
     config = model.config
     count = config.optimizer.accumulate_gradient_steps
@@ -57,25 +58,43 @@ def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batc
     def totals(params: Params, batch: Batch) -> tuple[Params, Means]:
         return jax.grad(total_loss, has_aux=True)(params, batch)
 
-    def summed_totals(params: Params, batch: Batch) -> tuple[Params, Means]:
+    def summed(params: Params, batch: Batch) -> tuple[Params, Means]:
         if count == 1:
             return totals(params, batch)
 
         def add(sums, micro):
-            return jax.tree.map(jnp.add, sums, totals(params, micro)), None
+            grads, means = totals(params, micro)
+            return (offload.add(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), None
 
         micros = micro_batches(batch, count)
         shapes = jax.eval_shape(totals, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = jax.lax.with_sharding_constraint(zeros[0], model.shardings), zeros[1]
+        zeros = jax.tree.map(lambda x, like: stow(x) if on_host(like) else x, zeros[0], params), zeros[1]
         return jax.lax.scan(add, zeros, micros)[0]
 
+    return summed
+
+
+def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
+    """gradients(params, batch) -> (gradients of the mean loss, the objective's means); to be jitted by the caller.
+
+    The loss is a total over a total weight; both are summed over micro-batches and shards before the one division,
+    so accumulation, packing and the mesh don't change the numbers. Without any weight the gradients are zero. Params
+    are on the device.
+    """
+    totals = make_totals(model, objective)
+
     def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
-        grads, means = summed_totals(params, batch)
-        weight = means["loss"].weight
-        return jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), grads), means
+        grads, means = totals(params, batch)
+        return jax.tree.map(lambda g: g / _divisor(means), grads), means
 
     return gradients
+
+
+def _divisor(means: Means) -> jax.Array:
+    weight = means["loss"].weight
+    return jnp.where(weight == 0, 1.0, weight)
 
 
 def make_train_step(
@@ -85,34 +104,39 @@ def make_train_step(
 
     A batch without any weight changes nothing but what the optimizer does on a zero gradient.
     """
-    gradients = make_gradients(model, objective)
-    shardings = state_shardings(model, optimizer)
+    totals, config = make_totals(model, objective), model.config.optimizer
+    shardings, offloaded = state_shardings(model, optimizer), host_leaves(model, optimizer)
+    by_layer = model.config.llama.param_scan_axis == 0 and config.is_layerwise
+
+    def update(grads: Params, state: TrainState, divisor: jax.Array) -> tuple[Params, PyTree, dict[str, jax.Array]]:
+        """(params, opt_state, {the norms of the gradients and of the params})."""
+        if config.offload_params or config.offload_state:
+            norm = offload.norm(grads) / divisor
+            factor = clip_factor(config, norm) / divisor
+            params, opt_state, param_norm = offload.update(
+                optimizer, grads, state.opt_state, state.params, factor, by_layer
+            )
+            return params, opt_state, {"gradient_norm": norm, "param_norm": param_norm}
+        grads = jax.tree.map(lambda g: g / divisor, grads)
+        norm = optax.tree.norm(grads)
+        factor = clip_factor(config, norm)
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: factor * g, grads), state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return params, opt_state, {"gradient_norm": norm, "param_norm": optax.tree.norm(params)}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, means = gradients(state.params, batch)
-        updates, opt_state = optimizer.update(grads, _on_device(state.opt_state, shardings.opt_state), state.params)
-        params = optax.apply_updates(state.params, updates)
+        # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
+        state = jax.tree.map(lambda x, away: stow(x) if away else x, state, offloaded)
+        grads, means = totals(state.params, batch)
+        params, opt_state, norms = update(grads, state, _divisor(means))
         metrics = {name: mean.value() for name, mean in means.items() if name not in ("tokens", "pairs")}
         metrics |= {name: means[name].total for name in ("tokens", "pairs")}
-        metrics |= {
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "gradient_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-        }
+        metrics |= {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), **norms}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-
-
-def _on_device(tree: PyTree, shardings: PyTree) -> PyTree:
-    """What lives in the host's memory, brought over."""
-
-    def leaf(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
-        on_host = sharding.memory_kind == "pinned_host"
-        return jax.device_put(x, sharding.with_memory_kind("device")) if on_host else x
-
-    return jax.tree.map(leaf, tree, shardings)
+    # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.
+    return jax.jit(step, donate_argnums=0, keep_unused=True, out_shardings=(shardings, None), compiler_options=options)
 
 
 def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:

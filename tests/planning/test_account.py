@@ -11,7 +11,8 @@ from ringbpt.planning.topologies import need, topology
 
 FP32, BF16 = "--dtype=fp32", "--dtype=bf16"
 KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offload_inputs"
-BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
+BLOCKS, OVER_TP = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp"
+STATE, PARAMS = "--optimizer.offload_state", "--optimizer.offload_params"
 K = 1024
 LLAMA8 = ("--llama.intermediate_size=14336", "--llama.num_key_value_heads=8", "--llama.vocab_size=128256")
 
@@ -26,6 +27,8 @@ CASES = [
     ("8xh100-80g", "1,8,1,1", ("7b",), 8, 32 * K, (BF16, KEPT)),
     ("8xh100-80g", "1,2,2,2", ("7b",), 2, 128 * K, (BF16, KEPT, OVER_TP, BLOCKS)),
     ("8xh100-80g", "1,1,1,8", ("7b", *LLAMA8), 1, 2048 * K, (BF16, AWAY, STATE, BLOCKS)),
+    ("h100-80g", "1,1,1,1", ("7b", *LLAMA8), 1, 500 * K, (BF16, AWAY, STATE, PARAMS, BLOCKS)),
+    ("v5e-8", "1,1,1,8", ("7b",), 1, 128 * K, (BF16, KEPT, STATE, PARAMS, BLOCKS)),
     ("8xa100-80g", "1,1,1,8", ("13b",), 1, 128 * K, (FP32, KEPT, BLOCKS)),
     ("v4-512", "1,1,4,64", ("7b",), 1, 2048 * K, (BF16, KEPT)),
     ("v4-512", "1,1,4,64", ("7b",), 1, 8192 * K, (BF16, KEPT, OVER_TP, BLOCKS)),

@@ -250,12 +250,32 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
     assert all(word in shown for word in ("memory of one device", "largest temporaries", "transfers", "ring", "MFU"))
 
 
+@pytest.mark.parametrize("name", ["4xh200", "v5e-4"])
+def test_what_lives_in_the_hosts_memory_is_no_argument_of_the_device(name):
+    """Of a GPU that is not here too, whose abstract devices know no memories."""
+    try:
+        need("tpu" if name.startswith("v") else "cuda")
+    except UserError as error:
+        pytest.skip(str(error))
+    flags = ["--dtype=bf16", "--mesh_dim=1,1,1,4", "--llama.attention_kernel=blockwise"]
+    here = make_plan(config_of(*flags, devices=4), topology(name)).program
+    offload = "--optimizer.offload_params", "--optimizer.offload_state"
+    away = make_plan(config_of(*flags, *offload, devices=4), topology(name)).program
+    moved = {key: here.arguments[key] - away.arguments[key] for key in here.arguments}
+    # What stays are the norms' vectors and a counter or two; Adam's moments are two of each weight.
+    assert 0 < away.arguments["parameters"] < 0.05 * here.arguments["parameters"]
+    assert moved["optimizer state"] == 2 * moved["parameters"] and moved["batch"] == 0
+    # The host has them, and gradients.
+    assert here.host == 0 and away.host > 3 * moved["parameters"]
+
+
 def test_suggestions_are_changes_that_the_model_and_the_mesh_allow(monkeypatch):
     planned = fake_plans(monkeypatch, lambda config: 1)
     flags = [
         flags for flags, _ in search.suggest(parse_args([*SMALL, "--llama.remat_block=nothing_saveable"]), MACHINE)
     ]
     assert "--llama.remat_block=offload_inputs" in flags and "--optimizer.offload_state=True" in flags
+    assert "--optimizer.offload_state=True --optimizer.offload_params=True" in flags
     assert "--llama.remat_block=nothing_saveable" not in flags  # it is so already
     assert not any("residual_over_tp" in text for text in flags)  # tp is 1
     assert len(planned) == len(flags) and planned[0].llama.remat_block == "save_attention"

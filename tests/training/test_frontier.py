@@ -1,8 +1,9 @@
-"""What trades time for memory changes no number: residuals over tp, layers' inputs and optimizer state on the host,
-layers in blocks with a few kv heads at a time."""
+"""What trades time for memory changes no number: residuals over tp, layers' inputs, optimizer state, weights and
+gradients on the host, layers in blocks with a few kv heads at a time."""
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -56,18 +57,38 @@ def plain():
 
 
 RESIDUAL, INPUTS, STATE = "--llama.residual_over_tp", "--llama.remat_block=offload_inputs", "--optimizer.offload_state"
-HEADS = "--llama.kv_heads_at_a_time=1"
-ALL = (RESIDUAL, INPUTS, STATE, HEADS)
+HEADS, PARAMS = "--llama.kv_heads_at_a_time=1", "--optimizer.offload_params"
+ALL = (RESIDUAL, INPUTS, STATE, HEADS, PARAMS)
 
 
-@pytest.mark.parametrize("flags", [ALL, *(pytest.param((flag,), marks=pytest.mark.slow) for flag in ALL)])
+# Weights on the host want a remat policy.
+ALONE = [(RESIDUAL,), (INPUTS,), (STATE,), (HEADS,), (PARAMS, "--llama.remat_block=nothing_saveable")]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(*ALL, "--optimizer.accumulate_gradient_steps=2"), *(pytest.param(f, marks=pytest.mark.slow) for f in ALONE)],
+)
 def test_they_change_no_number(flags, plain):
     losses, state = steps(*flags)
     assert losses == pytest.approx(plain, rel=1e-6)
     assert plain[0] > plain[2]
-    matrices = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 1 and max(x.shape) > 64]
-    assert {x.sharding.memory_kind for x in matrices} == {"pinned_host" if STATE in flags else "device"}
-    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+    assert memory_kinds(state.opt_state) == {"pinned_host" if STATE in flags else "device"}
+    assert memory_kinds(state.params) == {"pinned_host" if PARAMS in flags else "device"}
+
+
+def memory_kinds(tree) -> set[str]:
+    """Of its matrices: vectors stay on the device."""
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim > 1 and max(x.shape) > 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lion", "muon"])
+def test_another_optimizer_does_the_same_layer_by_layer(kind):
+    (losses, state), (away, offloaded) = steps(f"--optimizer.type={kind}"), steps(f"--optimizer.type={kind}", *ALL)
+    assert away == pytest.approx(losses, rel=1e-6)
+    chex.assert_trees_all_close(jax.device_get(offloaded.params), jax.device_get(state.params), atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(offloaded.opt_state), jax.device_get(state.opt_state), atol=1e-6)
 
 
 def test_the_account_knows_them():
@@ -77,6 +98,8 @@ def test_the_account_knows_them():
     assert over_tp["saved layer inputs"] == base["saved layer inputs"] / 2
     away = account(replace(config, optimizer=replace(config.optimizer, offload_state=True)), 2, 128)
     assert away["optimizer"] == 0 and away["params"] == base["params"]
+    away = account(replace(config, optimizer=replace(config.optimizer, offload_params=True)), 2, 128)
+    assert away["params"] == away["gradients"] == 0 and away["optimizer"] == base["optimizer"]
 
 
 def test_tokens_that_tp_does_not_divide_are_refused():

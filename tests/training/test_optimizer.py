@@ -5,12 +5,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ringbpt.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, PalmConfig
-from ringbpt.training.optimizer import make_optimizer, state_specs
+from ringbpt.training.optimizer import clip_factor, make_optimizer, state_specs
 
 L, D, N, H, F, V = 2, 8, 2, 4, 16, 32
 SHAPES = {
@@ -37,8 +38,10 @@ def tree(seed: int):
 
 
 def first_step(config: OptimizerConfig, params, grads, **kwargs):
-    """(updates, state after) of the first step."""
+    """(updates, state after) of the first step, clipped as the train step does it."""
     optimizer, _ = make_optimizer(config, **kwargs)
+    factor = clip_factor(config, optax.tree.norm(grads))
+    grads = jax.tree.map(lambda g: factor * g, grads)
     return jax.jit(optimizer.update)(grads, optimizer.init(params), params)
 
 
