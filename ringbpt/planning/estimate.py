@@ -11,6 +11,7 @@ from ringbpt.model.flops import forward_flops
 from ringbpt.model.llama import make_dims
 from ringbpt.planning.overlap import Hop
 from ringbpt.planning.topologies import Topology
+from ringbpt.training.memory import host_traffic
 from ringbpt.types import TokenMeta
 
 # Share of the bf16 peak that is reached, (at best, at worst): large matrix products; a fused attention kernel; the
@@ -24,6 +25,9 @@ NOTHING_SAVED = ("nothing_saveable", "offload_inputs")
 FLOAT32_COST = 6
 # Between hosts with GPUs: what one GPU sends and receives over InfiniBand, 1e9 bytes/s (at best, at worst).
 NETWORK_GB_PER_S = (50.0, 25.0)
+# Between a device and its host's memory, 1e9 bytes/s one way: PCIe 5 with 16 lanes, and what is left of less where
+# several devices share it (at best, at worst).
+HOST_GB_PER_S = (50.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,21 @@ class Estimate:
 
 
 def estimate(
-    config: Config, machine: Topology, flops: Flops, collectives: dict[str, dict[str, int]], hops: list[Hop]
+    config: Config,
+    machine: Topology,
+    flops: Flops,
+    collectives: dict[str, dict[str, int]],
+    hops: list[Hop],
+    kernel: bool,
 ) -> Estimate:
-    """The bracket for a machine whose peaks are known. Raises ValueError for one whose peaks are not (a CPU)."""
+    """The bracket for a machine whose peaks are known. Raises ValueError for one whose peaks are not (a CPU).
+
+    kernel: attention is a fused kernel in the compiled program, and not blocks in plain XLA.
+    """
     if machine.hardware is None:
         raise ValueError(f"nobody knows the peaks of {machine.name}")
     peak = machine.hardware.bf16_tflops * 1e12 / (FLOAT32_COST if config.dtype == "fp32" else 1)
     devices, uneven = len(machine.devices), balance(config)
-    asked = config.llama.attention_kernel
-    kernel = (asked == "auto" and config.llama.attention_type.endswith("blockwise")) or asked.startswith("pallas")
     again_attention = flops.attention / 6 * (3 if config.llama.remat_block in NOTHING_SAVED else 1)
     attention = (flops.attention + again_attention) * uneven / devices / peak
     dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
@@ -121,9 +131,12 @@ def estimate(
     permute = _permute_rates(config, machine)
     if hops:
         margin = attention / attention_share[0] / (ring / permute[1])
-    low = max(best, ring / permute[0])
-    high = max(worst, ring / permute[1]) + exposed / permute[1] + others
-    return Estimate(low, high, margin, _assumptions(config, machine, attention_share, uneven, rates, permute))
+    meanwhile, after = host_traffic(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
+    host_best, host_worst = (rate * 1e9 for rate in HOST_GB_PER_S)
+    low = max(best, ring / permute[0], meanwhile / host_best) + after / host_best
+    high = max(worst, ring / permute[1]) + exposed / permute[1] + others + (meanwhile + after) / host_worst
+    lines = _assumptions(config, machine, attention_share, uneven, rates, permute, meanwhile + after)
+    return Estimate(low, high, margin, lines)
 
 
 def _permute_rates(config: Config, machine: Topology) -> tuple[float, float]:
@@ -159,7 +172,7 @@ def _combinations(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [(names[0],)] + [(names[0], *rest) for i in range(1, len(names)) for rest in _combinations(names[i:])]
 
 
-def _assumptions(config, machine, attention_share, uneven, rates, permute) -> list[str]:
+def _assumptions(config, machine, attention_share, uneven, rates, permute, host) -> list[str]:
     known, percent = machine.hardware, lambda pair: f"{pair[0]:.0%} to {pair[1]:.0%}"
     lines = [
         f"peak {known.bf16_tflops:g} TFLOP/s a device"
@@ -172,8 +185,14 @@ def _assumptions(config, machine, attention_share, uneven, rates, permute) -> li
         f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
         "at best every other transfer hides, at worst none does: "
         + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in ("dp", "fsdp", "tp", "sp")),
-        "reading the data, the host and stragglers cost nothing",
+        "reading the data, the host's own work and stragglers cost nothing",
     ]
+    if host:
+        speed = f"{HOST_GB_PER_S[1]:g} to {HOST_GB_PER_S[0]:g} GB/s"
+        lines.append(
+            f"{host / 2**30:.1f} GiB to and from the host's memory at {speed}: at best all but the update hides, at "
+            "worst nothing does"
+        )
     if machine.platform == "cuda":
         lines.append("memory: the run is given XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")
     return lines

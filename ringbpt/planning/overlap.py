@@ -120,6 +120,15 @@ def _is_attention(module: Module, instruction: Instruction, hop: Instruction) ->
     return bool(products) and any(_scope(i.op_name) == _scope(hop.op_name) for i in named)
 
 
+def has_kernel(module: Module) -> bool:
+    """Whether attention is a kernel in this program, and not a loop in plain XLA."""
+    return any(
+        i.opcode == "custom-call" and _multiplies(i) and f"/{SCOPE}/" in i.op_name
+        for computation in module.computations.values()
+        for i in computation.instructions
+    )
+
+
 def _multiplies(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         return not any(name in instruction.attributes for name in _PLUMBING)

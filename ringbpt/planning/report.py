@@ -8,7 +8,7 @@ from ringbpt.config import Config
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import estimate, step_flops
 from ringbpt.planning.hlo import parse
-from ringbpt.planning.overlap import Hop, ring_hops
+from ringbpt.planning.overlap import Hop, has_kernel, ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.memory import account
@@ -65,7 +65,7 @@ class Plan:
             return report
         hops = ring_hops(program.text)
         report["ring_overlap"] = overlap_counts(hops)
-        guess = estimate(config, machine, flops, kinds, hops)
+        guess = estimate(config, machine, flops, kinds, hops, has_kernel(module))
         tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
         full = machine.hardware.bf16_tflops * 1e12 * len(machine.devices)
         return report | {

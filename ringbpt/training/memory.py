@@ -90,6 +90,27 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
+def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
+    """Bytes that one device exchanges with the host's memory in a step: (while it computes, in the update after that).
+
+    Layers' inputs go and come back. Weights come for the forward and for the backward, and their gradients go, with
+    every micro-batch, of which all but one add them up there; the update reads gradients twice (for their norm first),
+    weights and the optimizer's state once, and writes the latter two.
+    """
+    llama, optimizer, state = config.llama, config.optimizer, _abstract_state(config)
+    meanwhile = after = 0
+    micros = optimizer.accumulate_gradient_steps
+    if llama.remat_block == "offload_inputs":
+        kept = replace(config, llama=replace(llama, remat_block="nothing_saveable"))
+        meanwhile += 2 * _saved(kept, rows, seq_length) * micros
+    if optimizer.offload_params:
+        meanwhile += _shard_bytes(state.params) * micros * (3 if micros == 1 else 6)
+        after += 4 * _shard_bytes(state.params)
+    if optimizer.offload_state:
+        after += 2 * _shard_bytes(state.opt_state)
+    return meanwhile, after
+
+
 def describe(config: Config, device_kind: str) -> str:
     """The account in one line for the run's start, with a warning where the device's memory cannot suffice."""
     platform = next((name for name, word in (("tpu", "TPU"), ("cuda", "NVIDIA")) if word in device_kind), "cpu")

@@ -16,6 +16,7 @@ from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
 
 # So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
 GPU_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,  # of itself for Hopper only
     "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
 }

@@ -22,13 +22,14 @@ MACHINES = ["v4-8", pytest.param("v5p-8", marks=SLOW), "v5e-4", pytest.param("v6
 EIGHT = [
     *product(["v4-16", "v5p-16", "v5e-8", "v6e-8"], ["blockwise", "pallas_tpu"]),
     *product(["8xh200"], ["blockwise", "cudnn", "pallas_hopper", "pallas_triton"]),
+    *product(["8xa100"], ["blockwise", "pallas_triton"]),
 ]
 
 
 def compiler(name: str):
     """The machine; the test is skipped where its compiler is not installed."""
     try:
-        need("cuda" if "h200" in name else "tpu")
+        need("tpu" if name.startswith("v") else "cuda")
     except UserError as error:
         pytest.skip(str(error))
     return topology(name)

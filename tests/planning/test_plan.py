@@ -21,6 +21,7 @@ from ringbpt.planning.program import Program, needed_bytes, read_assignment
 from ringbpt.planning.report import Plan, make_plan, suggestion, table
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training import loop
+from ringbpt.training.memory import account, host_traffic
 
 SIZES = "--train_dataset.python_dataset.seq_length={}", "--train_dataset.python_dataset.batch_size={}"
 MODEL = [
@@ -153,6 +154,19 @@ def test_arithmetic_is_our_own_count():
 def test_the_layout_decides_who_waits():
     assert balance(config_of("--llama.sequence_layout=zigzag")) == pytest.approx(1, abs=0.02)
     assert balance(config_of("--llama.sequence_layout=contiguous")) > 1.8
+
+
+def test_what_travels_to_the_host_and_back_is_counted():
+    """Of a device's share, 1 of 8, in float32: inputs of 2 layers, weights, Adam's moments."""
+    config = config_of("--llama.remat_block=nothing_saveable")
+    assert host_traffic(config, 4, 512) == (0, 0)
+    flags = "--llama.remat_block=offload_inputs", "--optimizer.offload_params", "--optimizer.offload_state"
+    held = account(config, 4, 512)
+    meanwhile, after = host_traffic(config_of(*flags), 4, 512)
+    assert meanwhile == 2 * (2 * 4 * 64 * config.llama.hidden_size * 4) + 3 * held["params"]
+    assert after == 4 * held["params"] + 2 * held["optimizer"]
+    meanwhile, _ = host_traffic(config_of(*flags[1:], "--optimizer.accumulate_gradient_steps=2"), 4, 512)
+    assert meanwhile == 2 * 6 * held["params"]
 
 
 # --- the search ---

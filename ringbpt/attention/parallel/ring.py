@@ -135,13 +135,13 @@ def backward(
 
     def round_trip():
         last = size - 1 if hops is None else hops
-        first, second = (jax.tree.map(lambda x, p=p: x[:, p], rows) for p in (slice(half), slice(half, None)))
+        first = jax.tree.map(lambda x: x[:, :half], rows)
         kvs = send(_split(jnp.stack([k, v]), streams))
         if half:
             dq_first, d_kvs = grads(first, (k, v), 0)
         else:
             dq_first, d_kvs = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
-        dq = jnp.concatenate([dq_first, jnp.zeros(second[0].shape, jnp.float32)], axis=1)
+        dq = jnp.pad(dq_first, ((0, 0), (0, q.shape[1] - half), (0, 0), (0, 0)))
 
         def hop(i, state):
             dq, d_kvs, kvs = state
@@ -155,8 +155,9 @@ def backward(
         arrived = send(d_kvs)
         dq_hop, d_hop = grads(rows, _join(kvs), last)
 
-        # The rest of the own keys is for hiding the homecoming: not before.
-        d_kvs, second = lax.optimization_barrier((_add(arrived, d_hop), second))
+        # The rest of the own keys is for hiding the homecoming: not before, and nor are its rows cut out before.
+        d_kvs, late = lax.optimization_barrier((_add(arrived, d_hop), rows))
+        second = jax.tree.map(lambda x: x[:, half:], late)
         home = _homecoming(d_kvs, send, size, hops)
         dq_second, d_second = grads(second, (k, v), 0)
         return (dq + dq_hop).at[:, half:].add(dq_second), _add(home, d_second)
