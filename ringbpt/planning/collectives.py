@@ -54,23 +54,36 @@ def _axis(instruction: Instruction, mesh_shape: tuple[int, ...]) -> tuple[str, i
     return "+".join(names) or "none", len(group)
 
 
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{((?:'\w+',?)+)\}"
+)
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, 2 ... as an array of these dims, transposed: "2,4", "1,0" -> [4, 2]."""
+    shape = [int(dim) for dim in dims.split(",")]
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
+
+
 def _group(attributes: str, device_count: int) -> list[int]:
     """The first group of devices: {{0,1},{2,3}} written out, [2,2]<=[4] or [2,2]<=[2,2]T(1,0) as iota, or by names of a
-    mesh's axes, mesh['a'=2,'b'=2] {'b'} (since jax 0.12). Raises ValueError for what is none of these."""
+    mesh's axes, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, the ids in order where none are said.
+
+    Raises ValueError for what is none of these.
+    """
     if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return [int(match.group(1)), int(match.group(2))]
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(text) for text in match.group(1).split(",")]
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         rows, columns, dims, order = match.groups()
-        ids = np.arange(device_count).reshape([int(dim) for dim in dims.split(",")])
-        if order:
-            ids = ids.transpose([int(axis) for axis in order.split(",")])
-        return ids.reshape(int(rows), int(columns))[0].tolist()
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
-        ids = np.arange(device_count).reshape(list(sizes.values()))
-        along = re.findall(r"'(\w+)'", match.group(2))
+        return _iota(dims, order).reshape(int(rows), int(columns))[0].tolist()
+    if match := _MESH_GROUPS.search(attributes):
+        axes, dims, order, names = match.groups()
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        ids = _iota(dims or str(device_count), order).reshape(list(sizes.values()))
+        along = re.findall(r"'(\w+)'", names)
         return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
     if re.search(r"replica_groups=(?!\{\})", attributes):
         raise ValueError(f"no group of devices is read from {attributes[:200]!r}")

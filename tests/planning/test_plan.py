@@ -126,6 +126,28 @@ def test_transfers_are_counted_by_axis_and_by_turn():
     }
 
 
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", "sp"),
+        ("[2,4]<=[8]", "tp+sp"),
+        ("[4,2]<=[2,4]T(1,0)", "fsdp"),
+        ("mesh['a'=2,'b'=2,'c'=2] {'b'}", "tp"),
+        ("mesh['a'=2,'b'=4] {'a','b'}", "fsdp+tp+sp"),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'a','b'}", "tp+sp"),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", "fsdp"),
+    ],
+)
+def test_groups_are_read_as_every_compiler_writes_them(groups, axes):
+    text = f"""HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+    assert set(collective_bytes(parse_hlo(text), (1, 2, 2, 2))) == {axes}
+
+
 def test_shapes_have_bytes():
     assert shape_bytes("(bf16[2,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, pred[3])") == 32 + 4 + 3
     assert shape_bytes("f8e4m3fn[10]{0}") == 10
