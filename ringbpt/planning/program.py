@@ -145,6 +145,8 @@ def read_assignment(text: str) -> tuple[int, list[Buffer]]:
             total += int(match.group(1)) if inside else 0
         elif inside and (match := _VALUE.match(line)):
             name, bytes_, offset, shape = match.groups()
+            if shape.startswith("("):
+                continue  # the pointers of a tuple
             places.setdefault((int(offset), int(bytes_)), (name, shape))
         elif not line.startswith(" "):
             inside = False
