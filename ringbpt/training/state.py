@@ -11,7 +11,6 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import UserError
-from ringbpt.host_memory import fetch
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
 from ringbpt.training.checkpoint import Checkpointer, load_checkpoint
@@ -83,12 +82,12 @@ def start_state(
     model: Model, optimizer: optax.GradientTransformation, params: Params, step: int = 0, opt_state: Any = None
 ) -> TrainState:
     """The state for these params; opt_state None starts the optimizer afresh."""
-    shardings = state_shardings(model, optimizer)
+    shardings, config = state_shardings(model, optimizer), model.config.optimizer
     params = jax.device_put(params, shardings.params)
-    if opt_state is None and model.config.optimizer.offload_state:
+    if opt_state is None and (config.offload_params or config.offload_state):
         opt_state = offload.init(optimizer, params, shardings.opt_state)
     elif opt_state is None:
-        opt_state = jax.jit(lambda params: optimizer.init(fetch(params)), out_shardings=shardings.opt_state)(params)
+        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     return TrainState(step=jax.device_put(jnp.int32(step), shardings.step), params=params, opt_state=opt_state)
 
 
