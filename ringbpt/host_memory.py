@@ -23,3 +23,8 @@ def fetch(tree: PyTree) -> PyTree:
 def stow(x: jax.Array) -> jax.Array:
     """In the host's memory (pinned_host)."""
     return x if on_host(x) else jax.device_put(x, Space.Host)
+
+
+def beside(x: jax.Array, other: jax.Array) -> jax.Array:
+    """In the host's memory where `other` is there."""
+    return stow(x) if on_host(other) else x

@@ -269,8 +269,8 @@ def test_optimizers_own_conditions():
         ("--llama.remat_block=everything_saveable", "--llama.remat_block=nothing_saveable"),
         ("--llama.param_scan_axis=1", "--llama.param_scan_axis=0"),
         ("--llama.scan_layers=False", "--llama.scan_layers=True"),
-        ("--optimizer.type=palm", "--optimizer.type=lion"),
-        ("--optimizer.adamw_optimizer.multiply_by_parameter_scale", "--optimizer.type=adamw"),
+        ("--optimizer.type=palm", "--optimizer.type=adamw, lion or muon"),
+        ("--optimizer.adamw_optimizer.multiply_by_parameter_scale", "--optimizer.type=adamw, lion or muon"),
     ],
 )
 def test_what_weights_in_the_hosts_memory_do_not_go_with(flag, fix):
@@ -279,7 +279,7 @@ def test_what_weights_in_the_hosts_memory_do_not_go_with(flag, fix):
     name, kept = flag.partition("=")[0], [word for word in argv if not word.startswith(flag.partition("=")[0])]
     message = refusal(*kept, flag)
     assert message.startswith("--optimizer.offload_params") and name.rpartition(".")[2] in message
-    assert fix.rpartition("=")[2] in message
+    assert fix in message
 
 
 @pytest.mark.parametrize("schedule", ["warmup_cosine", "warmup_linear", "wsd"])

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ringbpt.host_memory import fetch, on_host, stow
+from ringbpt.host_memory import beside, fetch, on_host
 from ringbpt.types import Params, PyTree
 
 Pieces = dict[str, jax.Array]
@@ -29,23 +29,19 @@ def in_pieces(
     """
     if not stacked:
         new, carry = function(fetch(arrays), carry)
-        return arrays | {name: _beside(x, arrays[name]) for name, x in new.items()}, carry
+        return arrays | {name: beside(x, arrays[name]) for name, x in new.items()}, carry
 
     def layer(i: jax.Array, state: tuple[Pieces, Any]) -> tuple[Pieces, Any]:
         arrays, carry = state
         new, carry = function({name: fetch(lax.dynamic_slice_in_dim(x, i, 1)) for name, x in arrays.items()}, carry)
         put = {
-            name: lax.dynamic_update_slice_in_dim(arrays[name], _beside(x, arrays[name]), i, 0)
+            name: lax.dynamic_update_slice_in_dim(arrays[name], beside(x, arrays[name]), i, 0)
             for name, x in new.items()
         }
         return arrays | put, carry
 
     layers = next(iter(arrays.values())).shape[0]
     return lax.fori_loop(0, layers, layer, (arrays, carry))
-
-
-def _beside(x: jax.Array, other: jax.Array) -> jax.Array:
-    return stow(x) if on_host(other) else x
 
 
 def _is_stacked(path: tuple) -> bool:

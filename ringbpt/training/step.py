@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ringbpt.config import Config
-from ringbpt.host_memory import on_host, stow
+from ringbpt.host_memory import beside, stow
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
 from ringbpt.training.optimizer import clip_factor
@@ -71,7 +71,7 @@ def make_totals(model: Model, objective: Objective) -> Callable[[Params, Batch],
         shapes = jax.eval_shape(totals, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = jax.lax.with_sharding_constraint(zeros[0], model.shardings), zeros[1]
-        zeros = jax.tree.map(lambda x, like: stow(x) if on_host(like) else x, zeros[0], params), zeros[1]
+        zeros = jax.tree.map(beside, zeros[0], params), zeros[1]
         return jax.lax.scan(add, zeros, micros)[0]
 
     return summed
