@@ -11,8 +11,8 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -24,7 +24,7 @@ from ringbpt.config_checks import (
     check,
     check_same_mesh,
     check_values,
-    default_head_dim,
+    complete,
     mesh_sizes,
     nearest_name,
     parse_mesh_dim,
@@ -34,15 +34,16 @@ from ringbpt.config_fields import (
     FLAG_TYPES,
     PRESETS,
     AdamWConfig,
+    Architecture,
     CheckpointerConfig,
     Config,
     DatasetConfig,
+    Execution,
     FilesDatasetConfig,
     HuggingfaceDatasetConfig,
     JaxDistributedConfig,
     JsonDatasetConfig,
     LionConfig,
-    LlamaConfig,
     LoggerConfig,
     MuonConfig,
     OptimizerConfig,
@@ -53,6 +54,8 @@ from ringbpt.config_fields import (
     TokenizerConfig,
     UserError,
     flag_values,
+    group_name,
+    to_dict,
 )
 from ringbpt.families import llama_fields, read_json
 
@@ -60,15 +63,16 @@ __all__ = [
     "FLAG_TYPES",
     "PRESETS",
     "AdamWConfig",
+    "Architecture",
     "CheckpointerConfig",
     "Config",
     "DatasetConfig",
+    "Execution",
     "FilesDatasetConfig",
     "HuggingfaceDatasetConfig",
     "JaxDistributedConfig",
     "JsonDatasetConfig",
     "LionConfig",
-    "LlamaConfig",
     "LoggerConfig",
     "MuonConfig",
     "OptimizerConfig",
@@ -98,7 +102,7 @@ def default_config(load_llama_config: str = "") -> ConfigDict:
 
     A recipe starts from it, as in `tree = default_config("7b")`. Raises UserError for a preset that isn't there.
     """
-    defaults = asdict(Config())
+    defaults = to_dict(Config())
     del defaults["mesh_shape"]
     tree = ConfigDict(defaults).lock()
     if load_llama_config:
@@ -114,7 +118,7 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
         )
     tree.load_llama_config = name
     # Another recipe's or preset's shape must not shine through where this one has nothing to say.
-    unsaid = {"rms_norm_eps": LlamaConfig.rms_norm_eps, "num_key_value_heads": None, "head_dim": None}
+    unsaid = {"rms_norm_eps": Architecture.rms_norm_eps, "num_key_value_heads": None, "head_dim": None}
     for key, value in (unsaid | PRESETS[name]).items():
         _set(tree, f"llama.{key}", value)
 
@@ -248,7 +252,7 @@ def _literal(label: str, text: str, node: ast.expr, depth: int) -> Any:
 def _update_llama(tree: ConfigDict, text: str) -> None:
     """Applies update_llama_config to the model's flags, and keeps the text for the record."""
     label = f"--{UPDATE}"
-    names = [item.name for item in fields(LlamaConfig)]
+    names = [name.removeprefix("llama.") for name in FLAG_TYPES if name.startswith("llama.")]
     for key, value in read_literals(label, text).items():
         if key not in names:
             raise UserError(f"{label}: the model has no '{key}': did you mean '{nearest_name(key, names)}'?")
@@ -469,25 +473,21 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
     short names of dtypes. `tree` is left as it is. Raises UserError for the first value, or pair of values, that
     cannot work.
     """
-    config = _build(Config, tree, "")
+    config = _build(tree)
     check_values(config)
     mesh_shape, _ = parse_mesh_dim(config.mesh_dim, device_count)
     check_same_mesh(config, mesh_shape, device_count)
-    llama, sp = config.llama, mesh_shape[3]
-    lengths = [config.train_dataset.seq_length, *([config.eval_dataset.seq_length] if config.eval_steps > 0 else [])]
-    balanced = sp > 1 and all(length % (2 * sp) == 0 for length in lengths)
-    layout = ("zigzag" if balanced else "contiguous") if llama.sequence_layout == "auto" else llama.sequence_layout
-    heads = llama.num_attention_heads
+    sp, execution = mesh_shape.sp, config.execution
+    if execution.sequence_layout == "auto":
+        datasets = [config.train_dataset, *([config.eval_dataset] if config.eval_steps > 0 else [])]
+        balanced = sp > 1 and all(dataset.seq_length % (2 * sp) == 0 for dataset in datasets)
+        execution = replace(execution, sequence_layout="zigzag" if balanced else "contiguous")
     config = replace(
         config,
         dtype=DTYPES[config.dtype],
         checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
-        llama=replace(
-            llama,
-            num_key_value_heads=heads if llama.num_key_value_heads is None else llama.num_key_value_heads,
-            head_dim=default_head_dim(llama) if llama.head_dim is None else llama.head_dim,
-            sequence_layout=layout,
-        ),
+        architecture=complete(config.architecture),
+        execution=execution,
         mesh_shape=mesh_shape,
     )
     check(config)
@@ -495,31 +495,47 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
     return config
 
 
-def _build(group: Any, tree: ConfigDict, prefix: str) -> Any:
-    """The dataclass `group` from its part of the tree. A recipe may have added keys or replaced groups: no more."""
-    types = {item.name: item.type for item in fields(group) if item.name != "mesh_shape"}
-    for key in tree:
-        if key not in types:
-            raise UserError(f"--{prefix}{key} is no flag: did you mean --{prefix}{nearest_name(key, types)}?")
-    values = {}
-    for key, declared in types.items():
-        if key not in tree:
-            continue
-        if is_dataclass(declared):
-            if not isinstance(tree[key], ConfigDict):
-                raise UserError(f"--{prefix}{key} is a group of flags: set --{prefix}{key}.{fields(declared)[0].name}")
-            values[key] = _build(declared, tree[key], f"{prefix}{key}.")
+def _build(tree: ConfigDict) -> Config:
+    """The Config of a tree. A recipe may have added keys or replaced groups: no more."""
+    _check_keys(tree, "")
+    given = dict(_leaves(tree, ""))
+
+    def build(group: Any, prefix: str) -> Any:
+        values = {}
+        for item in fields(group):
+            name = f"{prefix}{group_name(item)}"
+            if is_dataclass(item.type):
+                values[item.name] = build(item.type, f"{name}.")
+            elif name in given:
+                values[item.name] = read_value(f"--{name}", given[name], item.type, getattr(group, item.name))
+        return group(**values)
+
+    return build(Config, "")
+
+
+def _leaves(tree: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            values[key] = read_value(f"--{prefix}{key}", tree[key], declared, getattr(group, key))
-    return group(**values)
+            yield prefix + key, value
+
+
+def _check_keys(tree: ConfigDict, prefix: str) -> None:
+    """Raises UserError for a key that is no flag, and for a group that something else was put in place of."""
+    below = [name.removeprefix(prefix) for name in FLAG_TYPES if name.startswith(prefix)]
+    groups = {name.partition(".")[0]: name for name in reversed(below) if "." in name}
+    for key, value in tree.items():
+        if key in groups:
+            if not isinstance(value, ConfigDict):
+                raise UserError(f"--{prefix}{key} is a group of flags: set --{prefix}{groups[key]}")
+            _check_keys(value, f"{prefix}{key}.")
+        elif key not in below:
+            nearest = nearest_name(key, dict.fromkeys(name.partition(".")[0] for name in below))
+            raise UserError(f"--{prefix}{key} is no flag: did you mean --{prefix}{nearest}?")
 
 
 # --- showing it ---
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dicts of what JSON knows, for the run's config.json."""
-    return asdict(config) | {"mesh_shape": list(config.mesh_shape)}
 
 
 def format_config(config: Config | ConfigDict) -> str:

@@ -7,13 +7,12 @@ that work. Nothing here knows how a flag was written; `ringbpt.config` reads the
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from ringbpt.config_fields import DATASET_TYPES, FILE_FORMATS, Config, LlamaConfig, UserError, flag_values
-
-# The same names as dims.AXES, which cannot be imported here: --help must not wait for jax.
-AXES = ("dp", "fsdp", "tp", "sp")
+from ringbpt.config_fields import DATASET_TYPES, FILE_FORMATS, Architecture, Config, UserError, flag_values
+from ringbpt.dims import AXES, MeshShape
 
 DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
 REMAT_POLICIES = (
@@ -152,7 +151,7 @@ def either(name: str, values: Iterable[Any]) -> str:
     return " or ".join(f"{name}={value}" for value in values)
 
 
-def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tuple[tuple[int, int, int, int], bool]:
+def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tuple[MeshShape, bool]:
     """`"1,-1,1,4"` or `"dp:1,fsdp:-1,tp:1,sp:4"` on `device_count` devices -> (sizes of AXES, plain device order).
 
     One -1 takes the devices that the others leave; in the named form an axis that is left out is 1; a leading `!`
@@ -170,8 +169,7 @@ def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tu
             f"{flag}='{text}' needs {multiple}{fixed} devices, but there are {device_count}: "
             f"{flag}='{fits}' fits (on a CPU, --num_cpu_devices={fixed} gives that many)"
         )
-    dp, fsdp, tp, sp = resolved
-    return (dp, fsdp, tp, sp), plain_order
+    return MeshShape(*resolved), plain_order
 
 
 def mesh_sizes(text: str, flag: str) -> list[int]:
@@ -262,10 +260,10 @@ def check_run(config: Config) -> None:
                 f"--{name} is looked at in evaluations, and --eval_steps=0 means none: try --eval_steps=100"
             )
     longest = max([int(part) for part in config.eval_passkey.split(",")]) if config.eval_passkey else 0
-    if longest > config.llama.max_sequence_length:
+    if longest > config.architecture.max_sequence_length:
         raise UserError(
             f"--eval_passkey={config.eval_passkey} is above --llama.max_sequence_length="
-            f"{config.llama.max_sequence_length}: use --llama.max_sequence_length={longest}"
+            f"{config.architecture.max_sequence_length}: use --llama.max_sequence_length={longest}"
         )
     name = config.logger.experiment_id
     if name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*", name):
@@ -340,109 +338,125 @@ def check_optimizer(config: Config) -> None:
 
 def check_model(config: Config) -> None:
     """The model's own sizes, and what it cannot do."""
-    llama = config.llama
-    heads, kv_heads = llama.num_attention_heads, llama.num_key_value_heads or llama.num_attention_heads
+    architecture = config.architecture
+    heads, kv_heads = (
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads or architecture.num_attention_heads,
+    )
     if heads % kv_heads:
         values = nearest_divisors(heads, kv_heads)
         raise UserError(
             f"--llama.num_key_value_heads={kv_heads} does not divide --llama.num_attention_heads={heads}: "
             f"{either('--llama.num_key_value_heads', values)}"
         )
-    if llama.head_dim and llama.head_dim % 2:
+    if architecture.head_dim and architecture.head_dim % 2:
         raise UserError(
-            f"--llama.head_dim={llama.head_dim} is odd, and rotary positions turn pairs: "
-            f"{either('--llama.head_dim', nearest_multiples(llama.head_dim, 2))} (or another --llama.hidden_size: "
-            f"head_dim is hidden_size / num_attention_heads = {llama.hidden_size} / {heads} unless it is given)"
+            f"--llama.head_dim={architecture.head_dim} is odd, and rotary positions turn pairs: "
+            f"{either('--llama.head_dim', nearest_multiples(architecture.head_dim, 2))} (or another "
+            f"--llama.hidden_size: head_dim is hidden_size / num_attention_heads = {architecture.hidden_size} / "
+            f"{heads} unless it is given)"
         )
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(llama, name) != 0:
-            raise UserError(f"--llama.{name}={getattr(llama, name)}: dropout is not supported: use --llama.{name}=0")
+        if getattr(architecture, name) != 0:
+            raise UserError(
+                f"--llama.{name}={getattr(architecture, name)}: dropout is not supported: use --llama.{name}=0"
+            )
     if (
-        llama.rope_scaling_type == "llama3"
-        and llama.rope_scaling_low_freq_factor >= llama.rope_scaling_high_freq_factor
+        architecture.rope_scaling_type == "llama3"
+        and architecture.rope_scaling_low_freq_factor >= architecture.rope_scaling_high_freq_factor
     ):
         raise UserError(
-            f"--llama.rope_scaling_low_freq_factor={llama.rope_scaling_low_freq_factor} must be below "
-            f"--llama.rope_scaling_high_freq_factor={llama.rope_scaling_high_freq_factor}: the usual ones are 1 and 4"
+            f"--llama.rope_scaling_low_freq_factor={architecture.rope_scaling_low_freq_factor} must be below "
+            f"--llama.rope_scaling_high_freq_factor={architecture.rope_scaling_high_freq_factor}: the usual "
+            "ones are 1 and 4"
         )
-    if llama.num_experts and llama.num_experts_per_tok > llama.num_experts:
+    if architecture.num_experts and architecture.num_experts_per_tok > architecture.num_experts:
         raise UserError(
-            f"--llama.num_experts_per_tok={llama.num_experts_per_tok} is above --llama.num_experts="
-            f"{llama.num_experts}: --llama.num_experts_per_tok={llama.num_experts} at most"
+            f"--llama.num_experts_per_tok={architecture.num_experts_per_tok} is above --llama.num_experts="
+            f"{architecture.num_experts}: --llama.num_experts_per_tok={architecture.num_experts} at most"
         )
 
 
-def default_head_dim(llama: LlamaConfig) -> int:
-    """hidden_size / num_attention_heads; raises UserError where that is no whole number."""
-    hidden_size, heads = llama.hidden_size, llama.num_attention_heads
-    if hidden_size % heads:
+def complete(architecture: Architecture) -> Architecture:
+    """The architecture with what it leaves out filled in: as many key/value heads as heads, and head_dim.
+
+    Raises UserError where hidden_size / num_attention_heads, which head_dim then is, is no whole number.
+    """
+    hidden_size, heads = architecture.hidden_size, architecture.num_attention_heads
+    if architecture.head_dim is None and hidden_size % heads:
         raise UserError(
             f"--llama.hidden_size={hidden_size} is not divisible by --llama.num_attention_heads={heads}: "
             f"{either('--llama.hidden_size', nearest_multiples(hidden_size, heads))}, or give --llama.head_dim"
         )
-    return hidden_size // heads
+    kv_heads, head_dim = architecture.num_key_value_heads, architecture.head_dim
+    return replace(
+        architecture,
+        num_key_value_heads=heads if kv_heads is None else kv_heads,
+        head_dim=hidden_size // heads if head_dim is None else head_dim,
+    )
 
 
-def check_same_mesh(config: Config, mesh_shape: tuple[int, ...], device_count: int) -> None:
+def check_same_mesh(config: Config, mesh_shape: MeshShape, device_count: int) -> None:
     """The original's commands give the mesh twice, and the two must be one."""
-    if config.llama.mesh_dim is None:
+    if config.execution.mesh_dim is None:
         return
     try:
-        inner, _ = parse_mesh_dim(config.llama.mesh_dim, device_count)
+        inner, _ = parse_mesh_dim(config.execution.mesh_dim, device_count)
     except UserError:
         inner = None
     if inner != mesh_shape:
         raise UserError(
-            f"--mesh_dim='{config.mesh_dim}' and --llama.mesh_dim='{config.llama.mesh_dim}' (mesh_dim inside "
+            f"--mesh_dim='{config.mesh_dim}' and --llama.mesh_dim='{config.execution.mesh_dim}' (mesh_dim inside "
             f"--update_llama_config) differ: leave the second one out, or give '{config.mesh_dim}' to both"
         )
 
 
 def check_mesh(config: Config) -> None:
     """What the mesh splits: heads, feedforward and vocabulary over tp, the weights' model dim over fsdp and sp."""
-    llama = config.llama
+    architecture, execution = config.architecture, config.execution
     _, fsdp, tp, sp = config.mesh_shape
-    kv_heads = llama.num_key_value_heads or llama.num_attention_heads
+    kv_heads = architecture.num_key_value_heads or architecture.num_attention_heads
     for name, size in (
-        ("num_attention_heads", llama.num_attention_heads),
+        ("num_attention_heads", architecture.num_attention_heads),
         ("num_key_value_heads", kv_heads),
-        ("intermediate_size", llama.intermediate_size),
-        ("vocab_size", llama.vocab_size),
+        ("intermediate_size", architecture.intermediate_size),
+        ("vocab_size", architecture.vocab_size),
     ):
         if size % tp:
             raise UserError(
                 f"--llama.{name}={size} is not divisible by tp={tp} of --mesh_dim: "
                 f"{either('tp', nearest_divisors(size, tp))}, {either(f'--llama.{name}', nearest_multiples(size, tp))}"
             )
-    if llama.hidden_size % (fsdp * sp):
+    if architecture.hidden_size % (fsdp * sp):
         raise UserError(
-            f"--llama.hidden_size={llama.hidden_size} is not divisible by fsdp*sp={fsdp}*{sp} of --mesh_dim, which "
-            f"split the weights: {_weights_fit(llama.hidden_size, fsdp, sp)}"
+            f"--llama.hidden_size={architecture.hidden_size} is not divisible by fsdp*sp={fsdp}*{sp} of --mesh_dim, "
+            f"which split the weights: {_weights_fit(architecture.hidden_size, fsdp, sp)}"
         )
     check_sequence_parallel(config)
     check_offload(config)
-    if sp > 1 and not llama.attention_type.startswith("ring"):
+    if sp > 1 and not execution.attention_type.startswith("ring"):
         raise UserError(
-            f"--llama.attention_type='{llama.attention_type}' keeps a sequence on one device, but --mesh_dim has "
+            f"--llama.attention_type='{execution.attention_type}' keeps a sequence on one device, but --mesh_dim has "
             f"sp={sp}: use --llama.attention_type=ring_blockwise, or sp=1"
         )
 
 
 def check_offload(config: Config) -> None:
     """Weights in the host's memory come a layer at a time, for the forward, for the backward and for the update."""
-    llama, optimizer = config.llama, config.optimizer
+    architecture, execution, optimizer = config.architecture, config.execution, config.optimizer
     if not optimizer.offload_params:
         return
     bad = "--optimizer.offload_params does not go with"
-    if not llama.scan_layers or llama.param_scan_axis:
+    if not execution.scan_layers or architecture.param_scan_axis:
         raise UserError(
-            f"{bad} --llama.scan_layers={llama.scan_layers} and --llama.param_scan_axis={llama.param_scan_axis}: "
-            "layers are fetched out of a stack: --llama.scan_layers=True --llama.param_scan_axis=0"
+            f"{bad} --llama.scan_layers={execution.scan_layers} and --llama.param_scan_axis="
+            f"{architecture.param_scan_axis}: layers are fetched out of a stack: "
+            "--llama.scan_layers=True --llama.param_scan_axis=0"
         )
-    if llama.remat_block in ("", "everything_saveable"):
+    if execution.remat_block in ("", "everything_saveable"):
         raise UserError(
-            f"{bad} --llama.remat_block='{llama.remat_block}': the backward would keep every layer's fetched weights: "
-            "--llama.remat_block=nothing_saveable"
+            f"{bad} --llama.remat_block='{execution.remat_block}': the backward would keep every layer's fetched "
+            "weights: --llama.remat_block=nothing_saveable"
         )
     if not optimizer.is_layerwise:
         what = "type=palm" if optimizer.type == "palm" else "adamw_optimizer.multiply_by_parameter_scale"
@@ -454,54 +468,54 @@ def check_offload(config: Config) -> None:
 
 def check_sequence_parallel(config: Config) -> None:
     """How shares meet over sp: what heads the gathering and the dealing out of heads leave to a device."""
-    llama, (_, _, tp, sp) = config.llama, config.mesh_shape
-    heads = llama.num_attention_heads // tp
-    kv_heads = (llama.num_key_value_heads or llama.num_attention_heads) // tp
-    stride, degree = llama.heads_k_stride, llama.ulysses_degree
-    if stride is not None and llama.sequence_parallel != "all_gather":
+    architecture, execution, (_, _, tp, sp) = config.architecture, config.execution, config.mesh_shape
+    heads = architecture.num_attention_heads // tp
+    kv_heads = (architecture.num_key_value_heads or architecture.num_attention_heads) // tp
+    stride, degree = execution.heads_k_stride, execution.ulysses_degree
+    if stride is not None and execution.sequence_parallel != "all_gather":
         raise UserError(
             f"--llama.heads_k_stride={stride} goes with gathered keys, not with --llama.sequence_parallel="
-            f"{llama.sequence_parallel}: add --llama.sequence_parallel=all_gather, or leave it out"
+            f"{execution.sequence_parallel}: add --llama.sequence_parallel=all_gather, or leave it out"
         )
     if stride is not None and kv_heads % stride:
         raise UserError(
             f"--llama.heads_k_stride={stride} does not divide the {kv_heads} key/value heads of a device "
-            f"(--llama.num_key_value_heads={llama.num_key_value_heads} over tp={tp}): "
+            f"(--llama.num_key_value_heads={architecture.num_key_value_heads} over tp={tp}): "
             f"{either('--llama.heads_k_stride', nearest_divisors(kv_heads, stride))}"
         )
-    at_a_time = llama.kv_heads_at_a_time
+    at_a_time = execution.kv_heads_at_a_time
     if at_a_time is not None and kv_heads % at_a_time:
         raise UserError(
             f"--llama.kv_heads_at_a_time={at_a_time} does not divide the {kv_heads} key/value heads of a device "
-            f"(--llama.num_key_value_heads={llama.num_key_value_heads} over tp={tp}): "
+            f"(--llama.num_key_value_heads={architecture.num_key_value_heads} over tp={tp}): "
             f"{either('--llama.kv_heads_at_a_time', nearest_divisors(kv_heads, at_a_time))}"
         )
-    if at_a_time is not None and llama.sequence_parallel not in ("ring", "all_gather"):
+    if at_a_time is not None and execution.sequence_parallel not in ("ring", "all_gather"):
         raise UserError(
             f"--llama.kv_heads_at_a_time={at_a_time} does not go with --llama.sequence_parallel="
-            f"{llama.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
+            f"{execution.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
         )
-    if at_a_time is not None and llama.num_experts:
+    if at_a_time is not None and architecture.num_experts:
         raise UserError(
             f"--llama.kv_heads_at_a_time={at_a_time} does not go with experts (--llama.num_experts="
-            f"{llama.num_experts}): leave it out"
+            f"{architecture.num_experts}): leave it out"
         )
-    if (degree is not None) != (llama.sequence_parallel == "ulysses_ring") or (degree and sp % degree):
+    if (degree is not None) != (execution.sequence_parallel == "ulysses_ring") or (degree and sp % degree):
         raise UserError(
-            f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={llama.sequence_parallel}: ulysses_ring, "
-            f"and only that, needs a divisor of sp={sp}: --llama.sequence_parallel=ulysses_ring and "
+            f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={execution.sequence_parallel}: "
+            f"ulysses_ring, and only that, needs a divisor of sp={sp}: --llama.sequence_parallel=ulysses_ring and "
             f"{either('--llama.ulysses_degree', nearest_divisors(sp, degree or sp))}"
         )
-    if llama.ring_bidirectional and llama.sequence_parallel in ("all_gather", "ulysses"):
+    if execution.ring_bidirectional and execution.sequence_parallel in ("all_gather", "ulysses"):
         raise UserError(
-            f"--llama.ring_bidirectional is for a ring, not for --llama.sequence_parallel={llama.sequence_parallel}: "
-            "use --llama.sequence_parallel=ring, or leave it out"
+            f"--llama.ring_bidirectional is for a ring, not for --llama.sequence_parallel="
+            f"{execution.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
         )
-    dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(llama.sequence_parallel, 1)
+    dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(execution.sequence_parallel, 1)
     if heads % dealt or (kv_heads % dealt and dealt % kv_heads):
         raise UserError(
-            f"--llama.sequence_parallel={llama.sequence_parallel} deals {heads} query and {kv_heads} key/value heads "
-            f"of a device out to {dealt}, which is not possible: use --llama.sequence_parallel=ring, or "
+            f"--llama.sequence_parallel={execution.sequence_parallel} deals {heads} query and {kv_heads} key/value "
+            f"heads of a device out to {dealt}, which is not possible: use --llama.sequence_parallel=ring, or "
             f"{either('ulysses_ring with --llama.ulysses_degree', nearest_divisors(math.gcd(kv_heads, sp), dealt)[:1])}"
         )
 

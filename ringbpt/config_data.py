@@ -79,34 +79,34 @@ def bad_lines_allowed(text: str, flag: str) -> int:
 
 def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
     """One dataset's sequence against sp, the layout, the model's length and the chunks of the local sequence."""
-    llama = config.llama
-    pieces = sp * 2 if llama.sequence_layout == "zigzag" else sp
+    execution = config.execution
+    pieces = sp * 2 if execution.sequence_layout == "zigzag" else sp
     if seq_length % pieces:
         why = f"2*sp={pieces} (zigzag, sp={sp} of --mesh_dim)" if pieces > sp else f"sp={sp} of --mesh_dim"
         raise UserError(
             f"{flag}={seq_length} is not divisible by {why}: {either(flag, nearest_multiples(seq_length, pieces))}"
         )
     tp = config.mesh_shape[2]
-    if llama.residual_over_tp and seq_length % (sp * tp):
+    if execution.residual_over_tp and seq_length % (sp * tp):
         raise UserError(
             f"{flag}={seq_length} is not divisible by sp*tp={sp}*{tp} of --mesh_dim, over which "
             f"--llama.residual_over_tp splits tokens: {either(flag, nearest_multiples(seq_length, sp * tp))}"
         )
-    if seq_length > llama.max_sequence_length:
-        shorter = llama.max_sequence_length // pieces * pieces
+    if seq_length > config.architecture.max_sequence_length:
+        shorter = config.architecture.max_sequence_length // pieces * pieces
         raise UserError(
-            f"{flag}={seq_length} is above --llama.max_sequence_length={llama.max_sequence_length}: "
+            f"{flag}={seq_length} is above --llama.max_sequence_length={config.architecture.max_sequence_length}: "
             f"use --llama.max_sequence_length={seq_length}" + (f" or {flag}={shorter}" if shorter else "")
         )
     local = seq_length // sp
-    if llama.ring_bidirectional and local % 2:
+    if execution.ring_bidirectional and local % 2:
         raise UserError(
             f"--llama.ring_bidirectional halves the {local} tokens of a device ({flag}={seq_length} over sp={sp}): "
             f"{either(flag, nearest_multiples(seq_length, 2 * sp))}, or leave it out"
         )
-    chunks = {"loss_chunk_size": llama.loss_chunk_size}
-    if llama.scan_mlp:
-        chunks["scan_mlp_chunk_size"] = llama.scan_mlp_chunk_size
+    chunks = {"loss_chunk_size": execution.loss_chunk_size}
+    if execution.scan_mlp:
+        chunks["scan_mlp_chunk_size"] = execution.scan_mlp_chunk_size
     for name, chunk in chunks.items():
         if chunk < local and local % chunk:
             raise UserError(

@@ -4,8 +4,10 @@ Everybody imports these names from `ringbpt.config`, which reads them, and `ring
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
+
+from ringbpt.dims import MeshShape
 
 
 class UserError(Exception):
@@ -229,7 +231,12 @@ class CheckpointerConfig:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class Architecture:
+    """What a model is, and a checkpoint of it: sizes, positions, norms, experts, and where its stacks have L.
+
+    Its flags are `llama.*`, as are those of Execution.
+    """
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -263,6 +270,16 @@ class LlamaConfig:
     num_experts: int = 0  # 0: one feedforward; else a mixture of so many, each of intermediate_size
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.0  # of the load balancing loss, where there are experts
+    param_scan_axis: int = 0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is computed, which changes no number: one architecture trains, generates and is planned in several.
+
+    Its flags are `llama.*`, as are those of Architecture.
+    """
+
     attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
     attention_kernel: str = "auto"  # what computes a device's share; auto: the fastest (of standard: reference)
     sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
@@ -279,7 +296,6 @@ class LlamaConfig:
     loss_chunk_size: int = 1024
     kv_heads_at_a_time: int | None = None  # of a device: attention for so many at a time, and whole layers in blocks
     scan_layers: bool = True
-    param_scan_axis: int = 0
     residual_over_tp: bool = False  # between layers, tokens split over tp too: what remat saves shrinks by tp
     remat_block: str = ""
     remat_attention: str = ""
@@ -334,10 +350,11 @@ class Config:
     eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
-    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    architecture: Architecture = field(default_factory=Architecture, metadata={"group": "llama"})
+    execution: Execution = field(default_factory=Execution, metadata={"group": "llama"})
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     jax_distributed: JaxDistributedConfig = field(default_factory=JaxDistributedConfig)
-    mesh_shape: tuple[int, int, int, int] = (1, 1, 1, 1)  # mesh_dim resolved by parse(); not a flag
+    mesh_shape: MeshShape = field(default_factory=MeshShape)  # mesh_dim resolved by parse(); not a flag
 
 
 # The sizes of the original's models.
@@ -359,24 +376,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def flag_types(group: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every flag's dotted name and declared type, in the order of the fields; `mesh_shape` is none."""
+def group_name(item: Field) -> str:
+    """What a field of the tree is called on the command line: architecture and execution share the group `llama`."""
+    return item.metadata.get("group", item.name)
+
+
+def _flags(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields every flag's dotted name, declared type and value, in the order of the fields; `mesh_shape` is none."""
     for item in fields(group):
         if is_dataclass(item.type):
-            yield from flag_types(item.type, f"{prefix}{item.name}.")
+            yield from _flags(getattr(group, item.name), f"{prefix}{group_name(item)}.")
         elif item.name != "mesh_shape":
-            yield prefix + item.name, item.type
+            yield prefix + item.name, item.type, getattr(group, item.name)
 
 
-FLAG_TYPES: dict[str, Any] = dict(flag_types())
+FLAG_TYPES: dict[str, Any] = {name: kind for name, kind, _ in _flags(Config())}
 
 
 def flag_values(config: Config) -> dict[str, Any]:
     """Every flag's dotted name and its value in `config`."""
-    values = {}
-    for name in FLAG_TYPES:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        values[name] = value
-    return values
+    return {name: value for name, _, value in _flags(config)}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json."""
+    tree: dict[str, Any] = {}
+    for name, value in flag_values(config).items():
+        *groups, leaf = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[leaf] = value
+    return tree | {"mesh_shape": list(config.mesh_shape)}

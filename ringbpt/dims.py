@@ -9,10 +9,27 @@ an axis of the device mesh (`dp, fsdp, tp, sp`), a *dim* is a dimension of a ten
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple
 
-from jax.sharding import PartitionSpec
+if TYPE_CHECKING:  # the flags need the axes' names, and --help must not wait for jax
+    from jax.sharding import PartitionSpec
 
-AXES = ("dp", "fsdp", "tp", "sp")
+
+class MeshShape(NamedTuple):
+    """The sizes of the mesh's axes: data parallel, sharded data parallel, tensor parallel, sequence parallel."""
+
+    dp: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    sp: int = 1
+
+    @property
+    def row_shards(self) -> int:
+        """Over how many groups of devices the rows of a batch are split."""
+        return self.dp * self.fsdp
+
+
+AXES = MeshShape._fields
 
 Axes = str | tuple[str, ...]
 
@@ -51,11 +68,13 @@ class Dims:
         return tuple(sizes[letter] for letter in dims.split())
 
 
-def spec(dims: str, axes: Mapping[str, Axes]) -> PartitionSpec:
+def spec(dims: str, axes: Mapping[str, Axes]) -> "PartitionSpec":
     """`spec("D N H", WEIGHT_AXES) == P(("fsdp", "sp"), "tp", None)`; `_` marks a dim without a letter.
 
     Raises ValueError where two dims would claim the same mesh axis.
     """
+    from jax.sharding import PartitionSpec
+
     entries = [axes.get(letter) for letter in dims.split()]
     used = [axis for entry in entries if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
     if len(set(used)) != len(used):
@@ -63,7 +82,7 @@ def spec(dims: str, axes: Mapping[str, Axes]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def weight_spec(dims: str) -> PartitionSpec:
+def weight_spec(dims: str) -> "PartitionSpec":
     """Sharding of a stored weight. Vectors (norms) stay whole: gathering 16 KB costs more than it saves."""
     matrix = [letter for letter in dims.split() if letter != "L"]
     return spec(dims, WEIGHT_AXES if len(matrix) > 1 else {})

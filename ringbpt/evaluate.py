@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     codec, scorer = make_codec(found, flags["tokenizer"]), Scorer(model, flags["batch_size"])
     output = Path(flags["output"])
     output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.config.mesh_shape)}
+    results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
     if flags["perplexity"]:
         results["perplexity"] = perplexity(model, params, codec, flags, output)
     if lengths:
@@ -129,7 +129,7 @@ def passkey(
 
     depths = [float(depth) for depth in np.linspace(0, 1, flags["depths"])]
     grid = passkey_grid(scorer, params, codec.encode, lengths, depths, flags["samples"], flags["seed"])
-    mesh = ",".join(map(str, scorer.model.config.mesh_shape))
+    mesh = ",".join(map(str, scorer.model.mesh.shape.values()))
     title = f"{flags['samples']} keys a cell, mesh {mesh}"
     draw_grid(output / "passkey.png", grid, lengths, depths, title)
     for length, row in zip(lengths, grid, strict=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringbpt.config_fields import LlamaConfig, UserError
+from ringbpt.config_fields import Architecture, UserError
 
 
 class Row(NamedTuple):
@@ -234,14 +234,16 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def family_of(llama: LlamaConfig, wanted: str | None = None) -> tuple[str, Family]:
+def family_of(architecture: Architecture, wanted: str | None = None) -> tuple[str, Family]:
     """The architecture that these flags describe, or `wanted`, if it can. Raises UserError where none does."""
     features = {"qkv_bias", "qk_norm", "sliding_window"}
-    used = {name for name in features if getattr(llama, name)}
+    used = {name for name in features if getattr(architecture, name)}
 
     def fits(family: Family) -> bool:
         has_experts = "num_experts" in family.reads.values()
-        return set(family.fixed) <= used <= {*family.fixed, *family.optional} and has_experts == bool(llama.num_experts)
+        return set(family.fixed) <= used <= {*family.fixed, *family.optional} and has_experts == bool(
+            architecture.num_experts
+        )
 
     if wanted in FAMILIES and fits(FAMILIES[wanted]):
         return wanted, FAMILIES[wanted]
@@ -251,39 +253,39 @@ def family_of(llama: LlamaConfig, wanted: str | None = None) -> tuple[str, Famil
     raise UserError(f"no Hugging Face architecture has {' and '.join(sorted(used))} together")
 
 
-def hf_settings(llama: LlamaConfig, dtype: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
+def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
     """A config.json for these flags, readable by both generations of transformers; what else `base` says is kept.
 
     base: the config.json that the model once came with. dtype: "float32", "bfloat16" or "float16".
     """
     base = dict(base or {})
-    name, family = family_of(llama, (base.get("architectures") or [None])[0])
+    name, family = family_of(architecture, (base.get("architectures") or [None])[0])
     for key in ("rope_parameters", "rope_scaling", "layer_types", "transformers_version", "auto_map"):
         base.pop(key, None)
     settings = base | family.writes | {"architectures": [name], "model_type": family.model_type, "hidden_act": "silu"}
     for key, ours in (_READS | family.reads).items():
-        value = getattr(llama, ours)
+        value = getattr(architecture, ours)
         if key in ("bos_token_id", "eos_token_id") and key in base:
             continue  # a list of ends, or none at all, says more than our one number
         settings[key] = value
-    scaling = {"rope_type": llama.rope_scaling_type or "default"}
-    for key, ours in _ROPE[llama.rope_scaling_type].items():
-        if getattr(llama, ours) is not None:
-            scaling[key] = getattr(llama, ours)
+    scaling = {"rope_type": architecture.rope_scaling_type or "default"}
+    for key, ours in _ROPE[architecture.rope_scaling_type].items():
+        if getattr(architecture, ours) is not None:
+            scaling[key] = getattr(architecture, ours)
     if family.model_type.startswith("qwen"):
-        window = llama.sliding_window
+        window = architecture.sliding_window
         settings |= {"sliding_window": window, "use_sliding_window": window is not None}
-        settings["max_window_layers"] = 0 if window else llama.num_hidden_layers
+        settings["max_window_layers"] = 0 if window else architecture.num_hidden_layers
     settings |= {
-        "rope_parameters": {**scaling, "rope_theta": llama.theta},
-        "rope_theta": llama.theta,
-        "rope_scaling": {**scaling, "type": llama.rope_scaling_type} if llama.rope_scaling_type else None,
+        "rope_parameters": {**scaling, "rope_theta": architecture.theta},
+        "rope_theta": architecture.theta,
+        "rope_scaling": {**scaling, "type": architecture.rope_scaling_type} if architecture.rope_scaling_type else None,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
     return settings
 
 
-def rows_for(family: Family, llama: LlamaConfig) -> tuple[Row, ...]:
+def rows_for(family: Family, architecture: Architecture) -> tuple[Row, ...]:
     """The rows of a model's own tensors: a tied one has no lm_head."""
-    return tuple(row for row in family.rows if row.ours != "unembed" or not llama.tie_word_embeddings)
+    return tuple(row for row in family.rows if row.ours != "unembed" or not architecture.tie_word_embeddings)

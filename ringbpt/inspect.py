@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
 
     tokenizer = make_tokenizer(config.tokenizer)
     dataset = getattr(config, own["split"])
-    settings = {"seed": config.seed, "vocab_size": config.llama.vocab_size, "flag": own["split"]}
+    settings = {"seed": config.seed, "vocab_size": config.architecture.vocab_size, "flag": own["split"]}
     loader = make_loader(dataset, tokenizer, **settings)
     if own["digest"]:
         print(f"{loader.digest(own['digest'])}  the first {own['digest']} batches")
         return 0
-    layout, sp = config.llama.sequence_layout, config.mesh_shape[3]
+    layout, sp = config.execution.sequence_layout, config.mesh_shape[3]
     views = make_views(loader, own["batches"], own["rows"], layout, sp)
     show(loader, tokenizer, views)
     if own["html"]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringbpt.config import Config, UserError, help_text, parse, parse_args, run_main
 from ringbpt.config_checks import check
+from ringbpt.dims import MeshShape
 from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class Variant:
     def apply(self, config: Config) -> Config:
         """The config with this variant's choices. Raises UserError where they don't fit the model or the data."""
         ring = self.strategy != "none"
-        llama = replace(
-            config.llama,
+        execution = replace(
+            config.execution,
             sequence_layout=self.layout,
             attention_type=f"ring_{self.local}" if ring else self.local,
             attention_kernel=self.kernel,
@@ -76,8 +77,8 @@ class Variant:
         )
         config = replace(
             config,
-            mesh_shape=(self.dp, self.fsdp, self.tp, self.sp),
-            llama=llama,
+            mesh_shape=MeshShape(self.dp, self.fsdp, self.tp, self.sp),
+            execution=execution,
             eval_steps=0,
             optimizer=replace(config.optimizer, accumulate_gradient_steps=self.accumulate),
         )
@@ -87,20 +88,20 @@ class Variant:
 
 def given_variant(config: Config) -> Variant:
     """The configuration as it was asked for, as a variant."""
-    llama = config.llama
-    ring = llama.attention_type.startswith("ring")
+    execution = config.execution
+    ring = execution.attention_type.startswith("ring")
     return Variant(
         *config.mesh_shape,
-        layout=llama.sequence_layout,
-        strategy=llama.sequence_parallel if ring else "none",
-        ring="two ways" if llama.ring_bidirectional else "skipping" if llama.ring_skip_hops else "whole",
-        local=llama.attention_type.removeprefix("ring_"),
-        kernel=llama.attention_kernel,
+        layout=execution.sequence_layout,
+        strategy=execution.sequence_parallel if ring else "none",
+        ring="two ways" if execution.ring_bidirectional else "skipping" if execution.ring_skip_hops else "whole",
+        local=execution.attention_type.removeprefix("ring_"),
+        kernel=execution.attention_kernel,
         accumulate=config.optimizer.accumulate_gradient_steps,
-        layers="scanned" if llama.scan_layers else "loop",
-        feedforward="blockwise" if llama.scan_mlp else "whole",
-        remat=llama.remat_block,
-        heads=llama.kv_heads_at_a_time,
+        layers="scanned" if execution.scan_layers else "loop",
+        feedforward="blockwise" if execution.scan_mlp else "whole",
+        remat=execution.remat_block,
+        heads=execution.kv_heads_at_a_time,
     )
 
 
@@ -176,11 +177,12 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     from ringbpt.objectives import OBJECTIVES
     from ringbpt.training.step import make_gradients
 
-    model = Model(config, make_mesh(config.mesh_shape))
+    model = Model.of(config, make_mesh(config.mesh_shape))
+    model.check_kernel(config.train_dataset.seq_length)
     rows = lambda start, stop: jax.tree.map(lambda x: x[start:stop], host)  # noqa: E731
-    batch = put_batch(rows, host.token_BT.shape, model.mesh, config.llama.sequence_layout)
+    batch = put_batch(rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     params = model.init(jax.random.key(seed))
-    grads, means = jax.jit(make_gradients(model, OBJECTIVES[config.objective]))(params, batch)
+    grads, means = jax.jit(make_gradients(config, model, OBJECTIVES[config.objective]))(params, batch)
     numbers: dict[str, Any] = {"loss": float(means["loss"].value())}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
@@ -222,7 +224,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
     from ringbpt.data.loader import make_loader
     from ringbpt.data.tokenizers import make_tokenizer
 
-    vocab_size = config.llama.vocab_size
+    vocab_size = config.architecture.vocab_size
     loader = make_loader(
         config.train_dataset, make_tokenizer(config.tokenizer), seed=config.seed, vocab_size=vocab_size
     )
@@ -238,7 +240,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
         try:
             numbers = step_numbers(variant.apply(config), batch, config.seed)
         except UserError as refusal:  # a kernel that cannot do this; where it was asked for, that is the answer
-            if variant.kernel == config.llama.attention_kernel:
+            if variant.kernel == config.execution.attention_kernel:
                 raise
             say(f"skip {refusal}")
             continue

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,13 +29,13 @@ def write_model(folder: Path, gb: float, shard_gb: float) -> None:
     from ringbpt.convert.safetensors import FolderWriter, Planned
     from ringbpt.families import FAMILIES, hf_settings, rows_for
 
-    def model(layers: int) -> LlamaConfig:
-        return LlamaConfig(
+    def model(layers: int) -> Architecture:
+        return Architecture(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
             num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         )  # fmt: skip
 
-    def tensors(llama: LlamaConfig) -> list[Planned]:
+    def tensors(llama: Architecture) -> list[Planned]:
         table = layouts(rows_for(FAMILIES["LlamaForCausalLM"], llama), llama)
         return [Planned(name, BF16, layout.their_shape) for layout in table for name, *_ in layout.names()]
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         write_jsonl([make_source(dataset, part, cache, "train_dataset") for part in parts], output)
         return 0
     config = parse(parse_args(rest), 1)
-    settings = {"seed": config.seed, "vocab_size": config.llama.vocab_size, "processes": own["processes"]}
+    settings = {"seed": config.seed, "vocab_size": config.architecture.vocab_size, "processes": own["processes"]}
     prepare(config.train_dataset, config.tokenizer, output, **settings)
     return 0
 

@@ -78,16 +78,16 @@ RING = {
 def test_original_commands(values, devices):
     config = configured(*shlex.split(ORIGINAL.format(**values)), devices=devices)
     assert ",".join(map(str, config.mesh_shape)) == values["mesh"]
-    assert config.llama.hidden_size == PRESETS[values["model"]]["hidden_size"]
-    assert config.llama.attention_type == values["attention"]
-    assert config.llama.max_sequence_length == config.train_dataset.seq_length == values["length"]
-    assert config.llama.remat_attention == "nothing_saveable"
-    assert config.llama.scan_attention is True
+    assert config.architecture.hidden_size == PRESETS[values["model"]]["hidden_size"]
+    assert config.execution.attention_type == values["attention"]
+    assert config.architecture.max_sequence_length == config.train_dataset.seq_length == values["length"]
+    assert config.execution.remat_attention == "nothing_saveable"
+    assert config.execution.scan_attention is True
     assert config.train_dataset.json_dataset.path == "<data.jsonl>"
     assert config.train_dataset.batch_size == values["batch"]
     assert config.optimizer.adamw_optimizer.lr == 1.5e-4
     assert config.checkpointer.save_optimizer_state is True
-    assert config.llama.sequence_layout == ("zigzag" if config.mesh_shape[3] > 1 else "contiguous")
+    assert config.execution.sequence_layout == ("zigzag" if config.mesh_shape[3] > 1 else "contiguous")
 
 
 def test_original_defaults():
@@ -122,15 +122,18 @@ def test_order_of_recipe_preset_flags_and_update():
         "--load_llama_config=200m",
         DEBUG,
     ]
-    llama = configured(*argv).llama
-    assert (llama.hidden_size, llama.intermediate_size) == (1024, 512)  # preset over recipe, flag over preset
-    assert (llama.num_hidden_layers, llama.head_dim) == (5, 64)  # update over flag
-    assert llama.vocab_size == 288  # the recipe where nobody else speaks
+    architecture = configured(*argv).architecture
+    assert (architecture.hidden_size, architecture.intermediate_size) == (
+        1024,
+        512,
+    )  # preset over recipe, flag over preset
+    assert (architecture.num_hidden_layers, architecture.head_dim) == (5, 64)  # update over flag
+    assert architecture.vocab_size == 288  # the recipe where nobody else speaks
 
 
 def test_preset_leaves_nothing_of_another():
-    llama = configured("--config=configs/debug.py", "--load_llama_config=65b").llama
-    assert llama.rms_norm_eps == 1e-5
+    architecture = configured("--config=configs/debug.py", "--load_llama_config=65b").architecture
+    assert architecture.rms_norm_eps == 1e-5
     tree = default_config("65b")
     assert (tree.llama.num_hidden_layers, tree.load_llama_config) == (80, "65b")
 
@@ -145,10 +148,11 @@ def test_recipe_of_the_users_own(tmp_path, monkeypatch):
         "    c.llama.num_key_value_heads = 2\n"
         "    return c\n"
     )
-    llama = configured(f"--config={recipe}", "--llama.num_hidden_layers=7").llama
-    assert (llama.theta, llama.num_hidden_layers, llama.num_key_value_heads) == (5e5, 7, 2)
+    config = configured(f"--config={recipe}", "--llama.num_hidden_layers=7")
+    architecture = config.architecture
+    assert (architecture.theta, architecture.num_hidden_layers, architecture.num_key_value_heads) == (5e5, 7, 2)
     again = configured(*shlex.split(format_config(parse_args([f"--config={recipe}", "--llama.num_hidden_layers=7"]))))
-    assert again.llama == llama
+    assert (again.architecture, again.execution) == (architecture, config.execution)
     monkeypatch.chdir(tmp_path)  # from somewhere else both paths are found
     assert parse_args(["--config=mine.py"]).llama.theta == 5e5
     assert parse_args([DEBUG]).llama.vocab_size == 288
@@ -310,11 +314,11 @@ def test_sp_aliases(alias):
 
 def test_other_aliases():
     config = configured(DEBUG, "--ring_attn_func=zigzag-ring", "--cutoff_len=256")
-    assert (config.llama.attention_type, config.llama.sequence_layout) == ("ring_blockwise", "zigzag")
+    assert (config.execution.attention_type, config.execution.sequence_layout) == ("ring_blockwise", "zigzag")
     assert config.train_dataset.seq_length == config.eval_dataset.seq_length == 256
     gathered = configured(DEBUG, "--ring_head_stride=4")
-    assert (gathered.llama.sequence_parallel, gathered.llama.heads_k_stride) == ("all_gather", 4)
-    assert configured(DEBUG, "--ring_attn_func=varlen_llama3", "--heads_k_stride=2").llama.heads_k_stride == 2
+    assert (gathered.execution.sequence_parallel, gathered.execution.heads_k_stride) == ("all_gather", 4)
+    assert configured(DEBUG, "--ring_attn_func=varlen_llama3", "--heads_k_stride=2").execution.heads_k_stride == 2
     for alias in ("max_len", "sequence_len"):
         tree = parse_args([f"--{alias}=512", "--train_dataset.type=json"])
         assert tree.train_dataset.json_dataset.seq_length == 512
@@ -346,13 +350,13 @@ def test_alias_mistakes(argv, fragments):
 
 def test_derived_values():
     config = configured(DEBUG)
-    assert (config.llama.num_key_value_heads, config.llama.head_dim) == (4, 32)
-    assert config.llama.sequence_layout == "zigzag"
-    assert configured(DEBUG, f"{SEQ}=504").llama.sequence_layout == "contiguous"
-    assert configured(DEBUG, f"{EVAL_SEQ}=504").llama.sequence_layout == "contiguous"
-    assert configured(DEBUG, f"{EVAL_SEQ}=504", "--eval_steps=0").llama.sequence_layout == "zigzag"
-    assert configured(DEBUG, "--llama.sequence_layout=striped").llama.sequence_layout == "striped"
-    assert configured(DEBUG, "--mesh_dim=8,1,1,1").llama.sequence_layout == "contiguous"
+    assert (config.architecture.num_key_value_heads, config.architecture.head_dim) == (4, 32)
+    assert config.execution.sequence_layout == "zigzag"
+    assert configured(DEBUG, f"{SEQ}=504").execution.sequence_layout == "contiguous"
+    assert configured(DEBUG, f"{EVAL_SEQ}=504").execution.sequence_layout == "contiguous"
+    assert configured(DEBUG, f"{EVAL_SEQ}=504", "--eval_steps=0").execution.sequence_layout == "zigzag"
+    assert configured(DEBUG, "--llama.sequence_layout=striped").execution.sequence_layout == "striped"
+    assert configured(DEBUG, "--mesh_dim=8,1,1,1").execution.sequence_layout == "contiguous"
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
 

@@ -17,7 +17,8 @@ import einops
 import jax
 import numpy as np
 
-from ringbpt.config import LlamaConfig, UserError
+from ringbpt.config import Architecture, UserError
+from ringbpt.config_checks import complete
 from ringbpt.convert.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.families import IGNORED, Family, Row, find_family, hf_settings, llama_fields, read_json, rows_for
 from ringbpt.model.llama import COMPUTE_DTYPES, make_dims
@@ -41,12 +42,12 @@ class Layout:
     Ours is [L, E, *letters] (each of L and E where the row has it, L at layer_axis); theirs one tensor per (L, E).
     """
 
-    def __init__(self, row: Row, llama: LlamaConfig, layer_axis: int = 0):
+    def __init__(self, row: Row, architecture: Architecture, layer_axis: int = 0):
         self.row = row
         theirs, ours = row.pattern.split(" -> ")
         self.pattern, self.back = row.pattern, f"{ours} -> {theirs}"
         self.letters = ours.split()
-        dims = make_dims(llama)
+        dims = make_dims(architecture)
         self.sizes = {letter: getattr(dims, letter) for letter in {*self.letters}}
         # "(N H) D" -> [["N", "H"], ["D"]]
         parsed = theirs.replace("(", " ( ").replace(")", " ) ").split()
@@ -104,8 +105,8 @@ class Layout:
         return array[expert] if "{E}" in self.row.theirs else array
 
 
-def layouts(rows: Iterable[Row], llama: LlamaConfig, layer_axis: int = 0) -> list[Layout]:
-    return [Layout(row, llama, layer_axis) for row in rows]
+def layouts(rows: Iterable[Row], architecture: Architecture, layer_axis: int = 0) -> list[Layout]:
+    return [Layout(row, architecture, layer_axis) for row in rows]
 
 
 def own_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -119,27 +120,17 @@ def own_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(own(row) for row in rows)
 
 
-def open_huggingface(folder: Path) -> tuple[TensorFolder, Family, LlamaConfig]:
+def open_huggingface(folder: Path) -> tuple[TensorFolder, Family, Architecture]:
     """The tensors of a Hugging Face folder, its family, and the model that its config.json describes.
 
     Raises UserError for whatever is wrong with them, tensors against the model included; reads headers only.
     """
     settings, where = read_json(folder / "config.json"), str(folder / "config.json")
     _, family = find_family(settings, where)
-    llama = complete(replace(LlamaConfig(), **llama_fields(settings, where)))
+    architecture = complete(replace(Architecture(), **llama_fields(settings, where)))
     files = TensorFolder(folder)
-    check_tensors(files, layouts(rows_for(family, llama), llama))
-    return files, family, llama
-
-
-def complete(llama: LlamaConfig) -> LlamaConfig:
-    """With the heads that are not given filled in."""
-    heads = llama.num_attention_heads
-    return replace(
-        llama,
-        num_key_value_heads=llama.num_key_value_heads or heads,
-        head_dim=llama.head_dim or llama.hidden_size // heads,
-    )
+    check_tensors(files, layouts(rows_for(family, architecture), architecture))
+    return files, family, architecture
 
 
 def check_tensors(files: TensorFolder, table: list[Layout]) -> None:
@@ -198,14 +189,14 @@ def read_box(files: TensorFolder, layout: Layout, index: list[slice], dtype: Any
     return out[0] if layout.layer_axis is None else np.moveaxis(out, 0, layout.layer_axis)
 
 
-def load_folder(folder: Path, llama: LlamaConfig, abstract_params: Params) -> Params:
+def load_folder(folder: Path, architecture: Architecture, abstract_params: Params) -> Params:
     """The params of a Hugging Face folder, or of one that `to_ours` wrote, for a model of these flags."""
     own = is_own(folder)
     settings = read_json((folder / CARRIED if own else folder) / "config.json")
     _, family = find_family(settings, str(folder / "config.json"))
-    rows = rows_for(family, llama)
+    rows = rows_for(family, architecture)
     files = TensorFolder(folder, STEM if own else "model")
-    table = layouts(own_rows(rows) if own else rows, llama, llama.param_scan_axis)
+    table = layouts(own_rows(rows) if own else rows, architecture, architecture.param_scan_axis)
     names = {jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in jax.tree.leaves_with_path(abstract_params)}
     if strange := names ^ {row.ours for row in rows}:
         raise UserError(
@@ -279,33 +270,35 @@ def transposed(view: np.ndarray) -> np.ndarray:
     return out.reshape(view.shape)
 
 
-def to_ours(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> LlamaConfig:
+def to_ours(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> Architecture:
     """A Hugging Face folder -> our own, which `--load_checkpoint=params::` reads. Returns the model it holds."""
-    files, family, llama = open_huggingface(folder)
-    rows = rows_for(family, llama)
-    convert(files, layouts(rows, llama), layouts(own_rows(rows), llama), output, STEM, dtype, max_shard_bytes)
+    files, family, architecture = open_huggingface(folder)
+    rows = rows_for(family, architecture)
+    convert(
+        files, layouts(rows, architecture), layouts(own_rows(rows), architecture), output, STEM, dtype, max_shard_bytes
+    )
     carry(folder, output / CARRIED)
-    return llama
+    return architecture
 
 
-def to_huggingface(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> LlamaConfig:
+def to_huggingface(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> Architecture:
     """One of our own folders -> a Hugging Face folder."""
     settings = read_json(folder / CARRIED / "config.json")
     _, family = find_family(settings, str(folder / CARRIED / "config.json"))
-    llama = complete(replace(LlamaConfig(), **llama_fields(settings, str(folder))))
-    rows, files = rows_for(family, llama), TensorFolder(folder, STEM)
-    sources = layouts(own_rows(rows), llama)
+    architecture = complete(replace(Architecture(), **llama_fields(settings, str(folder))))
+    rows, files = rows_for(family, architecture), TensorFolder(folder, STEM)
+    sources = layouts(own_rows(rows), architecture)
     check_tensors(files, sources)
-    convert(files, sources, layouts(rows, llama), output, "model", dtype, max_shard_bytes)
+    convert(files, sources, layouts(rows, architecture), output, "model", dtype, max_shard_bytes)
     kept = dtype or {np.dtype(COMPUTE_DTYPES[d]): d for d in HF_DTYPES}[next(iter(files.entries.values())).dtype]
     carry(folder / CARRIED, output)
-    write_settings(output, hf_settings(llama, HF_DTYPES[kept], settings))
-    return llama
+    write_settings(output, hf_settings(architecture, HF_DTYPES[kept], settings))
+    return architecture
 
 
 def export(
     read: Callable[[str], np.ndarray],
-    llama: LlamaConfig,
+    architecture: Architecture,
     output: Path,
     base: Path | None = None,
     dtype: str = "bf16",
@@ -315,9 +308,9 @@ def export(
 
     base: a folder with the config.json and the tokenizer that the model once came with.
     """
-    settings = hf_settings(llama, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
+    settings = hf_settings(architecture, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
     _, family = find_family(settings, "the model")
-    table = layouts(rows_for(family, llama), llama, llama.param_scan_axis)
+    table = layouts(rows_for(family, architecture), architecture, architecture.param_scan_axis)
     cast = np.dtype(COMPUTE_DTYPES[dtype])
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
     named = [(layer, name, layout) for layout in table for name, layer, _ in layout.names()]

@@ -47,8 +47,8 @@ class Scorer:
 
     def row_length(self, longest: int) -> int:
         """The shortest row that the mesh and the chunks of feedforward and loss can split."""
-        llama, sp = self.model.config.llama, self.model.mesh.shape["sp"]
-        chunks = [llama.loss_chunk_size] + [llama.scan_mlp_chunk_size] * llama.scan_mlp
+        execution, sp = self.model.execution, self.model.mesh.shape["sp"]
+        chunks = [execution.loss_chunk_size] + [execution.scan_mlp_chunk_size] * execution.scan_mlp
         largest = int(np.lcm.reduce(chunks))
         step = 2 * sp if longest <= sp * min(chunks) else sp * largest
         return -(-longest // step) * step
@@ -56,7 +56,7 @@ class Scorer:
     def score(self, params: Params, items: Sequence[Item], length: int | None = None) -> Scores:
         """`length`: of a row, for those who score items of several lengths by one program; default: the longest's."""
         longest = max(len(item.tokens) for item in items)
-        limit = self.model.config.llama.max_sequence_length
+        limit = self.model.architecture.max_sequence_length
         if longest > limit:
             raise UserError(f"a text of {longest} tokens is above --llama.max_sequence_length={limit}")
         length = length or self.row_length(longest)
@@ -95,7 +95,7 @@ class Scorer:
                 segment[b, start:stop] = q + 1
                 start = stop
         host = Batch(token, target, weight, position, segment)
-        layout = self.model.config.llama.sequence_layout
+        layout = self.model.execution.sequence_layout
         return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), token.shape, self.model.mesh, layout)
 
     def _sums(self, params: Params, batch: Batch, texts: int) -> jax.Array:

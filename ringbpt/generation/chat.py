@@ -15,7 +15,7 @@ def chat(
 
     Prompt lengths are rounded up to powers of two, so that few programs are compiled.
     """
-    mesh, llama = generator.model.mesh.shape, generator.model.config.llama
+    mesh, architecture = generator.model.mesh.shape, generator.model.architecture
     messages = [{"role": "system", "content": system}] if system else []
     print("an empty line ends the conversation", file=sys.stderr)
     while True:
@@ -25,11 +25,13 @@ def chat(
             return 0
         messages.append({"role": "user", "content": line})
         prompt = codec.chat(messages)
-        longest = llama.max_sequence_length - len(prompt)
+        longest = architecture.max_sequence_length - len(prompt)
         if longest < 1:
-            print(f"the conversation has filled the model's {llama.max_sequence_length} tokens", file=sys.stderr)
+            print(f"the conversation has filled the model's {architecture.max_sequence_length} tokens", file=sys.stderr)
             return 0
-        length = round_length(1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], llama.scan_mlp_chunk_size)
+        length = round_length(
+            1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], generator.model.execution.scan_mlp_chunk_size
+        )
         rows = mesh["dp"] * mesh["fsdp"]
         group = Group([[0], *([] for _ in range(rows - 1))])
         shape = Shape(rows, length, 1, max_new_tokens)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.model.experts import choose, mixture
 from ringbpt.model.feedforward import swiglu
@@ -43,8 +43,8 @@ def gathered_spec(stored: PartitionSpec) -> PartitionSpec:
 
 def split_params(model: Model, params: Params) -> Params:
     """Params for decoding: the compute dtype, each device its part over tp, and `layers` a list of one dict a layer."""
-    llama, mesh = model.config.llama, model.mesh
-    axis, L = llama.param_scan_axis, llama.num_hidden_layers
+    architecture, mesh = model.architecture, model.mesh
+    axis, L = architecture.param_scan_axis, architecture.num_hidden_layers
 
     def layers_of(w: jax.Array, stored: PartitionSpec) -> list[jax.Array]:
         entries = [entry for i, entry in enumerate((*stored, *(None,) * (w.ndim - len(stored)))) if i != axis]
@@ -61,7 +61,7 @@ def split_params(model: Model, params: Params) -> Params:
         return jax.jit(lambda w: w.astype(model.dtype), out_shardings=NamedSharding(mesh, gathered_spec(stored)))(w)
 
     rest = {name: whole(w, model.specs[name]) for name, w in params.items() if name != "layers"}
-    if llama.tie_word_embeddings:  # its own copy: a transposed table would be transposed again at every token
+    if architecture.tie_word_embeddings:  # its own copy: a transposed table would be transposed again at every token
         rest["unembed"] = whole(jnp.asarray(params["embed"]).T, PartitionSpec(*reversed(model.specs["embed"])))
     return rest | {"layers": [{name: ws[i] for name, ws in split.items()} for i in range(L)]}
 
@@ -138,7 +138,7 @@ def make_decode(model: Model, prompt_share: int):
 
     weights: of split_params. prompt_share: the places of a device's share that prefill filled. step: int32, from 0.
     """
-    llama, mesh, mask = model.config.llama, model.mesh, model.mask
+    architecture, mesh, mask = model.architecture, model.mesh, model.mask
     matmul = partial(dot, out_dtype=model.dtype)
     row, cache_spec, meta_spec = (
         spec("B _", ACTIVATION_AXES),
@@ -149,21 +149,21 @@ def make_decode(model: Model, prompt_share: int):
     def local(weights, cache, token_BQ, q_meta, step):
         mine, place = write_place(step, prompt_share, cache.k[0].shape[2], token_BQ.shape[1])
         kept = TokenMeta(q_meta.position_BT, jnp.where(mine, q_meta.segment_BT, 0))
-        rope = rotation(q_meta.position_BT, frequencies(llama), rope_scale(llama))
+        rope = rotation(q_meta.position_BT, frequencies(architecture), rope_scale(architecture))
         x_BQD = _rows(weights["embed"], token_BQ)
         new = []
         for w, k, v in zip(weights["layers"], cache.k, cache.v, strict=True):
-            h_BQD = rms_norm(x_BQD, w["attention_norm"], llama.rms_norm_eps)
-            q_BQNH, k_BQKH, v_BQKH = queries_keys_values(llama, w, h_BQD, rope, matmul)
+            h_BQD = rms_norm(x_BQD, w["attention_norm"], architecture.rms_norm_eps)
+            q_BQNH, k_BQKH, v_BQKH = queries_keys_values(architecture, w, h_BQD, rope, matmul)
             new_k, new_v = jnp.swapaxes(k_BQKH, 1, 2), jnp.swapaxes(v_BQKH, 1, 2)
             before = attend_cache(q_BQNH, k, v, q_meta, cache.meta, mask)
             part = merge(before, attend_cache(q_BQNH, new_k, new_v, q_meta, kept, mask))
             out_BQNH = merge_over(part, "sp").astype(model.dtype)
             x_BQD = x_BQD + lax.psum(matmul("BTNH,NHD->BTD", out_BQNH, w["w_o"]), "tp")
-            h_BQD = rms_norm(x_BQD, w["feedforward_norm"], llama.rms_norm_eps)
-            x_BQD = x_BQD + lax.psum(_feedforward(llama, w, h_BQD, matmul), "tp")
+            h_BQD = rms_norm(x_BQD, w["feedforward_norm"], architecture.rms_norm_eps)
+            x_BQD = x_BQD + lax.psum(_feedforward(architecture, w, h_BQD, matmul), "tp")
             new.append((new_k, new_v))
-        x_BQD = rms_norm(x_BQD, weights["norm"], llama.rms_norm_eps)
+        x_BQD = rms_norm(x_BQD, weights["norm"], architecture.rms_norm_eps)
         # All reading is done before anything is written, and the place says so by coming (for the compiler) from what
         # was read: it adds 0. A write that a read might still follow would be made in a copy of the whole cache.
         place = place + jnp.minimum(jnp.argmax(x_BQD[0, 0]).astype(jnp.int32), 0)
@@ -175,7 +175,7 @@ def make_decode(model: Model, prompt_share: int):
         return _logits(weights["unembed"], x_BQD), Cache(ks, vs, meta)
 
     def decode(weights, cache, token_BQ, q_meta, step):
-        L = llama.num_hidden_layers
+        L = architecture.num_hidden_layers
         cache_specs = Cache((cache_spec,) * L, (cache_spec,) * L, TokenMeta(meta_spec, meta_spec))
         specs = (weight_specs(model), cache_specs, row, TokenMeta(row, row), PartitionSpec())
         return jax.shard_map(
@@ -187,14 +187,14 @@ def make_decode(model: Model, prompt_share: int):
 
 def weight_specs(model: Model) -> Any:
     """The PartitionSpecs of what split_params gives."""
-    axis = model.config.llama.param_scan_axis
+    axis = model.architecture.param_scan_axis
     layer = {
         name: gathered_spec(PartitionSpec(*(entry for i, entry in enumerate(stored) if i != axis)))
         for name, stored in model.specs["layers"].items()
     }
     specs = {name: gathered_spec(stored) for name, stored in model.specs.items() if name != "layers"}
     specs.setdefault("unembed", PartitionSpec(None, "tp"))
-    return specs | {"layers": [layer] * model.config.llama.num_hidden_layers}
+    return specs | {"layers": [layer] * model.architecture.num_hidden_layers}
 
 
 def make_last_logits(model: Model):
@@ -206,7 +206,7 @@ def make_last_logits(model: Model):
 
     def last_logits(norm_D, unembed_DV, x_BTD, place_BQ):
         x_BQD = jnp.take_along_axis(x_BTD, place_BQ[..., None], axis=1)
-        return head(unembed_DV, rms_norm(x_BQD, norm_D, model.config.llama.rms_norm_eps))
+        return head(unembed_DV, rms_norm(x_BQD, norm_D, model.architecture.rms_norm_eps))
 
     return last_logits
 
@@ -223,10 +223,10 @@ def _rows(table_VD: jax.Array, token_BQ: jax.Array) -> jax.Array:
     return lax.psum(jnp.where(inside[..., None], rows, 0), "tp")
 
 
-def _feedforward(llama: LlamaConfig, w: Params, h_BQD: jax.Array, matmul: Any) -> jax.Array:
+def _feedforward(architecture: Architecture, w: Params, h_BQD: jax.Array, matmul: Any) -> jax.Array:
     """This device's part of F."""
-    if not llama.num_experts:
+    if not architecture.num_experts:
         return swiglu(h_BQD, w["w_gate"], w["w_up"], w["w_down"], matmul)
-    choice = choose(llama, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
+    choice = choose(architecture, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
     weights = (w["w_gate"], w["w_up"], w["w_down"])
-    return mixture(llama.num_experts, h_BQD, choice.weight_BTX, choice.expert_BTX, *weights)
+    return mixture(architecture.num_experts, h_BQD, choice.weight_BTX, choice.expert_BTX, *weights)

@@ -60,8 +60,8 @@ def plan(lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int)
 
     The longest `batch_size` prompts decide how many rows and how many texts a row there are.
     """
-    mesh, chunk = model.mesh.shape, model.config.llama.scan_mlp_chunk_size
-    longest, limit = max(lengths), model.config.llama.max_sequence_length
+    mesh, chunk = model.mesh.shape, model.execution.scan_mlp_chunk_size
+    longest, limit = max(lengths), model.architecture.max_sequence_length
     if longest + new_tokens > limit:
         raise UserError(
             f"a prompt of {longest} tokens and --max_new_tokens={new_tokens} are above the model's {limit}: "
@@ -104,7 +104,7 @@ class Generator:
         self, prompts: Sequence[np.ndarray], shape: Shape, group: Group, sampling: Sampling
     ) -> Iterator[dict[int, int]]:
         """{number of the prompt: its next token} at each step; the caller stops taking when all texts have ended."""
-        mesh, layout = self.model.mesh, self.model.config.llama.sequence_layout
+        mesh, layout = self.model.mesh, self.model.execution.sequence_layout
         batch, place_BQ, ends = pack(prompts, shape, group, permutation(layout, shape.length, mesh.shape["sp"]))
         texts = {(b, q): number for b, row in enumerate(group.rows) for q, number in enumerate(row)}
         drawn, penalised = sampling.temperature > 0, sampling.repetition_penalty != 1.0
@@ -116,7 +116,7 @@ class Generator:
         for (b, q), number in texts.items():
             numbers_BQ[b, q] = number
         key_P = jax.vmap(lambda n: jax.random.fold_in(root, n))(jnp.asarray(numbers_BQ.reshape(-1)))
-        seen_PV = seen_tokens(prompts, texts, shape, self.model.config.llama.vocab_size) if penalised else None
+        seen_PV = seen_tokens(prompts, texts, shape, self.model.architecture.vocab_size) if penalised else None
         options = sampling.options()
         cache, x_BTD = prefill(self.weights, global_batch)
         token_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
@@ -199,7 +199,7 @@ def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tupl
     # Said, so that what a step gives is placed as what it takes, and the second one is no other program.
     row, cache, meta = (NamedSharding(model.mesh, spec(dims, ACTIVATION_AXES)) for dims in ("B _", CACHE, "B S"))
     whole = NamedSharding(model.mesh, PartitionSpec())
-    layers = (cache,) * model.config.llama.num_hidden_layers
+    layers = (cache,) * model.architecture.num_hidden_layers
     caches = Cache(layers, layers, meta)
     return jax.jit(first, out_shardings=(row, whole)), jax.jit(
         step, donate_argnums=(1, 3, 7), out_shardings=(row, caches, row, whole)

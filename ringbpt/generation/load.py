@@ -9,9 +9,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ringbpt.attention.layouts import inverse, permutation
-from ringbpt.config import Config, LlamaConfig, UserError
+from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.config_checks import check_mesh
 from ringbpt.convert import hf
+from ringbpt.dims import MeshShape
 from ringbpt.families import llama_fields, read_json
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
@@ -24,7 +25,7 @@ class Found:
     """What a --load_checkpoint says about itself. folder: what came with the model (config.json, tokenizer), if
     anything did; vocab_file: what a run's own --tokenizer.vocab_file was."""
 
-    llama: LlamaConfig
+    architecture: Architecture
     folder: Path | None
     vocab_file: str
 
@@ -38,7 +39,7 @@ def describe_checkpoint(spec: str) -> Found:
     if prefix == "huggingface" or hf.is_own(path):
         beside = path if prefix == "huggingface" else path / hf.CARRIED
         settings = llama_fields(read_json(beside / "config.json"), str(beside / "config.json"))
-        return Found(hf.complete(replace(LlamaConfig(), **settings)), beside, str(beside))
+        return Found(hf.complete(replace(Architecture(), **settings)), beside, str(beside))
     for run in (path, *path.parents[:2]):  # a run, its checkpoints, or one of its steps
         if (run / "config.json").is_file():
             break
@@ -48,47 +49,46 @@ def describe_checkpoint(spec: str) -> Found:
             "folder, or a Hugging Face folder with huggingface::"
         )
     tree = read_json(run / "config.json")
-    known = {item.name for item in fields(LlamaConfig)}
-    llama = LlamaConfig(**{name: value for name, value in tree["llama"].items() if name in known})
+    known = {item.name for item in fields(Architecture)}
+    architecture = Architecture(**{name: value for name, value in tree["llama"].items() if name in known})
     origin = tree.get("load_checkpoint", "")
     folder = Path(origin.removeprefix("huggingface::")) if origin.startswith("huggingface::") else None
-    return Found(llama, folder if folder and folder.is_dir() else None, tree["tokenizer"]["vocab_file"])
-
-
-def run_config(llama: LlamaConfig, mesh_shape: tuple[int, int, int, int], dtype: str, **more: Any) -> Config:
-    """The Config of a model that is run and not trained: ring attention in chunks, whatever it was trained with.
-
-    Raises UserError where the mesh does not fit the model.
-    """
-    sp = mesh_shape[3]
-    llama = replace(
-        llama,
-        attention_type="ring_blockwise" if sp > 1 else "blockwise",
-        sequence_parallel="ring", heads_k_stride=None, ulysses_degree=None, mesh_dim=None,
-        sequence_layout="zigzag" if sp > 1 else "contiguous", scan_mlp=True,
-        attention_kernel="auto", ring_bidirectional=False, ring_skip_hops=False, residual_over_tp=False,
-        kv_heads_at_a_time=None, remat_block="", remat_attention="", remat_mlp="", **more,
-    )  # fmt: skip
-    return Config(dtype=dtype, mesh_shape=mesh_shape, llama=llama)
+    return Found(architecture, folder if folder and folder.is_dir() else None, tree["tokenizer"]["vocab_file"])
 
 
 def load_model(
-    spec: str, mesh_shape: tuple[int, int, int, int], dtype: str = "fp32", **more: Any
+    spec: str,
+    mesh_shape: tuple[int, int, int, int],
+    dtype: str = "fp32",
+    execution: Execution | None = None,
+    **more: Any,
 ) -> tuple[Model, Params]:
-    """The model of a checkpoint on a mesh over the first devices, its params in the compute dtype."""
-    config = run_config(describe_checkpoint(spec).llama, mesh_shape, dtype, **more)
-    check_mesh(config)
-    model = Model(config, make_mesh(mesh_shape))
+    """The model of a checkpoint on a mesh over the first devices, its params in the compute dtype.
+
+    execution None: ring attention in chunks, whatever it was trained with. more: what else of the architecture is to
+    be another, as max_sequence_length. Raises UserError where the mesh does not fit the model.
+    """
+    mesh_shape = MeshShape(*mesh_shape)
+    architecture = replace(describe_checkpoint(spec).architecture, **more)
+    execution = execution or default_execution(mesh_shape)
+    check_mesh(Config(dtype=dtype, mesh_shape=mesh_shape, architecture=architecture, execution=execution))
+    model = Model(architecture, execution, make_mesh(mesh_shape), dtype)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[dtype], sharding=x.sharding), model.abstract_params
     )
-    loaded = load_checkpoint(spec, wanted, None, config.llama.param_scan_axis, config.llama)
-    return model, loaded.params
+    return model, load_checkpoint(spec, wanted, None, architecture).params
+
+
+def default_execution(mesh_shape: MeshShape) -> Execution:
+    """How a model is run that is not trained: ring attention over sp, everything in chunks."""
+    if mesh_shape.sp == 1:
+        return Execution(attention_type="blockwise", sequence_layout="contiguous", scan_mlp=True)
+    return Execution(attention_type="ring_blockwise", sequence_layout="zigzag", scan_mlp=True)
 
 
 def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
     """[B, T, V] float32, each row one text; for tests and reports, where T and V are small."""
-    order = permutation(model.config.llama.sequence_layout, token_BT.shape[1], model.mesh.shape["sp"])
+    order = permutation(model.execution.sequence_layout, token_BT.shape[1], model.mesh.shape["sp"])
     position_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)[:, order]
     meta = TokenMeta(position_BT, np.ones_like(position_BT))
     hidden_BTD = jax.jit(model.hidden)(params, token_BT[:, order], meta)
@@ -131,7 +131,7 @@ def to_huggingface(spec: str, output: Path, base: Path | None, dtype: str, max_s
         return jax.tree.leaves(reader.restore(step / "params", args=args))[0]
 
     dtype = dtype or kinds[np.dtype(stored["embed"].dtype)]
-    hf.export(read, found.llama, output, base or found.folder, dtype, max_shard_bytes)
+    hf.export(read, found.architecture, output, base or found.folder, dtype, max_shard_bytes)
     vocab_file = Path(found.vocab_file)
     if base is None and found.folder is None and vocab_file.exists():
         hf.carry_tokenizer(vocab_file if vocab_file.is_dir() else vocab_file.parent, output)

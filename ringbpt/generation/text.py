@@ -155,7 +155,7 @@ def complete(
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number + 1} has no tokens: write something")
-    check_vocabulary(prompts, generator.model.config.llama.vocab_size)
+    check_vocabulary(prompts, generator.model.architecture.vocab_size)
     shape, groups = plan([len(prompt) for prompt in prompts], generator.model, batch_size, max_new_tokens)
     for group in groups:
         texts = {number: Text(codec, stops) for row in group.rows for number in row}

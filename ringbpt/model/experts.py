@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.feedforward import join_chunks, split_chunks
 from ringbpt.model.weights import gather_shards, scatter_grad
@@ -40,8 +40,8 @@ class Routing:
     probability_BTE: jax.Array
 
     @staticmethod
-    def zeros(llama: LlamaConfig, shape_BT: tuple[int, ...]) -> "Routing":
-        nothing = jnp.zeros((*shape_BT, llama.num_experts), jnp.float32)
+    def zeros(architecture: Architecture, shape_BT: tuple[int, ...]) -> "Routing":
+        nothing = jnp.zeros((*shape_BT, architecture.num_experts), jnp.float32)
         return Routing(nothing, nothing)
 
     def add(self, choice: Choice) -> "Routing":
@@ -49,24 +49,24 @@ class Routing:
         return Routing(self.chosen_BTE + chosen_BTE, self.probability_BTE + choice.probability_BTE)
 
 
-def choose(llama: LlamaConfig, logits_BTE: jax.Array) -> Choice:
+def choose(architecture: Architecture, logits_BTE: jax.Array) -> Choice:
     """The most probable experts of each token, their probabilities made to sum to 1."""
     probability_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    weight_BTX, expert_BTX = lax.top_k(probability_BTE, llama.num_experts_per_tok)
+    weight_BTX, expert_BTX = lax.top_k(probability_BTE, architecture.num_experts_per_tok)
     return Choice(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
 
 
-def balance_loss(llama: LlamaConfig, routing: Routing, real_BT: jax.Array) -> jax.Array:
+def balance_loss(architecture: Architecture, routing: Routing, real_BT: jax.Array) -> jax.Array:
     """[B, T], of which the mean over real tokens is E sum_e (share of e's tokens) (mean probability of e).
 
     The shares are those of all layers and of all real tokens of the batch, whichever devices hold them, and take no
     gradient. Ref: Switch Transformer, arXiv:2101.03961, eq. 4-6, over X experts a token and all layers as one.
     """
     real_BT1 = real_BT[..., None].astype(jnp.float32)
-    layer_tokens = jnp.maximum(jnp.sum(real_BT1), 1.0) * llama.num_hidden_layers
+    layer_tokens = jnp.maximum(jnp.sum(real_BT1), 1.0) * architecture.num_hidden_layers
     share_E = lax.stop_gradient(jnp.sum(routing.chosen_BTE * real_BT1, axis=(0, 1))) / layer_tokens
-    probability_BTE = routing.probability_BTE / llama.num_hidden_layers
-    return llama.num_experts * jnp.sum(probability_BTE * share_E[None, None] * real_BT1, axis=-1)
+    probability_BTE = routing.probability_BTE / architecture.num_hidden_layers
+    return architecture.num_experts * jnp.sum(probability_BTE * share_E[None, None] * real_BT1, axis=-1)
 
 
 def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:

@@ -1,10 +1,10 @@
 """Our own count of a step's arithmetic: the compiler's counts a loop's body once."""
 
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 from ringbpt.model.llama import make_dims
 
 
-def forward_flops(config: LlamaConfig, tokens: float, visible_pairs: float) -> float:
+def forward_flops(config: Architecture, tokens: float, visible_pairs: float) -> float:
     """Multiply-adds of one forward pass, two FLOPs each: every weight once a token, and 2 H a visible pair and head.
 
     visible_pairs: (query, key) pairs that the mask lets through, over the whole batch. Norms, RoPE and the

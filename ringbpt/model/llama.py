@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention import MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES, make_shares
-from ringbpt.config import Config, LlamaConfig, UserError
+from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
 from ringbpt.model.blockwise_layer import BlockwiseLayer
@@ -56,7 +56,7 @@ ATTENTION_TYPES = {
 }
 
 
-def make_dims(config: LlamaConfig) -> Dims:
+def make_dims(config: Architecture) -> Dims:
     assert config.num_key_value_heads is not None and config.head_dim is not None
     return Dims(
         L=config.num_hidden_layers,
@@ -78,34 +78,36 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def queries_keys_values(
-    llama: LlamaConfig, w: Params, h_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], matmul: Callable
+    architecture: Architecture, w: Params, h_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], matmul: Callable
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_BTNH and k_BTKH, rotated, and v_BTKH of one layer; `matmul(equation, x, w)` says how weights are used."""
     q_BTNH = matmul("BTD,DNH->BTNH", h_BTD, w["w_q"])
     k_BTKH, v_BTKH = matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), matmul("BTD,DKH->BTKH", h_BTD, w["w_v"])
-    return attention_operands(llama, w, q_BTNH, k_BTKH, v_BTKH, rope)
+    return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, rope)
 
 
 def attention_operands(
-    llama: LlamaConfig, w: Params, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rope: tuple
+    architecture: Architecture, w: Params, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rope: tuple
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What attention takes, of a layer's three products: biases added, heads normed, queries and keys rotated."""
 
     def biased(y_BTNH, name):
         # In float32, so that the bias's gradient is summed in it.
-        return (y_BTNH.astype(jnp.float32) + w[name][None, None]).astype(y_BTNH.dtype) if llama.qkv_bias else y_BTNH
+        return (
+            (y_BTNH.astype(jnp.float32) + w[name][None, None]).astype(y_BTNH.dtype) if architecture.qkv_bias else y_BTNH
+        )
 
     q_BTNH, k_BTKH, v_BTKH = biased(q_BTNH, "b_q"), biased(k_BTKH, "b_k"), biased(v_BTKH, "b_v")
-    if llama.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, w["q_norm"], llama.rms_norm_eps)
-        k_BTKH = rms_norm(k_BTKH, w["k_norm"], llama.rms_norm_eps)
+    if architecture.qk_norm:
+        q_BTNH = rms_norm(q_BTNH, w["q_norm"], architecture.rms_norm_eps)
+        k_BTKH = rms_norm(k_BTKH, w["k_norm"], architecture.rms_norm_eps)
     return apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
 
 
 class Block(nnx.Module):
     """The weights of one layer: attention, then feedforward; what only some families have comes last."""
 
-    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: LlamaConfig):
+    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: Architecture):
         expert = "E " if config.num_experts else ""
         self.attention_norm = ones(dims, "D")
         self.w_q = weight(rngs, dims, "D N H", std)
@@ -127,7 +129,7 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """All weights; `layers` is one Block whose arrays carry L at `param_scan_axis`, scanned over or not."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlamaConfig):
+    def __init__(self, rngs: nnx.Rngs, config: Architecture):
         dims, std = make_dims(config), config.initializer_range
         self.embed = weight(rngs, dims, "V D", std)
         stack = nnx.vmap(Block, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
@@ -141,16 +143,23 @@ class Llama(nnx.Module):
 class Model:
     """The functions of one model on one mesh. Params are a nested dict; nothing here holds an array."""
 
-    config: Config
+    architecture: Architecture
+    execution: Execution
     mesh: Mesh
+    compute_dtype: str = "fp32"  # fp32 | bf16 | fp16; params are stored in float32 and cast where they are used
 
-    def __post_init__(self) -> None:
+    @staticmethod
+    def of(config: Config, mesh: Mesh) -> "Model":
+        """The model that a training run's flags describe."""
+        return Model(config.architecture, config.execution, mesh, config.dtype)
+
+    def check_kernel(self, seq_length: int) -> None:
         """Raises UserError where the kernel that was asked for cannot do it: now, and not when the step compiles."""
-        llama, data = self.config.llama, self.config.train_dataset
-        if llama.attention_kernel in ("auto", "reference", "blockwise"):
+        kernel = self.execution.attention_kernel
+        if kernel in ("auto", "reference", "blockwise"):
             return
-        dims, rows = make_dims(llama), self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
-        q, k = (jax.ShapeDtypeStruct((rows, data.seq_length, n, dims.H), self.dtype) for n in (dims.N, dims.K))
+        dims, rows = make_dims(self.architecture), self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
+        q, k = (jax.ShapeDtypeStruct((rows, seq_length, n, dims.H), self.dtype) for n in (dims.N, dims.K))
         meta = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
 
         def gradients(q, k, v, meta):
@@ -159,19 +168,19 @@ class Model:
         try:
             jax.eval_shape(gradients, q, k, k, meta)
         except NotImplementedError as refusal:
-            raise UserError(f"--llama.attention_kernel={llama.attention_kernel}: {refusal}") from None
+            raise UserError(f"--llama.attention_kernel={kernel}: {refusal}") from None
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 params, each device making only its own shards; the same numbers on every mesh."""
         return jax.jit(self._init, out_shardings=self.shardings)(key)
 
     def _init(self, key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.config.llama), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.architecture), nnx.Param))
 
     @cached_property
     def _declared(self) -> nnx.State:
         """Every param without its numbers, as its module declares it."""
-        return nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.config.llama), nnx.Param))
+        return nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.architecture), nnx.Param))
 
     @cached_property
     def specs(self) -> Any:
@@ -180,7 +189,7 @@ class Model:
         def leaf(path: tuple, param: nnx.Variable) -> PartitionSpec:
             entries = list(weight_spec(param.get_metadata("dims")))
             if path[0] == "layers":
-                entries.insert(self.config.llama.param_scan_axis, None)
+                entries.insert(self.architecture.param_scan_axis, None)
             return PartitionSpec(*entries)
 
         return nnx.to_pure_dict(nnx.map_state(leaf, self._declared))
@@ -201,11 +210,11 @@ class Model:
         stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT)
         if routing is None:
             return stats
-        return replace(stats, balance_BT=balance_loss(self.config.llama, routing, batch.segment_BT != 0))
+        return replace(stats, balance_BT=balance_loss(self.architecture, routing, batch.segment_BT != 0))
 
     def unembed(self, params: Params) -> jax.Array:
         """The unembedding, [D, V]: the embedding's own table where they are tied."""
-        return fetch(params["embed"]).T if self.config.llama.tie_word_embeddings else fetch(params["unembed"])
+        return fetch(params["embed"]).T if self.architecture.tie_word_embeddings else fetch(params["unembed"])
 
     def hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> jax.Array:
         """The last layer's normalised output, [B, T, D] in the compute dtype."""
@@ -213,55 +222,58 @@ class Model:
 
     def _hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> tuple[jax.Array, Routing | None]:
         """The same, and what the routers chose, summed over layers; None where there are no experts."""
-        llama = self.config.llama
+        architecture, execution = self.architecture, self.execution
         x_BTD = embed(self.mesh, self.dtype, fetch(params["embed"]), token_BT)
         rope = self.rope(meta)
 
         def one(state, layer):
             layer = fetch(layer)  # inside what is computed again: the backward fetches it once more
-            if llama.kv_heads_at_a_time:
+            if execution.kv_heads_at_a_time:
                 return self.layer(layer, state, meta)
             return self.block(layer, state, meta, rope)[0]
 
-        block = self._remat(one, llama.remat_block)
-        axis = llama.param_scan_axis
-        state = (self._between_layers(x_BTD), Routing.zeros(llama, token_BT.shape) if llama.num_experts else None)
-        if llama.scan_layers:
+        block = self._remat(one, execution.remat_block)
+        axis = architecture.param_scan_axis
+        state = (
+            self._between_layers(x_BTD),
+            Routing.zeros(architecture, token_BT.shape) if architecture.num_experts else None,
+        )
+        if execution.scan_layers:
             layers = jax.tree.map(lambda w: jnp.moveaxis(w, axis, 0), params["layers"])
             state, _ = jax.lax.scan(lambda state, layer: (block(state, layer), None), state, layers)
         else:
-            for i in range(llama.num_hidden_layers):
+            for i in range(architecture.num_hidden_layers):
                 layer = jax.tree.map(lambda w, i=i: jax.lax.index_in_dim(w, i, axis, keepdims=False), params["layers"])
                 state = block(state, layer)
         x_BTD, routing = state
-        return rms_norm(x_BTD, fetch(params["norm"]), llama.rms_norm_eps), routing
+        return rms_norm(x_BTD, fetch(params["norm"]), architecture.rms_norm_eps), routing
 
     def rope(self, meta: TokenMeta) -> tuple[jax.Array, jax.Array]:
         """(cos, sin) for the tokens' places."""
-        llama = self.config.llama
-        return rotation(meta.position_BT, frequencies(llama), rope_scale(llama))
+        architecture = self.architecture
+        return rotation(meta.position_BT, frequencies(architecture), rope_scale(architecture))
 
     def block(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: tuple) -> tuple:
         """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
-        llama, mesh = self.config.llama, self.mesh
+        architecture, execution, mesh = self.architecture, self.execution, self.mesh
 
         def attention(x_BTD):
-            h_BTD = rms_norm(x_BTD, w["attention_norm"], llama.rms_norm_eps)
-            q_BTNH, k_BTKH, v_BTKH = queries_keys_values(llama, w, h_BTD, rope, partial(project, mesh))
+            h_BTD = rms_norm(x_BTD, w["attention_norm"], architecture.rms_norm_eps)
+            q_BTNH, k_BTKH, v_BTKH = queries_keys_values(architecture, w, h_BTD, rope, partial(project, mesh))
             out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, meta.position_BT, meta.segment_BT)
             return project(mesh, "BTNH,NHD->BTD", out_BTNH, w["w_o"]), (k_BTKH, v_BTKH)
 
         def feedforward(x_BTD):
-            h_BTD = rms_norm(x_BTD, w["feedforward_norm"], llama.rms_norm_eps)
-            if not llama.num_experts:
+            h_BTD = rms_norm(x_BTD, w["feedforward_norm"], architecture.rms_norm_eps)
+            if not architecture.num_experts:
                 return self._feedforward(h_BTD, w["w_gate"], w["w_up"], w["w_down"]), None
-            choice = choose(llama, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
+            choice = choose(architecture, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
             out_BTD = self._experts(h_BTD, choice.weight_BTX, choice.expert_BTX, w["w_gate"], w["w_up"], w["w_down"])
             return out_BTD, choice
 
-        if not llama.remat_block:  # inside a rematerialised block another remat would run its part a third time
-            attention = self._remat(attention, llama.remat_attention)
-            feedforward = self._remat(feedforward, llama.remat_mlp)
+        if not execution.remat_block:  # inside a rematerialised block another remat would run its part a third time
+            attention = self._remat(attention, execution.remat_attention)
+            feedforward = self._remat(feedforward, execution.remat_mlp)
         x_BTD, routing = self._layer_input(state[0]), state[1]
         attended_BTD, keys_values = attention(x_BTD)
         x_BTD = x_BTD + attended_BTD
@@ -281,38 +293,38 @@ class Model:
 
     def _between_layers(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream as it is handed from layer to layer, and saved for the backward."""
-        axes = {**ACTIVATION_AXES, "T": ("sp", "tp")} if self.config.llama.residual_over_tp else ACTIVATION_AXES
+        axes = {**ACTIVATION_AXES, "T": ("sp", "tp")} if self.execution.residual_over_tp else ACTIVATION_AXES
         return constrain(x_BTD, self.mesh, spec("B T D", axes))
 
     def _remat(self, function: Callable, policy: str) -> Callable:
         if not policy:
             return function
         # The scan over layers already keeps the compiler from undoing the recomputation.
-        return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not self.config.llama.scan_layers)
+        return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not self.execution.scan_layers)
 
     @property
     def dtype(self) -> jnp.dtype:
-        return COMPUTE_DTYPES[self.config.dtype]
+        return COMPUTE_DTYPES[self.compute_dtype]
 
     @property
     def mask(self) -> MaskSpec:
-        return MaskSpec(causal=True, window=self.config.llama.sliding_window)
+        return MaskSpec(causal=True, window=self.architecture.sliding_window)
 
     @property
     def _attention(self) -> dict[str, Any]:
         """The flags as attention.api names them."""
-        llama = self.config.llama
-        kernel = llama.attention_kernel
+        execution = self.execution
+        kernel = execution.attention_kernel
         return {
-            "strategy": llama.sequence_parallel if llama.attention_type.startswith("ring") else "none",
-            "local": ATTENTION_TYPES[llama.attention_type] if kernel == "auto" else kernel,
+            "strategy": execution.sequence_parallel if execution.attention_type.startswith("ring") else "none",
+            "local": ATTENTION_TYPES[execution.attention_type] if kernel == "auto" else kernel,
             "mask": self.mask,
-            "query_chunk_size": llama.scan_query_chunk_size,
-            "key_chunk_size": llama.scan_key_chunk_size,
-            "heads_k_stride": llama.heads_k_stride,
-            "ulysses_degree": llama.ulysses_degree,
-            "bidirectional": llama.ring_bidirectional,
-            "skip_hops": llama.ring_skip_hops,
+            "query_chunk_size": execution.scan_query_chunk_size,
+            "key_chunk_size": execution.scan_key_chunk_size,
+            "heads_k_stride": execution.heads_k_stride,
+            "ulysses_degree": execution.ulysses_degree,
+            "bidirectional": execution.ring_bidirectional,
+            "skip_hops": execution.ring_skip_hops,
         }
 
     @cached_property
@@ -321,33 +333,35 @@ class Model:
 
     @cached_property
     def _blockwise_layer(self) -> BlockwiseLayer:
-        llama = self.config.llama
-        assert llama.kv_heads_at_a_time is not None
-        frequency, scale = frequencies(llama), rope_scale(llama)
+        architecture, execution = self.architecture, self.execution
+        assert execution.kv_heads_at_a_time is not None
+        frequency, scale = frequencies(architecture), rope_scale(architecture)
 
         def operands(w, q_BTNH, k_BTKH, v_BTKH, position_BT):
-            return attention_operands(llama, w, q_BTNH, k_BTKH, v_BTKH, rotation(position_BT, frequency, scale))
+            return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, rotation(position_BT, frequency, scale))
 
         return BlockwiseLayer(
             mesh=self.mesh,
             shares=make_shares(self.mesh, **self._attention),
-            norm=partial(rms_norm, eps=llama.rms_norm_eps),
+            norm=partial(rms_norm, eps=architecture.rms_norm_eps),
             operands=operands,
             letters={name: param.get_metadata("dims") for name, param in self._declared["layers"].items()},
-            kv_heads=llama.kv_heads_at_a_time,
-            chunk_size=llama.scan_mlp_chunk_size if llama.scan_mlp else None,
+            kv_heads=execution.kv_heads_at_a_time,
+            chunk_size=execution.scan_mlp_chunk_size if execution.scan_mlp else None,
         )
 
     @cached_property
     def _feedforward(self) -> Callable[..., jax.Array]:
-        llama = self.config.llama
-        return make_feedforward(self.mesh, llama.scan_mlp_chunk_size if llama.scan_mlp else None)
+        execution = self.execution
+        return make_feedforward(self.mesh, execution.scan_mlp_chunk_size if execution.scan_mlp else None)
 
     @cached_property
     def _experts(self) -> Callable[..., jax.Array]:
-        llama = self.config.llama
-        return make_experts(self.mesh, llama.num_experts, llama.scan_mlp_chunk_size if llama.scan_mlp else None)
+        architecture, execution = self.architecture, self.execution
+        return make_experts(
+            self.mesh, architecture.num_experts, execution.scan_mlp_chunk_size if execution.scan_mlp else None
+        )
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
-        return make_token_stats(self.mesh, self.config.llama.loss_chunk_size)
+        return make_token_stats(self.mesh, self.execution.loss_chunk_size)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 from ringbpt.families import yarn_scale
 
 
-def frequencies(config: LlamaConfig) -> np.ndarray:
+def frequencies(config: Architecture) -> np.ndarray:
     """Radians a position, float32 [H/2]: theta ** (-2i/H), scaled as rope_scaling_type says.
 
     `linear` divides all by the factor; `llama3` divides those whose wavelength is longer than the trained context,
@@ -33,7 +33,7 @@ def frequencies(config: LlamaConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def _yarn_ramp(config: LlamaConfig) -> np.ndarray:
+def _yarn_ramp(config: Architecture) -> np.ndarray:
     """[H/2]: 0 for pairs that turn beta_fast times or more within the original length, 1 for beta_slow or less."""
     assert config.head_dim is not None
     H = config.head_dim
@@ -48,7 +48,7 @@ def _yarn_ramp(config: LlamaConfig) -> np.ndarray:
     return np.clip((np.arange(H // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
 
 
-def rope_scale(config: LlamaConfig) -> float:
+def rope_scale(config: Architecture) -> float:
     """The length of the rotated pairs: 1, but for yarn, which sharpens attention over a longer context by it."""
     if config.rope_scaling_type != "yarn":
         return 1.0

@@ -41,7 +41,10 @@ class Flops:
 
 def visible_pairs(config: Config) -> float:
     """(query, key) pairs of a batch whose rows are one document each."""
-    length, window = config.train_dataset.seq_length, config.llama.sliding_window or config.train_dataset.seq_length
+    length, window = (
+        config.train_dataset.seq_length,
+        config.architecture.sliding_window or config.train_dataset.seq_length,
+    )
     window = min(window, length)
     return config.train_dataset.batch_size * (window * (window + 1) / 2 + (length - window) * window)
 
@@ -53,24 +56,24 @@ def step_flops(config: Config) -> Flops:
     the scores; in the blockwise feedforward's gate and up; in the loss's the logits. A layer in blocks computes its
     projections again in the backward, and attention's operands for the policy's sake before.
     """
-    llama, d = config.llama, make_dims(config.llama)
+    architecture, execution, d = config.architecture, config.execution, make_dims(config.architecture)
     tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
     pairs = visible_pairs(config)
-    forward, dense = forward_flops(llama, tokens, pairs), forward_flops(llama, tokens, 0)
+    forward, dense = forward_flops(architecture, tokens, pairs), forward_flops(architecture, tokens, 0)
     attention = forward - dense
     loss = 2.0 * tokens * d.D * d.V
-    layers, feedforward = dense - loss, 2.0 * tokens * d.L * 3 * d.D * d.F * (llama.num_experts_per_tok or 1)
+    layers, feedforward = dense - loss, 2.0 * tokens * d.L * 3 * d.D * d.F * (architecture.num_experts_per_tok or 1)
     again = attention / 2 + loss  # the scores are half of attention's products
-    if llama.scan_mlp or llama.kv_heads_at_a_time:
+    if execution.scan_mlp or execution.kv_heads_at_a_time:
         again += feedforward * 2 / 3
-    if llama.kv_heads_at_a_time:
+    if execution.kv_heads_at_a_time:
         projected = 2.0 * tokens * d.L * d.D * d.H
         again += projected * (2 * d.N + 2 * d.K)  # queries, keys, values and output, in the backward itself
-        if llama.remat_block in NOTHING_SAVED:
+        if execution.remat_block in NOTHING_SAVED:
             again += attention + projected * (d.N + 2 * d.K)
-    elif llama.remat_block == "save_attention":
+    elif execution.remat_block == "save_attention":
         again += layers
-    elif llama.remat_block in NOTHING_SAVED:
+    elif execution.remat_block in NOTHING_SAVED:
         again += layers + attention
     return Flops(model=3 * forward, attention=3 * attention, recompute=again)
 
@@ -82,10 +85,10 @@ def balance(config: Config) -> float:
         return 1.0
     length = 16 * sp
     meta = TokenMeta(np.arange(length)[None], np.ones((1, length), int))
-    window = config.llama.sliding_window
+    window = config.architecture.sliding_window
     scaled = window and max(1, round(window * length / config.train_dataset.seq_length))
     mask = MaskSpec(window=scaled if window else None)
-    return count(meta, config.llama.sequence_layout, sp, mask, 1, 1).balance
+    return count(meta, config.execution.sequence_layout, sp, mask, 1, 1).balance
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def estimate(
         raise ValueError(f"nobody knows the peaks of {machine.name}")
     peak = machine.hardware.bf16_tflops * 1e12 / (FLOAT32_COST if config.dtype == "fp32" else 1)
     devices, uneven = len(machine.devices), balance(config)
-    again_attention = flops.attention / 6 * (3 if config.llama.remat_block in NOTHING_SAVED else 1)
+    again_attention = flops.attention / 6 * (3 if config.execution.remat_block in NOTHING_SAVED else 1)
     attention = (flops.attention + again_attention) * uneven / devices / peak
     dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
     attention_share = KERNEL_SHARE if kernel else BLOCKWISE_SHARE
@@ -179,9 +182,10 @@ def _assumptions(config, machine, attention_share, uneven, rates, permute, host)
         + (f", float32 products {FLOAT32_COST} times as long" if config.dtype == "fp32" else ""),
         f"matrix products reach {percent(MATMUL_SHARE)} of it, attention {percent(attention_share)}",
         "each row of the batch is one document, so every earlier token is visible"
-        if not config.llama.sliding_window
-        else f"each row of the batch is one document, a window of {config.llama.sliding_window} tokens is visible",
-        f"the slowest device has {uneven:.2f} times the average attention ({config.llama.sequence_layout} layout)",
+        if not config.architecture.sliding_window
+        else "each row of the batch is one document, "
+        f"a window of {config.architecture.sliding_window} tokens is visible",
+        f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
         f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
         "at best every other transfer hides, at worst none does: "
         + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in ("dp", "fsdp", "tp", "sp")),

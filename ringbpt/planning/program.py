@@ -65,11 +65,12 @@ def step_and_arguments(
 ) -> tuple[Any, tuple[TrainState, Batch], TrainState]:
     """(the jitted train step of the loop, its abstract arguments, which of the state is in the host's memory)."""
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
-    model = Model(config, mesh)
-    optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
-    step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
-    arguments = abstract_state(model, optimizer), abstract_batch(config, mesh)
-    return step, arguments, host_leaves(model, optimizer)
+    model = Model.of(config, mesh)
+    model.check_kernel(config.train_dataset.seq_length)
+    optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
+    step = make_train_step(config, model, OBJECTIVES[config.objective], optimizer, schedule)
+    arguments = abstract_state(config, model, optimizer), abstract_batch(config, mesh)
+    return step, arguments, host_leaves(config, model, optimizer)
 
 
 def compile_program(config: Config, machine: Topology) -> Program:

@@ -43,7 +43,7 @@ def find(
     def plan(units: int) -> Plan:
         tree.train_dataset[source][what] = units * unit
         if what == "seq_length":
-            tree.llama.max_sequence_length = max(units * unit, start.llama.max_sequence_length)
+            tree.llama.max_sequence_length = max(units * unit, start.architecture.max_sequence_length)
         made = make_plan(parse(tree, len(machine.devices)), machine)
         verdict = "fits" if made.fits else "too much"
         say(f"{what}={units * unit:,}: {size(made.program.total)} of {size(machine.memory or 0)}, {verdict}")
@@ -85,7 +85,7 @@ def suggest(tree: ConfigDict, machine: Topology) -> Iterator[tuple[str, Plan]]:
             config = parse(changed, len(machine.devices))
         except UserError:
             continue
-        if config != current and not (config.llama.residual_over_tp and config.mesh_shape[2] == 1):
+        if config != current and not (config.execution.residual_over_tp and config.mesh_shape[2] == 1):
             yield " ".join(f"--{name}={value}" for name, value in change.items()), make_plan(config, machine)
 
 
@@ -95,9 +95,9 @@ def _unit(config: Config, what: str) -> tuple[int, int]:
     if what == "batch_size":
         unit = dp * fsdp * config.optimizer.accumulate_gradient_steps
         return unit, max(1, config.train_dataset.batch_size // unit)
-    llama = config.llama
+    execution = config.execution
     # A device's tokens: whole chunks, and an even number of them (zigzag).
-    chunk = max(llama.loss_chunk_size, llama.scan_mlp_chunk_size if llama.scan_mlp else 1, 2)
+    chunk = max(execution.loss_chunk_size, execution.scan_mlp_chunk_size if execution.scan_mlp else 1, 2)
     return sp * chunk, max(1, config.train_dataset.seq_length // (sp * chunk))
 
 

@@ -22,7 +22,7 @@ import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.config import CheckpointerConfig, LlamaConfig, UserError
+from ringbpt.config import Architecture, CheckpointerConfig, UserError
 from ringbpt.convert.hf import is_own, load_folder
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Array, Params, PyTree
@@ -224,8 +224,7 @@ def load_checkpoint(
     spec: str,
     abstract_params: Params,
     abstract_opt_state: PyTree | None = None,
-    layer_axis: int = 0,
-    llama: LlamaConfig | None = None,
+    architecture: Architecture | None = None,
 ) -> LoadedState:
     """Read what `--load_checkpoint=PREFIX::PATH` names, straight onto the mesh.
 
@@ -233,19 +232,22 @@ def load_checkpoint(
     data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
     folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
     (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
-    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote; both need `llama`.
+    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote; both need `architecture`.
 
-    abstract_*: ShapeDtypeStructs with shardings. layer_axis: where stacked weights have L (llama.param_scan_axis).
+    abstract_*: ShapeDtypeStructs with shardings. architecture: the model's, whose param_scan_axis says where stacked
+    weights have L.
     Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
     missing, has no place or has another shape.
     """
     prefix, path = find_checkpoint(spec)
+    architecture = architecture or Architecture()
     where, name = f"--load_checkpoint={spec}", spec.partition("::")[2]
     if prefix == "huggingface" or (prefix == "params" and is_own(path)):
-        assert llama is not None
-        return LoadedState(load_folder(path, llama, abstract_params))
+        return LoadedState(load_folder(path, architecture, abstract_params))
     if path.is_file():
-        params = _load_original(path, where, prefix.startswith("trainstate"), abstract_params, layer_axis)
+        params = _load_original(
+            path, where, prefix.startswith("trainstate"), abstract_params, architecture.param_scan_axis
+        )
         note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
         return LoadedState(params, note=note if prefix == "trainstate" else "")
     if prefix == "flax_params":

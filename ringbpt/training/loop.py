@@ -44,10 +44,11 @@ def train(config: Config) -> Path:
     tokenizer = make_tokenizer(config.tokenizer)
     loader = _loader(config, config.train_dataset, tokenizer, "train_dataset")
     eval_loader = _loader(config, config.eval_dataset, tokenizer, "eval_dataset") if config.eval_steps else None
-    model = Model(config, mesh)
-    optimizer, schedule = make_optimizer(config.optimizer, config.llama.param_scan_axis)
+    model = Model.of(config, mesh)
+    model.check_kernel(config.train_dataset.seq_length)
+    optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpointer)
-    state, data_step = first_state(model, optimizer, checkpointer, loader.fingerprint)
+    state, data_step = first_state(config, model, optimizer, checkpointer, loader.fingerprint)
     start = int(state.step)
     say(_describe(config, loader, eval_loader, run_dir, start))
 
@@ -60,8 +61,8 @@ def train(config: Config) -> Path:
         writer.progress(int(row["step"]), row)
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
-    train_step = make_train_step(model, OBJECTIVES[config.objective], optimizer, schedule)
-    eval_step = make_eval_step(model, OBJECTIVES[config.objective])
+    train_step = make_train_step(config, model, OBJECTIVES[config.objective], optimizer, schedule)
+    eval_step = make_eval_step(config, model, OBJECTIVES[config.objective])
     probe = make_probe(config, model, tokenizer, run_dir)
     batches = Delivery(
         lambda step: _put(config, model, loader, data_step + step - start), range(start, config.total_steps)
@@ -107,13 +108,13 @@ def _start_writing(config: Config, run_dir: Path, start: int) -> MetricsWriter:
 
 
 def _loader(config: Config, dataset: DatasetConfig, tokenizer: Any, flag: str) -> Loader:
-    vocab_size = config.llama.vocab_size
+    vocab_size = config.architecture.vocab_size
     return make_loader(dataset, tokenizer, seed=config.seed, vocab_size=vocab_size, flag=flag)
 
 
 def _put(config: Config, model: Model, loader: Loader, step: int) -> Batch:
     shape = (loader.batch_size, loader.seq_length)
-    return put_batch(lambda a, b: loader.rows(step, a, b), shape, model.mesh, config.llama.sequence_layout)
+    return put_batch(lambda a, b: loader.rows(step, a, b), shape, model.mesh, config.execution.sequence_layout)
 
 
 def _evaluate(
@@ -157,12 +158,12 @@ def _run_dir(config: Config) -> Path:
 
 
 def _describe(config: Config, loader: Loader, eval_loader: Loader | None, run_dir: Path, start: int) -> str:
-    llama = config.llama
+    execution = config.execution
     mesh = ",".join(map(str, config.mesh_shape))
     lines = [
         f"run    {run_dir}" + (f", from step {start}" if start else ""),
         f"mesh   dp,fsdp,tp,sp = {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"{llama.attention_type}, {llama.sequence_layout} layout, {config.dtype}",
+        f"{execution.attention_type}, {execution.sequence_layout} layout, {config.dtype}",
         f"data   {loader.describe()}",
         describe(config, jax.devices()[0].device_kind),
     ]

@@ -73,17 +73,17 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
     arrays are not alive at that moment has 0. platform: whose compiler, tpu, cuda or cpu. No device is needed, whatever
     the mesh. Raises NotImplementedError for programs that it has no count of.
     """
-    llama = config.llama
-    if not (llama.remat_block in COUNTED_POLICIES and llama.scan_mlp and llama.scan_layers):
+    architecture, execution = config.architecture, config.execution
+    if not (execution.remat_block in COUNTED_POLICIES and execution.scan_mlp and execution.scan_layers):
         raise NotImplementedError(
             "the account of memory is of --llama.scan_layers with --llama.scan_mlp and "
             "--llama.remat_block=nothing_saveable, save_attention or offload_inputs"
         )
-    if llama.num_experts:
+    if architecture.num_experts:
         raise NotImplementedError("the account of memory is of a dense feedforward: --llama.num_experts=0")
-    if not llama.attention_type.endswith("blockwise"):
+    if not execution.attention_type.endswith("blockwise"):
         raise NotImplementedError("the account of memory is of --llama.attention_type=blockwise or ring_blockwise")
-    if config.mesh_shape[3] > 1 and llama.sequence_parallel != "ring":
+    if config.mesh_shape[3] > 1 and execution.sequence_parallel != "ring":
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
     stored = _stored(config)
     moments = [_layer_moment(config, rows, seq_length, platform), _loss_moment(config, rows, seq_length)]
@@ -97,11 +97,11 @@ def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
     every micro-batch, of which all but one add them up there; the update reads gradients twice (for their norm first),
     weights and the optimizer's state once, and writes the latter two.
     """
-    llama, optimizer, state = config.llama, config.optimizer, _abstract_state(config)
+    execution, optimizer, state = config.execution, config.optimizer, _abstract_state(config)
     meanwhile = after = 0
     micros = optimizer.accumulate_gradient_steps
-    if llama.remat_block == "offload_inputs":
-        kept = replace(config, llama=replace(llama, remat_block="nothing_saveable"))
+    if execution.remat_block == "offload_inputs":
+        kept = replace(config, execution=replace(execution, remat_block="nothing_saveable"))
         meanwhile += 2 * _saved(kept, rows, seq_length) * micros
     if optimizer.offload_params:
         meanwhile += _shard_bytes(state.params) * micros * (3 if micros == 1 else 6)
@@ -144,9 +144,13 @@ def _stored(config: Config) -> dict[str, int]:
 
 
 def _abstract_state(config: Config) -> TrainState:
-    model = Model(config, AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
-    optimizer, _ = make_optimizer(config.optimizer, config.llama.param_scan_axis)
-    return abstract_state(model, optimizer)
+    model = Model(
+        config.architecture,
+        config.execution,
+        AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)),
+    )
+    optimizer, _ = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
+    return abstract_state(config, model, optimizer)
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -162,11 +166,11 @@ def _sizes(config: Config, rows: int, seq_length: int) -> tuple[int, int, int, i
 
 def _saved(config: Config, rows: int, seq_length: int) -> int:
     b, t, tp, size = _sizes(config, rows, seq_length)
-    d = make_dims(config.llama)
-    saved = b * t * d.D * size // (tp if config.llama.residual_over_tp else 1)
-    if config.llama.remat_block == "offload_inputs":
+    d = make_dims(config.architecture)
+    saved = b * t * d.D * size // (tp if config.execution.residual_over_tp else 1)
+    if config.execution.remat_block == "offload_inputs":
         return saved * OFFLOADED_LAYERS
-    if config.llama.remat_block == "save_attention":
+    if config.execution.remat_block == "save_attention":
         saved += b * t * d.N // tp * (d.H * size + 4)  # out, and lse in float32
     return d.L * saved
 
@@ -174,23 +178,23 @@ def _saved(config: Config, rows: int, seq_length: int) -> int:
 def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
     """In a layer, going back: the loss is done, but its weight's gradient is not yet scattered."""
     b, t, tp, size = _sizes(config, rows, seq_length)
-    llama, d = config.llama, make_dims(config.llama)
+    execution, d = config.execution, make_dims(config.architecture)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
     arrays, projections = ARRAYS[platform], 2 * d.D * (query + key)
     if config.mesh_shape[3] == 1:
         arrays = replace(arrays, **KEYS_ALONE)
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
     gathered = size if config.optimizer.accumulate_gradient_steps > 1 else 0
-    if llama.kv_heads_at_a_time:
-        part = llama.kv_heads_at_a_time * tp / d.K
-        away = llama.remat_block == "offload_inputs"  # then the input is one of those on their way from the host
+    if execution.kv_heads_at_a_time:
+        part = execution.kv_heads_at_a_time * tp / d.K
+        away = execution.remat_block == "offload_inputs"  # then the input is one of those on their way from the host
         a_token = (d.D * (BLOCK_MODEL - away) + query * BLOCK_QUERY + key * BLOCK_KEY) * size
         a_token += int(part * _token_bytes(GROUP, d.D, query, key, size))
         weights = (3 * d.D * feedforward + projections) * (size + FEEDFORWARD_SUMS * 4)
     else:
         a_token = _token_bytes(arrays, d.D, query, key, size)
         weights = 3 * d.D * feedforward * (size + FEEDFORWARD_SUMS * 4) + projections * size
-    chunk = b * min(llama.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
+    chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
         "unembedding": d.D * d.V // tp * (gathered + 4),
@@ -209,11 +213,11 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
 def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
     b, t, tp, size = _sizes(config, rows, seq_length)
-    d = make_dims(config.llama)
+    d = make_dims(config.architecture)
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
         "unembedding": d.D * d.V // tp * (size + UNEMBEDDING_SUMS * 4),
-        "loss chunk": b * min(config.llama.loss_chunk_size, t) * d.V // tp * 4,
+        "loss chunk": b * min(config.execution.loss_chunk_size, t) * d.V // tp * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
     }

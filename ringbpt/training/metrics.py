@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from ringbpt import hardware
-from ringbpt.config import Config, UserError
+from ringbpt.config import Config, UserError, to_dict
 from ringbpt.model.flops import forward_flops
 
 Row = dict[str, float | int]
@@ -182,7 +182,7 @@ class Clock:
         speeds["data_wait"] = self.take_waited() / seconds
         device = hardware.find(jax.devices()[0].device_kind)
         if device is not None:
-            flops = 3 * forward_flops(self.config.llama, self._counts["tokens"], self._counts["pairs"])
+            flops = 3 * forward_flops(self.config.architecture, self._counts["tokens"], self._counts["pairs"])
             speeds["mfu"] = flops / seconds / (device.bf16_tflops * 1e12 * jax.device_count())
         return speeds
 
@@ -275,5 +275,5 @@ def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:
         group=name if config.log_all_worker else None,
         notes=config.logger.experiment_note or None,
         dir=str(run_dir),
-        config=dataclasses.asdict(config),
+        config=to_dict(config),
     )

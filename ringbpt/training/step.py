@@ -38,22 +38,21 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_totals(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
+def make_totals(config: Config, model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
     """totals(params, batch) -> (gradients of the loss's total, the objective's means), summed over micro-batches and
     shards; to be jitted by the caller. Gradients live where their params do, on the device or in the host's memory.
     """
-    config = model.config
     count = config.optimizer.accumulate_gradient_steps
 
     def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Means]:
         stats = model.token_stats(params, batch)
-        means = objective(stats, batch, config) | batch_facts(batch, config.llama.sliding_window)
+        means = objective(stats, batch, config) | batch_facts(batch, config.architecture.sliding_window)
         if stats.balance_BT is None:
             return means["loss"].total, means
         # In proportion to the loss's own weight, so that both are divided by it. The shares of the experts are those
         # of a micro-batch: this part of the loss, and only this, depends on how a batch is split.
         balance = Mean(jnp.sum(stats.balance_BT), jnp.sum((batch.segment_BT != 0).astype(jnp.float32)))
-        scale = config.llama.router_aux_loss_coef * means["loss"].weight
+        scale = config.architecture.router_aux_loss_coef * means["loss"].weight
         return means["loss"].total + scale * balance.value(), means | {"router_balance": balance}
 
     def totals(params: Params, batch: Batch) -> tuple[Params, Means]:
@@ -77,14 +76,16 @@ def make_totals(model: Model, objective: Objective) -> Callable[[Params, Batch],
     return summed
 
 
-def make_gradients(model: Model, objective: Objective) -> Callable[[Params, Batch], tuple[Params, Means]]:
+def make_gradients(
+    config: Config, model: Model, objective: Objective
+) -> Callable[[Params, Batch], tuple[Params, Means]]:
     """gradients(params, batch) -> (gradients of the mean loss, the objective's means); to be jitted by the caller.
 
     The loss is a total over a total weight; both are summed over micro-batches and shards before the one division,
     so accumulation, packing and the mesh don't change the numbers. Without any weight the gradients are zero. Params
     are on the device.
     """
-    totals = make_totals(model, objective)
+    totals = make_totals(config, model, objective)
 
     def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
         grads, means = totals(params, batch)
@@ -99,28 +100,32 @@ def _divisor(means: Means) -> jax.Array:
 
 
 def make_train_step(
-    model: Model, objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    config: Config,
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted; the old state is donated.
 
     A batch without any weight changes nothing but what the optimizer does on a zero gradient.
     """
-    totals, config = make_totals(model, objective), model.config.optimizer
-    shardings, offloaded = state_shardings(model, optimizer), host_leaves(model, optimizer)
-    by_layer = model.config.llama.param_scan_axis == 0 and config.is_layerwise
+    totals = make_totals(config, model, objective)
+    shardings, offloaded = state_shardings(config, model, optimizer), host_leaves(config, model, optimizer)
+    by_layer = config.architecture.param_scan_axis == 0 and config.optimizer.is_layerwise
 
     def update(grads: Params, state: TrainState, divisor: jax.Array) -> tuple[Params, PyTree, dict[str, jax.Array]]:
         """(params, opt_state, {the norms of the gradients and of the params})."""
-        if config.offload_params or config.offload_state:
+        if config.optimizer.offload_params or config.optimizer.offload_state:
             norm = offload.norm(grads) / divisor
-            factor = clip_factor(config, norm) / divisor
+            factor = clip_factor(config.optimizer, norm) / divisor
             params, opt_state, param_norm = offload.update(
                 optimizer, grads, state.opt_state, state.params, factor, by_layer
             )
             return params, opt_state, {"gradient_norm": norm, "param_norm": param_norm}
         grads = jax.tree.map(lambda g: g / divisor, grads)
         norm = optax.tree.norm(grads)
-        factor = clip_factor(config, norm)
+        factor = clip_factor(config.optimizer, norm)
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: factor * g, grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return params, opt_state, {"gradient_norm": norm, "param_norm": optax.tree.norm(params)}
@@ -140,6 +145,6 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, keep_unused=True, out_shardings=(shardings, None), compiler_options=options)
 
 
-def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:
+def make_eval_step(config: Config, model: Model, objective: Objective) -> Callable[[Params, Batch], Means]:
     """eval_step(params, batch) -> Means, jitted: add those of several batches, then take their value once."""
-    return jax.jit(lambda params, batch: objective(model.token_stats(params, batch), batch, model.config))
+    return jax.jit(lambda params, batch: objective(model.token_stats(params, batch), batch, config))

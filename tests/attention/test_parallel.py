@@ -18,13 +18,14 @@ from ringbpt.attention.layouts import LAYOUTS, inverse
 from ringbpt.attention.local import reference
 from ringbpt.attention.parallel.ring import needed_hops
 from ringbpt.attention.work import count
-from ringbpt.config import Config, LlamaConfig
+from ringbpt.config import Config
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
 from ringbpt.training.step import make_gradients
 from ringbpt.types import Batch, TokenMeta
 from tests.attention.suite import arrays, packed_meta
+from tests.flags import llama_flags
 
 LENGTH, HEAD_DIM = 96, 16
 BLOCKS = {"query_chunk_size": 6, "key_chunk_size": 4}
@@ -290,17 +291,16 @@ def test_a_longer_ring_takes_no_more_memory(sizes, kv_heads, dtype, options):
 @pytest.mark.parametrize(("policy", "forwards"), [("save_attention", 1), ("nothing_saveable", 2)])
 def test_attention_is_computed_no_more_often_than_asked(policy, forwards):
     """In the gradient of a scanned, rematerialised model, a layer: its bodies are one layer each."""
-    llama = LlamaConfig(
+    llama = llama_flags(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, attention_type="ring_blockwise", sequence_layout="zigzag",
         remat_block=policy,
     )  # fmt: skip
-    model = Model(
-        Config(dtype="fp32", mesh_shape=(1, 1, 1, 2), llama=llama), make_mesh((1, 1, 1, 2), devices=jax.devices()[:2])
-    )
+    config = Config(dtype="fp32", mesh_shape=(1, 1, 1, 2), **llama)
+    model = Model.of(config, make_mesh((1, 1, 1, 2), devices=jax.devices()[:2]))
     ints, floats = (jax.ShapeDtypeStruct((1, 64), dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(ints, ints, floats, ints, ints)
-    program = jax.make_jaxpr(make_gradients(model, OBJECTIVES["sft"]))(model.abstract_params, batch)
+    program = jax.make_jaxpr(make_gradients(config, model, OBJECTIVES["sft"]))(model.abstract_params, batch)
     rings = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "shard_map"]
     rings = [eqn for eqn in rings if "ppermute" in {e.primitive.name for e in equations(eqn.params["jaxpr"])}]
     # A forward gives out and lse (where that is needed), a backward three gradients.

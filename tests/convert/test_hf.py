@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models
 
 from ringbpt import generate, train
 from ringbpt.config import (
+    Architecture,
     CheckpointerConfig,
-    LlamaConfig,
+    Config,
     TokenizerConfig,
     UserError,
     parse,
@@ -23,8 +24,8 @@ from ringbpt.config import (
     run_main,
     to_dict,
 )
+from ringbpt.config_checks import complete
 from ringbpt.convert.hf import (
-    complete,
     layouts,
     load_folder,
     open_huggingface,
@@ -92,7 +93,7 @@ def test_there_and_back_is_the_same_bits(case, tmp_path, capsys):
     assert (tmp_path / "back" / "generation_config.json").read_text() == '{"eos_token_id": [1, 2]}'
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
     before = json.loads((source / "config.json").read_text())
-    after, before = (complete(replace(LlamaConfig(), **llama_fields(x, ""))) for x in (settings, before))
+    after, before = (complete(replace(Architecture(), **llama_fields(x, ""))) for x in (settings, before))
     assert after == before
     assert settings["torch_dtype"] == settings["dtype"] == ("float32" if case == "llama" else "bfloat16")
 
@@ -134,11 +135,16 @@ def test_a_trained_run_goes_to_hugging_face(tmp_path):
     saver = Checkpointer(run / "checkpoints", CheckpointerConfig(float_dtype="fp32"))
     saver.save(3, params, None, {}, False)
     saver.close()
-    config = replace(model.config, tokenizer=TokenizerConfig("bytes"), load_checkpoint=f"huggingface::{source}")
+    config = Config(
+        architecture=model.architecture,
+        execution=model.execution,
+        tokenizer=TokenizerConfig("bytes"),
+        load_checkpoint=f"huggingface::{source}",
+    )
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     assert jax2hf(f"--load_checkpoint=params::{run}", f"--output_dir={tmp_path}/back") == 0
     same(tensors(source), tensors(tmp_path / "back"))
-    assert load.describe_checkpoint(f"params::{run}").llama == model.config.llama
+    assert load.describe_checkpoint(f"params::{run}").architecture == model.architecture
 
 
 def test_each_device_reads_its_own_bytes(tmp_path):
@@ -164,8 +170,12 @@ def test_the_model_of_a_folder_becomes_the_flags(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     spec = f"--load_checkpoint=huggingface::{tmp_path}"
     config = parse(parse_args([spec, "--llama.max_sequence_length=4096", "--mesh_dim=1,1,1,1"]), 1)
-    assert config.llama.rope_scaling_type == "llama3"
-    assert (config.llama.hidden_size, config.llama.head_dim, config.llama.max_sequence_length) == (32, 16, 4096)
+    assert config.architecture.rope_scaling_type == "llama3"
+    assert (config.architecture.hidden_size, config.architecture.head_dim, config.architecture.max_sequence_length) == (
+        32,
+        16,
+        4096,
+    )
     assert config.tokenizer.vocab_file == str(tmp_path)
 
 
@@ -187,12 +197,12 @@ def test_both_generations_of_config_json(key):
 
 
 def test_a_family_is_told_by_its_features():
-    assert family_of(LlamaConfig())[0] == "LlamaForCausalLM"
-    assert family_of(LlamaConfig(sliding_window=8))[0] == "MistralForCausalLM"
-    assert family_of(LlamaConfig(num_experts=4))[0] == "MixtralForCausalLM"
-    assert family_of(LlamaConfig(qkv_bias=True))[0] == "Qwen2ForCausalLM"
+    assert family_of(Architecture())[0] == "LlamaForCausalLM"
+    assert family_of(Architecture(sliding_window=8))[0] == "MistralForCausalLM"
+    assert family_of(Architecture(num_experts=4))[0] == "MixtralForCausalLM"
+    assert family_of(Architecture(qkv_bias=True))[0] == "Qwen2ForCausalLM"
     with pytest.raises(UserError, match="qk_norm and qkv_bias"):
-        family_of(LlamaConfig(qkv_bias=True, qk_norm=True))
+        family_of(Architecture(qkv_bias=True, qk_norm=True))
 
 
 def test_transposing_in_tiles_is_transposing():
@@ -377,7 +387,7 @@ def test_transformers_reads_our_config(case, tmp_path):
     from transformers import AutoConfig
 
     restore(case, tmp_path)
-    llama = complete(replace(LlamaConfig(), **llama_fields(json.loads((tmp_path / "config.json").read_text()), "")))
+    llama = complete(replace(Architecture(), **llama_fields(json.loads((tmp_path / "config.json").read_text()), "")))
     theirs = AutoConfig.from_pretrained(tmp_path).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(hf_settings(llama, "float32")))
     ours = AutoConfig.from_pretrained(tmp_path).to_dict()
@@ -394,6 +404,6 @@ def test_folders_of_ours_load(tmp_path):
     restore("qwen2", tmp_path / "hf")
     to_ours(tmp_path / "hf", tmp_path / "ours")
     model, params = load.load_model(f"params::{tmp_path}/ours", (1, 1, 1, 1))
-    direct = load_folder(tmp_path / "hf", model.config.llama, model.abstract_params)
+    direct = load_folder(tmp_path / "hf", model.architecture, model.abstract_params)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(direct), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringbpt.config import Config, LlamaConfig
+from ringbpt.config import Config
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch
+from tests.flags import llama_flags
 
 LLAMA = {
     "vocab_size": 64,
@@ -31,18 +32,18 @@ LLAMA = {
 
 
 def make_model(mesh_shape=(1, 1, 1, 1), dtype="fp32", **llama) -> Model:
-    config = Config(dtype=dtype, mesh_shape=mesh_shape, llama=LlamaConfig(**LLAMA | llama))
-    return Model(config, make_mesh(mesh_shape))
+    config = Config(dtype=dtype, mesh_shape=mesh_shape, **llama_flags(**LLAMA | llama))
+    return Model.of(config, make_mesh(mesh_shape))
 
 
 def make_batch(model: Model, rows=2, length=32, seed=0) -> Batch:
     """Two documents a row; the first 4 places of each take no loss."""
     rng = np.random.default_rng(seed)
-    token, target = rng.integers(0, model.config.llama.vocab_size, (2, rows, length)).astype(np.int32)
+    token, target = rng.integers(0, model.architecture.vocab_size, (2, rows, length)).astype(np.int32)
     position = np.tile(np.concatenate([np.arange(length - 12), np.arange(12)]).astype(np.int32), (rows, 1))
     segment = np.tile(np.repeat([1, 2], [length - 12, 12]).astype(np.int32), (rows, 1))
     host = Batch(token, target, (position >= 4).astype(np.float32), position, segment)
-    layout = model.config.llama.sequence_layout
+    layout = model.execution.sequence_layout
     return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), (rows, length), model.mesh, layout)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringbpt.config import LlamaConfig
+from ringbpt.config import Architecture
 from ringbpt.model.experts import Choice, Routing, balance_loss, choose, mixture
 
 
@@ -26,7 +26,7 @@ def test_no_token_is_dropped_however_uneven_the_loads():
 
 def test_balance_loss():
     """E sum_e f_e P_e over real tokens and all layers; X at uniform probabilities and even loads."""
-    llama = LlamaConfig(num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
+    llama = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
     real = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
@@ -39,6 +39,6 @@ def test_balance_loss():
     share = np.array([(chosen == e).sum() for e in range(4)]) / (3 * real.sum())
     np.testing.assert_allclose(got, 4 * np.sum(share * p.mean((0, 1))), rtol=1e-5)
     even = Choice(None, jnp.array([[[0, 1], [2, 3]]]), jnp.full((1, 2, 4), 0.25))
-    one = LlamaConfig(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
+    one = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
     loss = balance_loss(one, Routing.zeros(one, (1, 2)).add(even), jnp.ones((1, 2), bool))
     np.testing.assert_allclose(loss, 2.0)

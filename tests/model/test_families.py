@@ -3,7 +3,6 @@
 What `make test` compares with is golden/families.npz; with torch at hand (slow) transformers is asked itself.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import pytest
 
 from ringbpt.attention import permutation
 from ringbpt.attention.layouts import inverse
-from ringbpt.config import Config
+from ringbpt.config import Execution
 from ringbpt.convert.hf import layouts, load_folder, open_huggingface
 from ringbpt.families import rows_for
 from ringbpt.mesh import make_mesh, put_batch
@@ -44,8 +43,7 @@ COVER = [
 
 def make_model(folder: Path, program: str) -> Model:
     mesh_shape, flags = PROGRAMS[program]
-    llama = replace(open_huggingface(folder)[2], **flags)
-    return Model(Config(dtype="fp32", mesh_shape=mesh_shape, llama=llama), make_mesh(mesh_shape))
+    return Model(open_huggingface(folder)[2], Execution(**flags), make_mesh(mesh_shape))
 
 
 def make_batch(model: Model, packed: bool) -> Batch:
@@ -69,14 +67,14 @@ def make_batch(model: Model, packed: bool) -> Batch:
         np.stack([row(numbers, of) for numbers in rows]) for of in ("token", "target", "weight", "position", "segment")
     ]
     host = Batch(*columns)
-    layout = model.config.llama.sequence_layout
+    layout = model.execution.sequence_layout
     return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), columns[0].shape, model.mesh, layout)
 
 
 def check(folder: Path, want: dict[str, np.ndarray], program: str, packed: bool) -> None:
     model = make_model(folder, program)
-    llama = model.config.llama
-    params = load_folder(folder, llama, model.abstract_params)
+    architecture = model.architecture
+    params = load_folder(folder, architecture, model.abstract_params)
     batch = make_batch(model, packed)
 
     def loss(params):
@@ -85,14 +83,16 @@ def check(folder: Path, want: dict[str, np.ndarray], program: str, packed: bool)
         return -jnp.sum(stats.logp_BT * batch.weight_BT) / jnp.sum(batch.weight_BT), hidden_BTD
 
     grads, hidden_BTD = jax.jit(jax.grad(loss, has_aux=True))(params)
-    to_text = inverse(permutation(llama.sequence_layout, sum(LENGTHS), model.mesh.shape["sp"]))
+    to_text = inverse(permutation(model.execution.sequence_layout, sum(LENGTHS), model.mesh.shape["sp"]))
     hidden = np.asarray(hidden_BTD, np.float64)[:, to_text]
     if not packed:
         hidden = np.concatenate([hidden[row, : LENGTHS[row]] for row in range(2)])[None]
     logits = hidden[0] @ np.asarray(model.unembed(params), np.float64)
     np.testing.assert_allclose(logits, want["logits"], rtol=0, atol=2e-5)
     compared = set()
-    for layout in layouts(rows_for(open_huggingface(folder)[1], llama), llama, llama.param_scan_axis):
+    for layout in layouts(
+        rows_for(open_huggingface(folder)[1], architecture), architecture, architecture.param_scan_axis
+    ):
         ours = grads
         for part in layout.row.ours.split("."):
             ours = ours[part]

@@ -76,7 +76,7 @@ def make_batch(case: str, model) -> Batch:
     position = np.concatenate([np.arange(len(doc)) for doc in docs])[None].astype(np.int32)
     segment = np.concatenate([np.full(len(doc), i + 1) for i, doc in enumerate(docs)])[None].astype(np.int32)
     host = Batch(token, target, weight, position, segment)
-    return put_batch(lambda *rows: host, token.shape, model.mesh, model.config.llama.sequence_layout)
+    return put_batch(lambda *rows: host, token.shape, model.mesh, model.execution.sequence_layout)
 
 
 # The plainest program there is, and the one that users run: what they share is the model itself.

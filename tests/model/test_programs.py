@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringbpt.config import AdamWConfig, Config, LlamaConfig, OptimizerConfig
+from ringbpt.config import AdamWConfig, Config, OptimizerConfig
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
@@ -15,28 +15,29 @@ from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import abstract_state
 from ringbpt.training.step import make_train_step
 from ringbpt.types import Batch
+from tests.flags import llama_flags
 
 VOCAB, LENGTH, CHUNK = 1088, 2048, 64  # sizes that no other dim shares
 
 
-def compile_step(mesh_shape, llama: LlamaConfig, rows: int, length: int, dtype="fp32"):
+def compile_step(mesh_shape, llama: dict, rows: int, length: int, dtype="fp32"):
     """The loop's own train step, compiled from abstract arrays: nothing is allocated."""
     config = Config(
         dtype=dtype,
         mesh_shape=mesh_shape,
-        llama=llama,
+        **llama,
         optimizer=OptimizerConfig(adamw_optimizer=AdamWConfig(lr_warmup_steps=1)),
     )
-    model = Model(config, make_mesh(mesh_shape))
+    model = Model.of(config, make_mesh(mesh_shape))
     optimizer, schedule = make_optimizer(config.optimizer)
-    step = make_train_step(model, OBJECTIVES["sft"], optimizer, schedule)
+    step = make_train_step(config, model, OBJECTIVES["sft"], optimizer, schedule)
     ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    return step.lower(abstract_state(model, optimizer), Batch(ints, ints, floats, ints, ints)).compile()
+    return step.lower(abstract_state(config, model, optimizer), Batch(ints, ints, floats, ints, ints)).compile()
 
 
 @pytest.fixture(scope="module")
 def program() -> str:
-    llama = LlamaConfig(
+    llama = llama_flags(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, head_dim=16, attention_type="ring_blockwise", sequence_layout="contiguous",
         scan_query_chunk_size=CHUNK, scan_key_chunk_size=CHUNK, scan_mlp=True, scan_mlp_chunk_size=CHUNK,

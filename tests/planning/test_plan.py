@@ -157,17 +157,19 @@ def test_arithmetic_is_our_own_count():
     config = config_of("--llama.remat_block=nothing_saveable")
     pairs = visible_pairs(config)
     assert pairs == 4 * 512 * 513 / 2
-    tokens, llama = 4 * 512, config.llama
+    tokens, architecture = 4 * 512, config.architecture
     flops = step_flops(config)
-    assert flops.model == 3 * forward_flops(llama, tokens, pairs)
-    assert flops.attention == 3 * 4 * pairs * llama.num_hidden_layers * llama.hidden_size
+    assert flops.model == 3 * forward_flops(architecture, tokens, pairs)
+    assert flops.attention == 3 * 4 * pairs * architecture.num_hidden_layers * architecture.hidden_size
     saved = step_flops(config_of("--llama.remat_block=save_attention"))
     assert flops.recompute - saved.recompute == flops.attention / 3
     blocks, kept = (
         step_flops(config_of(f"--llama.remat_block={policy}", "--llama.kv_heads_at_a_time=1"))
         for policy in ("nothing_saveable", "save_attention")
     )
-    projected = 3 * 2 * tokens * llama.num_hidden_layers * llama.hidden_size**2  # queries, keys and values
+    projected = (
+        3 * 2 * tokens * architecture.num_hidden_layers * architecture.hidden_size**2
+    )  # queries, keys and values
     assert blocks.recompute - kept.recompute == pytest.approx(flops.attention / 3 + projected)
     windowed = config_of("--llama.sliding_window=8")
     assert visible_pairs(windowed) == 4 * (8 * 9 / 2 + 504 * 8)
@@ -185,7 +187,7 @@ def test_what_travels_to_the_host_and_back_is_counted():
     flags = "--llama.remat_block=offload_inputs", "--optimizer.offload_params", "--optimizer.offload_state"
     held = account(config, 4, 512)
     meanwhile, after = host_traffic(config_of(*flags), 4, 512)
-    assert meanwhile == 2 * (2 * 4 * 64 * config.llama.hidden_size * 4) + 3 * held["params"]
+    assert meanwhile == 2 * (2 * 4 * 64 * config.architecture.hidden_size * 4) + 3 * held["params"]
     assert after == 4 * held["params"] + 2 * held["optimizer"]
     meanwhile, _ = host_traffic(config_of(*flags[1:], "--optimizer.accumulate_gradient_steps=2"), 4, 512)
     assert meanwhile == 2 * 6 * held["params"]
@@ -314,7 +316,7 @@ def test_suggestions_are_changes_that_the_model_and_the_mesh_allow(monkeypatch):
     assert "--optimizer.offload_state=True --optimizer.offload_params=True" in flags
     assert "--llama.remat_block=nothing_saveable" not in flags  # it is so already
     assert not any("residual_over_tp" in text for text in flags)  # tp is 1
-    assert len(planned) == len(flags) and planned[0].llama.remat_block == "save_attention"
+    assert len(planned) == len(flags) and planned[0].execution.remat_block == "save_attention"
     with_tp = parse_args([*SMALL, "--mesh_dim=1,1,2,4", "--llama.remat_block=nothing_saveable"])
     assert "--llama.residual_over_tp=True" in [flags for flags, _ in search.suggest(with_tp, MACHINE)]
 

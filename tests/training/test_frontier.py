@@ -37,10 +37,10 @@ FLAGS = [
 def steps(*flags: str) -> tuple[list[float], object]:
     """(the losses of three steps, the state after them)."""
     config = parse(parse_args([*FLAGS, *flags]), 8)
-    model = Model(config, make_mesh(config.mesh_shape))
+    model = Model.of(config, make_mesh(config.mesh_shape))
     optimizer, schedule = make_optimizer(config.optimizer)
-    state = start_state(model, optimizer, model.init(jax.random.key(0)))
-    step = make_train_step(model, OBJECTIVES["sft"], optimizer, schedule)
+    state = start_state(config, model, optimizer, model.init(jax.random.key(0)))
+    step = make_train_step(config, model, OBJECTIVES["sft"], optimizer, schedule)
     token = np.random.default_rng(0).integers(0, 256, (2, 129)).astype(np.int32)
     ones, place = np.ones((2, 128), np.int32), np.tile(np.arange(128, dtype=np.int32), (2, 1))
     batch = Batch(token[:, :-1], token[:, 1:], ones.astype(np.float32), place, ones)

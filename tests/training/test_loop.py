@@ -110,7 +110,7 @@ def steps_of(run_dir: Path) -> list[str]:
 
 def weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     config = configured()
-    model = Model(config, make_mesh((1, 1, 1, 1)))
+    model = Model.of(config, make_mesh((1, 1, 1, 1)))
     checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpointer)
     params, _, _ = checkpointer.restore(step, model.abstract_params, None)
     checkpointer.close()

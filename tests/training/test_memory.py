@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ringbpt.config import PRESETS, Config, LlamaConfig, OptimizerConfig
+from ringbpt.config import PRESETS, Config, OptimizerConfig
 from ringbpt.training.memory import account, describe
+from tests.flags import llama_flags
 from tests.model.test_programs import compile_step
 
 MIB = 2**20
@@ -29,14 +30,14 @@ ALIVE_THROUGHOUT = ("params", "optimizer")
 
 
 def config_of(mesh, dtype="fp32", **llama) -> Config:
-    return Config(dtype=dtype, mesh_shape=mesh, llama=LlamaConfig(**ONE_B | llama))
+    return Config(dtype=dtype, mesh_shape=mesh, **llama_flags(**ONE_B | llama))
 
 
 def check(mesh, rows, length, tolerance=0.1, dtype="fp32", **llama):
     """The named parts sum to the compiler's temporary bytes, and the state to its arguments."""
     config = config_of(mesh, dtype, **llama)
     parts = account(config, rows, length)
-    memory = compile_step(mesh, config.llama, rows, length, dtype).memory_analysis()
+    memory = compile_step(mesh, llama_flags(**ONE_B | llama), rows, length, dtype).memory_analysis()
     temporary = sum(size for name, size in parts.items() if name not in ALIVE_THROUGHOUT)
     print(f"\nmesh {mesh}, {rows} x {length} tokens, {dtype}, {llama}")
     for name, size in parts.items():
