@@ -58,7 +58,7 @@ def run(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 # ---------------------------------------------------------------------------------------------- the original's commands
 
-# The README's words -> what a laptop can do; everything else in the commands stays as it is.
+# The manual's words -> what a laptop can do; everything else in the commands stays as it is.
 SMALLER = {
     "1,64,4,1": "1,2,4,1",
     "1,1,4,64": "1,1,2,4",
@@ -76,11 +76,11 @@ SMALLER = {
     "tokenizer_processes=16": "tokenizer_processes=2",
 }
 COMMANDS = re.findall(
-    r"^python3 -m ringbpt\.train.*?[^\\]$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    r"^python3 -m ringbpt\.train.*?[^\\]$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE | re.DOTALL
 )
 
 
-def test_the_readme_has_both_commands():
+def test_the_manual_has_both_commands():
     assert [re.findall(r"attention_type='(\w+)'", command) for command in COMMANDS] == [
         ["blockwise"],
         ["ring_blockwise"],
