@@ -103,6 +103,16 @@ def test_blocks_are_found():
     assert both.is_marked("parse") and both.is_marked("run slow") and not both.is_marked("run")
 
 
+def test_the_presets_are_those_of_the_manual():
+    text = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for name, *sizes in rows:
+        llama = default_config(name).llama
+        ours = (llama.hidden_size, llama.intermediate_size, llama.num_hidden_layers, llama.num_attention_heads)
+        assert ours == tuple(map(int, sizes)), name
+
+
 def test_the_readme_is_an_introduction():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
