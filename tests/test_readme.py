@@ -2,7 +2,7 @@
 
 Each ```bash or ```python block of a page is marked by a comment on the line above it:
 `<!-- test: make -->` its make targets exist; `<!-- test: run -->` it is run, by this Python;
-`<!-- test: run slow -->` the same, by `make test-all` alone, all such blocks of a page in one folder, top to bottom;
+`<!-- test: run slow -->` the same, by `make test-all` alone, the commands of a block in one folder;
 `<!-- test: parse 256 -->` its flags are parsed for so many devices; `<!-- test: parse 8, run slow -->` both;
 `<!-- test: none, REASON -->` it cannot be run here. Whatever the mark, the programs and the flags that a command names
 must exist, and so must every file and heading that a page links to.
@@ -150,16 +150,16 @@ def run(words: list[str], folder: Path, **environment: str) -> None:
     assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
 
 
+SLOW = [pytest.param(block, id=block.text[:40]) for block in BLOCKS if block.is_marked("run slow")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.is_marked("run slow")}), ids=named)
-def test_a_page_runs_from_top_to_bottom(page, tmp_path):
-    """A later command reads what an earlier one wrote."""
+@pytest.mark.parametrize("block", SLOW)
+def test_a_block_runs_from_top_to_bottom(block, tmp_path):
+    """A later command reads what an earlier one of the block wrote."""
     for name in ("configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    found = [
-        words for block in BLOCKS if block.page == page and block.is_marked("run slow") for words in block.commands()
-    ]
-    for words in found:
+    for words in block.commands():
         run(words, tmp_path, RINGBPT_CACHE=str(tmp_path / "cache"))
 
 
