@@ -148,9 +148,10 @@ def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip
         load = Load(sp, max(1, B // (dp * fsdp)), T // sp, N // tp, kv_heads // tp, H, itemsize)
         choice = choose(load, machine(mesh))
         _log_once(f"attention over sp: {choice.strategy}; {choice.why}")
-        if "ring" in choice.strategy:
-            options.update(bidirectional=bidirectional, skip_hops=skip_hops)
-        return make_attention(mesh, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, **options)
+        of_rings = {"bidirectional": bidirectional, "skip_hops": skip_hops} if "ring" in choice.strategy else {}
+        return make_attention(
+            mesh, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, **options, **of_rings
+        )
 
     def attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
         attention = chosen(q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringbpt.attention import api, make_attention
-from ringbpt.attention.choose import Load, Machine, can_deal, choose, estimate, machine
+from ringbpt.attention.choose import Choice, Load, Machine, can_deal, choose, estimate, machine
 from ringbpt.mesh import make_mesh
 
 V4 = Machine("v4", 275e12, 30.75 * 2**30, 50e9, torus=True, host=4)
@@ -72,3 +72,14 @@ def test_auto_says_once_what_it_chose(caplog):
     assert [line for line in caplog.messages if "over sp" in line] == [
         "attention over sp: ring; nothing is known of this device's peak and links, and a ring needs least of both"
     ]
+
+
+def test_each_shape_has_options_of_its_own(monkeypatch):
+    """A ring's options go with the shapes that take a ring, and with no shape that comes after them."""
+    ways = {64: "ring", 128: "all_gather", 256: "ring"}
+    monkeypatch.setattr(api, "choose", lambda load, on: Choice(ways[load.tokens * load.sp], None, "as the test says"))
+    attend = make_attention(make_mesh((1, 1, 1, 8)), strategy="auto", bidirectional=True, skip_hops=True)
+    for length, strategy in ways.items():
+        x, meta = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, length), np.int32)
+        program = str(jax.make_jaxpr(attend)(x, x, x, meta, meta))
+        assert ("ppermute" in program) == (strategy == "ring"), length
