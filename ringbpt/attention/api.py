@@ -33,41 +33,52 @@ FASTEST = {
 }
 
 
-def _make_auto(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    """The fastest that doesn't refuse what it is asked, said once in the log with the reasons of those that did."""
-    names = FASTEST.get(device.platform, ("blockwise",))
-
-    def first(direction: str, *args):
-        refusals = []
-        for name in names:
-            try:
-                result = getattr(LOCALS[name](device, query_chunk_size, key_chunk_size), direction)(*args)
-            except NotImplementedError as refusal:
-                refusals.append(str(refusal))
-                continue
-            _log_once(f"{direction} on {device.device_kind}: {'; '.join([name, *refusals])}")
-            return result
-        raise NotImplementedError("; ".join(refusals))
-
-    return Local(attend=partial(first, "attend"), attend_bwd=partial(first, "attend_bwd"))
-
-
 @cache
 def _log_once(text: str) -> None:
     if jax.process_index() == 0:
         logging.getLogger(__name__).info(text)
 
 
-def _make_blockwise(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    """Blocks of the given sizes, else of the table's, else of 1024."""
+def _make_auto(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
+    """The fastest that doesn't refuse what it is asked, chosen once for each direction and shapes.
 
-    def run(direction: str, q, *args):
-        way = "forward" if direction == "attend" else "backward"
-        t, s = block_sizes.sizes("blockwise", device.device_kind, q.shape[3], way, (1024, 1024))
-        local = blockwise.make_blockwise(query_chunk_size or t, key_chunk_size or s)
-        return getattr(local, direction)(q, *args)
+    Each choice is said once in the log, with the reasons of those that refused.
+    """
+    names = FASTEST.get(device.platform, ("blockwise",))
+    chosen: dict[tuple, Local] = {}
+
+    def run(direction: str, *args):
+        request = (direction, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args))
+        if request in chosen:
+            return getattr(chosen[request], direction)(*args)
+        refusals = []
+        for name in names:
+            try:
+                local = LOCALS[name](device, query_chunk_size, key_chunk_size)
+                result = getattr(local, direction)(*args)
+            except NotImplementedError as refusal:
+                refusals.append(str(refusal))
+                continue
+            _log_once(f"{direction} on {device.device_kind}: {'; '.join([name, *refusals])}")
+            chosen[request] = local
+            return result
+        raise NotImplementedError("; ".join(refusals))
 
     return Local(attend=partial(run, "attend"), attend_bwd=partial(run, "attend_bwd"))
+
+
+def _make_blockwise(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
+    """Blocks of the given sizes, else of the table's for the head dim, else of 1024."""
+
+    @cache
+    def sized(way: str, head_dim: int) -> Local:
+        t, s = block_sizes.sizes("blockwise", device.device_kind, head_dim, way, (1024, 1024))
+        return blockwise.make_blockwise(query_chunk_size or t, key_chunk_size or s)
+
+    return Local(
+        attend=lambda q, *args: sized("forward", q.shape[3]).attend(q, *args),
+        attend_bwd=lambda q, *args: sized("backward", q.shape[3]).attend_bwd(q, *args),
+    )
 
 
 # Each: (a device that it will run on, query_chunk_size, key_chunk_size) -> Local. A size is the most tokens that a

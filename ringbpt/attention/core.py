@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from ringbpt.types import TokenMeta
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class MaskSpec:
     """The static half of a mask. A query sees a key of its own segment (0, padding, sees and is seen by none) ...

@@ -39,6 +39,29 @@ def test_the_fastest_that_does_it_is_taken_and_said_once(caplog):
     assert line.startswith("attend on TPU v5 lite: blockwise; pallas_tpu computes in float32 or bfloat16, not float16")
 
 
+def test_a_kernel_is_made_once_for_each_shape_and_direction(monkeypatch):
+    """And may be another for the backward, whose queries are fewer in a ring."""
+    made = []
+
+    def make(name):
+        monkeypatch.setitem(api.LOCALS, name, lambda *args, maker=api.LOCALS[name]: made.append(name) or maker(*args))
+
+    for name in ("pallas_tpu", "blockwise"):
+        make(name)
+    local = api._make_local("auto", V5E, None, None)
+
+    def both(q, k, lse, q_meta, kv_meta):
+        part = local.attend(q, k, k, q_meta, kv_meta, MaskSpec())
+        return local.attend_bwd(q, k, k, q, lse, q, q_meta, kv_meta, MaskSpec()), part
+
+    for dtype in (jnp.bfloat16, jnp.float16) * 2:
+        q, k = (jax.ShapeDtypeStruct((1, length, 2, 64), dtype) for length in (128, 256))
+        lse = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+        metas = (TokenMeta(*(jax.ShapeDtypeStruct(x.shape[:2], jnp.int32),) * 2) for x in (q, k))
+        jax.eval_shape(lambda *args: both(*args), q, k, lse, *metas)  # a new function, so that it is traced again
+    assert made == ["pallas_tpu"] * 2 + ["pallas_tpu", "blockwise"] * 2
+
+
 def test_the_flag_offers_what_there_is():
     assert set(CHOICES["llama.attention_kernel"]) == set(api.LOCALS)
     assert all(name in api.LOCALS for names in api.FASTEST.values() for name in names)
