@@ -43,24 +43,24 @@ def main(name: str = "v5e-4", tokens: str = "32768") -> None:
     for head_dim in (64, 128):
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         q, k = (jax.ShapeDtypeStruct((1, T, n, head_dim), jnp.bfloat16, sharding=replicated) for n in (N, K))
-        meta = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=replicated)
+        at = jax.ShapeDtypeStruct((1, T), jnp.int32, sharding=replicated)
         sizes = {"query_chunk_size": BLOCK, "key_chunk_size": BLOCK}
         attend = make_attention(mesh, strategy="none", local="pallas_tpu", **sizes)
         programs = {"ours": lambda *args, attend=attend: attend(*args)}
         for fused in (False, True):
             kernel = splash_kernel(T, fused)
 
-            def theirs(q, k, v, position, segment, kernel=kernel):
-                segments = splash.SegmentIds(segment[0], segment[0])
+            def theirs(q, k, v, meta, kernel=kernel):
+                segments = splash.SegmentIds(meta.segment_BT[0], meta.segment_BT[0])
                 return kernel(*(x[0].swapaxes(0, 1) for x in (q, k, v)), segments).swapaxes(0, 1)[None]
 
             programs[f"splash, backward in {'one kernel' if fused else 'two kernels'}"] = theirs
         for which, function in programs.items():
 
-            def total(q, k, v, position, segment, function=function):
-                return jnp.sum(function(q, k, v, position, segment).astype(jnp.float32) ** 2)
+            def total(q, k, v, meta, function=function):
+                return jnp.sum(function(q, k, v, meta).astype(jnp.float32) ** 2)
 
-            compiled = machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), q, k, k, meta, meta)
+            compiled = machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), q, k, k, TokenMeta(at, at))
             mib = [compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"]]
             print(f"| {which} | {head_dim} | {mib[0] / 2**20:.0f} | {mib[1] / 2**20:.0f} |")
     place, one = np.arange(T, dtype=np.int32), np.ones(T, np.int32)

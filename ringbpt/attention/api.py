@@ -164,9 +164,8 @@ def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip
             mesh, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, **options, **of_rings
         )
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
-        attention = chosen(q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)
-        return attention(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
+    def attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
+        return chosen(q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype.itemsize)(q_BTNH, k_BTKH, v_BTKH, meta)
 
     return attend
 
@@ -186,16 +185,16 @@ def _check_options(strategy: str, heads_k_stride: int | None, bidirectional: boo
 class Shares:
     """Attention as it stands inside a shard_map over `mesh`, on one device's share, the T dim split as `axes` say.
 
-    forward(q, k, v, position, segment, hops) -> (out, in q's dtype, and lse);
-    backward(q, k, v, position, segment, hops, out, lse, d_out) -> gradients in their operands' dtypes;
-    needed(position_BT, segment_BT) -> hops, outside the shard_map, of the whole batch.
+    forward(q, k, v, meta, hops) -> (out, in q's dtype, and lse);
+    backward(q, k, v, meta, hops, out, lse, d_out) -> gradients in their operands' dtypes;
+    needed(meta) -> hops, outside the shard_map, of the whole batch.
     """
 
     mesh: Mesh
     axes: dict[str, Axes]
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, ...]]
-    needed: Callable[[jax.Array, jax.Array], ring.Hops]
+    needed: Callable[[TokenMeta], ring.Hops]
 
 
 def make_shares(
@@ -217,19 +216,17 @@ def make_shares(
     make_share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree, bidirectional)
     ring_size = math.prod(mesh.shape[axis] for axis in ("sp", "ring") if axis in mesh.shape and "ring" in strategy)
 
-    def needed(positions, segments) -> ring.Hops:
+    def needed(meta: TokenMeta) -> ring.Hops:
         if not skip_hops or ring_size == 1:
             return None
-        return ring.needed_hops(TokenMeta(positions, segments), mask, ring_size, bidirectional)
+        return ring.needed_hops(meta, mask, ring_size, bidirectional)
 
-    def forward(q, k, v, position, segment, hops):
-        meta = TokenMeta(position, segment)
+    def forward(q, k, v, meta: TokenMeta, hops: ring.Hops):
         with jax.named_scope(SCOPE):
             part = make_share(hops).attend(q, k, v, meta, meta, mask)
         return part.out_BTNH.astype(q.dtype), part.lse_BTN
 
-    def backward(q, k, v, position, segment, hops, out, lse, d_out):
-        meta = TokenMeta(position, segment)
+    def backward(q, k, v, meta: TokenMeta, hops: ring.Hops, out, lse, d_out):
         with jax.named_scope(SCOPE):
             grads = make_share(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
@@ -250,11 +247,11 @@ def make_attention(
     bidirectional: bool = False,
     skip_hops: bool = False,
 ):
-    """attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT) -> out_BTNH, in q's dtype.
+    """attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta) -> out_BTNH, in q's dtype.
 
     Global arrays, sharded (or to be sharded) B over dp and fsdp, T over sp, heads over tp, in layout order: the
-    T dim permuted by layouts.permutation, with positions and segments permuted alike. Differentiable once in
-    q, k and v, gradients in their dtypes. Scores are scaled by H ** -0.5, accumulated in float32; a row that sees
+    T dim permuted by layouts.permutation, that of the meta's arrays alike. Differentiable once in q, k and v, gradients
+    in their dtypes. Scores are scaled by H ** -0.5, accumulated in float32; a row that sees
     no key gives 0.
 
     strategy: how shares meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
@@ -291,28 +288,28 @@ def make_attention(
     def on_shards(function, in_specs, out_specs):
         return jax.shard_map(function, mesh=shares.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    inputs = (q_spec, kv_spec, kv_spec, meta_spec, meta_spec, PartitionSpec())
+    inputs = (q_spec, kv_spec, kv_spec, meta_spec, PartitionSpec())  # a TokenMeta's arrays are all placed alike
     forward_shards = on_shards(shares.forward, inputs, (q_spec, row_spec))
     backward_shards = on_shards(shares.backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
 
     @jax.custom_vjp
-    def attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT):
-        return attend_fwd(q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)[0]
+    def attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
+        return attend_fwd(q_BTNH, k_BTKH, v_BTKH, meta)[0]
 
-    def attend_fwd(q, k, v, positions, segments):
-        # What depends on positions alone is the same in every layer: untied from q it would be computed ahead of
+    def attend_fwd(q, k, v, meta: TokenMeta):
+        # What depends on the meta alone is the same in every layer: untied from q it would be computed ahead of
         # the scan over layers, for all hops, and stored.
         # The number of hops may well be: it is one number.
-        hops = shares.needed(positions, segments)
-        q, positions, segments = lax.optimization_barrier((q, positions, segments))
-        out, lse = forward_shards(q, k, v, positions, segments, hops)
+        hops = shares.needed(meta)
+        q, meta = lax.optimization_barrier((q, meta))
+        out, lse = forward_shards(q, k, v, meta, hops)
         out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES, strict=True))
-        return out, (q, k, v, positions, segments, hops, out, lse)
+        return out, (q, k, v, meta, hops, out, lse)
 
     def attend_bwd(residuals, d_out):
-        q, k, v, positions, segments, hops, out, lse = residuals
-        q, positions, segments = lax.optimization_barrier((q, positions, segments))
-        return (*backward_shards(q, k, v, positions, segments, hops, out, lse, d_out), None, None)
+        q, k, v, meta, hops, out, lse = residuals
+        q, meta = lax.optimization_barrier((q, meta))
+        return (*backward_shards(q, k, v, meta, hops, out, lse, d_out), None)
 
     attend.defvjp(attend_fwd, attend_bwd)
     return attend

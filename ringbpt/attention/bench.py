@@ -1,7 +1,7 @@
 """Attention against attention, taking turns in one process: on a machine that others share only ratios can be believed.
 
-scripts/bench_attention.py is the command. A contender is a function of (q_BTNH, k_BTKH, v_BTKH, position_BT,
-segment_BT), in layout order, to out_BTNH.
+scripts/bench_attention.py is the command. A contender is a function of (q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta),
+in layout order, to out_BTNH.
 """
 
 import statistics
@@ -72,8 +72,8 @@ CASES = (
 )
 
 
-def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[jax.Array, ...]:
-    """(q, k, v, position, segment), the numbers random; sharded over sp, in layout order."""
+def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[Any, ...]:
+    """(q, k, v, meta), the numbers random; sharded over sp, in layout order."""
     s = settings
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (s.heads, s.kv_heads, s.kv_heads)
@@ -81,9 +81,8 @@ def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[jax
     place_BT = np.arange(s.T, dtype=np.int32)[None]
     length = s.T // case.documents
     order = permutation(layout, s.T, s.ranks if s.rival == "one_device" else mesh.shape["sp"])
-    in_order = (*tensors, place_BT % length, 1 + place_BT // length)
-    sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
-    return tuple(jax.device_put(x[:, order], sharding) for x in in_order)
+    in_order = (*tensors, TokenMeta(place_BT % length, 1 + place_BT // length))
+    return jax.device_put(jax.tree.map(lambda x: x[:, order], in_order), NamedSharding(mesh, PartitionSpec(None, "sp")))
 
 
 def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
@@ -115,13 +114,13 @@ def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
 
     split, whole = PartitionSpec(None, "sp"), PartitionSpec()
     shares = jax.shard_map(share, mesh=mesh, in_specs=(split,) * 3 + (whole,), out_specs=split, check_vma=False)
-    return lambda q, k, v, position, segment: shares(q, k, v, segment)
+    return lambda q, k, v, meta: shares(q, k, v, meta.segment_BT)
 
 
 def cudnn(case: Case) -> Contender:
     """cuDNN's attention on one GPU; documents of equal length are rows of a batch, which is the best that it can do."""
 
-    def attend(q, k, v, position, segment):
+    def attend(q, k, v, meta):
         rows = [x.reshape(-1, x.shape[1] // case.documents, *x.shape[2:]) for x in (q, k, v)]
         window = None if case.window is None else (case.window - 1, 0)
         out = jax.nn.dot_product_attention(*rows, is_causal=True, local_window_size=window, implementation="cudnn")
@@ -131,8 +130,8 @@ def cudnn(case: Case) -> Contender:
 
 
 def program(contender: Contender, kind: str) -> Callable:
-    def total(q, k, v, position, segment):
-        return jnp.sum(contender(q, k, v, position, segment).astype(jnp.float32) ** 2)
+    def total(q, k, v, meta):
+        return jnp.sum(contender(q, k, v, meta).astype(jnp.float32) ** 2)
 
     return contender if kind == "forward" else jax.grad(total, (0, 1, 2))
 
@@ -144,10 +143,8 @@ def ring_rank(settings: Settings, case: Case, ranks: int, kind: str) -> Callable
     """
     local = LOCALS[settings.local](jax.devices()[0], settings.chunk_size, settings.chunk_size)
 
-    def attend(q, k, v, position, segment, rank):
-        everybody = jax.tree.map(
-            lambda x: x.reshape(1, ranks, -1, *x.shape[2:]), (q, k, v, TokenMeta(position, segment))
-        )
+    def attend(q, k, v, meta, rank):
+        everybody = jax.tree.map(lambda x: x.reshape(1, ranks, -1, *x.shape[2:]), (q, k, v, meta))
         of = lambda r: jax.tree.map(lambda x: jnp.take(x, r % ranks, axis=1), everybody)  # noqa: E731
         q_own, _, _, own = of(rank)
         part = None

@@ -6,6 +6,7 @@ Everything here is numpy on the host.
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from ringbpt.attention.core import MaskSpec, block_visibility
@@ -87,9 +88,11 @@ def count(
     Raises ValueError where the layout cannot deal out the length (see layouts.permutation).
     """
     order = permutation(layout, meta.position_BT.shape[1], sp)
-    position, segment = (np.asarray(x)[:, order].astype(np.int64) for x in (meta.position_BT, meta.segment_BT))
-    devices = [TokenMeta(p, s) for p, s in zip(np.split(position, sp, 1), np.split(segment, sp, 1), strict=True)]
-    tokens = position.shape[1] // sp
+    tokens = len(order) // sp
+    devices = [
+        jax.tree.map(lambda x, places=places: np.asarray(x)[:, places].astype(np.int64), meta)
+        for places in order.reshape(sp, tokens)
+    ]
     size_T, size_S = min(query_chunk_size, tokens), min(key_chunk_size, tokens)
     pairs, blocks, full = np.zeros((3, sp, sp), np.int64)
     for hop in range(sp):
@@ -125,4 +128,4 @@ def _places(meta: TokenMeta, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _padded(meta: TokenMeta, size: int) -> TokenMeta:
     rest = -meta.position_BT.shape[1] % size
-    return TokenMeta(*(np.pad(x, ((0, 0), (0, rest))) for x in (meta.position_BT, meta.segment_BT)))
+    return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, rest))), meta)

@@ -7,6 +7,7 @@ Each device attends to what it holds, and the partial results are merged by thei
 The step is one shard_map: what it sends is one token's activations. Ref: Flash-Decoding, and arXiv:2310.01889.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.model.experts import choose, mixture
 from ringbpt.model.feedforward import swiglu
 from ringbpt.model.llama import Model, queries_keys_values, rms_norm
-from ringbpt.model.rope import frequencies, rope_scale, rotation
 from ringbpt.model.weights import dot, embed
 from ringbpt.types import Params, TokenMeta
 
@@ -148,8 +148,8 @@ def make_decode(model: Model, prompt_share: int):
 
     def local(weights, cache, token_BQ, q_meta, step):
         mine, place = write_place(step, prompt_share, cache.k[0].shape[2], token_BQ.shape[1])
-        kept = TokenMeta(q_meta.position_BT, jnp.where(mine, q_meta.segment_BT, 0))
-        rope = rotation(q_meta.position_BT, frequencies(architecture), rope_scale(architecture))
+        kept = replace(q_meta, segment_BT=jnp.where(mine, q_meta.segment_BT, 0))
+        rope = model.rope(q_meta)
         x_BQD = _rows(weights["embed"], token_BQ)
         new = []
         for w, k, v in zip(weights["layers"], cache.k, cache.v, strict=True):
@@ -176,8 +176,8 @@ def make_decode(model: Model, prompt_share: int):
 
     def decode(weights, cache, token_BQ, q_meta, step):
         L = architecture.num_hidden_layers
-        cache_specs = Cache((cache_spec,) * L, (cache_spec,) * L, TokenMeta(meta_spec, meta_spec))
-        specs = (weight_specs(model), cache_specs, row, TokenMeta(row, row), PartitionSpec())
+        cache_specs = Cache((cache_spec,) * L, (cache_spec,) * L, meta_spec)
+        specs = (weight_specs(model), cache_specs, row, row, PartitionSpec())
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs, out_specs=(spec("B _ _", ACTIVATION_AXES), cache_specs), check_vma=False
         )(weights, cache, token_BQ, q_meta, step)

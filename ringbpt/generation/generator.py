@@ -1,7 +1,7 @@
 """Text out: prompts packed into rows, one prefill, then one token a step until every text has ended."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ class Generator:
         options = sampling.options()
         cache, x_BTD = prefill(self.weights, global_batch)
         token_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
-        meta = TokenMeta(*(jax.device_put(x, row) for x in ends))
+        meta = jax.device_put(ends, row)
         for i in range(shape.new_tokens):
             current = token_BQ
             if i + 1 < shape.new_tokens:  # sent before this token is looked at, so that the device never waits
@@ -194,7 +194,7 @@ def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tupl
     def step(weights, cache, token_BQ, meta, i, options, key_P, seen_PV):
         logits_BQV, cache = decode(weights, cache, token_BQ, meta, i)
         token_BQ, seen_PV = pick(logits_BQV, options, key_P, i + 1, seen_PV)
-        return token_BQ, cache, TokenMeta(meta.position_BT + 1, meta.segment_BT), seen_PV
+        return token_BQ, cache, replace(meta, position_BT=meta.position_BT + 1), seen_PV
 
     # Said, so that what a step gives is placed as what it takes, and the second one is no other program.
     row, cache, meta = (NamedSharding(model.mesh, spec(dims, ACTIVATION_AXES)) for dims in ("B _", CACHE, "B S"))
@@ -208,8 +208,8 @@ def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tupl
 
 def pack(
     prompts: Sequence[np.ndarray], shape: Shape, group: Group, order: np.ndarray
-) -> tuple[Batch, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """(batch in text order, the place in layout order of each prompt's last token, (position, segment) of its next).
+) -> tuple[Batch, np.ndarray, TokenMeta]:
+    """(batch in text order, the place in layout order of each prompt's last token, the meta of its next, [B, texts]).
 
     A place of [rows, texts] without a text has segment 0, sees nothing and is seen by nobody.
     """
@@ -227,7 +227,7 @@ def pack(
             place_BQ[b, q], next_BQ[b, q], segment_BQ[b, q] = to_layout[start - 1], size, q + 1
     zeros = np.zeros_like(token_BT)
     batch = Batch(token_BT, zeros, zeros.astype(np.float32), position_BT, segment_BT)
-    return batch, place_BQ, (next_BQ, segment_BQ)
+    return batch, place_BQ, TokenMeta(next_BQ, segment_BQ)
 
 
 def seen_tokens(prompts: Sequence[np.ndarray], texts: dict, shape: Shape, vocab_size: int) -> jax.Array:

@@ -21,7 +21,7 @@ from ringbpt.attention.api import SAVED_NAMES, Shares
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.feedforward import swiglu, swiglu_backward
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
-from ringbpt.types import Params
+from ringbpt.types import Params, TokenMeta
 
 PROJECTIONS = ("w_q", "w_k", "w_v")
 HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
@@ -32,9 +32,9 @@ TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different toke
 
 @dataclass(frozen=True)
 class BlockwiseLayer:
-    """layer(w, x_BTD, position_BT, segment_BT) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
+    """layer(w, x_BTD, meta) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
 
-    norm(x, scale) normalises; operands(w, q, k, v, position_BT) makes of the three products what attention takes
+    norm(x, scale) normalises; operands(w, q, k, v, meta) makes of the three products what attention takes
     (biases, norms of heads, rotation). letters: the dims of each weight, "D N H". kv_heads divides a device's kv heads;
     chunk_size divides its tokens or exceeds them, None is all of them.
     """
@@ -47,8 +47,8 @@ class BlockwiseLayer:
     kv_heads: int
     chunk_size: int | None
 
-    def __call__(self, w: Params, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
-        return self._layer(w, x_BTD, position_BT, segment_BT, self.shares.needed(position_BT, segment_BT))
+    def __call__(self, w: Params, x_BTD: jax.Array, meta: TokenMeta) -> jax.Array:
+        return self._layer(w, x_BTD, meta, self.shares.needed(meta))
 
     @cached_property
     def _layer(self) -> Callable[..., jax.Array]:
@@ -59,22 +59,22 @@ class BlockwiseLayer:
         layer.defvjp(self._forward, self._backward)
         return layer
 
-    def _forward(self, w, x, position, segment, hops):
+    def _forward(self, w, x, meta, hops):
         before, after = ({n: a for n, a in w.items() if (n in AFTER_ATTENTION) == later} for later in (False, True))
         attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
-        out, lse = attend(before, x, position, segment, hops)
+        out, lse = attend(before, x, meta, hops)
         out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED_NAMES, strict=True))
         finish = self._on_shards(self._after_attention, after, (self._x_spec, self._out_spec), self._x_spec)
-        return finish(after, x, out), (w, x, position, segment, hops, out, lse)
+        return finish(after, x, out), (w, x, meta, hops, out, lse)
 
     def _backward(self, residuals, dy):
         w, *rest = residuals
         in_specs = (*self._token_specs, self._out_spec, self._out_spec, self._x_spec)
         back = self._on_shards(self._backward_local, w, in_specs, (self._stored_specs(w), self._x_spec))
-        return *back(w, *rest, dy), None, None, None
+        return *back(w, *rest, dy), None, None
 
     _x_spec = spec("B T D", ACTIVATION_AXES)
-    _token_specs = (_x_spec, spec("B T", ACTIVATION_AXES), spec("B T", ACTIVATION_AXES), PartitionSpec())
+    _token_specs = (_x_spec, spec("B T", ACTIVATION_AXES), PartitionSpec())
     # [groups, B, T, heads * H] and [groups, B, T, heads]: short last dims would be padded to whole tiles.
     _out_spec = PartitionSpec(None, *_x_spec[:2], "tp")
 
@@ -117,25 +117,25 @@ class BlockwiseLayer:
         of_heads = {name: [i for i, letter in enumerate(self.letters[name].split()) if letter in "NK"] for name in w}
         return {name: split(w[name], dims[0]) for name, dims in of_heads.items() if dims}
 
-    def _queries_keys_values(self, w: Params, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+    def _queries_keys_values(self, w: Params, x: jax.Array, meta: TokenMeta) -> tuple[jax.Array, ...]:
         size = self._chunk(x)
 
         def chunk(i):
             h = self.norm(_slice(x, i, size), w["attention_norm"])
             products = (dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS)
-            return self.operands(w, *products, _slice(position, i, size))
+            return self.operands(w, *products, jax.tree.map(lambda a: _slice(a, i, size), meta))
 
         return _in_chunks(chunk, x.shape[1], size)
 
-    def _attend(self, w: Params, x, position, segment, hops) -> tuple[jax.Array, jax.Array]:
+    def _attend(self, w: Params, x, meta: TokenMeta, hops) -> tuple[jax.Array, jax.Array]:
         """Attention's output and lse, by group."""
-        # What depends on positions alone would be computed ahead of the scan over layers, and stored.
-        x, position, segment = lax.optimization_barrier((x, position, segment))
+        # What depends on the meta alone would be computed ahead of the scan over layers, and stored.
+        x, meta = lax.optimization_barrier((x, meta))
         whole = self._gathered(w, x.dtype)
 
         def group(part: Params):
-            q, k, v = self._queries_keys_values(whole | part, x, position)
-            out, lse = self.shares.forward(q, k, v, position, segment, hops)
+            q, k, v = self._queries_keys_values(whole | part, x, meta)
+            out, lse = self.shares.forward(q, k, v, meta, hops)
             return out.reshape(*x.shape[:2], -1), lse
 
         return lax.map(group, self._groups(whole))
@@ -152,12 +152,12 @@ class BlockwiseLayer:
 
         return lax.fori_loop(0, x.shape[1] // size, chunk, x)
 
-    def _backward_local(self, w: Params, x, position, segment, hops, out, lse, dy) -> tuple[Params, jax.Array]:
-        x, position, segment = lax.optimization_barrier((x, position, segment))
+    def _backward_local(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[Params, jax.Array]:
+        x, meta = lax.optimization_barrier((x, meta))
         whole = self._gathered(w, x.dtype)
         dy, grads = self._after_attention_back(whole, x, out, dy)
-        d_operands = self._attend_back(whole, x, position, segment, hops, out, lse, dy)
-        dx, more = self._projections_back(whole, x, position, d_operands, dy)
+        d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
+        dx, more = self._projections_back(whole, x, meta, d_operands, dy)
         return {name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in w}, dx
 
     def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
@@ -177,18 +177,18 @@ class BlockwiseLayer:
 
         return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, _zeros(w, AFTER_ATTENTION) | _zeros({"w_o": w_o})))
 
-    def _attend_back(self, w: Params, x, position, segment, hops, out, lse, dy) -> tuple[jax.Array, ...]:
+    def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
         size, groups = self._chunk(x), self._groups(w)
 
         def group(g, state):
             part = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, g, keepdims=False), groups)
             out_g, lse_g = (lax.dynamic_index_in_dim(a, g, keepdims=False) for a in (state[0], lse))
-            q, k, v = self._queries_keys_values(w | part, x, position)
+            q, k, v = self._queries_keys_values(w | part, x, meta)
             d_out = _in_chunks(
                 lambda i: dot("BTD,NHD->BTNH", _slice(dy, i, size), part["w_o"], x.dtype), x.shape[1], size
             )
-            grads = self.shares.backward(q, k, v, position, segment, hops, out_g.reshape(q.shape), lse_g, d_out)
+            grads = self.shares.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
             return tuple(
                 lax.dynamic_update_index_in_dim(whole, grad.reshape(*grad.shape[:2], -1), g, 0)
                 for whole, grad in zip(state, grads, strict=True)
@@ -197,7 +197,7 @@ class BlockwiseLayer:
         keys = jnp.zeros((*out.shape[:3], self.kv_heads * w["w_k"].shape[2]), x.dtype)
         return lax.fori_loop(0, out.shape[0], group, (out, keys, keys))
 
-    def _projections_back(self, w: Params, x, position, d_operands, dy) -> tuple[jax.Array, Params]:
+    def _projections_back(self, w: Params, x, meta: TokenMeta, d_operands, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input, those of the weights before attention)."""
         size = self._chunk(x)
         heads = {name: w[name] for name in HEADS if name in w}
@@ -206,8 +206,8 @@ class BlockwiseLayer:
             dy, sums = state
             h, norm_vjp = jax.vjp(self.norm, _slice(x, i, size), w["attention_norm"])
             products = [dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS]
-            position_i = _slice(position, i, size)
-            _, operands_vjp = jax.vjp(lambda *args: self.operands(*args, position_i), heads, *products)
+            meta_i = jax.tree.map(lambda a: _slice(a, i, size), meta)
+            _, operands_vjp = jax.vjp(lambda *args: self.operands(*args, meta_i), heads, *products)
             d_heads, *grads = operands_vjp(
                 tuple(
                     jnp.moveaxis(_slice(d, i, size, dim=2), 0, 2).reshape(product.shape)

@@ -160,13 +160,13 @@ class Model:
             return
         dims, rows = make_dims(self.architecture), self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
         q, k = (jax.ShapeDtypeStruct((rows, seq_length, n, dims.H), self.dtype) for n in (dims.N, dims.K))
-        meta = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+        place = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
 
         def gradients(q, k, v, meta):
-            return jax.vjp(lambda *qkv: self._attend(*qkv, meta, meta), q, k, v)[1](q)
+            return jax.vjp(lambda *qkv: self._attend(*qkv, meta), q, k, v)[1](q)
 
         try:
-            jax.eval_shape(gradients, q, k, k, meta)
+            jax.eval_shape(gradients, q, k, k, TokenMeta(place, place))
         except NotImplementedError as refusal:
             raise UserError(f"--llama.attention_kernel={kernel}: {refusal}") from None
 
@@ -260,7 +260,7 @@ class Model:
         def attention(x_BTD):
             h_BTD = rms_norm(x_BTD, w["attention_norm"], architecture.rms_norm_eps)
             q_BTNH, k_BTKH, v_BTKH = queries_keys_values(architecture, w, h_BTD, rope, partial(project, mesh))
-            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, meta.position_BT, meta.segment_BT)
+            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, meta)
             return project(mesh, "BTNH,NHD->BTD", out_BTNH, w["w_o"]), (k_BTKH, v_BTKH)
 
         def feedforward(x_BTD):
@@ -283,7 +283,7 @@ class Model:
 
     def layer(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
         """A layer in blocks, attention kv_heads_at_a_time: what `block` makes of the state."""
-        x_BTD = self._blockwise_layer(w, self._layer_input(state[0]), meta.position_BT, meta.segment_BT)
+        x_BTD = self._blockwise_layer(w, self._layer_input(state[0]), meta)
         return self._between_layers(x_BTD), None
 
     def _layer_input(self, x_BTD: jax.Array) -> jax.Array:
@@ -335,10 +335,9 @@ class Model:
     def _blockwise_layer(self) -> BlockwiseLayer:
         architecture, execution = self.architecture, self.execution
         assert execution.kv_heads_at_a_time is not None
-        frequency, scale = frequencies(architecture), rope_scale(architecture)
 
-        def operands(w, q_BTNH, k_BTKH, v_BTKH, position_BT):
-            return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, rotation(position_BT, frequency, scale))
+        def operands(w, q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
+            return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, self.rope(meta))
 
         return BlockwiseLayer(
             mesh=self.mesh,

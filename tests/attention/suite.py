@@ -171,10 +171,10 @@ def check_ring(local: str, length: int, block: int, heads=(2, 1), head_dim: int 
     mesh, order = make_mesh((1, 1, 1, 2), devices=jax.devices()[:2]), permutation("zigzag", length, 2)
     attend = make_attention(mesh, local=local, query_chunk_size=block, key_chunk_size=block)
 
-    def run(q, k, v, d_out, position, segment):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, position, segment), q, k, v)
+    def run(q, k, v, d_out, meta):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, meta), q, k, v)
         return out, *pull(d_out)
 
-    got = jax.jit(run)(*(x[:, order] for x in (*qkv, d_out, meta.position_BT, meta.segment_BT)))
+    got = jax.jit(run)(*jax.tree.map(lambda x: x[:, order], (*qkv, d_out, meta)))
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         assert np.abs(a - b[:, order]).max() <= 2e-5 * np.abs(b).max(), name

@@ -8,7 +8,6 @@ from ringbpt.attention import bench
 from ringbpt.attention.layouts import permutation
 from ringbpt.attention.local import reference
 from ringbpt.mesh import make_mesh
-from ringbpt.types import TokenMeta
 
 SETTINGS = bench.Settings(
     rival="one_device", T=64, heads=2, kv_heads=1, H=8, dtype="float32", local="blockwise", strategy="ring",
@@ -21,10 +20,9 @@ def test_the_ranks_together_are_the_whole():
     arrays = bench.inputs(SETTINGS, CASE, make_mesh((1, 1, 1, 1), devices=jax.devices()[:1]), "zigzag")
     rank = jax.jit(bench.ring_rank(SETTINGS, CASE, 2, "forward"))
     got = jnp.concatenate([rank(*arrays, r) for r in range(2)], axis=1)
-    q, k, v, position, segment = arrays
-    meta = TokenMeta(position, segment)
+    q, k, v, meta = arrays
     np.testing.assert_allclose(got, reference.attend(q, k, v, meta, meta, CASE.mask).out_BTNH, atol=1e-5)
-    assert (np.asarray(position)[0] == (permutation("zigzag", 64, 2) % 16)).all()
+    assert (np.asarray(meta.position_BT)[0] == (permutation("zigzag", 64, 2) % 16)).all()
 
 
 def test_a_table_a_row_for_each_and_a_plot(monkeypatch, tmp_path):

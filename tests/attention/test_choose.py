@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ringbpt.attention import api, make_attention
 from ringbpt.attention.choose import Choice, Load, Machine, can_deal, choose, estimate, machine
 from ringbpt.mesh import make_mesh
+from ringbpt.types import TokenMeta
 
 V4 = Machine("v4", 275e12, 30.75 * 2**30, 50e9, torus=True, host=4)
 H200 = Machine("H200", 989e12, 141 * 2**30, 450e9, torus=False, host=8)
@@ -62,13 +62,19 @@ def test_nothing_to_choose():
     assert machine(make_mesh((1, 1, 1, 8))) is None  # CPUs
 
 
+def abstract(length: int) -> tuple[jax.ShapeDtypeStruct, TokenMeta]:
+    """Queries, and where they stand."""
+    place = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), TokenMeta(place, place)
+
+
 def test_auto_says_once_what_it_chose(caplog):
     api._log_once.cache_clear()
     caplog.set_level("INFO")
     attend = make_attention(make_mesh((1, 1, 1, 8)), strategy="auto")
-    x, meta = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, 64), np.int32)
+    x, meta = abstract(64)
     for _ in range(2):
-        assert jax.eval_shape(attend, x, x, x, meta, meta).shape == x.shape
+        assert jax.eval_shape(attend, x, x, x, meta).shape == x.shape
     assert [line for line in caplog.messages if "over sp" in line] == [
         "attention over sp: ring; nothing is known of this device's peak and links, and a ring needs least of both"
     ]
@@ -80,6 +86,6 @@ def test_each_shape_has_options_of_its_own(monkeypatch):
     monkeypatch.setattr(api, "choose", lambda load, on: Choice(ways[load.tokens * load.sp], None, "as the test says"))
     attend = make_attention(make_mesh((1, 1, 1, 8)), strategy="auto", bidirectional=True, skip_hops=True)
     for length, strategy in ways.items():
-        x, meta = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, length), np.int32)
-        program = str(jax.make_jaxpr(attend)(x, x, x, meta, meta))
+        x, meta = abstract(length)
+        program = str(jax.make_jaxpr(attend)(x, x, x, meta))
         assert ("ppermute" in program) == (strategy == "ring"), length

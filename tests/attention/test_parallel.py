@@ -1,7 +1,7 @@
 """The global attention by every strategy against the dense reference in float64; and what it compiles to."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -14,6 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ringbpt.attention import MaskSpec, make_attention, permutation
+from ringbpt.attention.api import LOCALS
+from ringbpt.attention.core import Local
 from ringbpt.attention.layouts import LAYOUTS, inverse
 from ringbpt.attention.local import reference
 from ringbpt.attention.parallel.ring import needed_hops
@@ -88,13 +90,13 @@ PRODUCT = [
 
 @lru_cache(maxsize=32)  # more programs than the product's would not fit a process
 def gradient(program: Program):
-    """jitted: (q, k, v, d_out, position, segment), in layout order, -> (out, dq, dk, dv)."""
+    """jitted: (q, k, v, d_out, meta), in layout order, -> (out, dq, dk, dv)."""
     mesh = make_mesh(program.mesh, devices=jax.devices()[: int(np.prod(program.mesh))])
     how = {"strategy": program.strategy, "local": program.local, "mask": program.mask, **dict(program.options)}
     attend = make_attention(mesh, **how, **BLOCKS)
 
-    def run(q, k, v, d_out, position, segment):
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, position, segment), q, k, v)
+    def run(q, k, v, d_out, meta):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, meta), q, k, v)
         return out, *pull(d_out)
 
     return jax.jit(run)
@@ -103,7 +105,7 @@ def gradient(program: Program):
 def computed(program: Program, layout: str, inputs, meta: TokenMeta) -> list[np.ndarray]:
     """(out, dq, dk, dv) in text order."""
     order = permutation(layout, LENGTH, program.sp)
-    results = gradient(program)(*(x[:, order] for x in (*inputs, meta.position_BT, meta.segment_BT)))
+    results = gradient(program)(*jax.tree.map(lambda x: x[:, order], (*inputs, meta)))
     assert all(x.dtype == program.dtype for x in results)  # gradients in the primals' dtype
     return [np.asarray(x, np.float64)[:, inverse(order)] for x in results]
 
@@ -157,6 +159,47 @@ def test_any_packing(program, layout, documents, padding, seed):
 def test_the_product(program):
     for layout, documents in product(LAYOUTS, (1, 4)):
         check(program, layout, documents)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Coloured(TokenMeta):
+    """A TokenMeta that says one more thing of each token."""
+
+    colour_BT: Any
+
+
+def colours_apart(device, *sizes) -> Local:
+    """A local attention in which a query sees keys of its own colour only."""
+
+    def plain(meta: Coloured) -> TokenMeta:
+        return TokenMeta(meta.position_BT, jnp.where(meta.segment_BT == 0, 0, 2 * meta.segment_BT + meta.colour_BT))
+
+    def attend(q, k, v, q_meta, kv_meta, mask, carry=None):
+        return reference.attend(q, k, v, plain(q_meta), plain(kv_meta), mask, carry)
+
+    def attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask):
+        return reference.attend_bwd(q, k, v, out, lse, d_out, plain(q_meta), plain(kv_meta), mask)
+
+    return Local(attend, attend_bwd)
+
+
+@pytest.mark.parametrize("program", [Program(options=SKIP), Program("ulysses_ring", BY_2 + TWO_WAYS)], ids=str)
+def test_what_a_meta_says_more_travels_along(program, monkeypatch):
+    monkeypatch.setitem(LOCALS, "colours_apart", colours_apart)
+    rng = np.random.default_rng(0)
+    inputs = arrays(rng, 2, LENGTH, LENGTH, *program.heads, HEAD_DIM)
+    meta = packed_meta(rng, 2, LENGTH, 2, 7)
+    colour_BT = rng.integers(0, 2, meta.segment_BT.shape, dtype=np.int32)
+    got = computed(
+        replace(program, local="colours_apart"),
+        "zigzag",
+        inputs,
+        Coloured(meta.position_BT, meta.segment_BT, colour_BT),
+    )
+    apart = TokenMeta(meta.position_BT, np.where(meta.segment_BT == 0, 0, 2 * meta.segment_BT + colour_BT))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, truth(inputs, apart, program.mask), strict=True):
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -218,8 +261,11 @@ def test_what_it_cannot_do_it_refuses_by_name():
 
 def abstract(length: int, heads: int = 4, head_dim: int = 8):
     x = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.float32)
-    meta = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return x, x, x, x, meta, meta
+    return x, x, x, x, abstract_meta(length)
+
+
+def abstract_meta(length: int) -> TokenMeta:
+    return TokenMeta(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2)
 
 
 def compiled(sp: int, local_length: int, layers: int = 1):
@@ -227,16 +273,15 @@ def compiled(sp: int, local_length: int, layers: int = 1):
     mesh = make_mesh((1, 1, 1, sp), devices=jax.devices()[:sp])
     attend = make_attention(mesh, query_chunk_size=32, key_chunk_size=32)
     x = jax.ShapeDtypeStruct((1, sp * local_length, 2, 16), jnp.float32)
-    meta = jax.ShapeDtypeStruct((1, sp * local_length), jnp.int32)
 
-    def total(x, position, segment):
+    def total(x, meta):
         @jax.checkpoint
         def layer(x, _):
-            return x + attend(x, x * 2, x * 3, position, segment), None
+            return x + attend(x, x * 2, x * 3, meta), None
 
         return jnp.sum(jax.lax.scan(layer, x, length=layers)[0])
 
-    return jax.jit(jax.value_and_grad(total)).lower(x, meta, meta).compile()
+    return jax.jit(jax.value_and_grad(total)).lower(x, abstract_meta(sp * local_length)).compile()
 
 
 def test_masks_are_not_hoisted_out_of_the_scan_over_layers():
@@ -263,12 +308,11 @@ def temporaries(sp: int, kv_heads: int, dtype, **options) -> int:
     mesh = make_mesh((1, 1, 1, sp), devices=jax.devices()[:sp])
     attend = make_attention(mesh, query_chunk_size=64, key_chunk_size=64, **options)
 
-    def run(q, k, v, d_out, position, segment):
-        return jax.vjp(lambda q, k, v: attend(q, k, v, position, segment), q, k, v)[1](d_out)
+    def run(q, k, v, d_out, meta):
+        return jax.vjp(lambda q, k, v: attend(q, k, v, meta), q, k, v)[1](d_out)
 
     q, k = (jax.ShapeDtypeStruct((1, sp * 512, heads, 64), dtype) for heads in (8, kv_heads))
-    meta = jax.ShapeDtypeStruct((1, sp * 512), jnp.int32)
-    return jax.jit(run).lower(q, k, k, q, meta, meta).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(run).lower(q, k, k, q, abstract_meta(sp * 512)).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ringbpt.mesh import make_mesh
 from ringbpt.planning.overlap import exposed, ring_hops
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training.step import GPU_OPTIONS
+from ringbpt.types import TokenMeta
 
 SLOW = pytest.mark.slow
 MACHINES = ["v4-8", pytest.param("v5p-8", marks=SLOW), "v5e-4", pytest.param("v6e-4", marks=SLOW), "4xh200"]
@@ -44,13 +45,13 @@ def program(name: str, length: int = 512, **options) -> str:
     attend = make_attention(mesh, **options)
     sharding = NamedSharding(mesh, PartitionSpec(None, "sp"))
     x = jax.ShapeDtypeStruct((1, sp * length, 2, 128), jnp.bfloat16, sharding=sharding)
-    meta = jax.ShapeDtypeStruct((1, sp * length), jnp.int32, sharding=sharding)
+    place = jax.ShapeDtypeStruct((1, sp * length), jnp.int32, sharding=sharding)
 
-    def total(q, k, v, position, segment):
-        return jnp.sum(attend(q, k, v, position, segment).astype(jnp.float32) ** 2)
+    def total(q, k, v, meta):
+        return jnp.sum(attend(q, k, v, meta).astype(jnp.float32) ** 2)
 
     own = GPU_OPTIONS if machine.platform == "cuda" else None
-    return machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), x, x, x, meta, meta, options=own).as_text()
+    return machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), x, x, x, TokenMeta(place, place), options=own).as_text()
 
 
 def check(text: str, sp: int):
