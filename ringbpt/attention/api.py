@@ -1,9 +1,8 @@
 """The one way into attention, for our model and for anybody's: global arrays in, global arrays out."""
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,8 @@ from ringbpt.attention.choose import Load, choose, machine
 from ringbpt.attention.core import Local, MaskSpec
 from ringbpt.attention.local import block_sizes, blockwise, cudnn, pallas_hopper, pallas_tpu, pallas_triton, reference
 from ringbpt.attention.parallel import all_gather, ring, ulysses
-from ringbpt.dims import ACTIVATION_AXES, Axes, spec
+from ringbpt.dims import ACTIVATION_AXES, AXES, Axes
+from ringbpt.dims import spec as partition
 from ringbpt.types import TokenMeta
 
 # Names under which a remat policy can keep the forward's result, so that the backward never runs the ring again.
@@ -98,70 +98,136 @@ LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
 }
 
 
-def _make_local(name: str, device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    if name not in LOCALS:
-        raise ValueError(f"local attention {name!r} is none of {', '.join(LOCALS)}")
-    return LOCALS[name](device, query_chunk_size, key_chunk_size)
-
-
-STRATEGIES = ("none", "ring", "all_gather", "ulysses", "ulysses_ring", "auto")
-
-
 def _over(strategy: ModuleType, local: Local, axis: str, **options: Any) -> Local:
-    """A device's share, and how the shares meet over a mesh axis: again a Local, so that strategies nest."""
+    """A device's attention, and how devices meet over a mesh axis: again a Local, so that strategies nest."""
     return Local(
         attend=partial(strategy.forward, local, axis, **options),
         attend_bwd=partial(strategy.backward, local, axis, **options),
     )
 
 
-def _make_strategy(
-    mesh: Mesh,
-    strategy: str,
-    local: Local,
-    heads_k_stride: int | None,
-    ulysses_degree: int | None,
-    bidirectional: bool,
-) -> tuple[Callable[[ring.Hops], Local], Mesh, dict[str, Axes]]:
-    """hops -> the share of a device over sp; and the mesh and the axis table for it: ulysses_ring splits sp in two."""
+def _ring(axis: str, local: Local, spec: "AttentionSpec", hops: ring.Hops) -> Local:
+    return _over(ring, local, axis, hops=hops, bidirectional=spec.bidirectional)
+
+
+# Each: (a device's attention to the keys at hand, the spec, how far keys travel round a ring) -> its queries' attention
+# to the keys of all devices of sp, for use inside a shard_map.
+OVER_SP: dict[str, Callable[[Local, "AttentionSpec", ring.Hops], Local]] = {
+    "none": lambda local, spec, hops: local,
+    "ring": partial(_ring, "sp"),
+    "all_gather": lambda local, spec, hops: _over(all_gather, local, "sp", heads_k_stride=spec.heads_k_stride),
+    "ulysses": lambda local, spec, hops: _over(ulysses, local, "sp"),
+    "ulysses_ring": lambda local, spec, hops: _over(ulysses, _ring("ring", local, spec, hops), "ulysses"),
+}
+STRATEGIES = (*OVER_SP, "auto")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What attention is asked for: which pairs of tokens count (mask), and how it is computed, which changes no result.
+
+    strategy: how devices meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
+    `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1;
+    `auto`: the quickest of them for the shapes, by the cost model of choose.py, said in a line of output.
+
+    Of rings: bidirectional sends half of the keys each way; skip_hops ends the journey of the keys where nobody further
+    on sees any of them (a window, packed documents), which depends on the batch: see ring.needed_hops.
+
+    local: what a device computes with, one of LOCALS, in blocks of at most query_chunk_size queries and key_chunk_size
+    keys; None: as the implementation thinks best. `auto`: the fastest that does what is asked on the mesh's devices.
+
+    Raises ValueError for an unknown name, and NotImplementedError for an option that the strategy does not have.
+    """
+
+    strategy: str = "ring"
+    local: str = "blockwise"
+    mask: MaskSpec = MaskSpec()
+    query_chunk_size: int | None = None
+    key_chunk_size: int | None = None
+    heads_k_stride: int | None = None
+    ulysses_degree: int | None = None
+    bidirectional: bool = False
+    skip_hops: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is none of {', '.join(STRATEGIES)}")
+        if self.local not in LOCALS:
+            raise ValueError(f"local attention {self.local!r} is none of {', '.join(LOCALS)}")
+        if self.heads_k_stride is not None and self.strategy != "all_gather":
+            raise NotImplementedError(
+                f"heads_k_stride belongs to gathered keys; {self.strategy!r} sends all heads: leave it out"
+            )
+        if self.bidirectional and "ring" not in self.strategy and self.strategy != "auto":
+            raise NotImplementedError(f"bidirectional belongs to rings, not to {self.strategy!r}: use ring")
+
+
+@dataclass(frozen=True)
+class ShardedAttention:
+    """Attention for use inside a shard_map over `mesh`, on one device's part of each array, placed as `axes` say."""
+
+    spec: AttentionSpec
+    local: Local
+    mesh: Mesh
+    axes: dict[str, Axes]
+
+    def needed_hops(self, meta: TokenMeta) -> ring.Hops:
+        """How far keys must travel round the ring: outside the shard_map, of the whole batch. None: all the way."""
+        axis = {"ring": "sp", "ulysses_ring": "ring"}.get(self.spec.strategy)
+        if axis is None or not self.spec.skip_hops or self.mesh.shape[axis] == 1:
+            return None
+        return ring.needed_hops(meta, self.spec.mask, self.mesh.shape[axis], self.spec.bidirectional)
+
+    def forward(self, q, k, v, meta: TokenMeta, hops: ring.Hops) -> tuple[jax.Array, jax.Array]:
+        """(out_BTNH in q's dtype, lse_BTN float32)."""
+        with jax.named_scope(SCOPE):
+            part = self._over_sp(hops).attend(q, k, v, meta, meta, self.spec.mask)
+        return part.out_BTNH.astype(q.dtype), part.lse_BTN
+
+    def backward(self, q, k, v, meta: TokenMeta, hops: ring.Hops, out, lse, d_out) -> tuple[jax.Array, ...]:
+        """The gradients of q, k and v in their dtypes, from forward's out and lse and the gradient of out."""
+        with jax.named_scope(SCOPE):
+            grads = self._over_sp(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, self.spec.mask)
+        return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
+
+    def _over_sp(self, hops: ring.Hops) -> Local:
+        return OVER_SP[self.spec.strategy](self.local, self.spec, hops)
+
+
+def make_sharded_attention(mesh: Mesh, spec: AttentionSpec) -> ShardedAttention:
+    """For callers that have a shard_map of their own; of any strategy but `auto`, which waits for global shapes.
+
+    Raises NotImplementedError for `none` over several devices, ValueError for a ulysses_degree that does not divide sp.
+    """
     sp, axes = mesh.shape["sp"], ACTIVATION_AXES
-    if strategy == "none":
-        if sp > 1:
-            raise NotImplementedError(f"strategy 'none' attends within one device; sp={sp} needs 'ring'")
-        return (lambda hops: local), mesh, axes
-    if strategy == "ring":
-        return (lambda hops: _over(ring, local, "sp", hops=hops, bidirectional=bidirectional)), mesh, axes
-    if strategy == "all_gather":
-        return (lambda hops: _over(all_gather, local, "sp", heads_k_stride=heads_k_stride)), mesh, axes
-    if strategy == "ulysses":
-        return (lambda hops: _over(ulysses, local, "sp")), mesh, axes
-    if ulysses_degree is None or sp % ulysses_degree:
-        divisors = ", ".join(str(d) for d in range(1, sp + 1) if sp % d == 0)
-        raise ValueError(f"ulysses_ring needs a ulysses_degree that divides sp={sp}: one of {divisors}")
-    shape = (*(mesh.shape[axis] for axis in ("dp", "fsdp", "tp")), sp // ulysses_degree, ulysses_degree)
-    names = ("dp", "fsdp", "tp", "ring", "ulysses")
-    # The same devices in the same order: arrays sharded over sp are sharded over both of its halves as they are.
-    split = Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
-
-    def share(hops: ring.Hops) -> Local:
-        return _over(ulysses, _over(ring, local, "ring", hops=hops, bidirectional=bidirectional), "ulysses")
-
-    return share, split, {**axes, "T": ("ring", "ulysses")}
+    local = LOCALS[spec.local](mesh.devices.flat[0], spec.query_chunk_size, spec.key_chunk_size)
+    if spec.strategy == "none" and sp > 1:
+        raise NotImplementedError(f"strategy 'none' attends within one device; sp={sp} needs 'ring'")
+    if spec.strategy == "ulysses_ring":
+        if spec.ulysses_degree is None or sp % spec.ulysses_degree:
+            divisors = ", ".join(str(d) for d in range(1, sp + 1) if sp % d == 0)
+            raise ValueError(f"ulysses_ring needs a ulysses_degree that divides sp={sp}: one of {divisors}")
+        names = ("dp", "fsdp", "tp", "ring", "ulysses")
+        shape = (*(mesh.shape[axis] for axis in names[:3]), sp // spec.ulysses_degree, spec.ulysses_degree)
+        # The same devices in the same order: arrays sharded over sp are sharded over both of its halves as they are.
+        mesh = Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+        axes = {**axes, "T": ("ring", "ulysses")}
+    return ShardedAttention(spec, local, mesh, axes)
 
 
-def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip_hops: bool):
-    """Chooses when it sees the shapes, once for each, and says so."""
+def _make_chooser(mesh: Mesh, spec: AttentionSpec) -> Callable[..., jax.Array]:
+    """strategy="auto": chooses when it sees the shapes, once for each, and says so."""
 
     @cache
-    def chosen(shape_BTNH: tuple[int, ...], kv_heads: int, itemsize: int):
+    def chosen(shape_BTNH: tuple[int, ...], kv_heads: int, itemsize: int) -> Callable[..., jax.Array]:
         B, T, N, H = shape_BTNH
-        dp, fsdp, tp, sp = (mesh.shape[axis] for axis in ("dp", "fsdp", "tp", "sp"))
+        dp, fsdp, tp, sp = (mesh.shape[axis] for axis in AXES)
         load = Load(sp, max(1, B // (dp * fsdp)), T // sp, N // tp, kv_heads // tp, H, itemsize)
         choice = choose(load, machine(mesh))
         _log_once(f"attention over sp: {choice.strategy}; {choice.why}")
-        of_rings = {"bidirectional": bidirectional, "skip_hops": skip_hops} if "ring" in choice.strategy else {}
+        two_ways = spec.bidirectional and "ring" in choice.strategy
         return make_attention(
-            mesh, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, **options, **of_rings
+            mesh, spec, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, bidirectional=two_ways
         )
 
     def attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
@@ -170,127 +236,29 @@ def _make_chooser(mesh: Mesh, options: dict[str, Any], bidirectional: bool, skip
     return attend
 
 
-def _check_options(strategy: str, heads_k_stride: int | None, bidirectional: bool) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if heads_k_stride is not None and strategy != "all_gather":
-        raise NotImplementedError(
-            f"heads_k_stride belongs to gathered keys; {strategy!r} sends all heads: leave it out"
-        )
-    if bidirectional and "ring" not in strategy and strategy != "auto":
-        raise NotImplementedError(f"bidirectional belongs to rings, not to {strategy!r}: use ring")
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Attention as it stands inside a shard_map over `mesh`, on one device's share, the T dim split as `axes` say.
-
-    forward(q, k, v, meta, hops) -> (out, in q's dtype, and lse);
-    backward(q, k, v, meta, hops, out, lse, d_out) -> gradients in their operands' dtypes;
-    needed(meta) -> hops, outside the shard_map, of the whole batch.
-    """
-
-    mesh: Mesh
-    axes: dict[str, Axes]
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
-    backward: Callable[..., tuple[jax.Array, ...]]
-    needed: Callable[[TokenMeta], ring.Hops]
-
-
-def make_shares(
-    mesh: Mesh,
-    *,
-    strategy: str,
-    local: str,
-    mask: MaskSpec,
-    query_chunk_size: int | None,
-    key_chunk_size: int | None,
-    heads_k_stride: int | None,
-    ulysses_degree: int | None,
-    bidirectional: bool,
-    skip_hops: bool,
-) -> Shares:
-    """For who has a shard_map of its own; the arguments, and what is refused, are make_attention's. Not for `auto`."""
-    _check_options(strategy, heads_k_stride, bidirectional)
-    blocks = _make_local(local, mesh.devices.flat[0], query_chunk_size, key_chunk_size)
-    make_share, mesh, axes = _make_strategy(mesh, strategy, blocks, heads_k_stride, ulysses_degree, bidirectional)
-    ring_size = math.prod(mesh.shape[axis] for axis in ("sp", "ring") if axis in mesh.shape and "ring" in strategy)
-
-    def needed(meta: TokenMeta) -> ring.Hops:
-        if not skip_hops or ring_size == 1:
-            return None
-        return ring.needed_hops(meta, mask, ring_size, bidirectional)
-
-    def forward(q, k, v, meta: TokenMeta, hops: ring.Hops):
-        with jax.named_scope(SCOPE):
-            part = make_share(hops).attend(q, k, v, meta, meta, mask)
-        return part.out_BTNH.astype(q.dtype), part.lse_BTN
-
-    def backward(q, k, v, meta: TokenMeta, hops: ring.Hops, out, lse, d_out):
-        with jax.named_scope(SCOPE):
-            grads = make_share(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, mask)
-        return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
-
-    return Shares(mesh, axes, forward, backward, needed)
-
-
-def make_attention(
-    mesh: Mesh,
-    *,
-    strategy: str = "ring",
-    local: str = "blockwise",
-    mask: MaskSpec = MaskSpec(),
-    query_chunk_size: int | None = None,
-    key_chunk_size: int | None = None,
-    heads_k_stride: int | None = None,
-    ulysses_degree: int | None = None,
-    bidirectional: bool = False,
-    skip_hops: bool = False,
-):
-    """attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta) -> out_BTNH, in q's dtype.
+def make_attention(mesh: Mesh, spec: AttentionSpec = AttentionSpec(), **changes: Any) -> Callable[..., jax.Array]:
+    """attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta) -> out_BTNH, in q's dtype; `changes` are fields of the spec.
 
     Global arrays, sharded (or to be sharded) B over dp and fsdp, T over sp, heads over tp, in layout order: the
     T dim permuted by layouts.permutation, that of the meta's arrays alike. Differentiable once in q, k and v, gradients
-    in their dtypes. Scores are scaled by H ** -0.5, accumulated in float32; a row that sees
-    no key gives 0.
+    in their dtypes. Scores are scaled by H ** -0.5, accumulated in float32; a row that sees no key gives 0.
 
-    strategy: how shares meet over sp: `ring`; `all_gather`, heads_k_stride kv heads at a time; `ulysses`;
-    `ulysses_ring`, ulysses within groups of ulysses_degree neighbours and a ring of the groups; `none` for sp=1;
-    `auto`: the quickest of them for the shapes, by the cost model of choose.py, said in a line of output.
-
-    Of rings: bidirectional sends half of the keys each way; skip_hops ends the journey of the keys where nobody further
-    on sees any of them (a window, packed documents), which depends on the batch: see ring.needed_hops.
-
-    local: what a device computes its share with, one of LOCALS, in blocks of at most query_chunk_size queries and
-    key_chunk_size keys; None: as the implementation thinks best. `auto`: the fastest that does what is asked on
-    the mesh's devices.
-
-    Raises ValueError for an unknown name, and NotImplementedError for what a strategy cannot do.
+    Raises ValueError for an unknown name, and NotImplementedError for what a strategy or a kernel cannot do.
     """
-    _check_options(strategy, heads_k_stride, bidirectional)
-    if strategy == "auto":
-        sizes = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
-        return _make_chooser(mesh, {"local": local, "mask": mask, **sizes}, bidirectional, skip_hops)
-    shares = make_shares(
-        mesh,
-        strategy=strategy,
-        local=local,
-        mask=mask,
-        query_chunk_size=query_chunk_size,
-        key_chunk_size=key_chunk_size,
-        heads_k_stride=heads_k_stride,
-        ulysses_degree=ulysses_degree,
-        bidirectional=bidirectional,
-        skip_hops=skip_hops,
+    spec = replace(spec, **changes)
+    if spec.strategy == "auto":
+        return _make_chooser(mesh, spec)
+    attention = make_sharded_attention(mesh, spec)
+    q_spec, kv_spec, row_spec, meta_spec = (
+        partition(dims, attention.axes) for dims in ("B T N H", "B T K H", "B T N", "B T")
     )
-    q_spec, kv_spec, row_spec, meta_spec = (spec(dims, shares.axes) for dims in ("B T N H", "B T K H", "B T N", "B T"))
 
     def on_shards(function, in_specs, out_specs):
-        return jax.shard_map(function, mesh=shares.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(function, mesh=attention.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     inputs = (q_spec, kv_spec, kv_spec, meta_spec, PartitionSpec())  # a TokenMeta's arrays are all placed alike
-    forward_shards = on_shards(shares.forward, inputs, (q_spec, row_spec))
-    backward_shards = on_shards(shares.backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
+    forward_shards = on_shards(attention.forward, inputs, (q_spec, row_spec))
+    backward_shards = on_shards(attention.backward, (*inputs, q_spec, row_spec, q_spec), (q_spec, kv_spec, kv_spec))
 
     @jax.custom_vjp
     def attend(q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
@@ -300,7 +268,7 @@ def make_attention(
         # What depends on the meta alone is the same in every layer: untied from q it would be computed ahead of
         # the scan over layers, for all hops, and stored.
         # The number of hops may well be: it is one number.
-        hops = shares.needed(meta)
+        hops = attention.needed_hops(meta)
         q, meta = lax.optimization_barrier((q, meta))
         out, lse = forward_shards(q, k, v, meta, hops)
         out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES, strict=True))

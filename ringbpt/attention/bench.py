@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ringbpt.attention.api import LOCALS, make_attention
+from ringbpt.attention.api import LOCALS, AttentionSpec, make_attention
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.layouts import permutation
 from ringbpt.dims import AXES
@@ -179,8 +179,8 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
         ring = build(ring_rank(s, case, s.ranks, kind), laid_out, 0)[0]
         ranks = {f"rank {r} of {s.ranks}": (ring, (*laid_out, r)) for r in range(s.ranks)}
         return ranks | {"one device": build(ring_rank(s, case, 1, kind), in_order, 0)}
-    sizes: dict[str, Any] = {"query_chunk_size": s.chunk_size, "key_chunk_size": s.chunk_size}
-    own = make_attention(mesh, strategy=s.strategy, local=s.local, mask=case.mask, skip_hops=case.skip_hops, **sizes)
+    spec = AttentionSpec(s.strategy, s.local, case.mask, s.chunk_size, s.chunk_size, skip_hops=case.skip_hops)
+    own = make_attention(mesh, spec)
     contenders = {}
     if s.rival == "cudnn":
         contenders["cudnn"] = cudnn(case)

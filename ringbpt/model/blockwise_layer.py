@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from ringbpt.attention.api import SAVED_NAMES, Shares
+from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.feedforward import swiglu, swiglu_backward
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
@@ -40,7 +40,7 @@ class BlockwiseLayer:
     """
 
     mesh: Mesh
-    shares: Shares
+    attention: ShardedAttention
     norm: Callable[[jax.Array, jax.Array], jax.Array]
     operands: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     letters: dict[str, str]
@@ -48,7 +48,7 @@ class BlockwiseLayer:
     chunk_size: int | None
 
     def __call__(self, w: Params, x_BTD: jax.Array, meta: TokenMeta) -> jax.Array:
-        return self._layer(w, x_BTD, meta, self.shares.needed(meta))
+        return self._layer(w, x_BTD, meta, self.attention.needed_hops(meta))
 
     @cached_property
     def _layer(self) -> Callable[..., jax.Array]:
@@ -135,7 +135,7 @@ class BlockwiseLayer:
 
         def group(part: Params):
             q, k, v = self._queries_keys_values(whole | part, x, meta)
-            out, lse = self.shares.forward(q, k, v, meta, hops)
+            out, lse = self.attention.forward(q, k, v, meta, hops)
             return out.reshape(*x.shape[:2], -1), lse
 
         return lax.map(group, self._groups(whole))
@@ -188,7 +188,7 @@ class BlockwiseLayer:
             d_out = _in_chunks(
                 lambda i: dot("BTD,NHD->BTNH", _slice(dy, i, size), part["w_o"], x.dtype), x.shape[1], size
             )
-            grads = self.shares.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
+            grads = self.attention.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
             return tuple(
                 lax.dynamic_update_index_in_dim(whole, grad.reshape(*grad.shape[:2], -1), g, 0)
                 for whole, grad in zip(state, grads, strict=True)

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ringbpt.attention import MaskSpec, make_attention
-from ringbpt.attention.api import SAVED_NAMES, make_shares
+from ringbpt.attention import AttentionSpec, MaskSpec, make_attention
+from ringbpt.attention.api import SAVED_NAMES, make_sharded_attention
 from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
@@ -311,25 +311,25 @@ class Model:
         return MaskSpec(causal=True, window=self.architecture.sliding_window)
 
     @property
-    def _attention(self) -> dict[str, Any]:
-        """The flags as attention.api names them."""
+    def attention(self) -> AttentionSpec:
+        """What the flags ask of attention."""
         execution = self.execution
         kernel = execution.attention_kernel
-        return {
-            "strategy": execution.sequence_parallel if execution.attention_type.startswith("ring") else "none",
-            "local": ATTENTION_TYPES[execution.attention_type] if kernel == "auto" else kernel,
-            "mask": self.mask,
-            "query_chunk_size": execution.scan_query_chunk_size,
-            "key_chunk_size": execution.scan_key_chunk_size,
-            "heads_k_stride": execution.heads_k_stride,
-            "ulysses_degree": execution.ulysses_degree,
-            "bidirectional": execution.ring_bidirectional,
-            "skip_hops": execution.ring_skip_hops,
-        }
+        return AttentionSpec(
+            strategy=execution.sequence_parallel if execution.attention_type.startswith("ring") else "none",
+            local=ATTENTION_TYPES[execution.attention_type] if kernel == "auto" else kernel,
+            mask=self.mask,
+            query_chunk_size=execution.scan_query_chunk_size,
+            key_chunk_size=execution.scan_key_chunk_size,
+            heads_k_stride=execution.heads_k_stride,
+            ulysses_degree=execution.ulysses_degree,
+            bidirectional=execution.ring_bidirectional,
+            skip_hops=execution.ring_skip_hops,
+        )
 
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:
-        return make_attention(self.mesh, **self._attention)
+        return make_attention(self.mesh, self.attention)
 
     @cached_property
     def _blockwise_layer(self) -> BlockwiseLayer:
@@ -341,7 +341,7 @@ class Model:
 
         return BlockwiseLayer(
             mesh=self.mesh,
-            shares=make_shares(self.mesh, **self._attention),
+            attention=make_sharded_attention(self.mesh, self.attention),
             norm=partial(rms_norm, eps=architecture.rms_norm_eps),
             operands=operands,
             letters={name: param.get_metadata("dims") for name, param in self._declared["layers"].items()},

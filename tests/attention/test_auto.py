@@ -26,7 +26,7 @@ def said(caplog, device, dtype, **sizes) -> list[str]:
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), dtype)
     meta = TokenMeta(*(jax.ShapeDtypeStruct((1, 256), jnp.int32),) * 2)
     with caplog.at_level(logging.INFO, logger="ringbpt"):
-        local = api._make_local("auto", device, sizes.get("queries"), sizes.get("keys"))
+        local = api.LOCALS["auto"](device, sizes.get("queries"), sizes.get("keys"))
         for _ in range(2):
             jax.eval_shape(lambda x, meta: local.attend(x, x, x, meta, meta, MaskSpec()), x, meta)
     return [record.getMessage() for record in caplog.records]
@@ -48,7 +48,7 @@ def test_a_kernel_is_made_once_for_each_shape_and_direction(monkeypatch):
 
     for name in ("pallas_tpu", "blockwise"):
         make(name)
-    local = api._make_local("auto", V5E, None, None)
+    local = api.LOCALS["auto"](V5E, None, None)
 
     def both(q, k, lse, q_meta, kv_meta):
         part = local.attend(q, k, k, q_meta, kv_meta, MaskSpec())
