@@ -59,8 +59,8 @@ def main(argv: list[str]) -> int:
 
 def make_views(loader: Any, batches: int, rows: int, layout: str, sp: int) -> list[Any]:
     """The first rows of the first batches, in text order, and which shard of sp each place goes to."""
-    from ringbpt.attention.layouts import inverse, permutation
     from ringbpt.data.page import View
+    from ringbpt.layouts import inverse, permutation
 
     place_T = inverse(permutation(layout, loader.seq_length, sp))
     shard_T = place_T // (loader.seq_length // sp)

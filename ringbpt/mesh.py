@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ringbpt.attention.layouts import permutation
 from ringbpt.config import UserError
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
+from ringbpt.layouts import permutation
 from ringbpt.types import Batch
 
 

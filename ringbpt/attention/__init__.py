@@ -2,6 +2,6 @@
 
 from ringbpt.attention.api import AttentionSpec, make_attention
 from ringbpt.attention.core import MaskSpec
-from ringbpt.attention.layouts import permutation
+from ringbpt.layouts import permutation
 
 __all__ = ["AttentionSpec", "MaskSpec", "make_attention", "permutation"]

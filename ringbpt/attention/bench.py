@@ -19,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention.api import LOCALS, AttentionSpec, make_attention
 from ringbpt.attention.core import MaskSpec
-from ringbpt.attention.layouts import permutation
 from ringbpt.dims import AXES
+from ringbpt.layouts import permutation
 from ringbpt.types import TokenMeta
 
 Contender = Callable[..., jax.Array]

@@ -26,9 +26,9 @@ from jax import lax
 
 from ringbpt.attention.api import LOCALS
 from ringbpt.attention.core import Local, MaskSpec, Partial
-from ringbpt.attention.layouts import permutation
 from ringbpt.attention.local import reference
 from ringbpt.attention.work import visible_pairs
+from ringbpt.layouts import permutation
 from ringbpt.types import TokenMeta
 
 TOLERANCE = 2e-2  # of the largest number of each of out, dq, dk, dv; bf16 keeps 8 bits

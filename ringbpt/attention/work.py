@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ringbpt.attention.core import MaskSpec, block_visibility
-from ringbpt.attention.layouts import permutation
+from ringbpt.layouts import permutation
 from ringbpt.types import TokenMeta
 
 

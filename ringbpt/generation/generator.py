@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.attention import permutation
-from ringbpt.attention.layouts import inverse
 from ringbpt.config import UserError
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, split_params
 from ringbpt.generation.sampling import Options, Sampling, penalise, sample
+from ringbpt.layouts import inverse
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params, TokenMeta

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.attention.layouts import inverse, permutation
 from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.config_checks import check_mesh
 from ringbpt.convert import hf
 from ringbpt.dims import MeshShape
 from ringbpt.families import llama_fields, read_json
+from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.training.checkpoint import find_checkpoint, flatten, load_checkpoint, newest_step

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.attention import bench
-from ringbpt.attention.layouts import permutation
 from ringbpt.attention.local import reference
+from ringbpt.layouts import permutation
 from ringbpt.mesh import make_mesh
 
 SETTINGS = bench.Settings(

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from ringbpt.attention import MaskSpec, make_attention, permutation
 from ringbpt.attention.api import LOCALS
 from ringbpt.attention.core import Local
-from ringbpt.attention.layouts import LAYOUTS, inverse
 from ringbpt.attention.local import reference
 from ringbpt.attention.parallel.ring import needed_hops
 from ringbpt.attention.work import count
 from ringbpt.config import Config
+from ringbpt.layouts import LAYOUTS, inverse
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES

@@ -5,8 +5,8 @@ import pytest
 
 from ringbpt.attention import MaskSpec, permutation
 from ringbpt.attention.core import visible
-from ringbpt.attention.layouts import LAYOUTS
 from ringbpt.attention.work import count
+from ringbpt.layouts import LAYOUTS
 from ringbpt.types import TokenMeta
 from tests.attention.test_local import packed_meta
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ringbpt.attention import permutation
-from ringbpt.attention.layouts import inverse
 from ringbpt.config import Execution
 from ringbpt.convert.hf import layouts, load_folder, open_huggingface
 from ringbpt.families import rows_for
+from ringbpt.layouts import inverse
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch

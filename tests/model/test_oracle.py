@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringbpt.attention import permutation
-from ringbpt.attention.layouts import inverse
+from ringbpt.layouts import inverse
 from ringbpt.mesh import put_batch
 from ringbpt.types import Batch
 from tests.golden.make_llama import CASES, FILE, GRADIENTS, SIZES, documents, golden, weights

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringbpt.attention.layouts import inverse, permutation
 from ringbpt.data.packing import Row, make_plan
+from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import put_batch
 from ringbpt.types import Batch
 from tests.model.helpers import make_model
