@@ -31,7 +31,7 @@ flags.DEFINE_string("out", "bench_attention", "FILE: writes FILE.json and FILE.p
 def main(argv: list[str]) -> None:
     import jax
 
-    from ringbpt.attention import bench
+    from ringbpt.bench import attention as bench
 
     values = {field.name: flags.FLAGS[field.name].value for field in fields(bench.Settings)}
     settings = bench.Settings(**values | {"kv_heads": values["kv_heads"] or values["heads"]})

@@ -32,20 +32,20 @@ def main() -> int:
     faulthandler.dump_traceback_later(args.budget_s + 20, exit=True)
     import jax
 
-    from ringbpt.attention import kernel_bench
+    from ringbpt.bench import kernels
 
     if jax.default_backend() == "cpu" and not args.tiny:
         raise SystemExit("no GPU: jax finds only CPUs here, where kernels run in interpreters; --tiny does that")
     heads = [(int(n), int(k)) for n, k in (pair.split("/") for pair in args.heads.split(","))]
-    todo = kernel_bench.problems(
+    todo = kernels.problems(
         [int(n) for n in args.lengths.split(",")], [int(n) for n in args.head_dims.split(",")], heads
     )
     tokens, _, ranks = args.ring.partition("x")
     ring = (int(tokens), int(ranks)) if args.ring else None
-    keep = partial(kernel_bench.save, path=args.out)
-    report = kernel_bench.run(args.kernels.split(","), todo, args.check_length, ring, args.budget_s, keep=keep)
-    print(kernel_bench.table(report))
-    wrong = [name for name, error in report["errors"].items() if max(error.values()) > kernel_bench.TOLERANCE]
+    keep = partial(kernels.save, path=args.out)
+    report = kernels.run(args.kernels.split(","), todo, args.check_length, ring, args.budget_s, keep=keep)
+    print(kernels.table(report))
+    wrong = [name for name, error in report["errors"].items() if max(error.values()) > kernels.TOLERANCE]
     if wrong:
         print(f"wrong, and not timed: {', '.join(wrong)}")
     return 1 if wrong else 0

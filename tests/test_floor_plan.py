@@ -24,7 +24,7 @@ LEVELS = [
     {"mesh", "host_memory", "attention", "data"},
     {"model", "convert", "objectives"},
     {"training", "generation", "evaluation"},
-    {"rollout", "planning"},
+    {"rollout", "planning", "bench"},
     {"train", "plan", "verify", "inspect", "generate", "evaluate", "checkpoint", "launch", "autotune"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringbpt import autotune
 from ringbpt.attention import MaskSpec, api
 from ringbpt.attention.local import block_sizes
+from ringbpt.bench import autotune
 from ringbpt.config import UserError
 from ringbpt.config_checks import CHOICES
 from ringbpt.types import TokenMeta

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ringbpt.attention import bench
 from ringbpt.attention.local import reference
+from ringbpt.bench import attention as bench
 from ringbpt.layouts import permutation
 from ringbpt.mesh import make_mesh
 

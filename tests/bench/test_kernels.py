@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringbpt.attention import kernel_bench
 from ringbpt.attention.api import LOCALS
 from ringbpt.attention.core import Local, visible
-from ringbpt.attention.kernel_bench import Problem
 from ringbpt.attention.local import reference
+from ringbpt.bench import kernels
+from ringbpt.bench.kernels import Problem
 
 TINY = Problem(32, 16, 2, 1, documents=4)
 
@@ -30,11 +30,11 @@ def test_a_wrong_kernel_is_told_and_not_timed(monkeypatch, tmp_path):
         return dq, dk * 1.1, dv
 
     monkeypatch.setitem(LOCALS, "wrong", lambda device, *sizes: Local(reference.attend, wrong_bwd))
-    monkeypatch.setattr(kernel_bench, "_REPEATS", 1)
+    monkeypatch.setattr(kernels, "_REPEATS", 1)
     said = []
-    keep = lambda report: kernel_bench.save(report, tmp_path / "bench.json")
+    keep = lambda report: kernels.save(report, tmp_path / "bench.json")
     names = ["reference", "wrong", "pallas_hopper"]
-    report = kernel_bench.run(names, [TINY], 16, (16, 2), 60.0, say=said.append, keep=keep)
+    report = kernels.run(names, [TINY], 16, (16, 2), 60.0, say=said.append, keep=keep)
     assert [entry["kernel"] for entry in report["tflops"]] == ["reference"]
     assert set(report["ring"]) == {"reference"} and set(report["ring"]["reference"]) == {"forward", "both"}
     assert "use blockwise" in report["refused"]["pallas_hopper"]
@@ -45,21 +45,21 @@ def test_a_wrong_kernel_is_told_and_not_timed(monkeypatch, tmp_path):
 
 def test_what_there_is_no_time_for_is_listed():
     said = []
-    report = kernel_bench.run(["reference"], [TINY], 16, (16, 2), 0.0, say=said.append)
+    report = kernels.run(["reference"], [TINY], 16, (16, 2), 0.0, say=said.append)
     assert report["tflops"] == [] and len(report["left_out"]) == 3  # its check, itself and the ring
     assert sum("left out" in line for line in said) == 3
 
 
 def test_the_order_is_that_of_importance():
-    order = kernel_bench.problems([8, 16], [64, 128], [(64, 8), (32, 32)])
+    order = kernels.problems([8, 16], [64, 128], [(64, 8), (32, 32)])
     assert len(order) == 2 * 2 * 2 * 3
     assert order[0] == Problem(16, 128, 64, 8, "causal") and order[1].length == 8
     assert order[-1].head_dim == 64 and order[-1].heads == order[-1].kv_heads
 
 
 def test_jax_itself_is_a_peer():
-    peer = kernel_bench.differentiated("jax", lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
-    assert max(kernel_bench.errors(TINY, *peer.programs(TINY)).values()) < kernel_bench.TOLERANCE
+    peer = kernels.differentiated("jax", lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    assert max(kernels.errors(TINY, *peer.programs(TINY)).values()) < kernels.TOLERANCE
     with pytest.raises(NotImplementedError, match="plain causal"):
         peer.programs(Problem(32, 16, 2, 1, "packed"))
 
@@ -71,13 +71,13 @@ def test_the_table_compares_auto_with_the_better_of_pytorch():
         | dict(zip(("forward", "backward"), speed, strict=True))
         for name, speed in speeds.items()
     ]
-    text = kernel_bench.table({"tflops": entries, "ring": {"auto": {"forward": 0.93, "both": 0.95}}})
+    text = kernels.table({"tflops": entries, "ring": {"auto": {"forward": 0.93, "both": 0.95}}})
     assert "| 625 / 250 | 0.96 / 1.25 |" in text and "0.930 of one shot" in text
 
 
 @pytest.mark.slow
 def test_torch_is_a_peer():
-    peer = kernel_bench.torch_sdpa("MATH")
-    assert max(kernel_bench.errors(TINY, *peer.programs(TINY)).values()) < kernel_bench.TOLERANCE
-    speed = kernel_bench.measure(TINY, *peer.programs(TINY))
+    peer = kernels.torch_sdpa("MATH")
+    assert max(kernels.errors(TINY, *peer.programs(TINY)).values()) < kernels.TOLERANCE
+    speed = kernels.measure(TINY, *peer.programs(TINY))
     assert speed["forward"] > 0 and jnp.isfinite(speed["backward"])

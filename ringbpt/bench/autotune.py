@@ -1,0 +1,162 @@
+"""`python -m ringbpt.autotune`: measures block sizes of attention on the device that is here, and keeps the best.
+
+Forward and backward are timed apart, causal, for each head dim; the table that every run reads
+(ringbpt/attention/local/block_sizes.json) gets the fastest of each as they are found, so that a run that is stopped
+keeps what it has.
+"""
+
+import faulthandler
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ringbpt.attention.api import FASTEST, LOCALS
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.local import block_sizes
+from ringbpt.config import UserError
+from ringbpt.model.llama import COMPUTE_DTYPES
+from ringbpt.own_flags import Flag, own_help, read_own_flags
+from ringbpt.types import TokenMeta
+
+FLAGS = {
+    "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
+    "head_dim": Flag(str, "64,128", "whose sizes to find"),
+    "blocks": Flag(str, "", "sizes to try, for queries and for keys: 128,256,512,1024; of pallas_triton 32,64,128"),
+    "tokens": Flag(int, 8192, "queries and keys of a device"),
+    "heads": Flag(int, 8, "query heads of a device"),
+    "kv_heads": Flag(int, 2, "key/value heads of a device"),
+    "dtype": Flag(str, "bf16", "fp32, bf16, fp16"),
+    "budget_s": Flag(int, 540, "seconds after which nothing further is tried"),
+    "print_only": Flag(bool, False, "leave the table as it is"),
+}
+TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
+BLOCKS = {"pallas_triton": "32,64,128"}  # what fits a GPU's registers; of the others:
+MOST_BLOCKS = "128,256,512,1024"
+REPEATS = 5
+
+
+def _numbers(name: str, text: str, default: str) -> list[int]:
+    words = (text or default).split(",")
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise UserError(f"--{name}={text} is no list of numbers: --{name}={default}")
+    return [int(word) for word in words]
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Of REPEATS runs after the one that compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return sorted(times)[REPEATS // 2]
+
+
+def _forward(local, q, k, v, meta):
+    return local.attend(q, k, v, meta, meta, MaskSpec())
+
+
+def _backward(local, q, k, v, part, d_out, meta):
+    return local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec())
+
+
+def measure(
+    kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int], dtype: Any, until: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The table's entry for one head dim: the fastest sizes, forward and backward; {} where there was no time for any.
+
+    Sizes that do not run are said. until: of time.monotonic. keep is handed the entry as it gets better.
+    """
+    device = jax.devices()[0]
+    q, k, v, d_out = (
+        jax.random.normal(jax.random.key(i), (1, shape["tokens"], n, head_dim), dtype)
+        for i, n in enumerate((shape["heads"], shape["kv_heads"], shape["kv_heads"], shape["heads"]))
+    )
+    place = jnp.arange(shape["tokens"], dtype=jnp.int32)[None]
+    meta = TokenMeta(place, jnp.ones_like(place))
+    best: dict[str, tuple[float, list[int]]] = {}
+    entry: dict[str, Any] = {}
+    part: Any = None  # the forward's result, of whichever sizes ran first: the backward's input
+    todo = list(product([b for b in blocks if b <= shape["tokens"]], repeat=2))
+    for number, sizes in enumerate(todo):
+        if time.monotonic() > until:
+            print(f"  {head_dim}: left out, for want of time: {', '.join(map(str, todo[number:]))}", flush=True)
+            return entry
+        row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
+        row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
+        local = LOCALS[kernel](device, None, None)
+        for way in ("forward", "backward"):
+            if way == "forward":
+                run = partial(jax.jit(partial(_forward, local)), q, k, v, meta)
+            else:
+                run = partial(jax.jit(partial(_backward, local)), q, k, v, part, d_out, meta)
+            try:
+                seconds = median_seconds(run)
+                part = part or run()
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+                print(f"  {head_dim} {way} {sizes}: {str(error).splitlines()[0][:100]}", flush=True)
+                break  # without a forward there is no backward
+            print(f"  {head_dim} {way} {sizes}: {seconds * 1e3:.3f} ms", flush=True)
+            best[way] = min(best.get(way, (seconds, list(sizes))), (seconds, list(sizes)))
+        if len(best) == 2:
+            source = (
+                f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, "
+                f"{jnp.dtype(dtype).name}, the best of {number + 1} tried"
+            )
+            entry = {way: sizes for way, (_, sizes) in best.items()} | {"from": source}
+            keep(entry)
+    if not entry:
+        raise UserError(f"--blocks={','.join(map(str, blocks))}: none of these sizes runs {kernel} on this device")
+    return entry
+
+
+def main(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(own_help(__doc__ or "", FLAGS))
+        return 0
+    flags = read_own_flags(argv, FLAGS)
+    shape = {name: flags[name] for name in ("tokens", "heads", "kv_heads")}
+    for name, value in shape.items():
+        if value < 1:
+            raise UserError(f"--{name}={value} is below 1: --{name}={FLAGS[name].default}")
+    if shape["heads"] % shape["kv_heads"]:
+        raise UserError(f"--kv_heads={shape['kv_heads']} does not divide --heads={shape['heads']}: --kv_heads=1 does")
+    if flags["dtype"] not in COMPUTE_DTYPES:
+        raise UserError(f"--dtype={flags['dtype']} is none of {', '.join(COMPUTE_DTYPES)}")
+    device = jax.devices()[0]
+    kernel = flags["kernel"] or next(k for k in FASTEST.get(device.platform, TUNABLE) if k in TUNABLE)
+    if kernel not in TUNABLE:
+        raise UserError(
+            f"--kernel={kernel} does not read the table of block sizes; those that do: {', '.join(TUNABLE)}"
+        )
+    blocks = _numbers("blocks", flags["blocks"], BLOCKS.get(kernel, MOST_BLOCKS))
+    head_dims = _numbers("head_dim", flags["head_dim"], FLAGS["head_dim"].default)
+    print(f"{kernel} on {device.device_kind}: {shape}", flush=True)
+    until = time.monotonic() + flags["budget_s"]
+
+    def keep(head_dim: int, entry: dict[str, Any]) -> None:
+        if not flags["print_only"]:
+            block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): {str(head_dim): entry}}})
+
+    # A kernel that hangs ends the run; what was measured is in the table.
+    faulthandler.dump_traceback_later(flags["budget_s"] + 50, exit=True, file=2)
+    try:
+        for head_dim in sorted(head_dims):
+            entry = measure(
+                kernel, head_dim, blocks, shape, COMPUTE_DTYPES[flags["dtype"]], until, partial(keep, head_dim)
+            )
+            print(f"{head_dim}: {entry or 'left out'}", flush=True)
+    except NotImplementedError as refusal:
+        raise UserError(f"--kernel={kernel}: {refusal}") from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    print("nothing written" if flags["print_only"] else f"written: {block_sizes.FILE}")
+    return 0
