@@ -1,4 +1,4 @@
-"""What each accelerator can do at most: the numbers that MFU, the planner and the benchmarks divide by."""
+"""What each accelerator can do at most, and what is reached of it: for MFU, plans, strategies and benchmarks."""
 
 from dataclasses import dataclass
 
@@ -32,6 +32,22 @@ HARDWARE = (
     Hardware("H100", ("NVIDIA H100 80GB HBM3",), 989.0, 79.1, 3352, 25, 18),
     Hardware("H200", ("NVIDIA H200",), 989.0, 141.0, 4800, 25, 18),
 )
+
+# What is reached, (at best, at worst), of the bf16 peak: by large matrix products; by a fused attention kernel; by
+# blockwise attention in plain XLA, which writes each block of scores out.
+MATMUL_SHARE = (0.75, 0.45)
+KERNEL_SHARE = (0.65, 0.30)
+BLOCKWISE_SHARE = (0.35, 0.08)
+ATTENTION_SHARE = 0.6  # by whichever attention, where strategies are compared
+# float32 products take this many times the time of bf16 ones.
+FLOAT32_COST = 6
+# Between hosts with GPUs: what one GPU sends and receives over an adapter of its own (InfiniBand), 1e9 bytes/s.
+NETWORK_GB_PER_S = (50.0, 25.0)
+# Between a device and its host's memory, 1e9 bytes/s one way: PCIe 5 with 16 lanes, and what is left of less where
+# several devices share it.
+HOST_GB_PER_S = (50.0, 10.0)
+# A collective takes this long with nothing to send.
+COLLECTIVE_SECONDS = 20e-6
 
 
 def find(device_kind: str) -> Hardware | None:

@@ -3,8 +3,8 @@
 Estimated is one layer's attention, forward and backward, on one device; b rows of t tokens, N query and K kv heads of
 H numbers of c bytes on each of n devices over sp:
 
-    compute         3.5 · 4 b N H t (n t / 2) / (UTILISATION · peak): half, as under a causal mask; a backward is 2.5
-                    forwards
+    compute         3.5 · 4 b N H t (n t / 2) / (ATTENTION_SHARE · peak): half, as under a causal mask; a backward is
+                    2.5 forwards
     ring            n - 1 hops of 2 b t K H c bytes forward and 2 b t K H (c + 4) backward, each hidden behind its
                     hop's compute: only what is longer counts
     all_gather      the same bytes, none of them hidden
@@ -13,7 +13,8 @@ H numbers of c bytes on each of n devices over sp:
 
 A byte to a neighbour takes 1 / link on a TPU's torus, and all-to-all among n on a line of it n / 8 times that: n / 4
 links on average, in both directions at once. GPUs of a host reach each other over all their links alike; further hosts
-at NETWORK. Each collective costs LATENCY besides.
+over their adapters. Each collective costs COLLECTIVE_SECONDS besides. What is reached of peaks, links and networks is
+in hardware.py.
 """
 
 from dataclasses import dataclass
@@ -22,10 +23,8 @@ from jax.sharding import Mesh
 
 from ringbpt import hardware
 
-UTILISATION = 0.6  # of the peak that blocks of attention reach
-NETWORK = 50e9  # bytes a second between the GPUs of two hosts, each with an adapter of its own
-LATENCY = 20e-6  # seconds
 GATHERED_SHARE = 0.1  # of a device's memory that gathered keys and their gradients may take
+_NETWORK = hardware.NETWORK_GB_PER_S[0] * 1e9
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ class Machine:
         """Bytes a second of a ring whose members stand `distance` apart, `span` devices in all."""
         if self.torus:
             return self.link / distance
-        return self.link if span <= self.host else NETWORK
+        return self.link if span <= self.host else _NETWORK
 
     def all_to_all(self, n: int) -> float:
         if self.torus:
             return self.link * min(1.0, 8 / n)
-        return self.link if n <= self.host else NETWORK
+        return self.link if n <= self.host else _NETWORK
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def estimate(load: Load, on: Machine) -> dict[tuple[str, int | None], float]:
     gathered = 2 * load.rows * load.sp * load.tokens * load.kv_heads * load.head_dim * (load.itemsize + 4)
     if gathered <= GATHERED_SHARE * on.memory_bytes:
         sent = 2 * load.rows * load.tokens * load.kv_heads * load.head_dim * (2 * load.itemsize + 4)
-        transfers = (load.sp - 1) * sent / on.neighbour(1, load.sp) + 3 * LATENCY
+        transfers = (load.sp - 1) * sent / on.neighbour(1, load.sp) + 3 * hardware.COLLECTIVE_SECONDS
         found["all_gather", None] = _compute(load, on) + transfers
     for u in range(2, load.sp + 1):
         if load.sp % u == 0 and can_deal(load.heads, load.kv_heads, u):
@@ -105,7 +104,7 @@ def can_deal(heads: int, kv_heads: int, size: int) -> bool:
 
 def _compute(load: Load, on: Machine) -> float:
     pairs = load.rows * load.heads * load.tokens * load.sp * load.tokens / 2
-    return 3.5 * 4 * load.head_dim * pairs / (UTILISATION * on.flops)
+    return 3.5 * 4 * load.head_dim * pairs / (hardware.ATTENTION_SHARE * on.flops)
 
 
 def _ulysses_ring(load: Load, on: Machine, u: int) -> float:
@@ -113,10 +112,10 @@ def _ulysses_ring(load: Load, on: Machine, u: int) -> float:
     numbers, c, groups = load.rows * load.tokens * load.head_dim, load.itemsize, load.sp // u
     kv_heads = max(load.kv_heads, u)
     dealt = numbers * ((5 * c + 4) * load.heads + (4 * c + 8) * kv_heads) * (u - 1) / u
-    seconds = dealt / on.all_to_all(u) + (8 * LATENCY if u > 1 else 0)
+    seconds = dealt / on.all_to_all(u) + (8 * hardware.COLLECTIVE_SECONDS if u > 1 else 0)
     hop = _compute(load, on) / groups
     for share, size in ((1 / 3.5, c), (2.5 / 3.5, c + 4)):  # forward, backward
-        transfer = 2 * numbers * kv_heads * size / on.neighbour(u, load.sp) + LATENCY
+        transfer = 2 * numbers * kv_heads * size / on.neighbour(u, load.sp) + hardware.COLLECTIVE_SECONDS
         seconds += share * hop + (groups - 1) * max(share * hop, transfer)
     return seconds
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ringbpt import hardware
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.work import count
 from ringbpt.config import Config
@@ -14,20 +15,8 @@ from ringbpt.planning.topologies import Topology
 from ringbpt.training.memory import host_traffic
 from ringbpt.types import TokenMeta
 
-# Share of the bf16 peak that is reached, (at best, at worst): large matrix products; a fused attention kernel; the
-# blockwise attention in plain XLA, which writes each block of scores out.
-MATMUL_SHARE = (0.75, 0.45)
-KERNEL_SHARE = (0.65, 0.30)
-BLOCKWISE_SHARE = (0.35, 0.08)
 # Policies under which a layer's backward runs its forward again, attention and all.
 NOTHING_SAVED = ("nothing_saveable", "offload_inputs")
-# float32 products take this many times the time of bf16 ones.
-FLOAT32_COST = 6
-# Between hosts with GPUs: what one GPU sends and receives over InfiniBand, 1e9 bytes/s (at best, at worst).
-NETWORK_GB_PER_S = (50.0, 25.0)
-# Between a device and its host's memory, 1e9 bytes/s one way: PCIe 5 with 16 lanes, and what is left of less where
-# several devices share it (at best, at worst).
-HOST_GB_PER_S = (50.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -117,13 +106,13 @@ def estimate(
     """
     if machine.hardware is None:
         raise ValueError(f"nobody knows the peaks of {machine.name}")
-    peak = machine.hardware.bf16_tflops * 1e12 / (FLOAT32_COST if config.dtype == "fp32" else 1)
+    peak = machine.hardware.bf16_tflops * 1e12 / (hardware.FLOAT32_COST if config.dtype == "fp32" else 1)
     devices, uneven = len(machine.devices), balance(config)
     again_attention = flops.attention / 6 * (3 if config.execution.remat_block in NOTHING_SAVED else 1)
     attention = (flops.attention + again_attention) * uneven / devices / peak
     dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
-    attention_share = KERNEL_SHARE if kernel else BLOCKWISE_SHARE
-    best, worst = (attention / attention_share[i] + dense / MATMUL_SHARE[i] for i in (0, 1))
+    attention_share = hardware.KERNEL_SHARE if kernel else hardware.BLOCKWISE_SHARE
+    best, worst = (attention / attention_share[i] + dense / hardware.MATMUL_SHARE[i] for i in (0, 1))
     ring = sum(hop.bytes * hop.times for hop in hops)
     rates = link_rates(config, machine)
     others = sum(
@@ -135,7 +124,7 @@ def estimate(
     if hops:
         margin = attention / attention_share[0] / (ring / permute[1])
     meanwhile, after = host_traffic(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
-    host_best, host_worst = (rate * 1e9 for rate in HOST_GB_PER_S)
+    host_best, host_worst = (rate * 1e9 for rate in hardware.HOST_GB_PER_S)
     low = max(best, ring / permute[0], meanwhile / host_best) + after / host_best
     high = max(worst, ring / permute[1]) + exposed / permute[1] + others + (meanwhile + after) / host_worst
     lines = _assumptions(config, machine, attention_share, uneven, rates, permute, meanwhile + after)
@@ -157,11 +146,11 @@ def link_rates(config: Config, machine: Topology) -> dict[str, tuple[float, floa
     inside = known.link_gb_per_s * 1e9 * (2 if machine.platform == "tpu" else known.links)
     rates: dict[str, tuple[float, float]] = {}
     stride = 1
-    names = ("dp", "fsdp", "tp", "sp")
+    names, network = ("dp", "fsdp", "tp", "sp"), hardware.NETWORK_GB_PER_S
     for name, size in reversed(list(zip(names, config.mesh_shape, strict=True))):
         stride *= size
         crosses = machine.platform == "cuda" and stride > machine.devices_per_host
-        rates[name] = (NETWORK_GB_PER_S[0] * 1e9, NETWORK_GB_PER_S[1] * 1e9) if crosses else (inside, inside)
+        rates[name] = (network[0] * 1e9, network[1] * 1e9) if crosses else (inside, inside)
     for first in range(4):
         for together in _combinations(names[first:]):
             best, worst = (min(rates[name][i] for name in together) for i in (0, 1))
@@ -179,8 +168,8 @@ def _assumptions(config, machine, attention_share, uneven, rates, permute, host)
     known, percent = machine.hardware, lambda pair: f"{pair[0]:.0%} to {pair[1]:.0%}"
     lines = [
         f"peak {known.bf16_tflops:g} TFLOP/s a device"
-        + (f", float32 products {FLOAT32_COST} times as long" if config.dtype == "fp32" else ""),
-        f"matrix products reach {percent(MATMUL_SHARE)} of it, attention {percent(attention_share)}",
+        + (f", float32 products {hardware.FLOAT32_COST} times as long" if config.dtype == "fp32" else ""),
+        f"matrix products reach {percent(hardware.MATMUL_SHARE)} of it, attention {percent(attention_share)}",
         "each row of the batch is one document, so every earlier token is visible"
         if not config.architecture.sliding_window
         else "each row of the batch is one document, "
@@ -192,7 +181,7 @@ def _assumptions(config, machine, attention_share, uneven, rates, permute, host)
         "reading the data, the host's own work and stragglers cost nothing",
     ]
     if host:
-        speed = f"{HOST_GB_PER_S[1]:g} to {HOST_GB_PER_S[0]:g} GB/s"
+        speed = f"{hardware.HOST_GB_PER_S[1]:g} to {hardware.HOST_GB_PER_S[0]:g} GB/s"
         lines.append(
             f"{host / 2**30:.1f} GiB to and from the host's memory at {speed}: at best all but the update hides, at "
             "worst nothing does"
