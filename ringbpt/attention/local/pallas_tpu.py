@@ -4,7 +4,7 @@ Everything inside stands transposed, tokens along the lanes: q, k, v, out and th
 [S, T]. So a row's maximum, sum and lse are one number a lane (reduced over sublanes, stored without the 128-fold
 copies that a column of lanes costs), and a head of 64 or 96 is not padded to 128.
 
-The grid walks schedule.visits, whose length is read at run time: blocks that nobody sees are no step of it. The
+The grid walks visits.visits, whose length is read at run time: blocks that nobody sees are no step of it. The
 forward takes a carry (out, lse) in and hands it on in the same memory, so a ring merges nothing outside. The backward
 walks the keys; dk and dv stay in VMEM over all queries and query heads of their block, dq is read, added to and
 written by asynchronous copies that hide behind the four products in between: five products a visit.
@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility
 from ringbpt.attention.local import block_sizes
-from ringbpt.attention.local.schedule import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
+from ringbpt.attention.local.visits import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
 from ringbpt.types import TokenMeta
 
 KERNEL = "pallas_tpu"  # its name in LOCALS and in block_sizes.json

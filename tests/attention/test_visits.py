@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ringbpt.attention.core import MaskSpec, row_visibility, visible
-from ringbpt.attention.local.schedule import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
+from ringbpt.attention.local.visits import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
 from ringbpt.types import TokenMeta
 from tests.attention.suite import packed_meta
 
