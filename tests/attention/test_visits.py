@@ -1,10 +1,10 @@
-"""The list of visits against a plain loop over blocks."""
+"""The lists of blocks to visit against a plain loop over blocks."""
 
 import numpy as np
 import pytest
 
 from ringbpt.attention.core import MaskSpec, row_visibility, visible
-from ringbpt.attention.local.visits import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
+from ringbpt.attention.local.visits import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, block_lists, visits
 from ringbpt.types import TokenMeta
 from tests.attention.suite import packed_meta
 
@@ -35,6 +35,23 @@ def test_every_visit_once_in_order_and_every_row_at_least_once(walks):
         if not len(columns):
             want.append((b, i, 0, FIRST | LAST | MASKED))
     assert listed(some, every) == want
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("full_first", [False, True])
+def test_each_row_lists_its_blocks_of_one_kind_and_then_the_other(by_key, full_first):
+    rng = np.random.default_rng(0)
+    some = rng.random((2, 5, 7)) < 0.5
+    every = some & (rng.random(some.shape) < 0.5)
+    found = block_lists(some, every, by_key=by_key, full_first=full_first)
+    if by_key:
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+    for row in np.ndindex(some.shape[:2]):
+        masked, full = np.flatnonzero(some[row] & ~every[row]), np.flatnonzero(every[row])
+        want = np.concatenate([full, masked] if full_first else [masked, full])
+        first, total = np.asarray(found.counts)[row]
+        assert (first, total) == (len(full) if full_first else len(masked), len(want))
+        assert np.asarray(found.blocks)[row][:total].tolist() == want.tolist()
 
 
 @pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(causal=False), MaskSpec(window=20), MaskSpec(False, 9)], ids=str)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge, row_delta, visible
+from ringbpt.attention.local.visits import block_lists
 from ringbpt.types import TokenMeta
 
 
@@ -21,13 +22,6 @@ def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
     """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing."""
     sizes: dict[str, Any] = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
     return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
-
-
-def _visits(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For each row of blocks: the columns in order of visit, and up to where they need no mask, and up to where one."""
-    order = jnp.argsort(jnp.where(every, 0, jnp.where(some, 1, 2)), axis=1, stable=True)
-    full, visible_ = (jnp.sum(x, axis=1, dtype=jnp.int32) for x in (every, some))
-    return order.astype(jnp.int32), full, visible_
 
 
 def _pad(array: jax.Array, size: int) -> jax.Array:
@@ -82,7 +76,7 @@ def attend(
     carry = Partial.empty(q.shape) if carry is None else carry
     q, carry, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry, q_meta))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
-    visits, full, visible_ = _visits(*block_visibility(q_meta, kv_meta, mask, size_T, size_S))
+    lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), full_first=True)
 
     def query_block(i, carry):
         q_BKGTH = _group(_slice(q, i, size_T), heads)
@@ -90,7 +84,7 @@ def attend(
 
         def key_block(mask, step, state):
             out_BKGTH, max_BKGT, sum_BKGT = state
-            j = visits[i, step]
+            j = lists.blocks[i, step]
             k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
             scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask)
             new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
@@ -103,8 +97,9 @@ def attend(
         # The carry is merged at the end: to begin with its lse as the maximum would leave no p that is exactly 1.
         none = Partial.empty(q_BKGTH.shape)
         state = (none.out_BTNH, none.lse_BTN, jnp.zeros(none.lse_BTN.shape, jnp.float32))
-        state = lax.fori_loop(0, full[i], partial(key_block, None), state)
-        out_BKGTH, max_BKGT, sum_BKGT = lax.fori_loop(full[i], visible_[i], partial(key_block, mask), state)
+        full, total = lists.counts[i, 0], lists.counts[i, 1]
+        state = lax.fori_loop(0, full, partial(key_block, None), state)
+        out_BKGTH, max_BKGT, sum_BKGT = lax.fori_loop(full, total, partial(key_block, mask), state)
         empty_BKGT = sum_BKGT == 0
         out_BKGTH = out_BKGTH / jnp.where(empty_BKGT, 1.0, sum_BKGT)[..., None]
         lse_BKGT = jnp.where(empty_BKGT, -jnp.inf, max_BKGT + jnp.log(jnp.where(empty_BKGT, 1.0, sum_BKGT)))
@@ -132,8 +127,7 @@ def attend_bwd(
         lambda x: _pad(x, size_T), (q, d_out.astype(q.dtype), delta, lse, q_meta)
     )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
-    some, every = block_visibility(q_meta, kv_meta, mask, size_T, size_S)
-    visits, full, visible_ = _visits(some.T, every.T)
+    lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), by_key=True, full_first=True)
 
     def key_block(j, grads):
         dq, dk, dv = grads
@@ -141,7 +135,7 @@ def attend_bwd(
 
         def query_block(mask, step, state):
             dq, dk_j, dv_j = state
-            i = visits[j, step]
+            i = lists.blocks[j, step]
             q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
             scores = _scores_BKGTS(q_i, k_j, q_meta_i, kv_meta_j, mask)
@@ -154,8 +148,9 @@ def attend_bwd(
             return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_j, dv_j
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
-        state = lax.fori_loop(0, full[j], partial(query_block, None), (dq, zeros, zeros))
-        dq, dk_j, dv_j = lax.fori_loop(full[j], visible_[j], partial(query_block, mask), state)
+        full, total = lists.counts[j, 0], lists.counts[j, 1]
+        state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
+        dq, dk_j, dv_j = lax.fori_loop(full, total, partial(query_block, mask), state)
         return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
 
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))

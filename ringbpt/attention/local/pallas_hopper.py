@@ -1,6 +1,6 @@
 """Attention kernels for Hopper GPUs (H100, H200) in Mosaic GPU, bf16: wgmma, TMA and a warp-specialised pipeline.
 
-In a block of threads one warpgroup fetches, block by block as the schedule names them, and two compute: each on half
+In a block of threads one warpgroup fetches, block by block as its list names them, and two compute: each on half
 of the block's queries going forward, on half of its keys going back. Forward, the two take turns: while one
 exponentiates, the other has the tensor cores. Backward there is one kernel with five products a pair of blocks; dk and
 dv stay in registers over all queries and query heads of a kv head, and dq is summed in device memory by the copy
@@ -20,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta
-from ringbpt.attention.local.gpu_schedule import Schedule, make_schedule
+from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility
 from ringbpt.attention.local.pallas_triton import or_blockwise
+from ringbpt.attention.local.visits import BlockLists, block_lists
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -420,8 +420,8 @@ def attend(
     q, q_meta, carry = jax.tree.map(lambda x: _pad(x, tile.query), (q, q_meta, carry))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
     (B, padded_T, N, padded_H), K = q.shape, k.shape[2]
-    schedule = make_schedule(q_meta, kv_meta, mask, tile.query, tile.key)
-    inputs = [q, k, v, *_places(q_meta, kv_meta, schedule)]
+    lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key))
+    inputs = [q, k, v, *_places(q_meta, kv_meta, lists)]
     if carry is not None:
         inputs += [carry.out_BTNH, jnp.swapaxes(carry.lse_BTN, 1, 2)]
     barriers = (plgpu.Barrier(num_barriers=2), *[plgpu.Barrier(num_barriers=tile.stages)] * 2)
@@ -458,9 +458,9 @@ def _call(body, name: str, grid: dict[str, int], scratch, outputs, inputs, unit:
     )(*inputs)
 
 
-def _places(q_meta: TokenMeta, kv_meta: TokenMeta, schedule: Schedule) -> list[jax.Array]:
+def _places(q_meta: TokenMeta, kv_meta: TokenMeta, lists: BlockLists) -> list[jax.Array]:
     metas = [q_meta.position_BT, q_meta.segment_BT, kv_meta.position_BT, kv_meta.segment_BT]
-    return [*metas, schedule.blocks, schedule.counts]
+    return [*metas, lists.blocks, lists.counts]
 
 
 def attend_bwd(
@@ -479,7 +479,7 @@ def attend_bwd(
     )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
     (B, padded_S, K, padded_H), stages = k.shape, tile.stages
-    schedule = make_schedule(q_meta, kv_meta, mask, tile.query, tile.key, by_key=True)
+    lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key), by_key=True)
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32), memory_space=plgpu.GMEM)
     in_float32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     rows = plgpu.SMEM((stages, tile.query), jnp.float32)
@@ -491,7 +491,7 @@ def attend_bwd(
         plgpu.Barrier(num_arrivals=2), *[plgpu.Barrier(num_arrivals=2, num_barriers=stages)] * 4,
         plgpu.Barrier(num_arrivals=2),
     ]  # fmt: skip
-    inputs = [q, k, v, d_out, *(jnp.swapaxes(x, 1, 2) for x in (lse, delta)), *_places(q_meta, kv_meta, schedule), dq]
+    inputs = [q, k, v, d_out, *(jnp.swapaxes(x, 1, 2) for x in (lse, delta)), *_places(q_meta, kv_meta, lists), dq]
     grid = {"b": B, "h": K, "j": padded_S // tile.key}
     dk, dv = _call(kernel, "hopper_backward", grid, scratch, [k.shape, k.shape], inputs, unit)
     return dq[...][:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]

@@ -1,7 +1,7 @@
 """Attention kernels in Pallas, compiled by Triton: any NVIDIA GPU from Ampere on, in bf16, f16 or f32.
 
 A program computes one block of queries of one head (forward, dq) or one block of keys of one kv head with all its
-query heads (dk and dv), and visits only the blocks that its schedule names; the mask is computed in those that are
+query heads (dk and dv), and visits only the blocks that its list names; the mask is computed in those that are
 visible in part. Softmax is taken in base 2. Seven products a pair of blocks in the backward: dq has a kernel of its
 own, since sums across programs would differ from run to run.
 Ref: FlashAttention-2, arXiv:2307.08691.
@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, visible
+from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility, visible
 from ringbpt.attention.local import block_sizes
-from ringbpt.attention.local.gpu_schedule import make_schedule
+from ringbpt.attention.local.visits import block_lists
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -165,12 +165,12 @@ def _pallas_call(kernel, grid, inputs, outputs, tile: Tile, interpret: bool, ali
     )(*arrays)
 
 
-def _visit(schedule_refs, body, state, repeat: int = 1):
+def _visit(list_refs, body, state, repeat: int = 1):
     """body(block, state, turn, masked) over the blocks of this program's row, those that need the mask first.
 
     All of them `repeat` times; turn tells which time it is.
     """
-    blocks_ref, counts_ref = schedule_refs
+    blocks_ref, counts_ref = list_refs
     partly, total = counts_ref[0], counts_ref[1]
 
     def loop(first, count, masked, state):
@@ -275,11 +275,9 @@ def _by_query(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
         "BTN": spec((None, tile.query, None), lambda b, i, n, h: (b, i, n)),
         "BSKH": spec((None, S, None, H), lambda b, i, n, h: (b, 0, h, 0)),
     }
-    schedule = make_schedule(q_meta, kv_meta, mask, tile.query, tile.key)
+    lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key))
     rows, keys = (spec((None, tile.query), lambda b, i, n, h: (b, i)), spec((None, S), lambda b, i, n, h: (b, 0)))
-    inputs = [
-        (x, spec((None, None, x.shape[2]), lambda b, i, n, h: (b, i, 0))) for x in (schedule.blocks, schedule.counts)
-    ]
+    inputs = [(x, spec((None, None, x.shape[2]), lambda b, i, n, h: (b, i, 0))) for x in (lists.blocks, lists.counts)]
     inputs += [(q_meta.position_BT, rows), (q_meta.segment_BT, rows)]
     inputs += [(kv_meta.position_BT, keys), (kv_meta.segment_BT, keys)]
     return (G, blocks, B * K), inputs, specs
@@ -293,14 +291,13 @@ def _by_key(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
         "BNT": pl.BlockSpec((None, N // K, T), lambda j, h, b: (b, h, 0)),
         "BSKH": pl.BlockSpec((None, tile.key, None, H), lambda j, h, b: (b, j, h, 0)),
     }
-    schedule = make_schedule(q_meta, kv_meta, mask, tile.query, tile.key, by_key=True)
+    lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key), by_key=True)
     rows, keys = (
         pl.BlockSpec((None, T), lambda j, h, b: (b, 0)),
         pl.BlockSpec((None, tile.key), lambda j, h, b: (b, j)),
     )
     inputs = [
-        (x, pl.BlockSpec((None, None, x.shape[2]), lambda j, h, b: (b, j, 0)))
-        for x in (schedule.blocks, schedule.counts)
+        (x, pl.BlockSpec((None, None, x.shape[2]), lambda j, h, b: (b, j, 0))) for x in (lists.blocks, lists.counts)
     ]
     inputs += [(q_meta.position_BT, rows), (q_meta.segment_BT, rows)]
     inputs += [(kv_meta.position_BT, keys), (kv_meta.segment_BT, keys)]

@@ -1,14 +1,15 @@
-"""The visits of a kernel: core.row_visibility as a flat list of (block of queries, block of keys).
+"""Which blocks a kernel visits, as data made of core.row_visibility: what nobody sees is neither fetched nor computed.
 
-A kernel's grid walks the list, whose length is known when it runs: what nobody sees, in whatever layout, mask or
-packing, forward or backward, is neither fetched nor computed nor even a step of the grid.
+`visits` is one flat list of (block of queries, block of keys), for a kernel whose grid walks it: what is not listed, in
+whatever layout, mask or packing, forward or backward, is no step of the grid. `block_lists` is a list for each row of
+blocks, for kernels and loops that take one row a program.
 """
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int32
 
 # What a visit says of itself, as bits.
 FIRST, LAST, VISIBLE, MASKED = 1, 2, 4, 8
@@ -45,3 +46,32 @@ def visits(some_Bij: Bool[Array, "B i j"], every_Bij: Bool[Array, "B i j"]) -> V
     last = (place == count - 1) | (row != jnp.roll(row, -1))
     ends = jnp.where(first, FIRST, 0) | jnp.where(last, LAST, 0)
     return Visits(row, column << FLAG_BITS | numbers & (VISIBLE | MASKED) | ends, count)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockLists:
+    """For each row of blocks, the blocks on the other side with which it shares a visible pair.
+
+    blocks: those of one kind, then those of the other, each ascending; what follows them is to be ignored. counts: how
+    many there are of the first kind, and how many in all.
+    """
+
+    blocks: Int32[Array, "... rows columns"]
+    counts: Int32[Array, "... rows 2"]
+
+
+def block_lists(some: Array, every: Array, *, by_key: bool = False, full_first: bool = False) -> BlockLists:
+    """The lists of key blocks for each block of queries or, by_key, of query blocks for each block of keys.
+
+    some, every: bool [..., query blocks, key blocks], as core.row_visibility has them. First come the blocks that need
+    the mask or, full_first, those in which every pair is visible.
+    """
+    if by_key:
+        some, every = jnp.swapaxes(some, -1, -2), jnp.swapaxes(every, -1, -2)
+    kind = jnp.where(some, jnp.where(every == full_first, 0, 1), 2)
+    columns = kind.shape[-1]
+    # One number a block, its column within it: a sort of plain integers is the one that is quick on a GPU.
+    order = jnp.sort(kind * columns + jax.lax.broadcasted_iota(kind.dtype, kind.shape, kind.ndim - 1), axis=-1)
+    counts = jnp.stack([jnp.sum(kind == 0, axis=-1), jnp.sum(kind < 2, axis=-1)], axis=-1)
+    return BlockLists(order.astype(jnp.int32) % columns, counts.astype(jnp.int32))
