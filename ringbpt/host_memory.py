@@ -1,7 +1,7 @@
-"""Arrays in the host's memory, inside a jitted program: brought to the device where they are used, and put back.
+"""Arrays offloaded to the host's memory, inside a jitted program: fetched to the device for use, and put back.
 
-An array's type says where it lives, so nobody needs to be told: what is on the device already stays as it is. The
-gradient of what was fetched is put back, so it lives where its weight does.
+An array's type says which memory it is in, so nobody needs to be told: what is on the device already stays as it is.
+The gradient of a fetched array is put back into the host's memory.
 """
 
 import jax
@@ -16,15 +16,15 @@ def on_host(x: jax.Array) -> bool:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Every array of it on the device."""
+    """The tree with every array in the device's memory."""
     return jax.tree.map(lambda x: jax.device_put(x, Space.Device) if on_host(x) else x, tree)
 
 
-def stow(x: jax.Array) -> jax.Array:
-    """In the host's memory (pinned_host)."""
+def to_host(x: jax.Array) -> jax.Array:
+    """The array in the host's memory (pinned_host)."""
     return x if on_host(x) else jax.device_put(x, Space.Host)
 
 
-def beside(x: jax.Array, other: jax.Array) -> jax.Array:
-    """In the host's memory where `other` is there."""
-    return stow(x) if on_host(other) else x
+def placed_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """The array in the host's memory if `other` is there, else as it is."""
+    return to_host(x) if on_host(other) else x

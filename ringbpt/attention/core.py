@@ -44,7 +44,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Local:
-    """One device's share of attention: the two functions that every implementation under local/ provides.
+    """Attention of some queries to some keys on one device: the two functions of every implementation in local/.
 
     attend(q_BTNH, k_BSKH, v_BSKH, q_meta, kv_meta, mask, carry=None) -> Partial, carry merged in;
     attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask) -> (dq, dk, dv), float32, where out and lse are

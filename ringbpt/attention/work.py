@@ -34,12 +34,15 @@ class Work:
 
     @property
     def block_balance(self) -> float:
-        """The same of the blocks that are computed."""
+        """The most loaded device's computed blocks over the average."""
         return _balance(self.blocks.sum(axis=1))
 
     @property
     def hop_balance(self) -> float:
-        """The same where all devices wait for each other after each hop, as a ring that hides nothing makes them."""
+        """The most loaded device's visible pairs of each hop, summed, over the average device's.
+
+        What a layout costs where all devices wait for each other after each hop.
+        """
         slowest, mean = self.pairs.max(axis=0).sum(), self.pairs.sum() / len(self.pairs)
         return float(slowest / mean) if mean else 1.0
 

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec
-from ringbpt.model.experts import choose, mixture
+from ringbpt.model.experts import mixture, route
 from ringbpt.model.feedforward import swiglu
 from ringbpt.model.llama import Model, queries_keys_values, rms_norm
 from ringbpt.model.weights import dot, embed
@@ -227,6 +227,6 @@ def _feedforward(architecture: Architecture, w: Params, h_BQD: jax.Array, matmul
     """This device's part of F."""
     if not architecture.num_experts:
         return swiglu(h_BQD, w["w_gate"], w["w_up"], w["w_down"], matmul)
-    choice = choose(architecture, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
+    choice = route(architecture, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
     weights = (w["w_gate"], w["w_up"], w["w_down"])
     return mixture(architecture.num_experts, h_BQD, choice.weight_BTX, choice.expert_BTX, *weights)

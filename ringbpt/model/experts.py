@@ -23,7 +23,7 @@ from ringbpt.model.weights import gather_shards, scatter_grad
 WEIGHTS = ("E D F", "E D F", "E F D")
 
 
-class Choice(NamedTuple):
+class RouterOutput(NamedTuple):
     """What one router says of each token; X counts the experts that a token goes to."""
 
     weight_BTX: jax.Array  # float32, sums to 1
@@ -44,16 +44,16 @@ class Routing:
         nothing = jnp.zeros((*shape_BT, architecture.num_experts), jnp.float32)
         return Routing(nothing, nothing)
 
-    def add(self, choice: Choice) -> "Routing":
+    def add(self, choice: RouterOutput) -> "Routing":
         chosen_BTE = jnp.sum(jax.nn.one_hot(choice.expert_BTX, self.chosen_BTE.shape[-1]), axis=2)
         return Routing(self.chosen_BTE + chosen_BTE, self.probability_BTE + choice.probability_BTE)
 
 
-def choose(architecture: Architecture, logits_BTE: jax.Array) -> Choice:
+def route(architecture: Architecture, logits_BTE: jax.Array) -> RouterOutput:
     """The most probable experts of each token, their probabilities made to sum to 1."""
     probability_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
     weight_BTX, expert_BTX = lax.top_k(probability_BTE, architecture.num_experts_per_tok)
-    return Choice(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
+    return RouterOutput(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
 
 
 def balance_loss(architecture: Architecture, routing: Routing, real_BT: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
 from ringbpt.model.blockwise_layer import BlockwiseLayer
-from ringbpt.model.experts import Routing, balance_loss, choose, make_experts
+from ringbpt.model.experts import Routing, balance_loss, make_experts, route
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
 from ringbpt.model.token_stats import make_token_stats
@@ -267,7 +267,7 @@ class Model:
             h_BTD = rms_norm(x_BTD, w["feedforward_norm"], architecture.rms_norm_eps)
             if not architecture.num_experts:
                 return self._feedforward(h_BTD, w["w_gate"], w["w_up"], w["w_down"]), None
-            choice = choose(architecture, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
+            choice = route(architecture, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
             out_BTD = self._experts(h_BTD, choice.weight_BTX, choice.expert_BTX, w["w_gate"], w["w_up"], w["w_down"])
             return out_BTD, choice
 

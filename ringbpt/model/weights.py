@@ -45,7 +45,7 @@ def scatter_grad(dw: jax.Array, dim: int) -> jax.Array:
 
 
 def gather(w: jax.Array, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
-    """The same for a global array, said and not left to the partitioner, which may gather the activations instead."""
+    """A global weight, whole in its D dim and in the compute dtype: else the partitioner may gather the activations."""
     in_spec, out_spec, dim = weight_spec(letters), spec(letters, GATHERED_AXES), letters.split().index("D")
     local = partial(gather_shards, dim=dim, dtype=dtype)
     return jax.shard_map(local, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)(w)

@@ -13,7 +13,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from ringbpt.host_memory import beside, fetch, on_host
+from ringbpt.host_memory import fetch, on_host, placed_like
 from ringbpt.types import Params, PyTree
 
 Pieces = dict[str, jax.Array]
@@ -29,13 +29,13 @@ def in_pieces(
     """
     if not stacked:
         new, carry = function(fetch(arrays), carry)
-        return arrays | {name: beside(x, arrays[name]) for name, x in new.items()}, carry
+        return arrays | {name: placed_like(x, arrays[name]) for name, x in new.items()}, carry
 
     def layer(i: jax.Array, state: tuple[Pieces, Any]) -> tuple[Pieces, Any]:
         arrays, carry = state
         new, carry = function({name: fetch(lax.dynamic_slice_in_dim(x, i, 1)) for name, x in arrays.items()}, carry)
         put = {
-            name: lax.dynamic_update_slice_in_dim(arrays[name], beside(x, arrays[name]), i, 0)
+            name: lax.dynamic_update_slice_in_dim(arrays[name], placed_like(x, arrays[name]), i, 0)
             for name, x in new.items()
         }
         return arrays | put, carry

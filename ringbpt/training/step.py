@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ringbpt.config import Config
-from ringbpt.host_memory import beside, stow
+from ringbpt.host_memory import placed_like, to_host
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
 from ringbpt.training.optimizer import clip_factor
@@ -70,7 +70,7 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
         shapes = jax.eval_shape(totals, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         zeros = jax.lax.with_sharding_constraint(zeros[0], model.shardings), zeros[1]
-        zeros = jax.tree.map(beside, zeros[0], params), zeros[1]
+        zeros = jax.tree.map(placed_like, zeros[0], params), zeros[1]
         return jax.lax.scan(add, zeros, micros)[0]
 
     return summed
@@ -132,7 +132,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
-        state = jax.tree.map(lambda x, away: stow(x) if away else x, state, offloaded)
+        state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, offloaded)
         grads, means = totals(state.params, batch)
         params, opt_state, norms = update(grads, state, _divisor(means))
         metrics = {name: mean.value() for name, mean in means.items() if name not in ("tokens", "pairs")}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import Architecture
-from ringbpt.model.experts import Choice, Routing, balance_loss, choose, mixture
+from ringbpt.model.experts import RouterOutput, Routing, balance_loss, mixture, route
 
 
 def test_no_token_is_dropped_however_uneven_the_loads():
@@ -32,13 +32,13 @@ def test_balance_loss():
     real = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
     routing = Routing.zeros(llama, (2, 5))
     for layer in logits:
-        routing = routing.add(choose(llama, jnp.asarray(layer)))
+        routing = routing.add(route(llama, jnp.asarray(layer)))
     got = jnp.sum(balance_loss(llama, routing, jnp.asarray(real))) / real.sum()
     p = np.asarray(jax.nn.softmax(logits, -1))[:, real]  # [L, tokens, E]
     chosen = np.argsort(-p, -1)[..., :2]
     share = np.array([(chosen == e).sum() for e in range(4)]) / (3 * real.sum())
     np.testing.assert_allclose(got, 4 * np.sum(share * p.mean((0, 1))), rtol=1e-5)
-    even = Choice(None, jnp.array([[[0, 1], [2, 3]]]), jnp.full((1, 2, 4), 0.25))
+    even = RouterOutput(None, jnp.array([[[0, 1], [2, 3]]]), jnp.full((1, 2, 4), 0.25))
     one = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
     loss = balance_loss(one, Routing.zeros(one, (1, 2)).add(even), jnp.ones((1, 2), bool))
     np.testing.assert_allclose(loss, 2.0)

@@ -371,7 +371,7 @@ def make_pallas_hopper(
 
 
 def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    """The same kernels on any device, in Mosaic GPU's interpreter: to check them, not to train with."""
+    """pallas_hopper on any device, in Mosaic GPU's interpreter: to check the kernels, not to train with."""
     return make_pallas_hopper(device, query_chunk_size, key_chunk_size, interpret=True)
 
 

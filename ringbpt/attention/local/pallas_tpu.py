@@ -416,5 +416,5 @@ def make_pallas_tpu(
 
 
 def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    """The same kernels on any device, in their interpreter: to check them, not to train with."""
+    """pallas_tpu on any device, in Pallas's TPU interpreter: to check the kernels, not to train with."""
     return make_pallas_tpu(device, query_chunk_size, key_chunk_size, interpret=pltpu.InterpretParams())

@@ -85,7 +85,7 @@ def make_pallas_triton(
 
 
 def make_interpreted(device: jax.Device, query_chunk_size: int | None, key_chunk_size: int | None) -> Local:
-    """The same kernels on any device, in Pallas's interpreter: to check them, not to train with."""
+    """pallas_triton on any device, in Pallas's interpreter: to check the kernels, not to train with."""
     return make_pallas_triton(device, query_chunk_size, key_chunk_size, interpret=True)
 
 
@@ -284,7 +284,7 @@ def _by_query(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
 
 
 def _by_key(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
-    """The same for one program a kv head and block of keys."""
+    """For kernels with one program a kv head and block of keys: the grid, what each reads first, specs for the rest."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     specs = {
         "BTNH": pl.BlockSpec((None, T, N // K, H), lambda j, h, b: (b, 0, h, 0)),
