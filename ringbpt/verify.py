@@ -109,13 +109,14 @@ def variants(config: Config, device_count: int) -> list[Variant]:
     """The given one; it with each other value of each dimension; and the other meshes with each layout."""
     import jax
 
-    from ringbpt.attention.api import FASTEST
+    from ringbpt.attention.api import FASTEST, OVER_SP
+    from ringbpt.layouts import LAYOUTS
 
     given = given_variant(config)
     wanted = [given]
     choices: dict[str, tuple[Any, ...]] = {
-        "layout": ("contiguous", "zigzag", "striped"),
-        "strategy": ("ring", "all_gather", "ulysses", "ulysses_ring"),
+        "layout": LAYOUTS,
+        "strategy": tuple(name for name in OVER_SP if name != "none"),
         "ring": ("skipping", "two ways"),
         "local": ("standard", "blockwise"),
         "kernel": FASTEST.get(jax.default_backend(), ()),  # on a CPU, those that are asked for
@@ -132,7 +133,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
             wanted.append(replace(given, **changed))
     n = device_count
     meshes = [(1, 1, 1, n), (1, n, 1, 1), (n, 1, 1, 1), (1, 2, 2, n // 4), (2, 2, 1, n // 4), (2, 1, 1, n // 2)]
-    for mesh, layout in product(meshes, ("contiguous", "zigzag", "striped")):
+    for mesh, layout in product(meshes, LAYOUTS):
         if math.prod(mesh) <= n and 0 not in mesh and (mesh[3] > 1 or layout == "contiguous"):
             strategy = given.strategy if given.strategy != "none" or mesh[3] == 1 else "ring"
             wanted.append(
