@@ -51,14 +51,18 @@ class TokenStats:
     """What an objective may know about the model's prediction at each place; all float32.
 
     logp_BT: log-probability of the target, in nats. entropy_BT: of the distribution, in nats.
-    correct_BT: 1 where the target is the most likely token (no gradient).
-    balance_BT: where the model has experts, each token's part of the load balancing loss: their mean is that loss.
+    correct_BT: 1 where the target is the most likely token (no gradient). None where no head reads the hidden states.
+    chosen_BTE, router_BTE: where the model has experts, how often each was chosen for the token and how probable the
+    routers thought it, each the mean over layers.
+    whole: what the objective measured of the whole optimizer step before, by name (objectives.Objective.whole).
     """
 
-    logp_BT: Array
-    entropy_BT: Array
-    correct_BT: Array
-    balance_BT: Array | None = None
+    logp_BT: Array = None
+    entropy_BT: Array = None
+    correct_BT: Array = None
+    chosen_BTE: Array = None
+    router_BTE: Array = None
+    whole: dict[str, Array] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass

@@ -175,7 +175,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
 
     from ringbpt.mesh import make_mesh, put_batch
     from ringbpt.model.llama import Model
-    from ringbpt.objectives import OBJECTIVES
+    from ringbpt.objectives import objective_of
     from ringbpt.training.step import make_gradients
 
     model = Model.of(config, make_mesh(config.mesh_shape))
@@ -183,8 +183,8 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     rows = lambda start, stop: jax.tree.map(lambda x: x[start:stop], host)  # noqa: E731
     batch = put_batch(rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     params = model.init(jax.random.key(seed))
-    grads, means = jax.jit(make_gradients(config, model, OBJECTIVES[config.objective]))(params, batch)
-    numbers: dict[str, Any] = {"loss": float(means["loss"].value())}
+    grads, values = jax.jit(make_gradients(config, model, objective_of(config)))(params, batch)
+    numbers: dict[str, Any] = {"loss": float(values["loss"])}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
     for group, names in GROUPS.items():

@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 AHEAD = 2  # batches on the devices besides the one that is worked on; they are small beside the activations
 
@@ -12,30 +13,33 @@ T = TypeVar("T")
 
 
 class Delivery(Generic[T]):
-    """Iterates (step, make(step)) over some steps, while a thread makes the next ones.
+    """A source of batches that depend on their step alone: batch(step, state) of some steps, in order, made ahead.
 
-    waited: seconds that the taker has stood still since `take_waited` was last asked. An exception of `make` is
-    raised where its batch would have come.
+    A thread calls make(step) for the next ones meanwhile. take_waited tells how long the taker has stood still. An
+    exception of `make` is raised where its batch would have come.
     """
 
     def __init__(self, make: Callable[[int], T], steps: range):
-        self._make, self._steps, self._waited = make, steps, 0.0
+        self._make, self._steps, self._waited = make, iter(steps), 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._waiting: deque[tuple[int, Future[T]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[int, T]]:
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-            waiting: deque[Future[T]] = deque()
-            try:
-                for number, step in enumerate(self._steps):
-                    while len(waiting) <= AHEAD and number + len(waiting) < len(self._steps):
-                        waiting.append(pool.submit(self._make, self._steps[number + len(waiting)]))
-                    begin = time.perf_counter()
-                    batch = waiting.popleft().result()
-                    self._waited += time.perf_counter() - begin
-                    yield step, batch
-            finally:
-                pool.shutdown(cancel_futures=True)
+    def batch(self, step: int, state: Any = None) -> T:
+        """The batch of `step`, the one after the step before; the state of the training is not looked at."""
+        for next_step in islice(self._steps, 1 + AHEAD - len(self._waiting)):
+            self._waiting.append((next_step, self._pool.submit(self._make, next_step)))
+        begin = time.perf_counter()
+        made_for, future = self._waiting.popleft()
+        assert made_for == step, f"batch {step} was asked for, and {made_for} is next"
+        result = future.result()
+        self._waited += time.perf_counter() - begin
+        return result
 
     def take_waited(self) -> float:
         """Seconds waited since this was last asked."""
         seconds, self._waited = self._waited, 0.0
         return seconds
+
+    def close(self) -> None:
+        """Gives up what is still being made."""
+        self._pool.shutdown(cancel_futures=True)

@@ -56,19 +56,6 @@ def route(architecture: Architecture, logits_BTE: jax.Array) -> RouterOutput:
     return RouterOutput(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
 
 
-def balance_loss(architecture: Architecture, routing: Routing, real_BT: jax.Array) -> jax.Array:
-    """[B, T], of which the mean over real tokens is E sum_e (share of e's tokens) (mean probability of e).
-
-    The shares are those of all layers and of all real tokens of the batch, whichever devices hold them, and take no
-    gradient. Ref: Switch Transformer, arXiv:2101.03961, eq. 4-6, over X experts a token and all layers as one.
-    """
-    real_BT1 = real_BT[..., None].astype(jnp.float32)
-    layer_tokens = jnp.maximum(jnp.sum(real_BT1), 1.0) * architecture.num_hidden_layers
-    share_E = lax.stop_gradient(jnp.sum(routing.chosen_BTE * real_BT1, axis=(0, 1))) / layer_tokens
-    probability_BTE = routing.probability_BTE / architecture.num_hidden_layers
-    return architecture.num_experts * jnp.sum(probability_BTE * share_E[None, None] * real_BT1, axis=-1)
-
-
 def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:
     """sum_x weight_x * swiglu(x; expert x), on one device: rows sorted by expert, multiplied in groups."""
     rows, X = x_BTD.reshape(-1, x_BTD.shape[-1]), expert_BTX.shape[-1]

@@ -17,7 +17,7 @@ from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
 from ringbpt.model.blockwise_layer import BlockwiseLayer
-from ringbpt.model.experts import Routing, balance_loss, make_experts, route
+from ringbpt.model.experts import Routing, make_experts, route
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
 from ringbpt.model.token_stats import make_token_stats
@@ -204,13 +204,14 @@ class Model:
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
-    def token_stats(self, params: Params, batch: Batch) -> TokenStats:
-        """What the model predicts at each place of a batch in layout order."""
+    def token_stats(self, params: Params, batch: Batch, head: str = "unembed") -> TokenStats:
+        """What the model predicts at each place of a batch in layout order; head "": without the vocabulary's part."""
         hidden_BTD, routing = self._hidden(params, batch.token_BT, batch.meta)
-        stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT)
+        stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT) if head else TokenStats()
         if routing is None:
             return stats
-        return replace(stats, balance_BT=balance_loss(self.architecture, routing, batch.segment_BT != 0))
+        layers = self.architecture.num_hidden_layers
+        return replace(stats, chosen_BTE=routing.chosen_BTE / layers, router_BTE=routing.probability_BTE / layers)
 
     def unembed(self, params: Params) -> jax.Array:
         """The unembedding, [D, V]: the embedding's own table where they are tied."""

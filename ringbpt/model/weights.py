@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, WEIGHT_AXES, Dims, spec, weight_spec
+from ringbpt.types import Params, PyTree
 
 FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
 
@@ -132,3 +133,16 @@ def embed(mesh: Mesh, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array
 
     rows.defvjp(lambda *args: (rows(*args), args), rows_bwd)
     return rows(table_VD, token_BT)
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """One tree of weights out of two nested dicts, of which each holds leaves that the other doesn't."""
+    both = {name: merge(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
+    return {**trained, **frozen, **both}
+
+
+def part_of(tree: PyTree, part: Params) -> PyTree:
+    """What of a nested dict, of weights or of what belongs to them, stands where `part` has leaves."""
+    if not isinstance(part, dict):
+        return tree
+    return {name: part_of(tree[name], inner) for name, inner in part.items()}

@@ -15,7 +15,7 @@ from ringbpt.config import Config
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
-from ringbpt.objectives import OBJECTIVES
+from ringbpt.objectives import objective_of
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import TrainState, abstract_state, host_leaves
@@ -68,7 +68,7 @@ def step_and_arguments(
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length)
     optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
-    step = make_train_step(config, model, OBJECTIVES[config.objective], optimizer, schedule)
+    step = make_train_step(config, model, objective_of(config), optimizer, schedule)
     arguments = abstract_state(config, model, optimizer), abstract_batch(config, mesh)
     return step, arguments, host_leaves(config, model, optimizer)
 
@@ -80,7 +80,7 @@ def compile_program(config: Config, machine: Topology) -> Program:
     """
     step, (state, batch), away = step_and_arguments(config, machine.devices)
     arguments = {
-        "parameters": _shard_bytes(state.params, away.params),
+        "parameters": _shard_bytes(state.trained, away.trained) + _shard_bytes(state.frozen, away.frozen),
         "optimizer state": _shard_bytes(state.opt_state, away.opt_state) + _shard_bytes(state.step, away.step),
         "batch": _shard_bytes(batch, jax.tree.map(lambda _: False, batch)),
     }

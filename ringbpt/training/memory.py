@@ -104,8 +104,8 @@ def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
         kept = replace(config, execution=replace(execution, remat_block="nothing_saveable"))
         meanwhile += 2 * _saved(kept, rows, seq_length) * micros
     if optimizer.offload_params:
-        meanwhile += _shard_bytes(state.params) * micros * (3 if micros == 1 else 6)
-        after += 4 * _shard_bytes(state.params)
+        meanwhile += _shard_bytes(state.trained) * micros * (3 if micros == 1 else 6)
+        after += 4 * _shard_bytes(state.trained)
     if optimizer.offload_state:
         after += 2 * _shard_bytes(state.opt_state)
     return meanwhile, after
@@ -134,12 +134,12 @@ def _stored(config: Config) -> dict[str, int]:
     What is in the host's memory is fetched a layer at a time: for the update, when the activations are gone.
     """
     state = _abstract_state(config)
-    params = 0 if config.optimizer.offload_params else _shard_bytes(state.params)
+    params = 0 if config.optimizer.offload_params else _shard_bytes(state.trained)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
     return {
         "params": params,
         "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
-        "gradients": max(0, sums + params - _shard_bytes(state.params.get("unembed", ()))),
+        "gradients": max(0, sums + params - _shard_bytes(state.trained.get("unembed", ()))),
     }
 
 

@@ -16,25 +16,27 @@ def test_batches_come_in_order_and_ahead():
         made.append(step)
         return f"batch {step}"
 
-    taker = iter(Delivery(make, range(3, 9)))
+    source = Delivery(make, range(3, 9))
     for _ in range(1 + AHEAD):
         may_go.release()
-    assert next(taker) == (3, "batch 3")
+    assert source.batch(3, "the state") == "batch 3"
     deadline = time.monotonic() + 10
     while len(made) < 1 + AHEAD and time.monotonic() < deadline:
         time.sleep(0.01)
     assert made == [3, 4, 5]  # while batch 3 is worked on
     for _ in range(9):
         may_go.release()
-    assert list(taker) == [(step, f"batch {step}") for step in range(4, 9)]
+    assert [source.batch(step, "the state") for step in range(4, 9)] == [f"batch {step}" for step in range(4, 9)]
 
 
 def test_waiting_is_counted_once():
     delivery = Delivery(lambda step: time.sleep(0.05), range(3))
-    assert len(list(delivery)) == 3
+    for step in range(3):
+        delivery.batch(step)
     assert delivery.take_waited() >= 0.12 and delivery.take_waited() == 0.0
     ready = Delivery(lambda step: step, range(3))
-    for _ in ready:
+    for step in range(3):
+        assert ready.batch(step) == step
         time.sleep(0.05)
     assert ready.take_waited() < 0.05  # the thread's start; the work itself waits for nothing
 
@@ -45,8 +47,8 @@ def test_what_fails_is_raised_in_its_turn():
             raise KeyError(step)
         return step
 
-    got = []
+    source = Delivery(make, range(5))
+    assert source.batch(0) == 0
     with pytest.raises(KeyError):
-        for step, _ in Delivery(make, range(5)):
-            got.append(step)
-    assert got == [0] and list(Delivery(make, range(0))) == []
+        source.batch(1)
+    source.close()

@@ -1,11 +1,11 @@
-"""The mixture of experts against every expert for every token, and the load balancing loss against its formula."""
+"""The mixture of experts against every expert for every token."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import Architecture
-from ringbpt.model.experts import RouterOutput, Routing, balance_loss, mixture, route
+from ringbpt.model.experts import Routing, mixture, route
 
 
 def test_no_token_is_dropped_however_uneven_the_loads():
@@ -24,21 +24,13 @@ def test_no_token_is_dropped_however_uneven_the_loads():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_balance_loss():
-    """E sum_e f_e P_e over real tokens and all layers; X at uniform probabilities and even loads."""
-    llama = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
-    real = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
-    routing = Routing.zeros(llama, (2, 5))
+def test_routing_sums_over_layers_what_the_routers_chose():
+    architecture = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=3)
+    logits = np.random.default_rng(1).normal(size=(3, 2, 5, 4)).astype(np.float32)
+    routing = Routing.zeros(architecture, (2, 5))
     for layer in logits:
-        routing = routing.add(route(llama, jnp.asarray(layer)))
-    got = jnp.sum(balance_loss(llama, routing, jnp.asarray(real))) / real.sum()
-    p = np.asarray(jax.nn.softmax(logits, -1))[:, real]  # [L, tokens, E]
+        routing = routing.add(route(architecture, jnp.asarray(layer)))
+    p = np.asarray(jax.nn.softmax(logits, -1))
+    np.testing.assert_allclose(routing.probability_BTE, p.sum(0), rtol=1e-6)
     chosen = np.argsort(-p, -1)[..., :2]
-    share = np.array([(chosen == e).sum() for e in range(4)]) / (3 * real.sum())
-    np.testing.assert_allclose(got, 4 * np.sum(share * p.mean((0, 1))), rtol=1e-5)
-    even = RouterOutput(None, jnp.array([[[0, 1], [2, 3]]]), jnp.full((1, 2, 4), 0.25))
-    one = Architecture(num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
-    loss = balance_loss(one, Routing.zeros(one, (1, 2)).add(even), jnp.ones((1, 2), bool))
-    np.testing.assert_allclose(loss, 2.0)
+    np.testing.assert_array_equal(routing.chosen_BTE, np.sum(chosen[..., None] == np.arange(4), (0, 3)))

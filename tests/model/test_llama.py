@@ -49,9 +49,9 @@ def test_no_kernel_changes_anything(plain, kernel):
 
 def test_a_kernel_that_cannot_is_refused_before_anything_compiles():
     with pytest.raises(UserError, match=r"^--llama.attention_kernel=pallas_tpu: .* this is cpu: use blockwise"):
-        make_model(attention_kernel="pallas_tpu")
+        make_model(attention_kernel="pallas_tpu").check_kernel(32)
     with pytest.raises(UserError, match=r"^--llama.attention_kernel=pallas_tpu_interpreted: .* float16: use blockwise"):
-        make_model(attention_kernel="pallas_tpu_interpreted", dtype="fp16")
+        make_model(attention_kernel="pallas_tpu_interpreted", dtype="fp16").check_kernel(32)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_they_change_no_number(flags, plain):
     assert losses == pytest.approx(plain, rel=1e-6)
     assert plain[0] > plain[2]
     assert memory_kinds(state.opt_state) == {"pinned_host" if STATE in flags else "device"}
-    assert memory_kinds(state.params) == {"pinned_host" if PARAMS in flags else "device"}
+    assert memory_kinds(state.trained) == {"pinned_host" if PARAMS in flags else "device"}
 
 
 def memory_kinds(tree) -> set[str]:
@@ -87,7 +87,7 @@ def memory_kinds(tree) -> set[str]:
 def test_another_optimizer_does_the_same_layer_by_layer(kind):
     (losses, state), (away, offloaded) = steps(f"--optimizer.type={kind}"), steps(f"--optimizer.type={kind}", *ALL)
     assert away == pytest.approx(losses, rel=1e-6)
-    chex.assert_trees_all_close(jax.device_get(offloaded.params), jax.device_get(state.params), atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(offloaded.trained), jax.device_get(state.trained), atol=1e-6)
     chex.assert_trees_all_close(jax.device_get(offloaded.opt_state), jax.device_get(state.opt_state), atol=1e-6)
 
 

@@ -1,0 +1,78 @@
+"""The contract of an objective: a pure function that says what it needs, and of which parts its loss is made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from ringbpt.config import Config
+from ringbpt.types import Array, Batch, Means, TokenStats
+
+Function = Callable[[TokenStats, Batch, Config], Means]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss is the sum over parts of coefficient * total / weight, weights counted over a whole optimizer step.
+
+    function(stats, batch, config) -> the means of some rows: the parts of the loss, and what else is worth a line in
+    the log. A part's weight depends on the batch alone and adds over rows: it is counted before there are statistics.
+    parts(config) -> {name of a mean: its coefficient in the loss}; all but zero.
+    whole(stats, batch, config) -> means that stand inside something that is not linear in them, and so are needed of
+    the whole step before the first gradient: `function` finds their values, without a gradient, in stats.whole.
+    head: what reads the hidden states: "unembed", which gives the statistics of the vocabulary, or "", nothing.
+    needs: the fields of TokenStats that are read. columns: those of the batch, beyond what every batch has.
+    shapes: the shapes of examples that it learns from, as data/ names them.
+    """
+
+    function: Function
+    parts: Callable[[Config], dict[str, float]]
+    shapes: tuple[str, ...]
+    whole: Function | None = None
+    head: str = "unembed"
+    needs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def weights(self, batch: Batch, config: Config) -> dict[str, Array]:
+        """Each part's weight in these rows, float32 [].
+
+        The statistics are NaN meanwhile: a weight that looked at them would be NaN, and not quietly wrong.
+        """
+        unknown_BT = jnp.full(batch.token_BT.shape, jnp.nan)
+        unknown_BTE = jnp.full((*batch.token_BT.shape, config.architecture.num_experts), jnp.nan)
+        stats = TokenStats(unknown_BT, unknown_BT, unknown_BT, unknown_BTE, unknown_BTE)
+        means = self.function(self.knowing_whole(stats, batch, config), batch, config)
+        return {name: means[name].weight for name in self.parts(config)}
+
+    def knowing_whole(self, stats: TokenStats, batch: Batch, config: Config) -> TokenStats:
+        """The statistics with what is measured of a whole step, where these rows are one."""
+        return replace(stats, whole=stopped(self.whole(stats, batch, config))) if self.whole else stats
+
+    def scales(self, weights: dict[str, Array], config: Config) -> tuple[dict[str, Array], Array]:
+        """({part: scale}, divisor): the loss is the sum over parts of scale * total, divided by the divisor.
+
+        The divisor is the first part's weight: what goes backward through a model computed in float16 is then of one
+        token's size, and not a token's share of millions. A part that weighs nothing counts for nothing.
+        """
+        divisor = _or_one(next(iter(weights.values())))
+        return {
+            name: jnp.where(weights[name] == 0, 0.0, coefficient * (divisor / _or_one(weights[name])))
+            for name, coefficient in self.parts(config).items()
+        }, divisor
+
+    def values(self, means: Means, config: Config) -> dict[str, Array]:
+        """The means' values, and "loss", the sum of its parts, where no single part is called so; float32 []."""
+        values = {name: mean.value() for name, mean in means.items()}
+        if "loss" not in values:
+            values["loss"] = sum(coefficient * values[name] for name, coefficient in self.parts(config).items())
+        return values
+
+
+def _or_one(weight: Array) -> Array:
+    return jnp.where(weight == 0, 1.0, weight)
+
+
+def stopped(means: Means) -> dict[str, Array]:
+    """The means' values without a gradient, for stats.whole."""
+    return {name: jax.lax.stop_gradient(mean.value()) for name, mean in means.items()}

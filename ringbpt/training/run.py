@@ -1,0 +1,126 @@
+"""A run's folder: what it is called, what is written there, and where the run goes on from."""
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from ringbpt.config import Config, UserError, to_dict
+from ringbpt.model.llama import Model
+from ringbpt.training.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
+from ringbpt.training.metrics import MetricsWriter, say
+from ringbpt.training.state import TrainState, abstract_state, start_state
+
+
+@dataclass
+class Run:
+    """One training run. data_step, start: the step of the data, and of the run, with which it begins.
+
+    fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from.
+    """
+
+    config: Config
+    folder: Path
+    checkpointer: Checkpointer
+    fingerprint: str = ""
+    data_step: int = 0
+    start: int = 0
+
+    def first_state(self, model: Model, optimizer: optax.GradientTransformation, fingerprint: str) -> TrainState:
+        """The state of the run's own newest checkpoint, of another's, or a fresh one; nothing is written.
+
+        Raises UserError where the checkpoint was trained on other data, or as far as total_steps already.
+        """
+        config, self.fingerprint = self.config, fingerprint
+        abstract = abstract_state(config, model, optimizer)
+        meta: dict[str, Any] | None
+        latest = self.checkpointer.latest_step() if config.autoresume else None
+        if latest is not None:
+            params, opt_state, meta = self.checkpointer.restore(latest, abstract.trained, abstract.opt_state)
+            where = f"--autoresume from {self.checkpointer.directory}"
+        elif config.load_checkpoint:
+            loaded = load_checkpoint(config.load_checkpoint, abstract.trained, abstract.opt_state, config.architecture)
+            params, opt_state, meta = loaded.params, loaded.opt_state, loaded.meta
+            where = f"--load_checkpoint={config.load_checkpoint}"
+            if loaded.note:
+                say(loaded.note)
+        else:
+            params, opt_state, meta = model.init(jax.random.key(config.seed)), None, None
+        if meta is None:
+            self.data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
+            return start_state(config, model, optimizer, params)
+        if meta["data"]["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{where}: the training data, its order or its packing is not what step {meta['step']} was trained "
+                "on: give the flags of that run, or take its weights alone with "
+                "--load_checkpoint=trainstate_params::<path>"
+            )
+        if meta["step"] >= config.total_steps:
+            raise UserError(
+                f"{where}: step {meta['step']} is not below --total_steps={config.total_steps}: "
+                f"--total_steps={meta['step'] + 1} or more would go on"
+            )
+        if opt_state is None:
+            say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
+        self.start, self.data_step = meta["step"], meta["data"]["step"]
+        return start_state(config, model, optimizer, params, self.start, opt_state)
+
+    def start_writing(self) -> MetricsWriter:
+        """Makes the folder, with its config.json; the metrics go on after step `start`."""
+        is_main = jax.process_index() == 0
+        writer = MetricsWriter(self.folder, self.config, is_main)
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        writer.resume_from(self.start)
+        return writer
+
+    def data_step_of(self, step: int) -> int:
+        """The step of the data that the run's step `step` is trained on."""
+        return self.data_step + step - self.start
+
+    def save(self, step: int, state: TrainState, milestone: bool) -> None:
+        """Begins to save the state after `step` steps."""
+        meta = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
+        self.checkpointer.save(step, state.trained, state.opt_state, meta, milestone)
+
+
+def open_run(config: Config) -> Run:
+    """The run that the flags name: <output_dir>/<experiment_id>; without an id <time>-<name>, or just <name> where a
+    later run must find it. Nothing is written yet. Raises UserError where another run's metrics are there already, and
+    for a --load_checkpoint that isn't there.
+    """
+    name = config.logger.experiment_id
+    if not name:
+        name = config.load_llama_config or "run"
+        if not config.autoresume:
+            now = np.int64(time.time())
+            if jax.process_count() > 1:
+                now = multihost_utils.broadcast_one_to_all(now)  # one run, one folder
+            name = f"{datetime.fromtimestamp(int(now)):%Y%m%d-%H%M%S}-{name}"
+    folder = Path(config.logger.output_dir).expanduser() / name
+    if (folder / "metrics.jsonl").exists() and not config.autoresume:
+        raise UserError(
+            f"--logger.experiment_id={name}: {folder} holds a run already: add --autoresume to go on with it, or "
+            "choose another name"
+        )
+    if config.load_checkpoint:
+        find_checkpoint(config.load_checkpoint)
+    return Run(config, folder, Checkpointer(folder / "checkpoints", config.checkpointer))
+
+
+def _dataset_step(path: str) -> int:
+    """The place in the data that one of our checkpoints (a step's folder) stands at."""
+    try:
+        return int(json.loads((Path(path) / "meta" / "metadata").read_text())["data"]["step"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"--load_dataset_state={path}: no step folder of a checkpoint, such as runs/<run>/checkpoints/<step>"
+        ) from None
