@@ -94,7 +94,7 @@ def test_another_optimizer_does_the_same_layer_by_layer(kind):
 def test_the_account_knows_them():
     config = parse(parse_args([*FLAGS, "--llama.remat_block=nothing_saveable"]), 8)
     base = account(config, 2, 128)
-    over_tp = account(replace(config, llama=replace(config.llama, residual_over_tp=True)), 2, 128)
+    over_tp = account(replace(config, execution=replace(config.execution, residual_over_tp=True)), 2, 128)
     assert over_tp["saved layer inputs"] == base["saved layer inputs"] / 2
     away = account(replace(config, optimizer=replace(config.optimizer, offload_state=True)), 2, 128)
     assert away["optimizer"] == 0 and away["params"] == base["params"]
