@@ -142,7 +142,7 @@ def whole(tmp_path_factory, data):
 def test_each_program_is_compiled_once(whole):
     _, compiled = whole
     assert compiled.count("jit(step)") == 1
-    assert compiled.count("jit(<lambda>)") == 1  # the evaluation
+    assert compiled.count("jit(eval_step)") == 1
 
 
 def test_the_runs_folder(whole):
