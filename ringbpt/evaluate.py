@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import UserError, run_main
+from ringbpt.config import Flag, UserError, own_help, read_own_flags, run_main
 from ringbpt.generate import MODEL_FLAGS, check_flags, start_model
-from ringbpt.own_flags import Flag, own_help, read_own_flags
 
 FLAGS = MODEL_FLAGS | {
     "perplexity": Flag(str, "", 'a .jsonl file of {"text"}, or "python": source files held out from training'),

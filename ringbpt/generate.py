@@ -11,9 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import UserError, default_config, parse_mesh_dim, run_main
-from ringbpt.config_checks import CHOICES, check_load_checkpoint
-from ringbpt.own_flags import Flag, own_help, read_own_flags
+from ringbpt.config import (
+    CHOICES,
+    Flag,
+    UserError,
+    check_load_checkpoint,
+    default_config,
+    own_help,
+    parse_mesh_dim,
+    read_own_flags,
+    run_main,
+)
 
 MODEL_FLAGS = {
     "load_checkpoint": Flag(
@@ -125,7 +133,7 @@ def main(argv: list[str]) -> int:
 
 def start_model(flags: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(what the checkpoint says of itself, the model, its params) for MODEL_FLAGS."""
-    from ringbpt.config_checks import DTYPES
+    from ringbpt.config import DTYPES
     from ringbpt.generation.load import describe_checkpoint, load_model
     from ringbpt.mesh import start_jax
 

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import UserError, help_text, parse, parse_args, run_main
-from ringbpt.own_flags import Flag, own_help, split_flags
+from ringbpt.config import Flag, UserError, help_text, own_help, parse, parse_args, run_main, split_flags
 
 FLAGS = {
     "digest": Flag(int, 0, "print only the sha256 of the first so many global batches, for two machines to compare"),

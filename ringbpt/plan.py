@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from ringbpt.config import UserError, help_text, parse, parse_args, run_main
-from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
+from ringbpt.config import Flag, UserError, check_folders, help_text, own_help, parse, parse_args, run_main, split_flags
 
 FLAGS = {
     "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8"),

@@ -16,10 +16,20 @@ from itertools import chain, combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ringbpt.config import Config, UserError, help_text, parse, parse_args, run_main
-from ringbpt.config_checks import check
+from ringbpt.config import (
+    Config,
+    Flag,
+    UserError,
+    check,
+    check_folders,
+    help_text,
+    own_help,
+    parse,
+    parse_args,
+    run_main,
+    split_flags,
+)
 from ringbpt.dims import MeshShape
-from ringbpt.own_flags import Flag, check_folders, own_help, split_flags
 
 if TYPE_CHECKING:
     from ringbpt.types import Batch

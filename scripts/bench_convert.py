@@ -25,9 +25,9 @@ def write_model(folder: Path, gb: float, shard_gb: float) -> None:
     """LLaMA 3 8B's layers, as many as make up the size; each tensor random bits repeated."""
     import numpy as np
 
+    from ringbpt.config.families import FAMILIES, hf_settings, rows_for
     from ringbpt.convert.hf import layouts, write_settings
     from ringbpt.convert.safetensors import FolderWriter, Planned
-    from ringbpt.families import FAMILIES, hf_settings, rows_for
 
     def model(layers: int) -> Architecture:
         return Architecture(

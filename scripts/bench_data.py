@@ -5,8 +5,7 @@ python scripts/bench_data.py [--megabytes=64] [--tokenizer=bytes] [--folder=DIR]
 
 import sys
 
-from ringbpt.config import run_main
-from ringbpt.own_flags import Flag, read_own_flags
+from ringbpt.config import Flag, read_own_flags, run_main
 
 FLAGS = {
     "megabytes": Flag(int, 64, "of text, which is made here"),

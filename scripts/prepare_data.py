@@ -9,9 +9,16 @@ Training then reads it by --train_dataset.type=tokens --train_dataset.files_data
 import sys
 from pathlib import Path
 
-from ringbpt.config import DatasetConfig, UserError, parse, parse_args, run_main
-from ringbpt.config_fields import HuggingfaceDatasetConfig
-from ringbpt.own_flags import Flag, split_flags
+from ringbpt.config import (
+    DatasetConfig,
+    Flag,
+    HuggingfaceDatasetConfig,
+    UserError,
+    parse,
+    parse_args,
+    run_main,
+    split_flags,
+)
 
 FLAGS = {
     "output": Flag(str, "", "a new folder for packed rows; or a .jsonl file, for the examples as they are"),

@@ -10,9 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ringbpt.config import UserError, run_main
+from ringbpt.config import Flag, UserError, read_own_flags, run_main
 from ringbpt.inspect import main as inspect
-from ringbpt.own_flags import Flag, read_own_flags
 
 FLAGS = {"output": Flag(str, "docs/inspect.png", "the picture")}
 ROLES = ("user", "assistant")

@@ -7,8 +7,7 @@ python scripts/train_tokenizer.py --output=DIR --kind=bpe --vocab_size=32000 <th
 import sys
 from pathlib import Path
 
-from ringbpt.config import UserError, parse, parse_args, run_main
-from ringbpt.own_flags import Flag, split_flags
+from ringbpt.config import Flag, UserError, parse, parse_args, run_main, split_flags
 
 FLAGS = {
     "output": Flag(str, "", "a .model file (sentencepiece), or a new folder (bpe)"),

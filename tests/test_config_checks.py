@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ringbpt import config_checks, dims
-from ringbpt.config import FLAG_TYPES, UserError, parse_mesh_dim
+from ringbpt import dims
+from ringbpt.config import FLAG_TYPES, UserError, checks, parse_mesh_dim
 from ringbpt.training.optimizer import make_optimizer
 from tests.test_config import DEBUG, EVAL_SEQ, SEQ, configured, refusal
 
@@ -66,7 +66,7 @@ def test_nearest_mesh_fits():
 
 
 def test_axes_are_the_alphabets():
-    assert config_checks.AXES == dims.AXES
+    assert checks.AXES == dims.AXES
 
 
 # --- values that do not go together: the message names both, and what it proposes works ---
@@ -320,5 +320,5 @@ def test_no_value_of_any_flag_is_a_crash(value):
 
 
 def test_tables_name_real_flags():
-    named = {*config_checks.CHOICES, *config_checks.AT_LEAST, *config_checks.AT_MOST, *config_checks.ABOVE_ZERO}
+    named = {*checks.CHOICES, *checks.AT_LEAST, *checks.AT_MOST, *checks.ABOVE_ZERO}
     assert named <= set(FLAG_TYPES)

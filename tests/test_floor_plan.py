@@ -19,8 +19,7 @@ PACKAGE = ROOT / "ringbpt"
 
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
-    {"", "dims", "types", "layouts", "hardware", "families"}
-    | {"config_fields", "config_checks", "config_data", "config", "own_flags"},
+    {"", "dims", "types", "layouts", "hardware", "config"},
     {"mesh", "host_memory", "attention", "data"},
     {"model", "convert", "objectives"},
     {"training", "generation", "evaluation"},

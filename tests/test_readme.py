@@ -21,8 +21,7 @@ from typing import NamedTuple
 import pytest
 from ml_collections import ConfigDict
 
-from ringbpt.config import default_config, parse, parse_args
-from ringbpt.own_flags import split_flags
+from ringbpt.config import default_config, parse, parse_args, split_flags
 from ringbpt.plan import FLAGS as PLAN_FLAGS
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,8 @@ import pytest
 
 from ringbpt import inspect, mesh, plan, verify
 from ringbpt.attention.parallel import ring
-from ringbpt.config import ALIAS_TYPES, ENTRY_FLAGS, FLAG_TYPES, parse, parse_args, run_main
-from ringbpt.families import FAMILIES
-from ringbpt.own_flags import split_flags
+from ringbpt.config import ALIAS_TYPES, ENTRY_FLAGS, FLAG_TYPES, parse, parse_args, run_main, split_flags
+from ringbpt.config.families import FAMILIES
 
 FLAGS = [
     "--config=tests/recipe.py",

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from ringbpt.attention.api import FASTEST, LOCALS
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.local import block_sizes
-from ringbpt.config import UserError
+from ringbpt.config import Flag, UserError, own_help, read_own_flags
 from ringbpt.model.llama import COMPUTE_DTYPES
-from ringbpt.own_flags import Flag, own_help, read_own_flags
 from ringbpt.types import TokenMeta
 
 FLAGS = {

@@ -17,10 +17,9 @@ import einops
 import jax
 import numpy as np
 
-from ringbpt.config import Architecture, UserError
-from ringbpt.config_checks import complete
+from ringbpt.config import Architecture, UserError, complete
+from ringbpt.config.families import IGNORED, Family, Row, find_family, hf_settings, llama_fields, read_json, rows_for
 from ringbpt.convert.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.families import IGNORED, Family, Row, find_family, hf_settings, llama_fields, read_json, rows_for
 from ringbpt.model.llama import COMPUTE_DTYPES, make_dims
 from ringbpt.types import Params
 

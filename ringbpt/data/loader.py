@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ringbpt.config import DatasetConfig, UserError
-from ringbpt.config_data import bad_lines_allowed
+from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
 from ringbpt.data.catalogue import Part, make_source, parts_of
 from ringbpt.data.files import cached, digest_of
 from ringbpt.data.packing import Arrays, Plan, Row, Store, interleave, make_plan, mix

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.config import Architecture, Config, Execution, UserError
-from ringbpt.config_checks import check_mesh
+from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh
+from ringbpt.config.families import llama_fields, read_json
 from ringbpt.convert import hf
 from ringbpt.dims import MeshShape
-from ringbpt.families import llama_fields, read_json
 from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model

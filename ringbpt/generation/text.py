@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
+from ringbpt.config.families import read_json
 from ringbpt.data.tokenizers import make_tokenizer
-from ringbpt.families import read_json
 from ringbpt.generation.generator import Generator, check_vocabulary, plan
 from ringbpt.generation.load import Found
 from ringbpt.generation.sampling import Sampling

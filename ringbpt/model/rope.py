@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ringbpt.config import Architecture
-from ringbpt.families import yarn_scale
+from ringbpt.config.families import yarn_scale
 
 
 def frequencies(config: Architecture) -> np.ndarray:

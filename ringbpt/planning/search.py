@@ -5,8 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ringbpt.config import Config, UserError, parse
-from ringbpt.config_checks import nearest_name
+from ringbpt.config import Config, UserError, nearest_name, parse
 from ringbpt.planning.report import Plan, make_plan, size
 from ringbpt.planning.topologies import Topology
 

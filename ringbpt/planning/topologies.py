@@ -24,8 +24,7 @@ from typing import Any
 import jax
 
 from ringbpt import hardware
-from ringbpt.config import UserError
-from ringbpt.config_checks import nearest_name
+from ringbpt.config import UserError, nearest_name
 from ringbpt.hardware import Hardware
 
 _CUBES = {

@@ -11,8 +11,7 @@ import pytest
 from ringbpt.attention import MaskSpec, api
 from ringbpt.attention.local import block_sizes
 from ringbpt.bench import autotune
-from ringbpt.config import UserError
-from ringbpt.config_checks import CHOICES
+from ringbpt.config import CHOICES, UserError
 from ringbpt.types import TokenMeta
 
 V5E = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")

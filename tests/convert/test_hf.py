@@ -19,12 +19,13 @@ from ringbpt.config import (
     Config,
     TokenizerConfig,
     UserError,
+    complete,
     parse,
     parse_args,
     run_main,
     to_dict,
 )
-from ringbpt.config_checks import complete
+from ringbpt.config.families import FAMILIES, family_of, hf_settings, llama_fields, rows_for
 from ringbpt.convert.hf import (
     layouts,
     load_folder,
@@ -36,7 +37,6 @@ from ringbpt.convert.hf import (
     to_ours,
 )
 from ringbpt.convert.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.families import FAMILIES, family_of, hf_settings, llama_fields, rows_for
 from ringbpt.generation import load
 from ringbpt.training.checkpoint import Checkpointer
 from tests.golden.make_families import CASES, make_model, restore

@@ -12,8 +12,8 @@ import pytest
 
 from ringbpt.attention import permutation
 from ringbpt.config import Execution
+from ringbpt.config.families import rows_for
 from ringbpt.convert.hf import layouts, load_folder, open_huggingface
-from ringbpt.families import rows_for
 from ringbpt.layouts import inverse
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model

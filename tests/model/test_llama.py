@@ -126,7 +126,7 @@ def test_bf16_is_the_compute_dtype_and_gradients_stay_float32():
 
 
 def test_policies_are_those_the_flags_allow():
-    from ringbpt.config_checks import BLOCK_POLICIES as NAMES
+    from ringbpt.config import BLOCK_POLICIES as NAMES
 
     assert set(REMAT_POLICIES) == set(NAMES) - {""}
 

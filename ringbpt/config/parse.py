@@ -1,7 +1,7 @@
 """The command line: flags, recipes and presets become one tree, and the tree becomes a checked, frozen Config.
 
-The flags themselves and their defaults are the dataclasses of `ringbpt.config_fields`; what goes together is judged
-in `ringbpt.config_checks`. Text from the command line is parsed as literals and never evaluated. Nothing here imports
+The flags themselves and their defaults are the dataclasses of `ringbpt.config.fields`; what goes together is judged
+in `ringbpt.config.checks`. Text from the command line is parsed as literals and never evaluated. Nothing here imports
 jax, so that --help and a mistyped flag answer at once.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from ml_collections import ConfigDict
 
-from ringbpt.config_checks import (
+from ringbpt.config.checks import (
     DTYPES,
     check,
     check_same_mesh,
@@ -29,70 +29,22 @@ from ringbpt.config_checks import (
     nearest_name,
     parse_mesh_dim,
 )
-from ringbpt.config_data import check_datasets
-from ringbpt.config_fields import (
+from ringbpt.config.data_checks import check_datasets
+from ringbpt.config.families import llama_fields, read_json
+from ringbpt.config.fields import (
     FLAG_TYPES,
     PRESETS,
-    AdamWConfig,
     Architecture,
-    CheckpointerConfig,
     Config,
     DatasetConfig,
-    Execution,
-    FilesDatasetConfig,
-    HuggingfaceDatasetConfig,
-    JaxDistributedConfig,
-    JsonDatasetConfig,
-    LionConfig,
-    LoggerConfig,
-    MuonConfig,
-    OptimizerConfig,
-    PalmConfig,
-    PythonDatasetConfig,
     TextProcessorConfig,
-    TfdsDatasetConfig,
-    TokenizerConfig,
     UserError,
     flag_values,
     group_name,
     to_dict,
 )
-from ringbpt.families import llama_fields, read_json
 
-__all__ = [
-    "FLAG_TYPES",
-    "PRESETS",
-    "AdamWConfig",
-    "Architecture",
-    "CheckpointerConfig",
-    "Config",
-    "DatasetConfig",
-    "Execution",
-    "FilesDatasetConfig",
-    "HuggingfaceDatasetConfig",
-    "JaxDistributedConfig",
-    "JsonDatasetConfig",
-    "LionConfig",
-    "LoggerConfig",
-    "MuonConfig",
-    "OptimizerConfig",
-    "PalmConfig",
-    "PythonDatasetConfig",
-    "TextProcessorConfig",
-    "TfdsDatasetConfig",
-    "TokenizerConfig",
-    "UserError",
-    "default_config",
-    "format_config",
-    "help_text",
-    "parse",
-    "parse_args",
-    "parse_mesh_dim",
-    "run_main",
-    "to_dict",
-]
-
-ROOT = Path(__file__).resolve().parents[1]  # where configs/ is, in a clone
+ROOT = Path(__file__).resolve().parents[2]  # where configs/ is, in a clone
 
 # --- the tree ---
 

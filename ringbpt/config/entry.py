@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringbpt.config import read_value
-from ringbpt.config_checks import nearest_name
-from ringbpt.config_fields import UserError
+from ringbpt.config.checks import nearest_name
+from ringbpt.config.fields import UserError
+from ringbpt.config.parse import read_value
 
 
 class Flag(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringbpt.config_fields import Architecture, UserError
+from ringbpt.config.fields import Architecture, UserError
 
 
 class Row(NamedTuple):

@@ -1,6 +1,6 @@
 """The flags: one tree of frozen dataclasses, whose fields are the command line's flags and their defaults.
 
-Everybody imports these names from `ringbpt.config`, which reads them, and `ringbpt.config_checks`, which judges them.
+Everybody imports these names from `ringbpt.config`, which reads them, and `ringbpt.config.checks`, which judges them.
 """
 
 from collections.abc import Iterator

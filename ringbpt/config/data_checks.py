@@ -1,12 +1,12 @@
 """What a dataset's flags must be: by themselves, and against the mesh and the model.
 
-As in `ringbpt.config_checks`, each mistake raises UserError with one line that gives the nearest values that work.
+As in `ringbpt.config.checks`, each mistake raises UserError with one line that gives the nearest values that work.
 """
 
 import re
 
-from ringbpt.config_checks import at_least, either, nearest_divisors, nearest_multiples
-from ringbpt.config_fields import Config, DatasetConfig, UserError, flag_values
+from ringbpt.config.checks import at_least, either, nearest_divisors, nearest_multiples
+from ringbpt.config.fields import Config, DatasetConfig, UserError, flag_values
 
 SOURCE_AT_LEAST: dict[str, float] = {
     "seq_length": 1,

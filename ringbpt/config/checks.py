@@ -11,7 +11,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from ringbpt.config_fields import DATASET_TYPES, FILE_FORMATS, Architecture, Config, UserError, flag_values
+from ringbpt.config.fields import DATASET_TYPES, FILE_FORMATS, Architecture, Config, UserError, flag_values
 from ringbpt.dims import AXES, MeshShape
 
 DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
