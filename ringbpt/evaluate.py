@@ -10,19 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import Flag, UserError, own_help, read_own_flags, run_main
-from ringbpt.generate import MODEL_FLAGS, check_flags, start_model
+from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.generate import MODEL_FLAGS, start_model
 
 FLAGS = MODEL_FLAGS | {
     "perplexity": Flag(str, "", 'a .jsonl file of {"text"}, or "python": source files held out from training'),
-    "seq_length": Flag(int, 1024, "of perplexity: longer texts are cut"),
-    "batches": Flag(int, 8, "of perplexity, at most"),
-    "buckets": Flag(int, 32, "of positions"),
+    "seq_length": Flag(int, 1024, "of perplexity: longer texts are cut", at_least=1),
+    "batches": Flag(int, 8, "of perplexity, at most", at_least=1),
+    "buckets": Flag(int, 32, "of positions", at_least=1),
     "passkey": Flag(str, "", "lengths in tokens, as 512,1024"),
-    "depths": Flag(int, 5, "how many depths, from the start of the text to its end"),
-    "samples": Flag(int, 8, "texts for each length and depth"),
+    "depths": Flag(int, 5, "how many depths, from the start of the text to its end", at_least=1),
+    "samples": Flag(int, 8, "texts for each length and depth", at_least=1),
     "choices": Flag(str, "", "a .jsonl file of questions"),
-    "batch_size": Flag(int, 8, "rows at a time"),
+    "batch_size": Flag(int, 8, "rows at a time", at_least=1),
     "seed": Flag(int, 0, "of the passkeys"),
     "output": Flag(str, "evaluation", "the folder for results.json, passkey.png, perplexity.png, choices.jsonl"),
 }
@@ -36,16 +36,11 @@ def read_lengths(text: str) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(own_help(__doc__ or "", FLAGS))
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    flags = read_own_flags(argv, FLAGS)
-    check_flags(flags)
+    flags = read_flags(argv, FLAGS)
     if not any(flags[name] for name in ("perplexity", "passkey", "choices")):
         raise UserError("give at least one of --perplexity=FILE, --passkey=LENGTHS and --choices=FILE")
-    for name in ("seq_length", "batches", "buckets", "depths", "samples"):
-        if flags[name] < 1:
-            raise UserError(f"--{name}={flags[name]} is below 1: use --{name}=1 or more")
     lengths = read_lengths(flags["passkey"]) if flags["passkey"] else []
     from ringbpt.evaluation.choices import read_choices
 

@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from ringbpt.config import (
-    CHOICES,
+    DTYPES,
+    RUN_FLAGS,
     Flag,
     UserError,
-    check_load_checkpoint,
     default_config,
-    own_help,
     parse_mesh_dim,
-    read_own_flags,
+    printed_help,
+    read_flags,
     run_main,
 )
 
 MODEL_FLAGS = {
     "load_checkpoint": Flag(
-        str, "", "huggingface::DIR, or params::PATH of a run, a step, or scripts/hf2jax.py's output"
+        str,
+        "",
+        "huggingface::DIR, or params::PATH of a run, a step, or scripts/hf2jax.py's output",
+        prefixes=RUN_FLAGS["load_checkpoint"].prefixes,
+        required=True,
     ),
     "tokenizer": Flag(str, "", "bytes, a .model file or a Hugging Face folder; empty: what the checkpoint came with"),
     "mesh_dim": Flag(str, "1,1,1,-1", "dp,fsdp,tp,sp: sp splits prompts and cache, tp the heads, dp the batch"),
     "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator"),
-    "dtype": Flag(str, "fp32", "of weights, computation and cache: fp32, bf16, fp16"),
+    "dtype": Flag(str, "fp32", "of weights, computation and cache", choices=tuple(DTYPES)),
     "max_sequence_length": Flag(int, 0, "prompt and completion together; 0: what the model was made for"),
 }
 FLAGS = MODEL_FLAGS | {
@@ -39,8 +43,8 @@ FLAGS = MODEL_FLAGS | {
     "output": Flag(str, "", "the .jsonl file to write; empty: the terminal"),
     "chat": Flag(bool, False, "talk, by the model's chat template"),
     "system": Flag(str, "", "the system message of a chat"),
-    "max_new_tokens": Flag(int, 256, "of each completion"),
-    "batch_size": Flag(int, 8, "prompts generated at a time; short ones share a row"),
+    "max_new_tokens": Flag(int, 256, "of each completion", at_least=1),
+    "batch_size": Flag(int, 8, "prompts generated at a time; short ones share a row", at_least=1),
     "stop": Flag(list, [], "text at which a completion ends; may be given several times"),
     "temperature": Flag(float, 0.0, "0: always the most likely token"),
     "top_k": Flag(int, 0, "only the k most likely; 0: all"),
@@ -75,23 +79,10 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_flags(flags: dict[str, Any]) -> None:
-    if not flags["load_checkpoint"]:
-        raise UserError("--load_checkpoint is missing: huggingface::DIR, or params::runs/<run>")
-    check_load_checkpoint(flags["load_checkpoint"])
-    if flags["dtype"] not in CHOICES["dtype"]:
-        raise UserError(f"--dtype={flags['dtype']!r} is none of {', '.join(CHOICES['dtype'])}")
-    for name in ("max_new_tokens", "batch_size"):
-        if name in flags and flags[name] < 1:
-            raise UserError(f"--{name}={flags[name]} is below 1: use --{name}=1 or more")
-
-
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(own_help(__doc__ or "", FLAGS))
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    flags = read_own_flags(argv, FLAGS)
-    check_flags(flags)
+    flags = read_flags(argv, FLAGS)
     if sum(bool(flags[name]) for name in ("prompt", "prompts", "chat")) != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
     rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
@@ -133,7 +124,6 @@ def main(argv: list[str]) -> int:
 
 def start_model(flags: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(what the checkpoint says of itself, the model, its params) for MODEL_FLAGS."""
-    from ringbpt.config import DTYPES
     from ringbpt.generation.load import describe_checkpoint, load_model
     from ringbpt.mesh import start_jax
 

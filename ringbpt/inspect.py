@@ -4,29 +4,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import Flag, UserError, help_text, own_help, parse, parse_args, run_main, split_flags
+from ringbpt.config import Flag, UserError, parse, parse_args, printed_help, run_main, split_flags
 
 FLAGS = {
     "digest": Flag(int, 0, "print only the sha256 of the first so many global batches, for two machines to compare"),
     "html": Flag(str, "inspect.html", "the page; empty: none"),
-    "batches": Flag(int, 2, "how many batches are shown"),
-    "rows": Flag(int, 4, "how many rows of each"),
-    "tokens": Flag(int, 1024, "how many places of a row"),
+    "batches": Flag(int, 2, "how many batches are shown", at_least=1),
+    "rows": Flag(int, 4, "how many rows of each", at_least=1),
+    "tokens": Flag(int, 1024, "how many places of a row", at_least=1),
     "split": Flag(str, "train_dataset", "train_dataset or eval_dataset"),
 }
 IN_TERMINAL = 160  # places of a row
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(f"{own_help(__doc__ or '', FLAGS)}\n{help_text('inspect')}")
+    if printed_help(argv, "inspect", __doc__, FLAGS):
         return 0
     own, rest = split_flags(argv, FLAGS)
     if own["split"] not in ("train_dataset", "eval_dataset"):
         raise UserError(f"--split={own['split']} is none of train_dataset, eval_dataset: try --split=train_dataset")
-    for name in ("batches", "rows", "tokens"):
-        if own[name] < 1:
-            raise UserError(f"--{name}={own[name]} is below 1: use --{name}=1 or more")
     tree = parse_args(rest)
     from ringbpt.mesh import start_jax
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, check_folders, help_text, own_help, parse, parse_args, run_main, split_flags
+from ringbpt.config import Flag, UserError, check_folders, parse, parse_args, printed_help, run_main, split_flags
 
 FLAGS = {
     "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8"),
@@ -20,8 +20,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(f"{own_help(__doc__ or '', FLAGS)}\n{help_text('plan')}")
+    if printed_help(argv, "plan", __doc__, FLAGS):
         return 0
     own, rest = split_flags(argv, FLAGS)
     if not own["topology"]:

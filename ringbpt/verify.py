@@ -22,10 +22,9 @@ from ringbpt.config import (
     UserError,
     check,
     check_folders,
-    help_text,
-    own_help,
     parse,
     parse_args,
+    printed_help,
     run_main,
     split_flags,
 )
@@ -275,8 +274,7 @@ def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(f"{own_help(__doc__ or '', FLAGS)}\n{help_text('verify')}")
+    if printed_help(argv, "verify", __doc__, FLAGS):
         return 0
     own, rest = split_flags(argv, FLAGS)
     check_folders(own, "json")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ringbpt import dims
-from ringbpt.config import FLAG_TYPES, UserError, checks, parse_mesh_dim
+from ringbpt.config import RUN_FLAGS, UserError, check_value, parse_mesh_dim, values
 from ringbpt.training.optimizer import make_optimizer
 from tests.test_config import DEBUG, EVAL_SEQ, SEQ, configured, refusal
 
@@ -66,7 +66,7 @@ def test_nearest_mesh_fits():
 
 
 def test_axes_are_the_alphabets():
-    assert checks.AXES == dims.AXES
+    assert values.AXES == dims.AXES
 
 
 # --- values that do not go together: the message names both, and what it proposes works ---
@@ -312,13 +312,20 @@ def test_what_must_be_accepted():
 
 @pytest.mark.parametrize("value", ["0", "-7", "x:y,z"])
 def test_no_value_of_any_flag_is_a_crash(value):
-    for name in FLAG_TYPES:
+    for name in RUN_FLAGS:
         try:
             configured(DEBUG, f"--{name}={value}")
         except UserError as error:
             assert name in str(error) or name.rpartition(".")[2] in str(error)
 
 
-def test_tables_name_real_flags():
-    named = {*checks.CHOICES, *checks.AT_LEAST, *checks.AT_MOST, *checks.ABOVE_ZERO}
-    assert named <= set(FLAG_TYPES)
+def test_defaults_obey_their_own_rules():
+    for name, flag in RUN_FLAGS.items():
+        check_value(name, flag, flag.default)
+    assert sum(bool(flag.choices) for flag in RUN_FLAGS.values()) > 20
+    assert {
+        rule
+        for flag in RUN_FLAGS.values()
+        for rule in ("at_least", "above", "at_most", "below")
+        if getattr(flag, rule) is not None
+    } == {"at_least", "above", "at_most", "below"}

@@ -8,7 +8,7 @@ import pytest
 
 from ringbpt import inspect, mesh, plan, verify
 from ringbpt.attention.parallel import ring
-from ringbpt.config import ALIAS_TYPES, ENTRY_FLAGS, FLAG_TYPES, parse, parse_args, run_main, split_flags
+from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, parse, parse_args, run_main, split_flags
 from ringbpt.config.families import FAMILIES
 
 FLAGS = [
@@ -126,5 +126,5 @@ def test_a_flag_of_its_own_with_a_slip_is_named(capsys):
 
 @pytest.mark.parametrize("entry", [verify, plan, inspect])
 def test_no_flag_of_train_is_taken_for_one_of_an_entrys_own(entry):
-    words = [f"--{name}=1" for name in (*FLAG_TYPES, *ALIAS_TYPES, *ENTRY_FLAGS)]
+    words = [f"--{name}=1" for name in (*RUN_FLAGS, *ALIASES, *ENTRY_FLAGS)]
     assert split_flags(words, entry.FLAGS)[1] == [word for word in words if word[2:-2] not in entry.FLAGS]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ringbpt.attention.api import FASTEST, LOCALS
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.local import block_sizes
-from ringbpt.config import Flag, UserError, own_help, read_own_flags
+from ringbpt.config import Flag, UserError, printed_help, read_flags
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import TokenMeta
 
@@ -30,7 +30,7 @@ FLAGS = {
     "tokens": Flag(int, 8192, "queries and keys of a device"),
     "heads": Flag(int, 8, "query heads of a device"),
     "kv_heads": Flag(int, 2, "key/value heads of a device"),
-    "dtype": Flag(str, "bf16", "fp32, bf16, fp16"),
+    "dtype": Flag(str, "bf16", choices=tuple(COMPUTE_DTYPES)),
     "budget_s": Flag(int, 540, "seconds after which nothing further is tried"),
     "print_only": Flag(bool, False, "leave the table as it is"),
 }
@@ -118,18 +118,15 @@ def measure(
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(own_help(__doc__ or "", FLAGS))
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    flags = read_own_flags(argv, FLAGS)
+    flags = read_flags(argv, FLAGS)
     shape = {name: flags[name] for name in ("tokens", "heads", "kv_heads")}
     for name, value in shape.items():
         if value < 1:
             raise UserError(f"--{name}={value} is below 1: --{name}={FLAGS[name].default}")
     if shape["heads"] % shape["kv_heads"]:
         raise UserError(f"--kv_heads={shape['kv_heads']} does not divide --heads={shape['heads']}: --kv_heads=1 does")
-    if flags["dtype"] not in COMPUTE_DTYPES:
-        raise UserError(f"--dtype={flags['dtype']} is none of {', '.join(COMPUTE_DTYPES)}")
     device = jax.devices()[0]
     kernel = flags["kernel"] or next(k for k in FASTEST.get(device.platform, TUNABLE) if k in TUNABLE)
     if kernel not in TUNABLE:

@@ -1,21 +1,21 @@
 """The flags, and the frozen Config that a command line becomes. Everybody imports from here; nothing imports jax."""
 
-from ringbpt.config.checks import (
-    BLOCK_POLICIES,
-    CHOICES,
-    DTYPES,
-    check,
-    check_load_checkpoint,
-    check_mesh,
-    complete,
-    nearest_name,
-    parse_mesh_dim,
+from ringbpt.config.aliases import ALIASES, WITHOUT_EFFECT, without_effect
+from ringbpt.config.checks import bad_lines_allowed, check, check_mesh, complete
+from ringbpt.config.entry import (
+    ENTRY_FLAGS,
+    SECTIONS,
+    check_folders,
+    help_text,
+    printed_help,
+    read_flags,
+    run_main,
+    split_flags,
 )
-from ringbpt.config.data_checks import bad_lines_allowed
-from ringbpt.config.entry import Flag, check_folders, own_help, read_own_flags, split_flags
 from ringbpt.config.fields import (
-    FLAG_TYPES,
+    DTYPES,
     PRESETS,
+    RUN_FLAGS,
     AdamWConfig,
     Architecture,
     CheckpointerConfig,
@@ -24,7 +24,6 @@ from ringbpt.config.fields import (
     Execution,
     FilesDatasetConfig,
     HuggingfaceDatasetConfig,
-    JaxDistributedConfig,
     JsonDatasetConfig,
     LionConfig,
     LoggerConfig,
@@ -35,20 +34,8 @@ from ringbpt.config.fields import (
     TextProcessorConfig,
     TfdsDatasetConfig,
     TokenizerConfig,
-    UserError,
+    choices,
     to_dict,
 )
-from ringbpt.config.parse import (
-    ALIAS_TYPES,
-    ENTRY_FLAGS,
-    HELP,
-    ROOT,
-    default_config,
-    format_config,
-    help_text,
-    load_recipe,
-    parse,
-    parse_args,
-    read_literals,
-    run_main,
-)
+from ringbpt.config.parse import ROOT, default_config, format_config, load_recipe, parse, parse_args
+from ringbpt.config.values import Flag, UserError, check_value, nearest_name, parse_mesh_dim, read_literals

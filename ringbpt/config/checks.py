@@ -1,134 +1,26 @@
-"""What values go together: the mesh's sizes, and every check across flags.
+"""What values go together: every check across flags, of the model, the mesh, the optimizer and the data sets.
 
 Each mistake raises UserError with one line that names the flags, says what is wrong, and gives the nearest values
-that work. Nothing here knows how a flag was written; `ringbpt.config` reads them.
+that work. Nothing here knows how a flag was written; what one flag may be by itself says its declaration.
 """
 
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
-from ringbpt.config.fields import DATASET_TYPES, FILE_FORMATS, Architecture, Config, UserError, flag_values
-from ringbpt.dims import AXES, MeshShape
-
-DTYPES = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
-REMAT_POLICIES = (
-    "",
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "checkpoint_dots",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots_with_no_batch_dims",
-    "save_attention",
+from ringbpt.config.fields import (
+    RUN_FLAGS,
+    Architecture,
+    Config,
+    DatasetConfig,
+    OptimizerConfig,
+    PalmConfig,
+    flag_values,
 )
-# What only a whole layer can do: its input goes to the host's memory.
-BLOCK_POLICIES = (*REMAT_POLICIES, "offload_inputs")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": tuple(DTYPES),
-    "objective": ("sft",),
-    "checkpointer.float_dtype": tuple(DTYPES),
-    "llama.attention_type": ("standard", "blockwise", "ring_standard", "ring_blockwise"),
-    "llama.attention_kernel": (
-        "auto",
-        "reference",
-        "blockwise",
-        "pallas_tpu",
-        "pallas_tpu_interpreted",
-        "pallas_triton",
-        "pallas_triton_interpreted",
-        "pallas_hopper",
-        "pallas_hopper_interpreted",
-        "cudnn",
-    ),
-    "llama.sequence_parallel": ("auto", "ring", "all_gather", "ulysses", "ulysses_ring"),
-    "llama.sequence_layout": ("auto", "contiguous", "zigzag", "striped"),
-    "llama.rope_scaling_type": ("", "linear", "llama3", "yarn"),
-    "llama.remat_block": BLOCK_POLICIES,
-    "llama.remat_attention": REMAT_POLICIES,
-    "llama.remat_mlp": REMAT_POLICIES,
-    "optimizer.type": ("adamw", "palm", "lion", "muon"),
-    "optimizer.schedule": ("warmup_cosine", "warmup_linear", "wsd"),
-} | {
-    f"{split}.{name}": choices
-    for split in ("train_dataset", "eval_dataset")
-    for name, choices in (
-        ("type", (*DATASET_TYPES, *FILE_FORMATS)),
-        ("packing", ("concat", "first_fit", "best_fit")),
-        ("long_documents", ("split", "drop", "refuse")),
-        ("text_processor.train_on_eos", ("turn", "all", "last", "none")),
-        (
-            "text_processor.shape",
-            ("", "text", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "kto", "rl"),
-        ),
-        ("python_dataset.split", ("train", "heldout", "all")),
-    )
-}
-AT_LEAST: dict[str, float] = {
-    "seed": 0,
-    "total_steps": 1,
-    "log_freq": 1,
-    "save_model_freq": 0,
-    "save_milestone_freq": 0,
-    "eval_steps": 0,
-    "eval_batches": 1,
-    "num_cpu_devices": 0,
-    "optimizer.accumulate_gradient_steps": 1,
-    "llama.vocab_size": 1,
-    "llama.hidden_size": 1,
-    "llama.intermediate_size": 1,
-    "llama.num_hidden_layers": 1,
-    "llama.num_attention_heads": 1,
-    "llama.num_key_value_heads": 1,
-    "llama.head_dim": 2,
-    "llama.max_sequence_length": 1,
-    "llama.initializer_range": 0,
-    "llama.rope_scaling_original_length": 1,
-    "llama.sliding_window": 1,
-    "llama.num_experts": 0,
-    "llama.num_experts_per_tok": 1,
-    "llama.router_aux_loss_coef": 0,
-    "llama.heads_k_stride": 1,
-    "llama.kv_heads_at_a_time": 1,
-    "llama.ulysses_degree": 1,
-    "llama.scan_query_chunk_size": 1,
-    "llama.scan_key_chunk_size": 1,
-    "llama.scan_mlp_chunk_size": 1,
-    "llama.loss_chunk_size": 1,
-    "llama.param_scan_axis": 0,
-}
-ABOVE_ZERO = (
-    "llama.rms_norm_eps",
-    "llama.theta",
-    "llama.rope_scaling_factor",
-    "llama.rope_scaling_low_freq_factor",
-    "llama.rope_scaling_high_freq_factor",
-    "llama.rope_scaling_beta_fast",
-    "llama.rope_scaling_beta_slow",
-    "optimizer.wsd_decay_fraction",
-)
-AT_MOST: dict[str, float] = {"seed": 2**32 - 1, "llama.param_scan_axis": 1, "optimizer.wsd_decay_fraction": 1}
-# The same, of the group that optimizer.type chooses; the other groups have no effect.
-OPTIMIZER_AT_LEAST: dict[str, float] = {
-    "lr": 0,
-    "adam_lr": 0,
-    "init_lr": 0,
-    "end_lr": 0,
-    "weight_decay": 0,
-    "lr_warmup_steps": 0,
-    "lr_decay_steps": 1,
-    "clip_gradient": 0,  # 0: no clipping
-}
-CHECKPOINT_KINDS = ("params", "trainstate", "trainstate_params", "flax_params", "huggingface")
-
-
-def nearest_name(name: str, names: Iterable[str]) -> str:
-    """The closest of `names`, or the first one if nothing is close."""
-    names = list(names)
-    return (get_close_matches(name, names, n=1, cutoff=0.3) or names)[0]
+from ringbpt.config.values import UserError, check_value, parse_mesh_dim
+from ringbpt.dims import MeshShape
 
 
 def nearest_multiples(value: int, step: int) -> list[int]:
@@ -151,60 +43,15 @@ def either(name: str, values: Iterable[Any]) -> str:
     return " or ".join(f"{name}={value}" for value in values)
 
 
-def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tuple[MeshShape, bool]:
-    """`"1,-1,1,4"` or `"dp:1,fsdp:-1,tp:1,sp:4"` on `device_count` devices -> (sizes of AXES, plain device order).
-
-    One -1 takes the devices that the others leave; in the named form an axis that is left out is 1; a leading `!`
-    asks for the devices in plain order. Raises UserError, with `flag` as the name of the culprit, where the text is
-    no mesh or its product is not the number of devices.
-    """
-    plain_order = text.strip().startswith("!")
-    sizes = mesh_sizes(text, flag)
-    fixed = math.prod(size for size in sizes if size != -1)
-    resolved = [device_count // fixed if size == -1 else size for size in sizes]
-    if math.prod(resolved) != device_count or 0 in resolved:
-        multiple = "a multiple of " if -1 in sizes else ""
-        fits = ",".join(map(str, _nearest_mesh(sizes, device_count)))
-        raise UserError(
-            f"{flag}='{text}' needs {multiple}{fixed} devices, but there are {device_count}: "
-            f"{flag}='{fits}' fits (on a CPU, --num_cpu_devices={fixed} gives that many)"
-        )
-    return MeshShape(*resolved), plain_order
+def _divides(name: str, value: int, number: int, what: str) -> None:
+    if number % value:
+        nearest = either(f"--llama.{name}", nearest_divisors(number, value))
+        raise UserError(f"--llama.{name}={value} does not divide {what}: {nearest}")
 
 
-def mesh_sizes(text: str, flag: str) -> list[int]:
-    """The four sizes as written, -1 included."""
-    body, shown = text.strip().removeprefix("!"), f"{flag}='{text}'"
-    form = "four sizes dp,fsdp,tp,sp, one of which may be -1, as '1,-1,1,1' or 'dp:1,fsdp:-1,tp:1,sp:1'"
-    parts = [part.strip() for part in body.split(",")]
-    if ":" in body:
-        named = [part.partition(":")[::2] for part in parts]
-        names = [name.strip() for name, _ in named]
-        for name in names:
-            if name not in AXES or names.count(name) > 1:
-                what = "twice" if name in AXES else f"which is no axis (did you mean {nearest_name(name, AXES)}?)"
-                raise UserError(f"{shown} names the axis '{name}' {what}: write {form}")
-        parts = [dict(zip(names, (size for _, size in named), strict=True)).get(axis, "1").strip() for axis in AXES]
-    if len(parts) != len(AXES):
-        raise UserError(f"{shown} has {len(parts)} sizes: write {form}")
-    for part in parts:
-        if not re.fullmatch(r"-1|[0-9]{1,9}", part) or int(part) == 0:
-            raise UserError(f"{shown}: '{part}' is no size of an axis (1 or more, or -1): write {form}")
-    if parts.count("-1") > 1:
-        raise UserError(f"{shown} has more than one -1: write {form}")
-    return [int(part) for part in parts]
-
-
-def _nearest_mesh(sizes: list[int], device_count: int) -> list[int]:
-    """`sizes` with one axis replaced by what makes the product right, the least change first; else all on fsdp."""
-    candidates = []
-    for place in range(len(AXES)):
-        others = math.prod(abs(size) for at, size in enumerate(sizes) if at != place)
-        if others <= device_count and device_count % others == 0:
-            replaced = [device_count // others if at == place else abs(size) for at, size in enumerate(sizes)]
-            change = abs(math.log(replaced[place] / abs(sizes[place])))
-            candidates.append((change, -abs(sizes[place]), replaced))
-    return min(candidates)[2] if candidates else [1, device_count, 1, 1]
+def _is_multiple(flag: str, value: int, step: int, why: str) -> None:
+    if value % step:
+        raise UserError(f"{flag}={value} is not divisible by {why}: {either(flag, nearest_multiples(value, step))}")
 
 
 def check(config: Config) -> None:
@@ -220,34 +67,13 @@ def check(config: Config) -> None:
 
 
 def check_values(config: Config) -> None:
-    """Each flag by itself, from the tables above."""
-    values = flag_values(config)
-    for name, choices in CHOICES.items():
-        value = values[name]
-        if value not in choices:
-            listed = ", ".join(choice or "''" for choice in choices)
-            nearest = nearest_name(value, choices)
-            raise UserError(f"--{name}='{value}' is none of {listed}: did you mean --{name}='{nearest}'?")
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name}={value} is not a finite number: try --{name}={_default(name)}")
-    for name, least in AT_LEAST.items():
-        at_least(name, values[name], least)
-    for name in ABOVE_ZERO:
-        if values[name] <= 0:
-            raise UserError(f"--{name}={values[name]} must be above 0: try --{name}={_default(name)}")
-    for name, most in AT_MOST.items():
-        if values[name] > most:
-            raise UserError(f"--{name}={values[name]} is above {most}: use --{name}={most} at most")
-
-
-def _default(name: str) -> Any:
-    return flag_values(Config())[name]
-
-
-def at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
-        raise UserError(f"--{name}={value} is below {least}: use --{name}={least} or more")
+    """Each flag by itself; of a group that is not chosen, or an evaluation that is not made, without its bounds."""
+    datasets = {"train_dataset": config.train_dataset, "eval_dataset": config.eval_dataset}
+    chosen = {f"optimizer.{config.optimizer.group}", *(f"{split}.{data.group}" for split, data in datasets.items())}
+    for name, value in flag_values(config).items():
+        used = name.count(".") < 2 or name.rpartition(".")[0] in chosen
+        bounds = used and (config.eval_steps > 0 or not name.startswith("eval_dataset."))
+        check_value(name, RUN_FLAGS[name], value, bounds)
 
 
 def check_run(config: Config) -> None:
@@ -272,83 +98,39 @@ def check_run(config: Config) -> None:
             f"--logger.experiment_id={name!r} is not a plain name (letters, digits, _ . = + -): "
             f"--logger.experiment_id={plain} would work; --logger.output_dir chooses the folder"
         )
-    if config.load_checkpoint:
-        check_load_checkpoint(config.load_checkpoint)
-    processes = config.jax_distributed
-    if processes.num_processes is not None:
-        at_least("jax_distributed.num_processes", processes.num_processes, 1)
-    if processes.process_id is not None:
-        at_least("jax_distributed.process_id", processes.process_id, 0)
-        if processes.num_processes is not None and processes.process_id >= processes.num_processes:
-            raise UserError(
-                f"--jax_distributed.process_id={processes.process_id} does not go with "
-                f"--jax_distributed.num_processes={processes.num_processes}: ids run from 0 to "
-                f"{processes.num_processes - 1}"
-            )
-
-
-def check_load_checkpoint(text: str) -> None:
-    """`kind::path`; whether the path holds such a checkpoint is for the reader of checkpoints to say."""
-    kind, separator, path = text.partition("::")
-    if not separator:
+    count, number = config.jax_distributed.num_processes, config.jax_distributed.process_id
+    if count is not None and number is not None and number >= count:
         raise UserError(
-            f"--load_checkpoint={text!r} does not say what it holds: --load_checkpoint='params::{text}', or one of "
-            f"{', '.join(f'{other}::' for other in CHECKPOINT_KINDS[1:])} before the path"
+            f"--jax_distributed.process_id={number} does not go with --jax_distributed.num_processes={count}: ids run "
+            f"from 0 to {count - 1}"
         )
-    if kind not in CHECKPOINT_KINDS:
-        raise UserError(
-            f"--load_checkpoint={text!r}: '{kind}::' is none of {', '.join(f'{k}::' for k in CHECKPOINT_KINDS)}: "
-            f"did you mean '{nearest_name(kind, CHECKPOINT_KINDS)}::{path}'?"
-        )
-    if not path:
-        raise UserError(f"--load_checkpoint={text!r} has no path: write '{kind}::/path/of/the/checkpoint'")
 
 
 def check_optimizer(config: Config) -> None:
-    """The chosen optimizer's rates, betas and steps."""
-    chosen = config.optimizer.type
-    prefix = f"optimizer.{chosen}_optimizer."
-    group = {name[len(prefix) :]: value for name, value in flag_values(config).items() if name.startswith(prefix)}
-    for name, least in OPTIMIZER_AT_LEAST.items():
-        at_least(prefix + name, group.get(name), least)
-    if chosen == "palm":  # its rate is 1/sqrt(step) after the warmup, and step 0 has none
-        at_least(prefix + "lr_warmup_steps", group["lr_warmup_steps"], 1)
-    for name in ("b1", "b2", "beta"):
-        if name in group and not 0 <= group[name] < 1:
-            raise UserError(f"--{prefix}{name}={group[name]} is not in [0, 1): try {_default(prefix + name)}")
-    if chosen == "muon" and group["lr"] == 0:  # adam's rate is a share of muon's
-        raise UserError(f"--{prefix}lr=0 must be above 0: try --{prefix}lr={_default(prefix + 'lr')}")
-    decay = group.get("lr_decay_steps")
-    if decay is not None:
-        # The cosine needs one step at least between the two.
-        most = decay - 1 if config.optimizer.schedule == "warmup_cosine" else decay
-        if group["lr_warmup_steps"] > most:
-            enough = group["lr_warmup_steps"] + decay - most
+    """The chosen optimizer's steps, and its schedule."""
+    optimizer, prefix = config.optimizer, f"--optimizer.{config.optimizer.group}."
+    if isinstance(optimizer.chosen, PalmConfig):
+        if optimizer.schedule != OptimizerConfig.schedule:
             raise UserError(
-                f"--{prefix}lr_warmup_steps={group['lr_warmup_steps']} leaves no step to decay before "
-                f"--{prefix}lr_decay_steps={decay}, which counts the warmup too: "
-                f"--{prefix}lr_warmup_steps={most} or --{prefix}lr_decay_steps={enough}"
+                f"--optimizer.schedule={optimizer.schedule} does not go with --optimizer.type=palm, which has its "
+                "own schedule: leave it out, or use --optimizer.type=adamw"
             )
-    if chosen == "palm" and config.optimizer.schedule != _default("optimizer.schedule"):
+        return
+    warmup, decay = optimizer.chosen.lr_warmup_steps, optimizer.chosen.lr_decay_steps
+    # The cosine needs one step at least between the two.
+    most = decay - 1 if optimizer.schedule == "warmup_cosine" else decay
+    if warmup > most:
         raise UserError(
-            f"--optimizer.schedule={config.optimizer.schedule} does not go with --optimizer.type=palm, which has its "
-            "own schedule: leave it out, or use --optimizer.type=adamw"
+            f"{prefix}lr_warmup_steps={warmup} leaves no step to decay before {prefix}lr_decay_steps={decay}, which "
+            f"counts the warmup too: {prefix}lr_warmup_steps={most} or {prefix}lr_decay_steps={warmup + decay - most}"
         )
 
 
 def check_model(config: Config) -> None:
     """The model's own sizes, and what it cannot do."""
     architecture = config.architecture
-    heads, kv_heads = (
-        architecture.num_attention_heads,
-        architecture.num_key_value_heads or architecture.num_attention_heads,
-    )
-    if heads % kv_heads:
-        values = nearest_divisors(heads, kv_heads)
-        raise UserError(
-            f"--llama.num_key_value_heads={kv_heads} does not divide --llama.num_attention_heads={heads}: "
-            f"{either('--llama.num_key_value_heads', values)}"
-        )
+    heads = architecture.num_attention_heads
+    _divides("num_key_value_heads", architecture.kv_heads, heads, f"--llama.num_attention_heads={heads}")
     if architecture.head_dim and architecture.head_dim % 2:
         raise UserError(
             f"--llama.head_dim={architecture.head_dim} is odd, and rotary positions turn pairs: "
@@ -361,14 +143,11 @@ def check_model(config: Config) -> None:
             raise UserError(
                 f"--llama.{name}={getattr(architecture, name)}: dropout is not supported: use --llama.{name}=0"
             )
-    if (
-        architecture.rope_scaling_type == "llama3"
-        and architecture.rope_scaling_low_freq_factor >= architecture.rope_scaling_high_freq_factor
-    ):
+    low, high = architecture.rope_scaling_low_freq_factor, architecture.rope_scaling_high_freq_factor
+    if architecture.rope_scaling_type == "llama3" and low >= high:
         raise UserError(
-            f"--llama.rope_scaling_low_freq_factor={architecture.rope_scaling_low_freq_factor} must be below "
-            f"--llama.rope_scaling_high_freq_factor={architecture.rope_scaling_high_freq_factor}: the usual "
-            "ones are 1 and 4"
+            f"--llama.rope_scaling_low_freq_factor={low} must be below --llama.rope_scaling_high_freq_factor={high}: "
+            "the usual ones are 1 and 4"
         )
     if architecture.num_experts and architecture.num_experts_per_tok > architecture.num_experts:
         raise UserError(
@@ -415,10 +194,9 @@ def check_mesh(config: Config) -> None:
     """What the mesh splits: heads, feedforward and vocabulary over tp, the weights' model dim over fsdp and sp."""
     architecture, execution = config.architecture, config.execution
     _, fsdp, tp, sp = config.mesh_shape
-    kv_heads = architecture.num_key_value_heads or architecture.num_attention_heads
     for name, size in (
         ("num_attention_heads", architecture.num_attention_heads),
-        ("num_key_value_heads", kv_heads),
+        ("num_key_value_heads", architecture.kv_heads),
         ("intermediate_size", architecture.intermediate_size),
         ("vocab_size", architecture.vocab_size),
     ):
@@ -469,52 +247,43 @@ def check_offload(config: Config) -> None:
 def check_sequence_parallel(config: Config) -> None:
     """How shares meet over sp: what heads the gathering and the dealing out of heads leave to a device."""
     architecture, execution, (_, _, tp, sp) = config.architecture, config.execution, config.mesh_shape
-    heads = architecture.num_attention_heads // tp
-    kv_heads = (architecture.num_key_value_heads or architecture.num_attention_heads) // tp
-    stride, degree = execution.heads_k_stride, execution.ulysses_degree
-    if stride is not None and execution.sequence_parallel != "all_gather":
+    heads, kv_heads = architecture.num_attention_heads // tp, architecture.kv_heads // tp
+    parallel = execution.sequence_parallel
+    stride, at_a_time, degree = execution.heads_k_stride, execution.kv_heads_at_a_time, execution.ulysses_degree
+    given = f"--llama.num_key_value_heads={architecture.kv_heads} over tp={tp}"
+    if stride is not None and parallel != "all_gather":
         raise UserError(
             f"--llama.heads_k_stride={stride} goes with gathered keys, not with --llama.sequence_parallel="
-            f"{execution.sequence_parallel}: add --llama.sequence_parallel=all_gather, or leave it out"
+            f"{parallel}: add --llama.sequence_parallel=all_gather, or leave it out"
         )
-    if stride is not None and kv_heads % stride:
-        raise UserError(
-            f"--llama.heads_k_stride={stride} does not divide the {kv_heads} key/value heads of a device "
-            f"(--llama.num_key_value_heads={architecture.num_key_value_heads} over tp={tp}): "
-            f"{either('--llama.heads_k_stride', nearest_divisors(kv_heads, stride))}"
-        )
-    at_a_time = execution.kv_heads_at_a_time
-    if at_a_time is not None and kv_heads % at_a_time:
-        raise UserError(
-            f"--llama.kv_heads_at_a_time={at_a_time} does not divide the {kv_heads} key/value heads of a device "
-            f"(--llama.num_key_value_heads={architecture.num_key_value_heads} over tp={tp}): "
-            f"{either('--llama.kv_heads_at_a_time', nearest_divisors(kv_heads, at_a_time))}"
-        )
-    if at_a_time is not None and execution.sequence_parallel not in ("ring", "all_gather"):
+    for name, value in (("heads_k_stride", stride), ("kv_heads_at_a_time", at_a_time)):
+        if value is not None:
+            _divides(name, value, kv_heads, f"the {kv_heads} key/value heads of a device ({given})")
+    if at_a_time is not None and parallel not in ("ring", "all_gather"):
         raise UserError(
             f"--llama.kv_heads_at_a_time={at_a_time} does not go with --llama.sequence_parallel="
-            f"{execution.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
+            f"{parallel}: use --llama.sequence_parallel=ring, or leave it out"
         )
     if at_a_time is not None and architecture.num_experts:
         raise UserError(
             f"--llama.kv_heads_at_a_time={at_a_time} does not go with experts (--llama.num_experts="
             f"{architecture.num_experts}): leave it out"
         )
-    if (degree is not None) != (execution.sequence_parallel == "ulysses_ring") or (degree and sp % degree):
+    if (degree is not None) != (parallel == "ulysses_ring") or (degree and sp % degree):
         raise UserError(
-            f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={execution.sequence_parallel}: "
+            f"--llama.ulysses_degree={degree} with --llama.sequence_parallel={parallel}: "
             f"ulysses_ring, and only that, needs a divisor of sp={sp}: --llama.sequence_parallel=ulysses_ring and "
             f"{either('--llama.ulysses_degree', nearest_divisors(sp, degree or sp))}"
         )
-    if execution.ring_bidirectional and execution.sequence_parallel in ("all_gather", "ulysses"):
+    if execution.ring_bidirectional and parallel in ("all_gather", "ulysses"):
         raise UserError(
             f"--llama.ring_bidirectional is for a ring, not for --llama.sequence_parallel="
-            f"{execution.sequence_parallel}: use --llama.sequence_parallel=ring, or leave it out"
+            f"{parallel}: use --llama.sequence_parallel=ring, or leave it out"
         )
-    dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(execution.sequence_parallel, 1)
+    dealt = {"ulysses": sp, "ulysses_ring": degree or 1}.get(parallel, 1)
     if heads % dealt or (kv_heads % dealt and dealt % kv_heads):
         raise UserError(
-            f"--llama.sequence_parallel={execution.sequence_parallel} deals {heads} query and {kv_heads} key/value "
+            f"--llama.sequence_parallel={parallel} deals {heads} query and {kv_heads} key/value "
             f"heads of a device out to {dealt}, which is not possible: use --llama.sequence_parallel=ring, or "
             f"{either('ulysses_ring with --llama.ulysses_degree', nearest_divisors(math.gcd(kv_heads, sp), dealt)[:1])}"
         )
@@ -527,3 +296,80 @@ def _weights_fit(hidden_size: int, fsdp: int, sp: int) -> str:
     if hidden_size % sp == 0:
         return either("fsdp", nearest_divisors(hidden_size // sp, fsdp))
     return either("a product fsdp*sp", nearest_divisors(hidden_size, fsdp * sp))
+
+
+def check_datasets(config: Config) -> None:
+    """Raises UserError for the first value of a dataset that cannot work; expects what check() expects."""
+    check_dataset("train_dataset", config.train_dataset, config, config.optimizer.accumulate_gradient_steps)
+    if config.eval_steps > 0:
+        check_dataset("eval_dataset", config.eval_dataset, config, accumulate=1)
+
+
+def check_dataset(split: str, dataset: DatasetConfig, config: Config, accumulate: int) -> None:
+    """The chosen source's sizes against the mesh and the model. `accumulate` is 1 where batches are not split."""
+    prefix = f"--{split}.{dataset.group}."
+    if split == "eval_dataset" and dataset.type != "python" and not getattr(dataset.source, "path", "no path"):
+        raise UserError(
+            f"--eval_steps={config.eval_steps} evaluates, but {prefix}path is empty: give it a .jsonl file, or use "
+            "--eval_steps=0"
+        )
+    check_examples(split, dataset)
+    dp, fsdp, _, sp = config.mesh_shape
+    rows = dp * fsdp * accumulate
+    parts = f" times --optimizer.accumulate_gradient_steps={accumulate}" if accumulate > 1 else ""
+    why = f"dp*fsdp={dp}*{fsdp} of --mesh_dim{parts} = {rows}"
+    _is_multiple(f"{prefix}batch_size", dataset.batch_size, rows, why)
+    check_sequence(f"{prefix}seq_length", dataset.seq_length, config, sp)
+
+
+def check_examples(split: str, dataset: DatasetConfig) -> None:
+    """How examples are read: what is bad, and what goes around a prompt."""
+    bad_lines_allowed(dataset.on_bad_line, f"--{split}.on_bad_line")
+    processor, group = dataset.text_processor, f"--{split}.text_processor"
+    if processor.input_template and "{}" not in processor.input_template:
+        raise UserError(
+            f"{group}.input_template={processor.input_template!r} has no {{}} where the prompt goes: "
+            f"try {group}.input_template='User: {{}}\\nAssistant: '"
+        )
+    if not all(role.strip() for role in processor.roles_to_train.split(",")):
+        raise UserError(f"{group}.roles_to_train={processor.roles_to_train!r} has an empty name: try assistant")
+    if dataset.type == "tfds" and not dataset.tfds_dataset.name:
+        raise UserError(f"--{split}.tfds_dataset.name is empty: give the name of a prepared TFDS data set")
+
+
+def bad_lines_allowed(text: str, flag: str) -> int:
+    """`"skip:3"` -> 3, `"stop"` -> 0."""
+    match = re.fullmatch(r"skip:([0-9]{1,15})", text)
+    if text != "stop" and not match:
+        raise UserError(f"{flag}={text!r} is none of stop, skip:N: did you mean {flag}=skip:10?")
+    return int(match[1]) if match else 0
+
+
+def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
+    """One dataset's sequence against sp, the layout, the model's length and the chunks of the local sequence."""
+    execution = config.execution
+    pieces = sp * 2 if execution.sequence_layout == "zigzag" else sp
+    why = f"2*sp={pieces} (zigzag, sp={sp} of --mesh_dim)" if pieces > sp else f"sp={sp} of --mesh_dim"
+    _is_multiple(flag, seq_length, pieces, why)
+    if execution.residual_over_tp:
+        tp = config.mesh_shape.tp
+        why = f"sp*tp={sp}*{tp} of --mesh_dim, over which --llama.residual_over_tp splits tokens"
+        _is_multiple(flag, seq_length, sp * tp, why)
+    if seq_length > config.architecture.max_sequence_length:
+        shorter = config.architecture.max_sequence_length // pieces * pieces
+        raise UserError(
+            f"{flag}={seq_length} is above --llama.max_sequence_length={config.architecture.max_sequence_length}: "
+            f"use --llama.max_sequence_length={seq_length}" + (f" or {flag}={shorter}" if shorter else "")
+        )
+    local = seq_length // sp
+    if execution.ring_bidirectional and local % 2:
+        raise UserError(
+            f"--llama.ring_bidirectional halves the {local} tokens of a device ({flag}={seq_length} over sp={sp}): "
+            f"{either(flag, nearest_multiples(seq_length, 2 * sp))}, or leave it out"
+        )
+    chunks = {"loss_chunk_size": execution.loss_chunk_size}
+    if execution.scan_mlp:
+        chunks["scan_mlp_chunk_size"] = execution.scan_mlp_chunk_size
+    for name, chunk in chunks.items():
+        if chunk < local:
+            _divides(name, chunk, local, f"the {local} tokens of a device ({flag}={seq_length} over sp={sp})")

@@ -1,73 +1,80 @@
-"""The flags of an entry that is no training run: a handful, each with its type, its default and a line of help."""
+"""What every entry shares: the one scanner of `--name=value`, the help that declarations make, and `run_main`.
+
+An entry has flags of its own, {name: Flag}, or takes a training run's, or both.
+"""
 
 import difflib
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ringbpt.config.checks import nearest_name
-from ringbpt.config.fields import UserError
-from ringbpt.config.parse import read_value
+from ringbpt.config.aliases import without_effect
+from ringbpt.config.fields import RUN_FLAGS
+from ringbpt.config.values import BOOLS, Flag, UserError, check_value, nearest_name, read_value
 
-
-class Flag(NamedTuple):
-    kind: Any
-    default: Any
-    help: str
+# --- reading ---
 
 
-def read_own_flags(argv: list[str], flags: dict[str, Flag]) -> dict[str, Any]:
-    """`--name=value`, `--name value` and `--flag` -> every flag's value; one of kind list may be given several times.
+def scan(argv: list[str], flags: Mapping[str, Flag]) -> tuple[dict[str, Any], list[str]]:
+    """(the values given of `flags`, in order, of their declared types; the words that are none of them).
 
-    Raises UserError for what is no flag, is given twice, or is of another type.
+    A flag is written `--name=value`, `--name value`, and one that is on or off `--name` or `--noname`. Raises
+    UserError for one that is given twice, lacks its value, or is of another type.
     """
     given: dict[str, Any] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
+    others, words = [], list(argv)
+    while words:
+        word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
+        group, dot, leaf = name.rpartition(".")
+        positive = f"{group}{dot}{leaf.removeprefix('no')}"
+        if name not in flags and not equals and positive in flags and flags[positive].kind is bool:
+            name, equals, text = positive, "=", "False"
         if not word.startswith("--") or name not in flags:
-            near = nearest_name(name, flags)
-            raise UserError(f"{word.partition('=')[0]!r} is no flag here: did you mean --{near}?")
-        kind, default, _ = flags[name]
-        if not equals and kind is bool:
-            text = "True"
+            others.append(word)
+            continue
+        flag = flags[name]
+        if not equals and flag.kind is bool:
+            text = words.pop(0) if words and words[0].lower() in BOOLS else "True"
         elif not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name}=...")
-            text = rest.pop(0)
-        if kind is list:
+            if not words or words[0].startswith("--"):
+                example = "..." if flag.default in (None, "", []) else flag.default
+                raise UserError(f"--{name} needs a value: --{name}={example}")
+            text = words.pop(0)
+        if flag.kind is list:
             given.setdefault(name, []).append(text)
             continue
         if name in given:
             raise UserError(f"--{name} is given twice, the second time as '{text}': leave one of them out")
-        given[name] = read_value(f"--{name}", text, kind, default)
-    return {name: flag.default for name, flag in flags.items()} | given
+        given[name] = read_value(f"--{name}", text, flag.kind, flag.default)
+    return given, others
 
 
-def own_help(doc: str, flags: dict[str, Flag]) -> str:
-    lines = [doc.strip(), ""]
-    for name, (_, default, line) in flags.items():
-        shown = f"  --{name}" if default in ("", None, [], False) else f"  --{name}={default}"
-        lines.append(f"{shown:<40} {line}")
-    return "\n".join([*lines, ""])
+def split_flags(argv: list[str], flags: Mapping[str, Flag]) -> tuple[dict[str, Any], list[str]]:
+    """(the value of each of an entry's own flags; the words that are none of them), for one that takes a run's too."""
+    given, others = scan(argv, flags)
+    for word in others:
+        name = word.removeprefix("--").partition("=")[0]
+        # The reader of a run's flags knows nothing of these, and would name a flag of its own.
+        if word.startswith("--") and (near := difflib.get_close_matches(name, flags, 1, 0.85)):
+            raise UserError(f"--{name} is no flag: did you mean --{near[0]}?")
+    for name, value in given.items():
+        check_value(name, flags[name], value)
+    return {name: flag.default for name, flag in flags.items()} | given, others
 
 
-def split_flags(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, Any], list[str]]:
-    """(every flag's value, the words that are none of `flags`), for an entry that takes a training run's flags too."""
-    mine, others, words = [], [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in flags:
-            # The training run's parser knows nothing of these, and would name a flag of its own.
-            if word.startswith("--") and (near := difflib.get_close_matches(name, flags, 1, 0.85)):
-                raise UserError(f"--{name} is no flag: did you mean --{near[0]}?")
-            others.append(word)
-            continue
-        mine.append(word)
-        if not equals and flags[name].kind is not bool and words and not words[0].startswith("--"):
-            mine.append(words.pop(0))
-    return read_own_flags(mine, flags), others
+def read_flags(argv: list[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """The value of each of an entry's own flags. Raises UserError for a word that is none, and for a wrong value."""
+    values, others = split_flags(argv, flags)
+    if others:
+        name = others[0].partition("=")[0]
+        raise UserError(f"{name!r} is no flag here: did you mean --{nearest_name(name.removeprefix('--'), flags)}?")
+    for name, flag in flags.items():
+        if flag.required and not values[name]:
+            raise UserError(f"--{name} is missing: {flag.help}")
+    return values
 
 
 def check_folders(values: dict[str, Any], *names: str) -> None:
@@ -76,3 +83,106 @@ def check_folders(values: dict[str, Any], *names: str) -> None:
         folder = Path(values[name]).expanduser().parent
         if values[name] and not folder.is_dir():
             raise UserError(f"--{name}={values[name]}: there is no folder {folder}: make it first")
+
+
+# --- help ---
+
+# The entries' own: they say where flags come from, or ask about them, and are none.
+ENTRY_FLAGS = {
+    "config": Flag(str, "", "a recipe, configs/<name>.py; the flags after it override it", shown="start from"),
+    "print_config": Flag(bool, False, "every flag, as this command line resolves it"),
+    "help": Flag(str, "", "these lines, or --help=llama, --help=all: every flag of a group"),
+}
+SECTIONS = ("start from", "devices", "model", "data", "training", "the run")
+
+
+def _line(name: str, flag: Flag, most: int) -> str:
+    """A flag's name and default, its help, and `most` of its choices."""
+    shown = f"  --{name}" if flag.default in ("", None, []) else f"  --{name}={flag.default}"
+    names = [*filter(None, flag.choices), *(f"{prefix}::" for prefix in flag.prefixes)]
+    listed = ", ".join(names if len(names) <= most else [*names[: most - 1], "..."])
+    help = flag.help or (f"no effect: {without_effect(name)}" if without_effect(name) else "")
+    return f"{shown:<55} {f'{help} ({listed})' if help and listed else help or listed}".rstrip()
+
+
+def help_text(verb: str = "train", group: str = "") -> str:
+    """A run's flags with their defaults: those that people use, on a screen and a half, or every one of a group.
+
+    group: "llama", "train_dataset", ..., or "all". Raises UserError for another.
+    """
+    if group:
+        groups = ["all", *dict.fromkeys(name.partition(".")[0] for name in RUN_FLAGS if "." in name)]
+        if group not in groups:
+            raise UserError(
+                f"--help={group} is none of {', '.join(groups)}: did you mean {nearest_name(group, groups)}?"
+            )
+        return "\n".join(
+            _line(name, flag, 99) for name, flag in RUN_FLAGS.items() if group in ("all", name.partition(".")[0])
+        )
+    lines = [
+        f"usage: python -m ringbpt.{verb} [--config=configs/<name>.py] [--name=value ...]",
+        "",
+        "Without any flag: configs/debug.py. A flag that is on or off may be written --name and --noname.",
+    ]
+    for section in SECTIONS:
+        lines += ["", f"{section} (eval_dataset has the same flags):" if section == "data" else f"{section}:"]
+        for name, flag in (ENTRY_FLAGS | RUN_FLAGS).items():
+            if flag.shown == section and not name.startswith("eval_dataset."):
+                lines.append(_line(name, flag, 5))
+    more = "all flags of a group: --help=llama, of every group: --help=all; as this command line resolves them: "
+    return "\n".join([*lines, "", f"{more}--print_config", ""])
+
+
+def printed_help(
+    argv: list[str], verb: str = "", doc: str | None = None, own: Mapping[str, Flag] | None = None
+) -> bool:
+    """Prints the help that the words ask for, and says whether they did.
+
+    doc and own are an entry's docstring and its own flags; verb is its name where it takes a run's flags too.
+    """
+    asked = [word for word in argv if word in ("-h", "--help") or word.startswith("--help=")]
+    if not asked:
+        return False
+    group = asked[0].partition("=")[2]
+    if not group:
+        print(
+            "\n".join(
+                [*([doc.strip(), ""] if doc else []), *(_line(name, flag, 99) for name, flag in (own or {}).items())]
+            )
+        )
+    if verb:
+        print(help_text(verb, group))
+    return True
+
+
+# --- running ---
+
+
+class _Printed(logging.Handler):
+    """What the house logs, said on stdout as it comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
+
+    A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
+    traceback.
+    """
+    log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
+    log.addHandler(printed)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # a handler that some library gave to all logs would say each line again, on stderr
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        log.removeHandler(printed)
+        log.propagate = True

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringbpt.config.fields import Architecture, UserError
+from ringbpt.config.fields import Architecture
+from ringbpt.config.values import UserError
 
 
 class Row(NamedTuple):

@@ -1,110 +1,139 @@
-"""The flags: one tree of frozen dataclasses, whose fields are the command line's flags and their defaults.
+"""The flags of a run: one tree of frozen dataclasses, each field of which is one flag, declared once.
 
-Everybody imports these names from `ringbpt.config`, which reads them, and `ringbpt.config.checks`, which judges them.
+A field says the flag's type and default, and by `flag(...)` its help, its choices and its bounds; RUN_FLAGS is all of
+them by their dotted names. What several flags must be together is judged in `ringbpt.config.checks`.
 """
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from ringbpt.config.values import Flag, flag
 from ringbpt.dims import MeshShape
 
+# What several flags may be.
+DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+REMAT_POLICIES = (
+    "",
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+    "save_attention",
+)
 
-class UserError(Exception):
-    """A mistake of the user's: one line, naming the flag or file:line, what is wrong, and what would work.
 
-    The entry points print it on stderr and exit with `code`: 2 bad input, 4 storage.
-    """
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (hidden, intermediate, layers, heads), strict=True))
 
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
-        self.code = code
+
+# The sizes of the original's models.
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": _sizes(128, 256, 2, 4),
+    "200m": _sizes(1024, 2048, 14, 8),
+    "1b": _sizes(2048, 5504, 22, 16),
+    "3b": _sizes(3200, 8640, 26, 32),
+    "7b": _sizes(4096, 11008, 32, 32),
+    "13b": _sizes(5120, 13824, 40, 40),
+    "30b": _sizes(6656, 17920, 60, 52),
+    "65b": _sizes(8192, 22016, 80, 64) | {"rms_norm_eps": 1e-5},
+}
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    vocab_file: str = ""  # "bytes", a SentencePiece .model file, or a Hugging Face directory or tokenizer.json
+    vocab_file: str = flag("", "bytes, a .model of SentencePiece, or a folder of Hugging Face's", shown="data")
 
 
 @dataclass(frozen=True)
 class TextProcessorConfig:
-    fields_from_example: str = ""  # the key of the example whose value is the `fields` string
-    fields: str = ""  # "a+b,[prompt],<|bos|>": joined by +, a segment per comma, [..] takes no loss
-    subfield_separator: str = " "
+    """How an example becomes text. Without `fields`, its shape decides, told by its keys (data/shapes.py)."""
+
+    fields_from_example: str = flag("", "the key of the example whose value is the `fields` string")
+    fields: str = flag("", "'text', or '[prompt],answer': [..] takes no loss; empty: by the shape", shown="data")
+    subfield_separator: str = flag(" ", "between the keys joined by + in `fields`")
     add_bos_token: bool = True
     add_eos_token: bool = True
-    prepend_text: str = ""
-    # Without `fields`, the shape of an example decides, and it is told by the example's keys (data/shapes.py).
-    shape: str = ""  # "": told | text | messages | sharegpt | alpaca | prompt_completion | preference | kto | rl
-    input_key: str = ""  # the keys of the example, where they aren't the usual ones
-    output_key: str = ""
-    prompt_key: str = ""
+    prepend_text: str = flag("", "before the text of each example")
+    shape: str = flag(
+        "",
+        "of the examples; empty: told by their keys",
+        choices=("", "text", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "kto", "rl"),
+    )
+    input_key: str = flag("", "the key of the prompt, or of the messages, where it isn't the usual one")
+    output_key: str = flag("", "the key of the completion")
+    prompt_key: str = flag("", "the key of the prompt")
     chosen_key: str = ""
     rejected_key: str = ""
     label_key: str = ""
-    input_template: str = ""  # "User: {}\nAssistant: " around a prompt that is text
-    apply_chat_template: bool = False  # also to prompts and completions that are text
-    chat_template: str = ""  # a .jinja file, chatml, or the template itself; empty: the tokenizer's own
-    roles_to_train: str = "assistant"  # whose turns take loss, a,b
-    train_on_eos: str = "turn"  # the end of a turn takes loss: turn (of a trained one) | all | last | none
+    input_template: str = flag("", "around a prompt that is text, as 'User: {}\\nAssistant: '")
+    apply_chat_template: bool = flag(False, "also to prompts and completions that are text")
+    chat_template: str = flag("", "of conversations: a .jinja file, chatml; empty: the tokenizer's", shown="data")
+    roles_to_train: str = flag("assistant", "whose turns take loss, a,b")
+    train_on_eos: str = flag(
+        "turn", "which ends of turns take loss: turn (of a trained one)", choices=("turn", "all", "last", "none")
+    )
 
 
 @dataclass(frozen=True)
 class JsonDatasetConfig:
-    path: str = ""  # .jsonl or .json, also .gz and .zst; a glob; a list a,b or with weights a:0.7,b:0.3
-    seq_length: int = 1024
-    batch_size: int = 8  # the global batch, in sequences
+    path: str = flag("", ".jsonl or .json, also .gz and .zst; a glob; a list a:0.7,b:0.3", shown="data")
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1, shown="data")
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1, shown="data")
     always_start_with_bos: bool = False
-    start_seek_loc: int = 0
-    example_index_at_start: int = 0
-    tokens_count_at_start: int = 0
-    tokenizer_processes: int = 1  # worker processes; 0 and 1: this one
-    tokenizer_parallel_chunk_size: int = 32  # this and the next: as in the original's commands, without effect
-    tokenizer_parallel_batch_size: int = 1024
-    throughput_average_window_size: int = 200
+    start_seek_loc: int = flag(0, "the byte of the file to start from", at_least=0)
+    example_index_at_start: int = flag(0, at_least=0)
+    tokens_count_at_start: int = flag(0, at_least=0)
+    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
+    tokenizer_parallel_chunk_size: int = flag(32, at_least=1)
+    tokenizer_parallel_batch_size: int = flag(1024, at_least=1)
+    throughput_average_window_size: int = flag(200, at_least=1)
 
 
 @dataclass(frozen=True)
 class HuggingfaceDatasetConfig:
-    path: str = "c4"
-    name: str = "en"
+    path: str = flag("c4", "a data set of the hub")
+    name: str = flag("en", "its configuration")
     split: str = "train"
-    streaming: bool = False  # with max_samples: that many rows are read once and kept
-    seq_length: int = 1024
-    batch_size: int = 8
+    streaming: bool = flag(False, "with max_samples: that many rows are read once and kept")
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
     always_start_with_bos: bool = False
-    tokenizer_processes: int = 1
+    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
 class FilesDatasetConfig:
-    path: str = ""  # files of any format, by their endings; a glob, a folder, a list a,b or with weights a:0.7,b:0.3
-    split: str = "train"  # of a folder that save_to_disk wrote with several
-    seq_length: int = 1024
-    batch_size: int = 8
+    path: str = flag("", "files of any format, by their endings; a glob, a folder, a list a,b or a:0.7,b:0.3")
+    split: str = flag("train", "of a folder that save_to_disk wrote with several")
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
     always_start_with_bos: bool = False
-    tokenizer_processes: int = 1
+    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
 class TfdsDatasetConfig:
-    name: str = ""  # name, or name/config:version
+    name: str = flag("", "name, or name/config:version")
     split: str = "train"
-    data_dir: str = ""  # empty: TFDS's own
-    seq_length: int = 1024
-    batch_size: int = 8
+    data_dir: str = flag("", "empty: TFDS's own")
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
     always_start_with_bos: bool = False
-    tokenizer_processes: int = 1
+    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
 class PythonDatasetConfig:
     """The source files of the running Python's standard library: real text that is on every machine."""
 
-    path: str = ""  # a folder of .py files; empty: the standard library
-    split: str = "train"  # train | heldout (one file in 20, by its name) | all
-    seq_length: int = 1024
-    batch_size: int = 8
+    path: str = flag("", "a folder of .py files; empty: the standard library")
+    split: str = flag("train", "heldout: one file in 20, by its name", choices=("train", "heldout", "all"))
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
 
 
 # What a dataset's type reads; those of the second line go by the group files_dataset.
@@ -114,13 +143,15 @@ FILE_FORMATS = ("csv", "parquet", "arrow", "text", "array_record", "tokens", "me
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    type: str = "json"  # json | huggingface | tfds | python | files, or a format of files: csv | parquet | ...
-    packing: str = "concat"  # concat: joined and cut; first_fit, best_fit: whole documents with segment ids
-    long_documents: str = "split"  # documents longer than seq_length: split | drop | refuse
-    on_bad_line: str = "stop"  # stop | skip:N, which leaves out N bad examples at most, and counts them
-    max_samples: int = 0  # only the first so many examples; 0: all
-    shuffle: bool = False  # documents in seeded random order, another one each epoch
-    cache_dir: str = ""  # where tokenised data is kept; empty: $RINGBPT_CACHE or ~/.cache/ringbpt
+    type: str = flag("json", "files goes by their endings", choices=(*DATASET_TYPES, *FILE_FORMATS), shown="data")
+    packing: str = flag(
+        "concat", "documents cut, or whole, into rows", choices=("concat", "first_fit", "best_fit"), shown="data"
+    )
+    long_documents: str = flag("split", "longer than seq_length", choices=("split", "drop", "refuse"))
+    on_bad_line: str = flag("stop", "stop, or skip:N, which leaves out N bad examples at most", shown="data")
+    max_samples: int = flag(0, "only the first so many examples; 0: all", at_least=0)
+    shuffle: bool = flag(False, "documents in seeded random order, another one each epoch")
+    cache_dir: str = flag("", "where tokenised data is kept; empty: $RINGBPT_CACHE or ~/.cache/ringbpt")
     text_processor: TextProcessorConfig = field(default_factory=TextProcessorConfig)
     json_dataset: JsonDatasetConfig = field(default_factory=JsonDatasetConfig)
     huggingface_dataset: HuggingfaceDatasetConfig = field(default_factory=HuggingfaceDatasetConfig)
@@ -151,69 +182,84 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.001
-    lr: float = 0.01
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-4
+    init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
+    end_lr: float = flag(0.001, "the rate that the decay ends at", at_least=0)
+    lr: float = flag(0.01, "peak; also end_lr, lr_warmup_steps, weight_decay, ...", at_least=0, shown="training")
+    lr_warmup_steps: int = flag(2000, at_least=0)
+    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
+    b1: float = flag(0.9, at_least=0, below=1)
+    b2: float = flag(0.95, at_least=0, below=1)
+    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
+    weight_decay: float = flag(1e-4, at_least=0)
     bf16_momentum: bool = False
-    multiply_by_parameter_scale: bool = False
+    multiply_by_parameter_scale: bool = flag(False, "steps in units of each weight's RMS")
 
 
 @dataclass(frozen=True)
 class PalmConfig:
-    lr: float = 0.01
-    lr_warmup_steps: int = 10000
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-4
+    """Adafactor as PaLM had it; its rate is 1/sqrt(step) after the warmup, and step 0 has none."""
+
+    lr: float = flag(0.01, "peak rate", at_least=0)
+    lr_warmup_steps: int = flag(10000, at_least=1)
+    b1: float = flag(0.9, at_least=0, below=1)
+    b2: float = flag(0.99, at_least=0, below=1)
+    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
+    weight_decay: float = flag(1e-4, at_least=0)
     bf16_momentum: bool = False
 
 
 @dataclass(frozen=True)
 class LionConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.0
-    lr: float = 1e-4
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_gradient: float = 1.0
-    weight_decay: float = 1e-3
+    init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
+    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
+    lr: float = flag(1e-4, "peak rate", at_least=0)
+    lr_warmup_steps: int = flag(2000, at_least=0)
+    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
+    b1: float = flag(0.9, at_least=0, below=1)
+    b2: float = flag(0.99, at_least=0, below=1)
+    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
+    weight_decay: float = flag(1e-3, at_least=0)
     bf16_momentum: bool = False
 
 
 @dataclass(frozen=True)
 class MuonConfig:
-    init_lr: float = 0.0
-    end_lr: float = 0.0
-    lr: float = 0.02  # of the matrices; vectors, embedding and unembedding take adam_lr
-    adam_lr: float = 3e-4
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 500000
-    beta: float = 0.95
-    clip_gradient: float = 1.0
-    weight_decay: float = 0.0
+    init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
+    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
+    # Above 0: adam's rate is a share of muon's.
+    lr: float = flag(0.02, "of the matrices; vectors, embedding and unembedding take adam_lr", above=0)
+    adam_lr: float = flag(3e-4, at_least=0)
+    lr_warmup_steps: int = flag(2000, at_least=0)
+    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
+    beta: float = flag(0.95, at_least=0, below=1)
+    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
+    weight_decay: float = flag(0.0, at_least=0)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    type: str = "adamw"  # adamw | palm | lion | muon
-    schedule: str = "warmup_cosine"  # warmup_cosine | warmup_linear | wsd (not palm, which has its own)
-    wsd_decay_fraction: float = 0.1  # wsd: the last share of lr_decay_steps, in which the rate falls to end_lr
-    offload_state: bool = False  # the optimizer's state in the host's memory, updated a layer at a time
-    offload_params: bool = False  # weights and gradients there too, a layer's at a time on the device
-    accumulate_gradient_steps: int = 1  # the batch is split into this many parts, one after the other
+    type: str = flag("adamw", choices=("adamw", "palm", "lion", "muon"), shown="training")
+    schedule: str = flag(
+        "warmup_cosine", "palm has its own", choices=("warmup_cosine", "warmup_linear", "wsd"), shown="training"
+    )
+    wsd_decay_fraction: float = flag(0.1, "the last share of lr_decay_steps, in which wsd decays", above=0, at_most=1)
+    offload_state: bool = flag(False, "the optimizer's state in the host's memory, updated a layer at a time")
+    offload_params: bool = flag(False, "weights and gradients there too, a layer's at a time on the device")
+    accumulate_gradient_steps: int = flag(1, "parts of a batch, one after the other", at_least=1, shown="training")
     adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
     lion_optimizer: LionConfig = field(default_factory=LionConfig)
     muon_optimizer: MuonConfig = field(default_factory=MuonConfig)
+
+    @property
+    def group(self) -> str:
+        """The name of the group that `type` reads."""
+        return f"{self.type}_optimizer"
+
+    @property
+    def chosen(self) -> AdamWConfig | PalmConfig | LionConfig | MuonConfig:
+        """The group that `type` names."""
+        return getattr(self, self.group)
 
     @property
     def is_layerwise(self) -> bool:
@@ -226,8 +272,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class CheckpointerConfig:
-    float_dtype: str = "bf16"  # of weights saved without optimizer state; a full train state is saved exactly
-    save_optimizer_state: bool = False
+    float_dtype: str = flag("bf16", "of weights saved without optimizer state", choices=tuple(DTYPES))
+    save_optimizer_state: bool = flag(False, "the whole train state, not only weights", shown="the run")
 
 
 @dataclass(frozen=True)
@@ -237,40 +283,44 @@ class Architecture:
     Its flags are `llama.*`, as are those of Execution.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_sequence_length: int = 2048
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    vocab_size: int = flag(32000, at_least=1)
+    hidden_size: int = flag(4096, at_least=1)
+    intermediate_size: int = flag(11008, at_least=1)
+    num_hidden_layers: int = flag(32, at_least=1)
+    num_attention_heads: int = flag(32, at_least=1)
+    num_key_value_heads: int | None = flag(None, "None: as many as num_attention_heads", at_least=1)
+    head_dim: int | None = flag(None, "None: hidden_size / num_attention_heads", at_least=2)
+    max_sequence_length: int = flag(2048, "the longest sequence the model takes", at_least=1, shown="model")
+    rms_norm_eps: float = flag(1e-6, above=0)
+    initializer_range: float = flag(0.02, "standard deviation of the first weights", at_least=0)
     use_cache: bool = True
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: int = flag(0, "written into an exported config.json; texts begin as the tokenizer says")
+    eos_token_id: int = flag(1, "written into an exported config.json; texts end as the tokenizer says")
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attn_pdrop: float = 0.0
     tie_word_embeddings: bool = False
-    theta: float = 10000.0
-    rope_scaling_type: str = ""  # "" | linear | llama3 | yarn
-    rope_scaling_factor: float = 1.0
-    rope_scaling_low_freq_factor: float = 1.0
-    rope_scaling_high_freq_factor: float = 4.0
-    rope_scaling_original_length: int = 8192
-    rope_scaling_beta_fast: float = 32.0  # yarn: turns within the original length above which a pair stays as it is
-    rope_scaling_beta_slow: float = 1.0  # yarn: turns below which it is divided by the factor
-    rope_scaling_truncate: bool = True  # yarn: those bounds in whole pairs
-    rope_scaling_attention_factor: float | None = None  # yarn: of cos and sin; None: 0.1 ln(factor) + 1
-    sliding_window: int | None = None  # a token sees this many tokens, itself included; None: all before it
+    theta: float = flag(10000.0, "base of the rotary positions", above=0)
+    rope_scaling_type: str = flag("", "how rotary positions are stretched", choices=("", "linear", "llama3", "yarn"))
+    rope_scaling_factor: float = flag(1.0, above=0)
+    rope_scaling_low_freq_factor: float = flag(1.0, "of llama3", above=0)
+    rope_scaling_high_freq_factor: float = flag(4.0, "of llama3", above=0)
+    rope_scaling_original_length: int = flag(8192, at_least=1)
+    rope_scaling_beta_fast: float = flag(32.0, "yarn: a pair with more turns stays as it is", above=0)
+    rope_scaling_beta_slow: float = flag(1.0, "yarn: one with fewer is divided by the factor", above=0)
+    rope_scaling_truncate: bool = flag(True, "yarn: those bounds in whole pairs")
+    rope_scaling_attention_factor: float | None = flag(None, "yarn: of cos and sin; None: 0.1 ln(factor) + 1")
+    sliding_window: int | None = flag(None, "how many tokens a token sees, with itself; None: all", at_least=1)
     qkv_bias: bool = False
-    qk_norm: bool = False  # RMS norm of each head's queries and keys, before they are rotated
-    num_experts: int = 0  # 0: one feedforward; else a mixture of so many, each of intermediate_size
-    num_experts_per_tok: int = 2
-    router_aux_loss_coef: float = 0.0  # of the load balancing loss, where there are experts
-    param_scan_axis: int = 0
+    qk_norm: bool = flag(False, "RMS norm of each head's queries and keys, before they are rotated")
+    num_experts: int = flag(0, "0: one feedforward; else so many, of intermediate_size each", at_least=0)
+    num_experts_per_tok: int = flag(2, at_least=1)
+    router_aux_loss_coef: float = flag(0.0, "of the load balancing loss, where there are experts", at_least=0)
+    param_scan_axis: int = flag(0, "the axis over which layers are stacked", at_least=0, at_most=1)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -280,71 +330,113 @@ class Execution:
     Its flags are `llama.*`, as are those of Architecture.
     """
 
-    attention_type: str = "standard"  # standard | blockwise | ring_standard | ring_blockwise
-    attention_kernel: str = "auto"  # what computes a device's share; auto: the fastest (of standard: reference)
-    sequence_layout: str = "auto"  # auto | contiguous | zigzag | striped
-    sequence_parallel: str = "ring"  # how shares meet over sp: auto | ring | all_gather | ulysses | ulysses_ring
-    heads_k_stride: int | None = None  # all_gather: kv heads gathered at a time; None: all
-    ulysses_degree: int | None = None  # ulysses_ring: devices that trade heads; sp / ulysses_degree form the ring
-    ring_bidirectional: bool = False  # half of the keys travel each way round
-    ring_skip_hops: bool = False  # keys travel only as far as somebody sees any (short documents, contiguous layout)
+    attention_type: str = flag(
+        "standard",
+        "ring_* for sp > 1",
+        choices=("standard", "blockwise", "ring_standard", "ring_blockwise"),
+        shown="model",
+    )
+    attention_kernel: str = flag(
+        "auto",
+        "auto takes the fastest",
+        choices=(
+            "auto",
+            "reference",
+            "blockwise",
+            "pallas_tpu",
+            "pallas_tpu_interpreted",
+            "pallas_triton",
+            "pallas_triton_interpreted",
+            "pallas_hopper",
+            "pallas_hopper_interpreted",
+            "cudnn",
+        ),
+        shown="model",
+    )
+    sequence_layout: str = flag(
+        "auto", "deals tokens out over sp", choices=("auto", "contiguous", "zigzag", "striped"), shown="model"
+    )
+    sequence_parallel: str = flag(
+        "ring",
+        "how shares meet over sp",
+        choices=("auto", "ring", "all_gather", "ulysses", "ulysses_ring"),
+        shown="model",
+    )
+    heads_k_stride: int | None = flag(None, "all_gather: kv heads gathered at a time; None: all", at_least=1)
+    ulysses_degree: int | None = flag(None, "ulysses_ring: devices that trade heads, of sp", at_least=1)
+    ring_bidirectional: bool = flag(False, "half of the keys travel each way round")
+    ring_skip_hops: bool = flag(False, "keys travel only as far as somebody sees any (short documents, contiguous)")
     scan_attention: bool = False
-    scan_query_chunk_size: int | None = None  # the most tokens of a block; None: as the kernel's table says
-    scan_key_chunk_size: int | None = None
-    scan_mlp: bool = False  # feedforward in chunks of the local sequence
-    scan_mlp_chunk_size: int = 1024
-    loss_chunk_size: int = 1024
-    kv_heads_at_a_time: int | None = None  # of a device: attention for so many at a time, and whole layers in blocks
-    scan_layers: bool = True
-    residual_over_tp: bool = False  # between layers, tokens split over tp too: what remat saves shrinks by tp
-    remat_block: str = ""
-    remat_attention: str = ""
-    remat_mlp: str = ""
-    mesh_dim: str | None = None  # as in the original's commands; must equal the top-level mesh_dim
+    scan_query_chunk_size: int | None = flag(
+        None, "the most queries of a block; also scan_key_chunk_size", at_least=1, shown="model"
+    )
+    scan_key_chunk_size: int | None = flag(None, "the most keys of a block; None: by the kernel", at_least=1)
+    scan_mlp: bool = flag(False, "feedforward in chunks of llama.scan_mlp_chunk_size", shown="model")
+    scan_mlp_chunk_size: int = flag(1024, "tokens of the local sequence", at_least=1)
+    loss_chunk_size: int = flag(1024, "tokens of the local sequence whose logits are held together", at_least=1)
+    kv_heads_at_a_time: int | None = flag(None, "of a device; a whole layer in blocks", at_least=1)
+    scan_layers: bool = flag(True, "one layer's program for all layers")
+    residual_over_tp: bool = flag(False, "between layers, tokens split over tp too: what remat saves shrinks by tp")
+    remat_block: str = flag(
+        "",
+        "what to keep of a layer for the backward pass",
+        choices=(*REMAT_POLICIES, "offload_inputs"),  # only a whole layer's input can wait in the host's memory
+        shown="model",
+    )
+    remat_attention: str = flag("", "the same of attention alone", choices=REMAT_POLICIES)
+    remat_mlp: str = flag("", "the same of the feedforward alone", choices=REMAT_POLICIES)
+    mesh_dim: str | None = None
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    project_id: str = "ringbpt"
-    experiment_id: str = ""  # the run's folder inside output_dir; empty: <time>-<name>
+    project_id: str = flag("ringbpt", "the project at Weights & Biases")
+    experiment_id: str = flag("", "the run's folder; empty: <time>-<name>", shown="the run")
     experiment_note: str = ""
-    output_dir: str = "runs"
-    online: bool = False  # also to Weights & Biases
-    entity: str = ""
-    prefix: str = ""
+    output_dir: str = flag("runs", "where the run's folder is made", shown="the run")
+    online: bool = flag(False, "also to Weights & Biases", shown="the run")
+    entity: str = flag("", "who the project at Weights & Biases belongs to")
+    prefix: str = flag("", "before project_id in the name of the project")
 
 
 @dataclass(frozen=True)
 class JaxDistributedConfig:
-    initialize_jax_distributed: bool = False
-    coordinator_address: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
+    initialize_jax_distributed: bool = flag(False, "one process of several")
+    coordinator_address: str | None = flag(None, "host:port of process 0; None: found by jax, as the next three")
+    num_processes: int | None = flag(None, at_least=1)
+    process_id: int | None = flag(None, at_least=0)
     local_device_ids: str | None = None
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: int = 42
-    mesh_dim: str = "1,-1,1,1"  # dp,fsdp,tp,sp; at most one -1; or "dp:1,fsdp:-1,..."; "!" first: plain device order
-    dtype: str = "bf16"  # of the computation: fp32 | bf16 | fp16; weights and optimizer state are float32
-    objective: str = "sft"
-    total_steps: int = 10000
-    load_llama_config: str = ""
-    update_llama_config: str = ""
-    load_checkpoint: str = ""
-    load_dataset_state: str = ""
-    log_freq: int = 50
-    save_model_freq: int = 0
-    save_milestone_freq: int = 0
-    save_final: bool = True
-    eval_steps: int = 0  # evaluate every so many steps; 0: never
-    eval_batches: int = 8
-    eval_by_position: bool = False  # with each evaluation, perplexity by position: perplexity.png in the run's folder
-    eval_passkey: str = ""  # lengths, as "512,1024": with each evaluation, keys found at them; passkey.png
-    log_all_worker: bool = False
-    autoresume: bool = False
-    num_cpu_devices: int = 0  # virtual CPU devices, where there is no accelerator; 0: as jax finds them
+    seed: int = flag(42, "of the weights and of the data's order", at_least=0, at_most=2**32 - 1, shown="training")
+    mesh_dim: str = flag(
+        "1,-1,1,1", "dp,fsdp,tp,sp, or 'dp:1,sp:-1'; -1: the rest; ! first: plain order", shown="devices"
+    )
+    dtype: str = flag("bf16", "of the computation", choices=tuple(DTYPES), shown="devices")
+    objective: str = flag("sft", "what is learnt", choices=("sft",))
+    total_steps: int = flag(10000, "optimizer steps", at_least=1, shown="training")
+    load_llama_config: str = flag("", "sizes of the model", choices=("", *PRESETS), shown="start from")
+    update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
+    load_checkpoint: str = flag(
+        "",
+        "PREFIX::PATH",
+        prefixes=("params", "trainstate", "trainstate_params", "flax_params", "huggingface"),
+        shown="start from",
+    )
+    load_dataset_state: str = flag("", "go on in the data from here: runs/<run>/checkpoints/<step>")
+    log_freq: int = flag(50, "steps between two lines of metrics", at_least=1, shown="the run")
+    save_model_freq: int = flag(0, "steps between two checkpoints; 0: only at the end", at_least=0, shown="the run")
+    save_milestone_freq: int = flag(0, "between two that are kept; 0: none", at_least=0, shown="the run")
+    save_final: bool = flag(True, "a checkpoint at the end")
+    eval_steps: int = flag(0, "steps between two evaluations; 0: never", at_least=0, shown="the run")
+    eval_batches: int = flag(8, "of each evaluation", at_least=1)
+    eval_by_position: bool = flag(False, "with each evaluation, perplexity by position: perplexity.png")
+    eval_passkey: str = flag("", "lengths, as '512,1024': with each evaluation, keys found at them: passkey.png")
+    log_all_worker: bool = flag(False, "every process logs, not only the first")
+    autoresume: bool = flag(False, "go on from the run's own latest checkpoint, if there is one", shown="start from")
+    num_cpu_devices: int = flag(0, "virtual devices; 0: as jax finds them", at_least=0, shown="devices")
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train_dataset: DatasetConfig = field(default_factory=DatasetConfig)
     eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -357,45 +449,34 @@ class Config:
     mesh_shape: MeshShape = field(default_factory=MeshShape)  # mesh_dim resolved by parse(); not a flag
 
 
-# The sizes of the original's models.
-PRESETS: dict[str, dict[str, Any]] = {
-    "debug": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "200m": {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 8},
-    "1b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 22, "num_attention_heads": 16},
-    "3b": {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "30b": {"hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52},
-    "65b": {
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "rms_norm_eps": 1e-5,
-    },
-}
-
-
 def group_name(item: Field) -> str:
     """What a field of the tree is called on the command line: architecture and execution share the group `llama`."""
     return item.metadata.get("group", item.name)
 
 
-def _flags(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields every flag's dotted name, declared type and value, in the order of the fields; `mesh_shape` is none."""
+def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """Yields every flag's dotted name, its field and its value, in the order of the fields; `mesh_shape` is none."""
     for item in fields(group):
         if is_dataclass(item.type):
-            yield from _flags(getattr(group, item.name), f"{prefix}{group_name(item)}.")
+            yield from _leaves(getattr(group, item.name), f"{prefix}{group_name(item)}.")
         elif item.name != "mesh_shape":
-            yield prefix + item.name, item.type, getattr(group, item.name)
+            yield prefix + item.name, item, getattr(group, item.name)
 
 
-FLAG_TYPES: dict[str, Any] = {name: kind for name, kind, _ in _flags(Config())}
+# Every flag of a run, by its dotted name.
+RUN_FLAGS: dict[str, Flag] = {
+    name: Flag(item.type, item.default, **item.metadata) for name, item, _ in _leaves(Config())
+}
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The names that the flag may have as its value, or before the `::` of it; () where it may be anything."""
+    return RUN_FLAGS[name].choices or RUN_FLAGS[name].prefixes
 
 
 def flag_values(config: Config) -> dict[str, Any]:
     """Every flag's dotted name and its value in `config`."""
-    return {name: value for name, _, value in _flags(config)}
+    return {name: value for name, _, value in _leaves(config)}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from ringbpt import hardware
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.work import count
 from ringbpt.config import Config
+from ringbpt.dims import AXES
 from ringbpt.model.flops import forward_flops
 from ringbpt.model.llama import make_dims
 from ringbpt.planning.overlap import Hop
@@ -146,13 +147,13 @@ def link_rates(config: Config, machine: Topology) -> dict[str, tuple[float, floa
     inside = known.link_gb_per_s * 1e9 * (2 if machine.platform == "tpu" else known.links)
     rates: dict[str, tuple[float, float]] = {}
     stride = 1
-    names, network = ("dp", "fsdp", "tp", "sp"), hardware.NETWORK_GB_PER_S
-    for name, size in reversed(list(zip(names, config.mesh_shape, strict=True))):
+    network = hardware.NETWORK_GB_PER_S
+    for name, size in reversed(list(zip(AXES, config.mesh_shape, strict=True))):
         stride *= size
         crosses = machine.platform == "cuda" and stride > machine.devices_per_host
         rates[name] = (network[0] * 1e9, network[1] * 1e9) if crosses else (inside, inside)
     for first in range(4):
-        for together in _combinations(names[first:]):
+        for together in _combinations(AXES[first:]):
             best, worst = (min(rates[name][i] for name in together) for i in (0, 1))
             rates["+".join(together)] = best, worst
     return rates | {"none": (inside, inside)}
@@ -177,7 +178,7 @@ def _assumptions(config, machine, attention_share, uneven, rates, permute, host)
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
         f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
         "at best every other transfer hides, at worst none does: "
-        + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in ("dp", "fsdp", "tp", "sp")),
+        + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in AXES),
         "reading the data, the host's own work and stragglers cost nothing",
     ]
     if host:

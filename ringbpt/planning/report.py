@@ -33,7 +33,7 @@ class Plan:
         report: dict[str, Any] = {
             "topology": machine.name,
             "devices": len(machine.devices),
-            "mesh": dict(zip(("dp", "fsdp", "tp", "sp"), config.mesh_shape, strict=True)),
+            "mesh": config.mesh_shape._asdict(),
             "rows": config.train_dataset.batch_size,
             "seq_length": config.train_dataset.seq_length,
             "bytes": {

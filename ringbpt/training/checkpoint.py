@@ -22,12 +22,12 @@ import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.config import Architecture, CheckpointerConfig, UserError
+from ringbpt.config import Architecture, CheckpointerConfig, UserError, choices
 from ringbpt.convert.hf import is_own, load_folder
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Array, Params, PyTree
 
-PREFIXES = ("params", "trainstate", "trainstate_params", "flax_params", "huggingface")
+PREFIXES = choices("load_checkpoint")
 
 
 class Checkpointer:

@@ -35,7 +35,7 @@ def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.
     clip_factor, for which all gradients are needed, and calls the optimizer once, or for one weight after the other.
     Raises KeyError for a type that isn't one of adamw, palm, lion, muon.
     """
-    group = _group(config)
+    group = config.chosen
     if isinstance(group, PalmConfig):
         schedule = _palm_schedule(group)
         optimizer = _palm(group, schedule)
@@ -55,18 +55,8 @@ def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.
 
 def clip_factor(config: OptimizerConfig, norm: jax.Array) -> jax.Array:
     """What gradients of this global norm are multiplied by, so that it is at most clip_gradient; 0 clips nothing."""
-    limit = _group(config).clip_gradient
+    limit = config.chosen.clip_gradient
     return jnp.where(norm < limit, 1.0, limit / norm) if limit > 0 else jnp.ones_like(norm)
-
-
-def _group(config: OptimizerConfig) -> AdamWConfig | PalmConfig | LionConfig | MuonConfig:
-    groups: dict[str, AdamWConfig | PalmConfig | LionConfig | MuonConfig] = {
-        "adamw": config.adamw_optimizer,
-        "palm": config.palm_optimizer,
-        "lion": config.lion_optimizer,
-        "muon": config.muon_optimizer,
-    }
-    return groups[config.type]
 
 
 def state_specs(optimizer: optax.GradientTransformation, params_abstract: Params, param_specs: PyTree) -> PyTree:
