@@ -7,42 +7,42 @@ The output is a folder; config, tokenizer and chat template go along, for script
 Without this step, --load_checkpoint=huggingface::/path/hf_folder loads straight onto the mesh.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from ringbpt.config import PRESETS, UserError, run_main
+from ringbpt.config import DTYPES, PRESETS, Flag, UserError, printed_help, read_flags, run_main
+
+FLAGS = {
+    "checkpoint_dir": Flag(str, "", "a Hugging Face folder with safetensors", required=True),
+    "output_file": Flag(str, "", "the folder to write", required=True),
+    "model_size": Flag(str, "", "7b, 13b, ...: if given, checked against config.json"),
+    "streaming": Flag(bool, True, "always: accepted for old commands"),
+    "dtype": Flag(str, "", "empty: each tensor's own", choices=("", *dict.fromkeys(DTYPES.values()))),
+    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0),
+    "verify": Flag(bool, False, "compare logits with transformers (needs torch)"),
+}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a Hugging Face folder with safetensors")
-    parser.add_argument("--output_file", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--model_size", default="", help="7b, 13b, ...: if given, checked against config.json")
-    parser.add_argument(
-        "--streaming", nargs="?", const="True", default="True", help="always: accepted for old commands"
-    )
-    parser.add_argument("--dtype", default="", choices=["", "fp32", "bf16", "fp16"], help="default: each tensor's own")
-    parser.add_argument("--max_shard_gb", type=float, default=5.0)
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    args = parser.parse_args(argv)
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    flags = read_flags(argv, FLAGS)
+    source, output, size = Path(flags["checkpoint_dir"]), Path(flags["output_file"]), flags["model_size"]
     from ringbpt.convert.hf import open_huggingface, to_ours
 
-    _, _, llama = open_huggingface(args.checkpoint_dir)
-    sizes = PRESETS.get(args.model_size, {})
-    if args.model_size and not sizes:
-        raise UserError(f"--model_size={args.model_size} is none of {', '.join(PRESETS)}: leave it out")
+    _, _, llama = open_huggingface(source)
+    sizes = PRESETS.get(size, {})
+    if size and not sizes:
+        raise UserError(f"--model_size={size} is none of {', '.join(PRESETS)}: leave it out")
     for name, value in sizes.items():
         if name != "rms_norm_eps" and getattr(llama, name) != value:
-            raise UserError(
-                f"--model_size={args.model_size} has {name}={value}, the folder {getattr(llama, name)}: leave it out"
-            )
-    to_ours(args.checkpoint_dir, args.output_file, args.dtype, int(args.max_shard_gb * (1 << 30)))
-    print(f"wrote {args.output_file}: --load_checkpoint=params::{args.output_file}")
-    if args.verify:
+            raise UserError(f"--model_size={size} has {name}={value}, the folder {getattr(llama, name)}: leave it out")
+    to_ours(source, output, flags["dtype"], int(flags["max_shard_gb"] * (1 << 30)))
+    print(f"wrote {output}: --load_checkpoint=params::{output}")
+    if flags["verify"]:
         from ringbpt.generation.load import report_parity
 
-        print(report_parity(f"params::{args.output_file}", args.checkpoint_dir))
+        print(report_parity(f"params::{output}", source))
     return 0
 
 

@@ -6,29 +6,34 @@ PREFIX::PATH as in ringbpt.train: a run, one of its steps, or what scripts/hf2ja
 from the run's config.json; tokenizer and chat template come from --huggingface_dir, or from what the run started from.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from ringbpt.config import run_main
+from ringbpt.config import DTYPES, Flag, choices, printed_help, read_flags, run_main
+
+FLAGS = {
+    "load_checkpoint": Flag(str, "", "PREFIX::PATH", prefixes=choices("load_checkpoint"), required=True),
+    "output_dir": Flag(str, "", "the folder to write", required=True),
+    "huggingface_dir": Flag(str, "", "whose config.json and tokenizer go along"),
+    "dtype": Flag(str, "", "empty: as stored", choices=("", *dict.fromkeys(DTYPES.values()))),
+    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0),
+    "verify": Flag(bool, False, "compare logits with transformers (needs torch)"),
+}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load_checkpoint", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--huggingface_dir", type=Path, default=None, help="whose config.json and tokenizer go along")
-    parser.add_argument("--dtype", default="", choices=["", "fp32", "bf16", "fp16"], help="default: as stored")
-    parser.add_argument("--max_shard_gb", type=float, default=5.0)
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers (needs torch)")
-    args = parser.parse_args(argv)
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    flags = read_flags(argv, FLAGS)
+    output = Path(flags["output_dir"])
+    tokenizer = Path(flags["huggingface_dir"]) if flags["huggingface_dir"] else None
     from ringbpt.generation.load import report_parity, to_huggingface
 
-    limit = int(args.max_shard_gb * (1 << 30))
-    to_huggingface(args.load_checkpoint, args.output_dir, args.huggingface_dir, args.dtype, limit)
-    print(f"wrote {args.output_dir}")
-    if args.verify:
-        print(report_parity(args.load_checkpoint, args.output_dir))
+    limit = int(flags["max_shard_gb"] * (1 << 30))
+    to_huggingface(flags["load_checkpoint"], output, tokenizer, flags["dtype"], limit)
+    print(f"wrote {output}")
+    if flags["verify"]:
+        print(report_parity(flags["load_checkpoint"], output))
     return 0
 
 

@@ -16,15 +16,20 @@ from ringbpt.config import (
     RUN_FLAGS,
     SECTIONS,
     Config,
+    Flag,
     UserError,
     default_config,
     format_config,
     help_text,
     parse,
     parse_args,
+    printed_help,
+    read_flags,
     read_literals,
     run_main,
+    split_flags,
     to_dict,
+    without_effect,
 )
 
 DEBUG = "--config=tests/recipe.py"
@@ -402,7 +407,67 @@ def test_help_is_short_and_true():
         assert name.startswith("eval_dataset.") or f"--{name}" in text
 
 
+def test_help_of_a_group_and_of_an_entry(capsys):
+    assert printed_help(["--seed=1", "--help=optimizer"], "train")
+    shown = capsys.readouterr().out
+    for name, flag in RUN_FLAGS.items():
+        assert (f"  --{name}" in shown) == name.startswith("optimizer.")
+        if name.startswith("optimizer."):
+            assert flag.help in shown and ", ".join(flag.choices) in shown
+    with pytest.raises(UserError, match="did you mean optimizer"):
+        printed_help(["--help=optimiser"], "train")
+    assert printed_help(["-h"], doc="what it does", own=OWN)
+    assert "what it does\n\n  --depth=3" in (shown := capsys.readouterr().out) and "(a, b)" in shown
+    assert not printed_help(["--seed=1"], "train")
+    assert help_text("train", "all").count("no effect: ") == sum(bool(without_effect(name)) for name in RUN_FLAGS)
+
+
 # --- the entries ---
+
+OWN = {
+    "depth": Flag(int, 3, "how deep", at_least=1, at_most=9),
+    "kind": Flag(str, "a", "which", choices=("a", "b")),
+    "from": Flag(str, "", "PREFIX::PATH", prefixes=("params", "flax_params"), required=True),
+    "share": Flag(float, 0.5, "of all", above=0, below=1),
+    "quick": Flag(bool, False, "or not"),
+    "stop": Flag(list, [], "may be given several times"),
+}
+
+
+def test_an_entrys_own_flags():
+    line = "--from params::x --quick --depth 4 --stop=a --stop b"
+    wanted = {"depth": 4, "kind": "a", "from": "params::x", "share": 0.5, "quick": True, "stop": ["a", "b"]}
+    assert read_flags(line.split(), OWN) == wanted
+    assert read_flags(["--quick", "no", "--from=params::x"], OWN)["quick"] is False
+    assert read_flags(["--noquick", "--from=params::x"], OWN)["quick"] is False
+    values, others = split_flags(["--seed=1", "x", "--depth=2", "--nosave_final"], OWN)
+    assert (values["depth"], values["from"], others) == (2, "", ["--seed=1", "x", "--nosave_final"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "--from is missing: PREFIX::PATH"),
+        ("--from", "--from needs a value: --from=..."),
+        ("--depth --quick", "--depth needs a value: --depth=3"),
+        ("--depth=0", "--depth=0 is below 1: use --depth=1 or more"),
+        ("--depth=10", "--depth=10 is above 9: use --depth=9 at most"),
+        ("--share=0", "--share=0.0 must be above 0: try --share=0.5"),
+        ("--share=1", "--share=1.0 must be below 1: try --share=0.5"),
+        ("--share=nan", "--share=nan is not a finite number: try --share=0.5"),
+        ("--kind=c", "--kind='c' is none of a, b: did you mean --kind='a'?"),
+        ("--from=param::x", "did you mean 'params::x'?"),
+        ("--from=x", "--from='params::x', or one of flax_params:: before the path"),
+        ("--depth=1 --depth=2", "--depth is given twice, the second time as '2'"),
+        ("--deep=1", "'--deep' is no flag here: did you mean --depth?"),
+        ("--dept=1", "--dept is no flag: did you mean --depth?"),
+        ("--from=params::x more", "'more' is no flag here"),
+    ],
+)
+def test_an_entrys_own_flags_written_wrong(line, message):
+    with pytest.raises(UserError) as caught:
+        read_flags(line.split(), OWN)
+    assert message in str(caught.value)
 
 
 def test_run_main(capsys):

@@ -20,9 +20,9 @@ WITHOUT_EFFECT = {
     "llama.attn_pdrop": "there is no dropout: 0 is all it may be",
     "llama.mesh_dim": "the mesh once more, which must be mesh_dim's",
     "json_dataset.tokens_count_at_start": "only example_index_at_start and start_seek_loc say where to start",
-    "json_dataset.tokenizer_parallel_chunk_size": "worker processes take whole files' parts",
-    "json_dataset.tokenizer_parallel_batch_size": "worker processes take whole files' parts",
-    "json_dataset.throughput_average_window_size": "throughput is that of the steps since the last line of metrics",
+    "json_dataset.tokenizer_parallel_chunk_size": "a worker process takes a shard of the data at a time",
+    "json_dataset.tokenizer_parallel_batch_size": "a worker process takes a shard of the data at a time",
+    "json_dataset.throughput_average_window_size": "tokens/s are those of the steps since the last line of metrics",
 }
 
 

@@ -144,7 +144,7 @@ def printed_help(
     if not asked:
         return False
     group = asked[0].partition("=")[2]
-    if not group:
+    if not (group and verb):
         print(
             "\n".join(
                 [*([doc.strip(), ""] if doc else []), *(_line(name, flag, 99) for name, flag in (own or {}).items())]

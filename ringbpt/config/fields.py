@@ -55,8 +55,8 @@ class TextProcessorConfig:
     fields_from_example: str = flag("", "the key of the example whose value is the `fields` string")
     fields: str = flag("", "'text', or '[prompt],answer': [..] takes no loss; empty: by the shape", shown="data")
     subfield_separator: str = flag(" ", "between the keys joined by + in `fields`")
-    add_bos_token: bool = True
-    add_eos_token: bool = True
+    add_bos_token: bool = flag(True, "before each example")
+    add_eos_token: bool = flag(True, "after each example")
     prepend_text: str = flag("", "before the text of each example")
     shape: str = flag(
         "",
@@ -83,7 +83,7 @@ class JsonDatasetConfig:
     path: str = flag("", ".jsonl or .json, also .gz and .zst; a glob; a list a:0.7,b:0.3", shown="data")
     seq_length: int = flag(1024, "tokens of a sequence", at_least=1, shown="data")
     batch_size: int = flag(8, "sequences of the global batch", at_least=1, shown="data")
-    always_start_with_bos: bool = False
+    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
     start_seek_loc: int = flag(0, "the byte of the file to start from", at_least=0)
     example_index_at_start: int = flag(0, at_least=0)
     tokens_count_at_start: int = flag(0, at_least=0)
@@ -101,7 +101,7 @@ class HuggingfaceDatasetConfig:
     streaming: bool = flag(False, "with max_samples: that many rows are read once and kept")
     seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
     batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = False
+    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
     tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
@@ -111,7 +111,7 @@ class FilesDatasetConfig:
     split: str = flag("train", "of a folder that save_to_disk wrote with several")
     seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
     batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = False
+    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
     tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
@@ -122,7 +122,7 @@ class TfdsDatasetConfig:
     data_dir: str = flag("", "empty: TFDS's own")
     seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
     batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = False
+    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
     tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
