@@ -96,11 +96,12 @@ ENTRY_FLAGS = {
 SECTIONS = ("start from", "devices", "model", "data", "training", "the run")
 
 
-def _line(name: str, flag: Flag, most: int) -> str:
-    """A flag's name and default, its help, and `most` of its choices."""
+def _line(name: str, flag: Flag, room: int = 999) -> str:
+    """A flag's name and default, its help, and as many of its choices as have room."""
     shown = f"  --{name}" if flag.default in ("", None, []) else f"  --{name}={flag.default}"
     names = [*filter(None, flag.choices), *(f"{prefix}::" for prefix in flag.prefixes)]
-    listed = ", ".join(names if len(names) <= most else [*names[: most - 1], "..."])
+    kept = [one for at, one in enumerate(names, 1) if len(", ".join(names[:at])) <= room]
+    listed = ", ".join([*kept, *(["..."] if len(kept) < len(names) else [])])
     help = flag.help or (f"no effect: {without_effect(name)}" if without_effect(name) else "")
     return f"{shown:<55} {f'{help} ({listed})' if help and listed else help or listed}".rstrip()
 
@@ -117,7 +118,7 @@ def help_text(verb: str = "train", group: str = "") -> str:
                 f"--help={group} is none of {', '.join(groups)}: did you mean {nearest_name(group, groups)}?"
             )
         return "\n".join(
-            _line(name, flag, 99) for name, flag in RUN_FLAGS.items() if group in ("all", name.partition(".")[0])
+            _line(name, flag) for name, flag in RUN_FLAGS.items() if group in ("all", name.partition(".")[0])
         )
     lines = [
         f"usage: python -m ringbpt.{verb} [--config=configs/<name>.py] [--name=value ...]",
@@ -128,7 +129,7 @@ def help_text(verb: str = "train", group: str = "") -> str:
         lines += ["", f"{section} (eval_dataset has the same flags):" if section == "data" else f"{section}:"]
         for name, flag in (ENTRY_FLAGS | RUN_FLAGS).items():
             if flag.shown == section and not name.startswith("eval_dataset."):
-                lines.append(_line(name, flag, 5))
+                lines.append(_line(name, flag, room=56))
     more = "all flags of a group: --help=llama, of every group: --help=all; as this command line resolves them: "
     return "\n".join([*lines, "", f"{more}--print_config", ""])
 
@@ -143,15 +144,11 @@ def printed_help(
     asked = [word for word in argv if word in ("-h", "--help") or word.startswith("--help=")]
     if not asked:
         return False
-    group = asked[0].partition("=")[2]
-    if not (group and verb):
-        print(
-            "\n".join(
-                [*([doc.strip(), ""] if doc else []), *(_line(name, flag, 99) for name, flag in (own or {}).items())]
-            )
-        )
-    if verb:
-        print(help_text(verb, group))
+    group = asked[0].partition("=")[2] if verb else ""
+    text = help_text(verb, group) if verb else ""
+    if doc and not group:
+        text = "\n".join([doc.strip(), "", *(_line(name, flag) for name, flag in (own or {}).items()), "", text])
+    print(text)
     return True
 
 

@@ -421,7 +421,7 @@ class Config:
     update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
     load_checkpoint: str = flag(
         "",
-        "PREFIX::PATH",
+        "PREFIX::PATH, as params::runs/<run> or huggingface::<folder>",
         prefixes=("params", "trainstate", "trainstate_params", "flax_params", "huggingface"),
         shown="start from",
     )
