@@ -14,6 +14,7 @@ import pytest
 
 from ringbpt import dims
 from ringbpt.config import (
+    ALIASES,
     DTYPES,
     RUN_FLAGS,
     WITHOUT_EFFECT,
@@ -178,3 +179,8 @@ def test_only_what_is_declared_to_have_no_effect_has_none():
     excused = {"llama.resid_pdrop", "llama.embd_pdrop", "llama.attn_pdrop", "llama.mesh_dim"}
     assert idle | excused == {name for name in RUN_FLAGS if without_effect(name)}
     assert all(any(f".{name}".endswith(f".{end}") for name in RUN_FLAGS) for end in WITHOUT_EFFECT)
+
+
+def test_the_manual_names_every_alias():
+    manual = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in ALIASES if f"`{name}`" not in manual and f"`{name}=" not in manual] == []
