@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
 
 def start_model(flags: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(what the checkpoint says of itself, the model, its params) for MODEL_FLAGS."""
-    from ringbpt.generation.load import describe_checkpoint, load_model
+    from ringbpt.checkpoint.load import describe_checkpoint, load_model
     from ringbpt.mesh import start_jax
 
     found = describe_checkpoint(flags["load_checkpoint"])

@@ -25,9 +25,9 @@ def write_model(folder: Path, gb: float, shard_gb: float) -> None:
     """LLaMA 3 8B's layers, as many as make up the size; each tensor random bits repeated."""
     import numpy as np
 
+    from ringbpt.checkpoint.huggingface import layouts, write_settings
+    from ringbpt.checkpoint.safetensors import FolderWriter, Planned
     from ringbpt.config.families import FAMILIES, hf_settings, rows_for
-    from ringbpt.convert.hf import layouts, write_settings
-    from ringbpt.convert.safetensors import FolderWriter, Planned
 
     def model(layers: int) -> Architecture:
         return Architecture(
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        from ringbpt.convert.hf import to_ours
+        from ringbpt.checkpoint.huggingface import to_ours
 
         baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         started = time.perf_counter()

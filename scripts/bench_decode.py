@@ -27,8 +27,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+    from ringbpt.checkpoint.load import load_model
     from ringbpt.generation.generator import Generator, plan
-    from ringbpt.generation.load import load_model
     from ringbpt.generation.sampling import Sampling
     from ringbpt.types import TokenMeta
 

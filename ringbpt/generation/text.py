@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ringbpt.checkpoint.load import Found
 from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.config.families import read_json
 from ringbpt.data.tokenizers import make_tokenizer
 from ringbpt.generation.generator import Generator, check_vocabulary, plan
-from ringbpt.generation.load import Found
 from ringbpt.generation.sampling import Sampling
 
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from ringbpt.checkpoint.store import Checkpointer, find_checkpoint, load_checkpoint
 from ringbpt.config import Config, UserError, to_dict
 from ringbpt.model.llama import Model
-from ringbpt.training.checkpoint import Checkpointer, find_checkpoint, load_checkpoint
 from ringbpt.training.metrics import MetricsWriter, say
 from ringbpt.training.state import TrainState, abstract_state, start_state
 

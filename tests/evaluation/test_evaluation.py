@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from ringbpt.checkpoint.load import load_model, logits
 from ringbpt.config import UserError, run_main
 from ringbpt.evaluate import main
 from ringbpt.evaluation.choices import accuracy, read_choices, score_choices
 from ringbpt.evaluation.passkey import draw_curve, draw_grid, passkey_grid, passkey_items
 from ringbpt.evaluation.score import Curve, Item, Scorer, make_loss_by_position
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
-from ringbpt.generation.load import load_model, logits
 from tests.golden.make_families import restore
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
 from ringbpt.generation.decode import split_params
 from ringbpt.generation.generator import Generator, Shape, make_cache_prefill, make_steps, plan
-from ringbpt.generation.load import load_model
 from ringbpt.generation.sampling import Sampling, filtered, penalise
 from tests.golden.make_families import CASES, NEW_TOKENS, PROMPT, documents, live, restore
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ringbpt.attention import permutation
+from ringbpt.checkpoint.huggingface import layouts, load_folder, open_huggingface
 from ringbpt.config import Execution
 from ringbpt.config.families import rows_for
-from ringbpt.convert.hf import layouts, load_folder, open_huggingface
 from ringbpt.layouts import inverse
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model

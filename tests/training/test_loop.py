@@ -21,12 +21,12 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from ringbpt.checkpoint.store import ORIGINAL, Checkpointer, flatten, load_checkpoint
 from ringbpt.config import Config, UserError, parse, parse_args, run_main
 from ringbpt.data.loader import Loader
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.training import loop
-from ringbpt.training.checkpoint import ORIGINAL, Checkpointer, flatten, load_checkpoint
 from ringbpt.training.metrics import read_rows
 
 TINY = (

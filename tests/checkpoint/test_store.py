@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ringbpt.checkpoint.store import Checkpointer, flatten, load_checkpoint
 from ringbpt.config import CheckpointerConfig, UserError
-from ringbpt.training.checkpoint import Checkpointer, flatten, load_checkpoint
 
 L, D, N, K, H, F, V = 3, 8, 2, 1, 4, 12, 16
 SHAPES = {

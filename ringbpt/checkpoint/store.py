@@ -22,8 +22,8 @@ import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ringbpt.checkpoint.huggingface import is_own, load_folder
 from ringbpt.config import Architecture, CheckpointerConfig, UserError, choices
-from ringbpt.convert.hf import is_own, load_folder
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Array, Params, PyTree
 

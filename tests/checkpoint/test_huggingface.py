@@ -13,6 +13,19 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from ringbpt import generate, train
+from ringbpt.checkpoint import load
+from ringbpt.checkpoint.huggingface import (
+    layouts,
+    load_folder,
+    open_huggingface,
+    parity,
+    read_box,
+    repack,
+    to_huggingface,
+    to_ours,
+)
+from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
+from ringbpt.checkpoint.store import Checkpointer
 from ringbpt.config import (
     Architecture,
     CheckpointerConfig,
@@ -26,19 +39,6 @@ from ringbpt.config import (
     to_dict,
 )
 from ringbpt.config.families import FAMILIES, family_of, hf_settings, llama_fields, rows_for
-from ringbpt.convert.hf import (
-    layouts,
-    load_folder,
-    open_huggingface,
-    parity,
-    read_box,
-    repack,
-    to_huggingface,
-    to_ours,
-)
-from ringbpt.convert.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.generation import load
-from ringbpt.training.checkpoint import Checkpointer
 from tests.golden.make_families import CASES, make_model, restore
 
 ROOT = Path(__file__).parents[2]

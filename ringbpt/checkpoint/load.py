@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ringbpt.checkpoint import huggingface as hf
+from ringbpt.checkpoint.store import find_checkpoint, flatten, load_checkpoint, newest_step
 from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh
 from ringbpt.config.families import llama_fields, read_json
-from ringbpt.convert import hf
 from ringbpt.dims import MeshShape
 from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
-from ringbpt.training.checkpoint import find_checkpoint, flatten, load_checkpoint, newest_step
 from ringbpt.types import Params, TokenMeta
 
 

@@ -17,9 +17,9 @@ import einops
 import jax
 import numpy as np
 
+from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.config import Architecture, UserError, complete
 from ringbpt.config.families import IGNORED, Family, Row, find_family, hf_settings, llama_fields, read_json, rows_for
-from ringbpt.convert.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.model.llama import COMPUTE_DTYPES, make_dims
 from ringbpt.types import Params
 
