@@ -25,8 +25,9 @@ def write_model(folder: Path, gb: float, shard_gb: float) -> None:
     """LLaMA 3 8B's layers, as many as make up the size; each tensor random bits repeated."""
     import numpy as np
 
-    from ringbpt.checkpoint.huggingface import layouts, write_settings
+    from ringbpt.checkpoint.export import write_settings
     from ringbpt.checkpoint.safetensors import FolderWriter, Planned
+    from ringbpt.checkpoint.tensors import conversions
     from ringbpt.config.families import FAMILIES, hf_settings, rows_for
 
     def model(layers: int) -> Architecture:
@@ -36,8 +37,8 @@ def write_model(folder: Path, gb: float, shard_gb: float) -> None:
         )  # fmt: skip
 
     def tensors(llama: Architecture) -> list[Planned]:
-        table = layouts(rows_for(FAMILIES["LlamaForCausalLM"], llama), llama)
-        return [Planned(name, BF16, layout.their_shape) for layout in table for name, *_ in layout.names()]
+        table = conversions(rows_for(FAMILIES["LlamaForCausalLM"], llama), llama)
+        return [Planned(name, BF16, conversion.their_shape) for conversion in table for name in conversion.names()]
 
     import jax.numpy as jnp
 

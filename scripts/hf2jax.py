@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
         return 0
     flags = read_flags(argv, FLAGS)
     source, output, size = Path(flags["checkpoint_dir"]), Path(flags["output_file"]), flags["model_size"]
-    from ringbpt.checkpoint.huggingface import open_huggingface, to_ours
+    from ringbpt.checkpoint.huggingface import open_folder, to_ours
 
-    _, _, llama = open_huggingface(source)
+    llama = open_folder(source).architecture
     sizes = PRESETS.get(size, {})
     if size and not sizes:
         raise UserError(f"--model_size={size} is none of {', '.join(PRESETS)}: leave it out")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     to_ours(source, output, flags["dtype"], int(flags["max_shard_gb"] * (1 << 30)))
     print(f"wrote {output}: --load_checkpoint=params::{output}")
     if flags["verify"]:
-        from ringbpt.checkpoint.load import report_parity
+        from ringbpt.checkpoint.export import report_parity
 
         print(report_parity(f"params::{output}", source))
     return 0

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     flags = read_flags(argv, FLAGS)
     output = Path(flags["output_dir"])
     tokenizer = Path(flags["huggingface_dir"]) if flags["huggingface_dir"] else None
-    from ringbpt.checkpoint.load import report_parity, to_huggingface
+    from ringbpt.checkpoint.export import report_parity, to_huggingface
 
     limit = int(flags["max_shard_gb"] * (1 << 30))
     to_huggingface(flags["load_checkpoint"], output, tokenizer, flags["dtype"], limit)

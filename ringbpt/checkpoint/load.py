@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 
-from ringbpt.checkpoint import huggingface as hf
-from ringbpt.checkpoint.store import find_checkpoint, flatten, load_checkpoint, newest_step
+from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own
+from ringbpt.checkpoint.store import find_checkpoint, load_checkpoint
 from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh
-from ringbpt.config.families import llama_fields, read_json
+from ringbpt.config.families import read_json
 from ringbpt.dims import MeshShape
-from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
-from ringbpt.types import Params, TokenMeta
+from ringbpt.types import Params
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ def describe_checkpoint(spec: str) -> Found:
     Raises UserError where nothing beside the weights tells them, as beside a file of the original project.
     """
     prefix, path = find_checkpoint(spec)
-    if prefix == "huggingface" or hf.is_own(path):
-        beside = path if prefix == "huggingface" else path / hf.CARRIED
-        settings = llama_fields(read_json(beside / "config.json"), str(beside / "config.json"))
-        return Found(hf.complete(replace(Architecture(), **settings)), beside, str(beside))
+    if prefix == "huggingface" or is_own(path):
+        beside = path if prefix == "huggingface" else path / CARRIED
+        where = beside / "config.json"
+        return Found(describe_settings(read_json(where), str(where)), beside, str(beside))
     for run in (path, *path.parents[:2]):  # a run, its checkpoints, or one of its steps
         if (run / "config.json").is_file():
             break
@@ -83,54 +80,3 @@ def default_execution(mesh_shape: MeshShape) -> Execution:
     if mesh_shape.sp == 1:
         return Execution(attention_type="blockwise", sequence_layout="contiguous", scan_mlp=True)
     return Execution(attention_type="ring_blockwise", sequence_layout="zigzag", scan_mlp=True)
-
-
-def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
-    """[B, T, V] float32, each row one text; for tests and reports, where T and V are small."""
-    order = permutation(model.execution.sequence_layout, token_BT.shape[1], model.mesh.shape["sp"])
-    position_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)[:, order]
-    meta = TokenMeta(position_BT, np.ones_like(position_BT))
-    hidden_BTD = jax.jit(model.hidden)(params, token_BT[:, order], meta)
-    hidden_BTD = np.asarray(hidden_BTD, np.float32)[:, inverse(order)]
-    return hidden_BTD @ np.asarray(model.unembed(params), np.float32)
-
-
-def report_parity(spec: str, folder: Path) -> str:
-    """One line: our logits of a checkpoint against those of transformers for the same model's folder."""
-    model, params = load_model(spec, (1, 1, 1, 1))
-    found = hf.parity(folder, lambda token_BT: logits(model, params, token_BT))
-    return (
-        f"verify: {found['tokens']} tokens, float32: largest difference of a logit {found['largest_difference']:.2e} "
-        f"(largest logit {found['largest_logit']:.2f}), same best token {100 * found['same_best_token']:.1f} %"
-    )
-
-
-def to_huggingface(spec: str, output: Path, base: Path | None, dtype: str, max_shard_bytes: int) -> None:
-    """A checkpoint of ours -> a Hugging Face folder; of an Orbax one, a param at a time is read."""
-    prefix, path = find_checkpoint(spec)
-    if prefix == "huggingface":
-        raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
-    if prefix == "params" and hf.is_own(path):
-        hf.to_huggingface(path, output, dtype, max_shard_bytes)
-        return
-    found = describe_checkpoint(spec)
-    step = newest_step(path, f"--load_checkpoint={spec}")
-    reader = ocp.PyTreeCheckpointer()
-    stored = flatten(reader.metadata(step / "params").item_metadata.tree)
-    kinds = {np.dtype(COMPUTE_DTYPES[name]): name for name in hf.HF_DTYPES}
-
-    def read(name: str) -> np.ndarray:
-        if name not in stored:
-            raise UserError(f"--load_checkpoint={spec}: parameter {name} is not in the checkpoint")
-        tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for part in reversed(name.split(".")):
-            tree = {part: tree}
-        item = jax.tree.map(lambda _: 0, tree)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-        return jax.tree.leaves(reader.restore(step / "params", args=args))[0]
-
-    dtype = dtype or kinds[np.dtype(stored["embed"].dtype)]
-    hf.export(read, found.architecture, output, base or found.folder, dtype, max_shard_bytes)
-    vocab_file = Path(found.vocab_file)
-    if base is None and found.folder is None and vocab_file.exists():
-        hf.carry_tokenizer(vocab_file if vocab_file.is_dir() else vocab_file.parent, output)

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import einops
-import flax.serialization
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ringbpt.checkpoint.huggingface import is_own, load_folder
+from ringbpt.checkpoint.original import load_original
+from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import Architecture, CheckpointerConfig, UserError, choices
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Array, Params, PyTree
@@ -121,16 +119,6 @@ class Checkpointer:
 def _orbax() -> ocp.AsyncCheckpointer:
     tree, opt_tree, meta = ocp.PyTreeCheckpointHandler(), ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=tree, opt_state=opt_tree, meta=meta))
-
-
-def flatten(tree: PyTree) -> dict[str, Any]:
-    """A tree's leaves by name: `layers.w_q`, `0.mu.layers.w_q`.
-
-    Also the form in which an opt_state is saved: what is optax's business (named tuples, masks, empty states) holds
-    no arrays of its own, and stays out of the files.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _is_whole(folder: Path) -> bool:
@@ -232,7 +220,8 @@ def load_checkpoint(
     data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
     folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
     (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
-    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote; both need `architecture`.
+    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote; both need `architecture`, as
+    files do.
 
     abstract_*: ShapeDtypeStructs with shardings. architecture: the model's, whose param_scan_axis says where stacked
     weights have L.
@@ -240,14 +229,13 @@ def load_checkpoint(
     missing, has no place or has another shape.
     """
     prefix, path = find_checkpoint(spec)
-    architecture = architecture or Architecture()
     where, name = f"--load_checkpoint={spec}", spec.partition("::")[2]
     if prefix == "huggingface" or (prefix == "params" and is_own(path)):
+        assert architecture is not None
         return LoadedState(load_folder(path, architecture, abstract_params))
     if path.is_file():
-        params = _load_original(
-            path, where, prefix.startswith("trainstate"), abstract_params, architecture.param_scan_axis
-        )
+        assert architecture is not None
+        params = load_original(path, where, prefix.startswith("trainstate"), architecture, abstract_params)
         note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
         return LoadedState(params, note=note if prefix == "trainstate" else "")
     if prefix == "flax_params":
@@ -286,192 +274,3 @@ def newest_step(path: Path, where: str) -> Path:
         if steps := _steps(directory):
             return directory / str(steps[-1])
     raise UserError(f"{where}: no whole checkpoint in this folder")
-
-
-# ---------------------------------------------------------------------------------------------- the original's files
-
-# (our name, the original's path with * for the layer, its dims -> ours). Its attention rotates neighbouring channels
-# (0, 1), (2, 3), ..., ours a channel of the first half with one of the second, so within each head of the queries and
-# keys the channels are regrouped: (pair two) -> (two pair), where H = 2 * pair.
-ORIGINAL = (
-    ("embed", "transformer/wte/embedding", "V D -> V D"),
-    ("layers.attention_norm", "transformer/h/*/attention_norm/kernel", "D -> D"),
-    ("layers.w_q", "transformer/h/*/attention/wq/kernel", "D (N pair two) -> D N (two pair)"),
-    ("layers.w_k", "transformer/h/*/attention/wk/kernel", "D (K pair two) -> D K (two pair)"),
-    ("layers.w_v", "transformer/h/*/attention/wv/kernel", "D (K H) -> D K H"),
-    ("layers.w_o", "transformer/h/*/attention/wo/kernel", "(N H) D -> N H D"),
-    ("layers.feedforward_norm", "transformer/h/*/ffn_norm/kernel", "D -> D"),
-    ("layers.w_gate", "transformer/h/*/feed_forward/w1/kernel", "D F -> D F"),
-    ("layers.w_up", "transformer/h/*/feed_forward/w3/kernel", "D F -> D F"),
-    ("layers.w_down", "transformer/h/*/feed_forward/w2/kernel", "F D -> F D"),
-    ("norm", "transformer/ln_f/kernel", "D -> D"),
-    ("unembed", "lm_head/kernel", "D V -> D V"),
-)
-STACKED = "scan_decoder"  # stands for the layer's number where the file was saved with scan_layers
-
-
-def _load_original(path: Path, where: str, train_state: bool, abstract_params: Params, layer_axis: int) -> Params:
-    """The params of an original file. Of a stream, no more than one weight at a time is held on the host."""
-    wanted = flatten(abstract_params)
-    table = {theirs: (ours, pattern) for ours, theirs, pattern in ORIGINAL if ours in wanted}
-    sizes = _sizes(wanted, layer_axis)
-    parts: dict[str, dict[int, np.ndarray]] = {}  # our name -> layer -> converted tensor
-    loaded: dict[str, Array] = {}
-    for key, tensor in _tensors(path, where, train_state):
-        theirs, layer = _split_layer(key)
-        if theirs not in table or (layer.isdecimal() and int(layer) >= sizes["L"]):
-            raise UserError(f"{where}: tensor {'/'.join(key)} has no place in this model")
-        ours, pattern = table[theirs]
-        shape = wanted[ours].shape
-        one_layer = (*shape[:layer_axis], *shape[layer_axis + 1 :]) if layer else shape
-        try:
-            if layer.isdecimal():
-                parts.setdefault(ours, {})[int(layer)] = _convert(tensor, pattern, one_layer, sizes)
-            elif layer:
-                slices = _unstack(tensor, _original_shape(pattern, one_layer, sizes), sizes["L"], layer_axis)
-                parts[ours] = {i: _convert(part, pattern, one_layer, sizes) for i, part in enumerate(slices)}
-            else:
-                loaded[ours] = _place(_convert(tensor, pattern, shape, sizes), wanted[ours])
-        except ShapeError as error:
-            raise UserError(
-                f"{where}: tensor {'/'.join(key)} has shape {tensor.shape}, this model wants {error}; "
-                "give the --load_llama_config it was trained with"
-            ) from None
-        if len(parts.get(ours, ())) == sizes["L"]:
-            layers = parts.pop(ours)
-            whole = np.stack([layers[i] for i in range(sizes["L"])], axis=layer_axis)
-            loaded[ours] = _place(whole, wanted[ours])
-    for ours, theirs, _ in ORIGINAL:
-        if ours in wanted and ours not in loaded:
-            absent = next((i for i in range(sizes["L"]) if i not in parts.get(ours, ())), "")
-            name = theirs.replace("*", str(absent) if ours in parts else STACKED)
-            raise UserError(f"{where}: tensor {name} is missing from the file")
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in wanted])
-
-
-class ShapeError(ValueError):
-    """Says the shape that was expected."""
-
-
-def _convert(tensor: np.ndarray, pattern: str, shape: tuple[int, ...], sizes: dict[str, int]) -> np.ndarray:
-    """One layer's tensor of theirs as ours, of that shape."""
-    expected = _original_shape(pattern, shape, sizes)
-    if tensor.shape != expected:
-        raise ShapeError(expected)
-    return einops.rearrange(tensor, pattern, **_sizes_in(pattern, sizes))
-
-
-def _original_shape(pattern: str, shape: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
-    """The shape from which `pattern` makes `shape`: the pattern with its sides swapped, applied to a shape."""
-    theirs, ours = pattern.split(" -> ")
-    swap = f"{ours} -> {theirs}"
-    struct = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(lambda x: einops.rearrange(x, swap, **_sizes_in(pattern, sizes)), struct).shape
-
-
-def _unstack(tensor: np.ndarray, one_layer: tuple[int, ...], layers: int, layer_axis: int) -> list[np.ndarray]:
-    """The layers of a scanned tensor, whichever of the original's two param_scan_axis it was saved with."""
-    for axis in (layer_axis, 0, 1):
-        if tensor.shape == (*one_layer[:axis], layers, *one_layer[axis:]):
-            return list(np.moveaxis(tensor, axis, 0))
-    raise ShapeError((*one_layer[:layer_axis], layers, *one_layer[layer_axis:]))
-
-
-def _sizes(wanted: dict[str, Array], layer_axis: int) -> dict[str, int]:
-    """The letters' sizes, read off our own shapes."""
-
-    def one_layer(name: str) -> list[int]:
-        return [size for axis, size in enumerate(wanted[name].shape) if axis != layer_axis]
-
-    width, heads, head_dim = one_layer("layers.w_q")
-    return {
-        "L": wanted["layers.w_q"].shape[layer_axis],
-        "V": wanted["embed"].shape[0],
-        "D": width,
-        "N": heads,
-        "K": one_layer("layers.w_k")[1],
-        "H": head_dim,
-        "F": one_layer("layers.w_gate")[1],
-        "pair": head_dim // 2,
-        "two": 2,
-    }
-
-
-def _sizes_in(pattern: str, sizes: dict[str, int]) -> dict[str, int]:
-    letters = pattern.replace("(", " ").replace(")", " ").split()
-    return {letter: size for letter, size in sizes.items() if letter in letters}
-
-
-def _split_layer(key: tuple[str, ...]) -> tuple[str, str]:
-    """("transformer", "h", "3", "ffn_norm", "kernel") -> ("transformer/h/*/ffn_norm/kernel", "3"); "" for no layer."""
-    if key[:2] == ("transformer", "h") and len(key) > 3 and (key[2].isdecimal() or key[2] == STACKED):
-        return "/".join(("transformer", "h", "*", *key[3:])), key[2]
-    return "/".join(key), ""
-
-
-def _place(tensor: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """On the devices as `abstract` says; only the shards of this process are cast and copied."""
-    if abstract.sharding is None:
-        return jnp.asarray(tensor, abstract.dtype)
-    return jax.make_array_from_callback(
-        abstract.shape, abstract.sharding, lambda index: tensor[index].astype(abstract.dtype)
-    )
-
-
-def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """(path below "params", tensor) for every parameter of an original file, in the file's order."""
-    read = {"stream": _stream, "flax": _flax}[_kind(path, where)]
-    try:
-        for key, value in read(path):
-            in_train_state = key[0] in ("step", "opt_state") or key[:2] == ("params", "params")
-            if in_train_state != train_state:
-                found, prefix = ("a train state", "trainstate_params") if in_train_state else ("params alone", "params")
-                raise UserError(f"{where}: the file holds {found}; use {prefix}::{path}")
-            if key[0] in ("step", "opt_state"):
-                continue
-            tensor = flax.serialization.msgpack_restore(value) if isinstance(value, bytes) else value
-            if not jnp.issubdtype(getattr(tensor, "dtype", np.dtype(object)), jnp.floating):
-                raise UserError(f"{where}: {'/'.join(key)} is not a tensor of floats")
-            while key[0] == "params":
-                key = key[1:]
-            yield key, np.asarray(tensor)
-    # What msgpack and flax raise on a file that ends too early or isn't what its first byte promises.
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, msgpack.UnpackException) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{where}: the file is truncated or damaged: {type(error).__name__} {reason}") from error
-
-
-def _kind(path: Path, where: str) -> str:
-    """ "stream" or "flax", told by the first bytes whatever the file's name: unpickling runs what its author wrote."""
-    with path.open("rb") as file:
-        head = file.read(2)
-    convert = "never opened, it could run code; save it as safetensors and convert it with scripts/hf2jax.py"
-    if head[:1] == b"\x80" and b"\x02" <= head[1:] <= b"\x05":
-        raise UserError(f"{where}: a pickle: {convert}")
-    if head == b"PK":
-        raise UserError(f"{where}: a zip archive, as torch.save writes: {convert}")
-    if head[:1] == b"\x92":  # an array of two: the first pair of a stream
-        return "stream"
-    if b"\x81" <= head[:1] <= b"\x8f":  # a map
-        return "flax"
-    raise UserError(
-        f"{where}: neither a streaming nor a flax msgpack file; for a Hugging Face folder use huggingface::DIR"
-    )
-
-
-def _stream(path: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
-    with path.open("rb") as file:
-        unpacker = msgpack.Unpacker(file, max_buffer_size=0)  # 0: up to 4 GiB a tensor, as msgpack allows
-        end = 0
-        for key, value in unpacker:
-            if not all(isinstance(part, str) for part in key) or not key or not isinstance(value, bytes):
-                raise ValueError("not a stream of (key, tensor) pairs")
-            yield tuple(key), value
-            end = unpacker.tell()
-    # An Unpacker takes the end of the file in the middle of a pair for the end of the stream.
-    if end != path.stat().st_size:
-        raise ValueError(f"the pair that begins at byte {end} has no end")
-
-
-def _flax(path: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield from flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(path.read_bytes())).items()

@@ -14,18 +14,11 @@ from tokenizers import Tokenizer, models
 
 from ringbpt import generate, train
 from ringbpt.checkpoint import load
-from ringbpt.checkpoint.huggingface import (
-    layouts,
-    load_folder,
-    open_huggingface,
-    parity,
-    read_box,
-    repack,
-    to_huggingface,
-    to_ours,
-)
+from ringbpt.checkpoint.export import parity, report_parity, to_huggingface
+from ringbpt.checkpoint.huggingface import load_folder, open_folder, to_ours
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.checkpoint.store import Checkpointer
+from ringbpt.checkpoint.tensors import repack
 from ringbpt.config import (
     Architecture,
     CheckpointerConfig,
@@ -38,7 +31,7 @@ from ringbpt.config import (
     run_main,
     to_dict,
 )
-from ringbpt.config.families import FAMILIES, family_of, hf_settings, llama_fields, rows_for
+from ringbpt.config.families import FAMILIES, family_of, hf_settings, llama_fields
 from tests.golden.make_families import CASES, make_model, restore
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +106,7 @@ def test_the_tokenizer_comes_along(tmp_path):
     restore("llama3", source)
     words.save_pretrained(source)
     to_ours(source, tmp_path / "ours")
-    to_huggingface(tmp_path / "ours", tmp_path / "back")
+    to_huggingface(f"params::{tmp_path}/ours", tmp_path / "back")
     want = words(words.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
     assert {94, 95} <= set(want)
     for folder in (tmp_path / "ours" / "huggingface", tmp_path / "back"):
@@ -149,12 +142,11 @@ def test_a_trained_run_goes_to_hugging_face(tmp_path):
 
 def test_each_device_reads_its_own_bytes(tmp_path):
     restore("qwen3", tmp_path)
-    files, family, llama = open_huggingface(tmp_path)
-    tables = {layout.row.ours: layout for layout in layouts(rows_for(family, llama), llama)}
-    w_q = tables["layers.w_q"]
-    whole = read_box(files, w_q, [slice(0, 2), slice(0, 32), slice(0, 4), slice(0, 16)], np.float32)
+    found = open_folder(tmp_path)
+    files, (w_q,) = found.files, [conversion for conversion in found.table if conversion.ours == "layers.w_q"]
+    whole = w_q.read((slice(0, 2), slice(0, 32), slice(0, 4), slice(0, 16)), np.float32, files.read)
     files.bytes_read = 0
-    box = read_box(files, w_q, [slice(1, 2), slice(8, 16), slice(2, 4), slice(0, 16)], np.float32)
+    box = w_q.read((slice(1, 2), slice(8, 16), slice(2, 4), slice(0, 16)), np.float32, files.read)
     np.testing.assert_array_equal(box, whole[1:2, 8:16, 2:4])
     assert files.bytes_read == box.nbytes
     model, params = load.load_model(f"huggingface::{tmp_path}", (1, 2, 2, 2))
@@ -372,13 +364,13 @@ def test_transformers_reads_what_we_write(case, tmp_path):
     """Logits of transformers from the folder that went through us, and of ours, within 2e-5."""
     make_model(case, tmp_path / "hf")
     to_ours(tmp_path / "hf", tmp_path / "ours")
-    to_huggingface(tmp_path / "ours", tmp_path / "back")
+    to_huggingface(f"params::{tmp_path}/ours", tmp_path / "back")
     model, params = load.load_model(f"params::{tmp_path}/ours", (1, 1, 1, 1))
     for folder in ("hf", "back"):
-        found = parity(tmp_path / folder, lambda token_BT: load.logits(model, params, token_BT))
+        found = parity(tmp_path / folder, model, params)
         assert found["largest_difference"] <= 2e-5
         assert found["same_best_token"] == 1.0
-    assert load.report_parity(f"params::{tmp_path}/ours", tmp_path / "hf").startswith("verify: 64 tokens")
+    assert report_parity(f"params::{tmp_path}/ours", tmp_path / "hf").startswith("verify: 64 tokens")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import flax.serialization
@@ -16,8 +17,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ringbpt.checkpoint.store import Checkpointer, flatten, load_checkpoint
-from ringbpt.config import CheckpointerConfig, UserError
+from ringbpt.checkpoint.store import Checkpointer, LoadedState, load_checkpoint
+from ringbpt.checkpoint.tensors import flatten
+from ringbpt.config import Architecture, CheckpointerConfig, UserError
 
 L, D, N, K, H, F, V = 3, 8, 2, 1, 4, 12, 16
 SHAPES = {
@@ -36,10 +38,18 @@ SHAPES = {
     "norm": (D,),
     "unembed": (D, V),
 }
+ARCHITECTURE = Architecture(
+    vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+    num_key_value_heads=K, head_dim=H,
+)  # fmt: skip
 MESH = jax.make_mesh((2, 4), ("fsdp", "sp"), axis_types=(AxisType.Auto,) * 2)
 FULL = CheckpointerConfig(float_dtype="bf16", save_optimizer_state=True)
 WEIGHTS = CheckpointerConfig(float_dtype="bf16", save_optimizer_state=False)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def load(spec, params, opt_state=None, architecture=ARCHITECTURE) -> LoadedState:
+    return load_checkpoint(spec, params, opt_state, architecture)
 
 
 def params_like(shapes=SHAPES, seed=0, axis="fsdp"):
@@ -197,11 +207,11 @@ def test_the_prefixes_take_their_part_of_our_folders(saved):
     opt_state = opt_state_like(params)
     shape, opt_shape = abstract(params), abstract(opt_state)
     for path in (saved.parent, saved, saved / "7"):  # a run, its checkpoints, a step
-        state = load_checkpoint(f"params::{path}", shape, opt_shape)
+        state = load(f"params::{path}", shape, opt_shape)
         same(state.params, params)
         assert (state.opt_state, state.meta, state.note) == (None, None, "")
-    assert load_checkpoint(f"trainstate_params::{saved}", shape, opt_shape).opt_state is None
-    state = load_checkpoint(f"trainstate::{saved}", shape, opt_shape)
+    assert load(f"trainstate_params::{saved}", shape, opt_shape).opt_state is None
+    state = load(f"trainstate::{saved}", shape, opt_shape)
     same(state.opt_state, opt_state)
     assert state.meta["step"] == 7
 
@@ -220,7 +230,7 @@ def test_the_prefixes_take_their_part_of_our_folders(saved):
 def test_a_wrong_spec_is_refused_in_one_line(saved, tmp_path, spec, message):
     spec = spec.format(saved=saved, empty=tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        load_checkpoint(spec, abstract(params_like()))
+        load(spec, abstract(params_like()))
     assert str(error.value).startswith(f"--load_checkpoint={spec}: ") and "\n" not in str(error.value)
 
 
@@ -229,7 +239,7 @@ def test_trainstate_of_weights_alone_names_the_prefix_that_works(tmp_path):
     checkpointer.save(1, params_like(), None, {}, milestone=False)
     checkpointer.close()
     with pytest.raises(UserError, match="saved without optimizer state; use params::"):
-        load_checkpoint(f"trainstate::{tmp_path}", abstract(params_like()))
+        load(f"trainstate::{tmp_path}", abstract(params_like()))
 
 
 # ---------------------------------------------------------------------------------------------- the original's
@@ -288,7 +298,7 @@ def write_flax(path: Path, tree) -> Path:
 def test_a_stream_of_the_originals_weights(tmp_path, scanned, outer):
     params = params_like()
     path = write_stream(tmp_path / "streaming_params", theirs(params, scanned=scanned), outer)
-    state = load_checkpoint(f"params::{path}", abstract(params))
+    state = load(f"params::{path}", abstract(params))
     same(state.params, params)
     assert state.params["embed"].sharding == params["embed"].sharding and state.note == ""
 
@@ -298,8 +308,11 @@ def test_both_of_its_scan_axes_load_into_both_of_ours(tmp_path):
     paths = [write_stream(tmp_path / str(axis), theirs(params, axis)) for axis in (0, 1)]
     moved = params | {"layers": jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), params["layers"])}
     for path in paths:
-        same(load_checkpoint(f"params::{path}", abstract(params)).params, params)
-        same(load_checkpoint(f"params::{path}", abstract(moved), layer_axis=1).params, moved)
+        same(load(f"params::{path}", abstract(params)).params, params)
+        same(
+            load(f"params::{path}", abstract(moved), architecture=replace(ARCHITECTURE, param_scan_axis=1)).params,
+            moved,
+        )
 
 
 def test_flax_files_bf16_tensors_and_tied_embeddings(tmp_path):
@@ -307,7 +320,7 @@ def test_flax_files_bf16_tensors_and_tied_embeddings(tmp_path):
     tree = {key: value.astype(jnp.bfloat16) for key, value in theirs(params).items() if key[0] != "lm_head"}
     path = write_flax(tmp_path / "model.msgpack", tree)
     tied = {name: leaf for name, leaf in params.items() if name != "unembed"}
-    got = load_checkpoint(f"flax_params::{path}", abstract(tied)).params
+    got = load(f"flax_params::{path}", abstract(tied)).params
     same(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tied))
 
 
@@ -317,17 +330,17 @@ def test_a_train_state_of_the_original_gives_its_weights_and_says_what_it_left(t
     whole = {("params", "params", *key): value for key, value in theirs(params).items()}
     whole |= {("opt_state", "0", "mu", *key): value for key, value in theirs(params).items()}
     write_stream(path, {("step",): np.int32(5), **whole}, outer=())
-    state = load_checkpoint(f"trainstate::{path}", abstract(params))
+    state = load(f"trainstate::{path}", abstract(params))
     same(state.params, params)
     assert state.opt_state is None and "optimizer state is not read" in state.note and "\n" not in state.note
-    state = load_checkpoint(f"trainstate_params::{path}", abstract(params))
+    state = load(f"trainstate_params::{path}", abstract(params))
     same(state.params, params)
     assert state.note == ""
     with pytest.raises(UserError, match="holds a train state; use trainstate_params::"):
-        load_checkpoint(f"params::{path}", abstract(params))
+        load(f"params::{path}", abstract(params))
     alone = write_stream(tmp_path / "streaming_params", theirs(params))
     with pytest.raises(UserError, match="holds params alone; use params::"):
-        load_checkpoint(f"trainstate::{alone}", abstract(params))
+        load(f"trainstate::{alone}", abstract(params))
 
 
 def test_rotated_queries_and_keys_agree_with_the_originals_rotation(tmp_path):
@@ -340,7 +353,7 @@ def test_rotated_queries_and_keys_agree_with_the_originals_rotation(tmp_path):
     for name in ("wq", "wk"):  # any weights of theirs, not made from ours
         key = ("transformer", "h", "scan_decoder", "attention", name, "kernel")
         tree[key] = rng.normal(size=tree[key].shape).astype(np.float32)
-    ours = load_checkpoint(f"params::{write_stream(tmp_path / 'p', tree)}", abstract(params)).params["layers"]
+    ours = load(f"params::{write_stream(tmp_path / 'p', tree)}", abstract(params)).params["layers"]
     frequency = 100.0 ** (-np.arange(0, H, 2) / H)
     x_TD, positions = rng.normal(size=(5, D)), np.array([0, 3, 4, 9, 20])
 
@@ -387,7 +400,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, fault):
     tree = theirs(params_like())
     change(tree)
     with pytest.raises(UserError, match=message) as error:
-        load_checkpoint(f"params::{write_stream(tmp_path / 'p', tree)}", abstract(params_like()))
+        load(f"params::{write_stream(tmp_path / 'p', tree)}", abstract(params_like()))
     assert "\n" not in str(error.value) and error.value.code == 2
 
 
@@ -396,10 +409,10 @@ def test_a_layer_too_many_or_too_few_is_named(tmp_path):
     norm = ("transformer", "h", "{}", "ffn_norm", "kernel")
     many = tree | {("transformer", "h", "3", *norm[3:]): np.ones(D, np.float32)}
     with pytest.raises(UserError, match="h/3/ffn_norm/kernel has no place"):
-        load_checkpoint(f"params::{write_stream(tmp_path / 'many', many)}", abstract(params_like()))
+        load(f"params::{write_stream(tmp_path / 'many', many)}", abstract(params_like()))
     few = {key: value for key, value in tree.items() if key != ("transformer", "h", "1", *norm[3:])}
     with pytest.raises(UserError, match="h/1/ffn_norm/kernel is missing"):
-        load_checkpoint(f"params::{write_stream(tmp_path / 'few', few)}", abstract(params_like()))
+        load(f"params::{write_stream(tmp_path / 'few', few)}", abstract(params_like()))
 
 
 @pytest.mark.parametrize("write, prefix", [(write_stream, "params"), (write_flax, "flax_params")])
@@ -409,7 +422,7 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, write, prefix)
     for cut in (3, 40, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
         with pytest.raises(UserError, match="truncated or damaged") as error:
-            load_checkpoint(f"{prefix}::{path}", abstract(params_like()))
+            load(f"{prefix}::{path}", abstract(params_like()))
         assert "\n" not in str(error.value)
 
 
@@ -418,15 +431,15 @@ def test_pickles_and_torch_archives_are_refused_under_any_name(tmp_path, prefix)
     for protocol in (2, 3, 4, 5):
         (tmp_path / "model.msgpack").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
         with pytest.raises(UserError, match="a pickle: never opened"):
-            load_checkpoint(f"{prefix}::{tmp_path}/model.msgpack", abstract(params_like()))
+            load(f"{prefix}::{tmp_path}/model.msgpack", abstract(params_like()))
     with zipfile.ZipFile(tmp_path / "streaming_params", "w") as archive:
         archive.writestr("archive/data.pkl", b"")
     with pytest.raises(UserError, match="a zip archive"):
-        load_checkpoint(f"{prefix}::{tmp_path}/streaming_params", abstract(params_like()))
+        load(f"{prefix}::{tmp_path}/streaming_params", abstract(params_like()))
     for content in (b"", b"{}", b"\x80", b"(dp0\n."):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(UserError, match="neither a streaming nor a flax msgpack file"):
-            load_checkpoint(f"{prefix}::{tmp_path}/other", abstract(params_like()))
+            load(f"{prefix}::{tmp_path}/other", abstract(params_like()))
 
 
 def test_the_names_of_leaves():

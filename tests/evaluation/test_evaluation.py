@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ringbpt.checkpoint.load import load_model, logits
+from ringbpt.checkpoint.export import logits
+from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError, run_main
 from ringbpt.evaluate import main
 from ringbpt.evaluation.choices import accuracy, read_choices, score_choices

@@ -3,6 +3,7 @@
 What `make test` compares with is golden/families.npz; with torch at hand (slow) transformers is asked itself.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,9 +12,8 @@ import numpy as np
 import pytest
 
 from ringbpt.attention import permutation
-from ringbpt.checkpoint.huggingface import layouts, load_folder, open_huggingface
+from ringbpt.checkpoint.huggingface import load_folder, open_folder
 from ringbpt.config import Execution
-from ringbpt.config.families import rows_for
 from ringbpt.layouts import inverse
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
@@ -43,7 +43,9 @@ COVER = [
 
 def make_model(folder: Path, program: str) -> Model:
     mesh_shape, flags = PROGRAMS[program]
-    return Model(open_huggingface(folder)[2], Execution(**flags), make_mesh(mesh_shape))
+    execution = {name: value for name, value in flags.items() if name != "param_scan_axis"}
+    architecture = replace(open_folder(folder).architecture, param_scan_axis=flags.get("param_scan_axis", 0))
+    return Model(architecture, Execution(**execution), make_mesh(mesh_shape))
 
 
 def make_batch(model: Model, packed: bool) -> Batch:
@@ -90,16 +92,14 @@ def check(folder: Path, want: dict[str, np.ndarray], program: str, packed: bool)
     logits = hidden[0] @ np.asarray(model.unembed(params), np.float64)
     np.testing.assert_allclose(logits, want["logits"], rtol=0, atol=2e-5)
     compared = set()
-    for layout in layouts(
-        rows_for(open_huggingface(folder)[1], architecture), architecture, architecture.param_scan_axis
-    ):
+    for conversion in open_folder(folder, architecture=architecture).table:
         ours = grads
-        for part in layout.row.ours.split("."):
+        for part in conversion.ours.split("."):
             ours = ours[part]
         whole = np.asarray(ours)
-        for name, layer, expert in layout.names():
+        for name, layer, expert in conversion.parts():
             if (theirs := want.get(f"gradient/{name}")) is not None:
-                got = layout.to_theirs(layout.pick(whole, layer, expert))
+                got = conversion.to_theirs(conversion.pick(whole, layer, expert))
                 assert np.abs(got - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
                 compared.add(f"gradient/{name}")
     assert compared == {name for name in want if name.startswith("gradient/")}
@@ -125,7 +125,7 @@ def test_windows_of_other_families_live(case, tmp_path):
     """What Mistral has always and these may have."""
     qwen = {"use_sliding_window": True, "max_window_layers": 0} if case.startswith("qwen") else {}
     want = live(case, tmp_path, sliding_window=12, **qwen)
-    assert open_huggingface(tmp_path)[2].sliding_window == 12
+    assert open_folder(tmp_path).architecture.sliding_window == 12
     for program in ("one device", "sp=4"):
         check(tmp_path, want, program, packed=True)
 

@@ -21,7 +21,9 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from ringbpt.checkpoint.store import ORIGINAL, Checkpointer, flatten, load_checkpoint
+from ringbpt.checkpoint.original import ROWS
+from ringbpt.checkpoint.store import Checkpointer, load_checkpoint
+from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import Config, UserError, parse, parse_args, run_main
 from ringbpt.data.loader import Loader
 from ringbpt.mesh import make_mesh
@@ -306,12 +308,12 @@ def test_without_a_name_autoresume_finds_its_run_again(tmp_path, data, capsys):
 def originals_file(run_dir: Path, path: Path) -> Path:
     """The run's last weights as flax.serialization writes the original's tree, our table read from right to left."""
     params, tree = weights(run_dir, STEPS), {}
-    for ours, theirs, pattern in ORIGINAL:
+    for ours, theirs, pattern in ROWS:
         left, right = pattern.split(" -> ")
         stacked = "L " if ours.startswith("layers.") else ""
         sizes = {"two": 2} if "two" in pattern else {"H": 8} if "H" in pattern else {}
         tensor = einops.rearrange(params[ours], f"{stacked}{right} -> {stacked}{left}", **sizes)
-        tree["params", *theirs.replace("*", "scan_decoder").split("/")] = tensor
+        tree["params", *theirs.replace("{L}", "scan_decoder").split("/")] = tensor
     path.write_bytes(flax.serialization.to_bytes(flax.traverse_util.unflatten_dict(tree)))
     return path
 

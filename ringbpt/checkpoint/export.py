@@ -1,0 +1,143 @@
+"""Weights of ours -> a Hugging Face folder, for transformers, vLLM and sglang; and how the two compare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ringbpt.checkpoint.huggingface import (
+    CARRIED,
+    MAX_SHARD_BYTES,
+    TOKENIZER_FILES,
+    carry,
+    is_own,
+    open_folder,
+    rewrite,
+)
+from ringbpt.checkpoint.load import describe_checkpoint, load_model
+from ringbpt.checkpoint.safetensors import FolderWriter, Planned
+from ringbpt.checkpoint.store import find_checkpoint, newest_step
+from ringbpt.checkpoint.tensors import conversions, flatten, repack
+from ringbpt.config import Architecture, UserError
+from ringbpt.config.families import find_family, hf_settings, read_json, rows_for
+from ringbpt.layouts import inverse, permutation
+from ringbpt.model.llama import COMPUTE_DTYPES, Model
+from ringbpt.types import Params, TokenMeta
+
+HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SHORT_NAMES = {np.dtype(COMPUTE_DTYPES[name]): name for name in HF_DTYPES}
+
+
+def to_huggingface(
+    spec: str, output: Path, base: Path | None = None, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """The weights of `--load_checkpoint=PREFIX::PATH`, of one of our checkpoints or folders -> a Hugging Face folder.
+
+    base: a folder whose config.json and tokenizer go along; None: what came with the model, if anything did.
+    dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no family of
+    Hugging Face's has such a model.
+    """
+    prefix, path = find_checkpoint(spec)
+    if prefix == "huggingface":
+        raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
+    if prefix == "params" and is_own(path):
+        _from_folder(path, output, dtype, max_shard_bytes)
+        return
+    found = describe_checkpoint(spec)
+    base = base or found.folder
+    _from_step(newest_step(path, f"--load_checkpoint={spec}"), found.architecture, output, base, dtype, max_shard_bytes)
+    vocab_file = Path(found.vocab_file)
+    if base is None and vocab_file.exists():
+        carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
+
+
+def _from_folder(folder: Path, output: Path, dtype: str, max_shard_bytes: int) -> None:
+    source = open_folder(folder, own=True)
+    stored = next(iter(source.files.entries.values())).dtype
+    rewrite(source, output, "model", dtype, max_shard_bytes)
+    carry(folder / CARRIED, output)
+    settings = hf_settings(source.architecture, HF_DTYPES[dtype or SHORT_NAMES[stored]], source.settings)
+    write_settings(output, settings)
+
+
+def _from_step(
+    step: Path, architecture: Architecture, output: Path, base: Path | None, dtype: str, max_shard_bytes: int
+) -> None:
+    """One whole weight of ours is held at a time."""
+    reader = ocp.PyTreeCheckpointer()
+    stored = flatten(reader.metadata(step / "params").item_metadata.tree)
+
+    def read(name: str) -> np.ndarray:
+        if name not in stored:
+            raise UserError(f"checkpoint {step}: parameter {name} is not in the checkpoint")
+        tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(name.split(".")):
+            tree = {part: tree}
+        item = jax.tree.map(lambda _: 0, tree)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
+        return jax.tree.leaves(reader.restore(step / "params", args=args))[0]
+
+    dtype = dtype or SHORT_NAMES[np.dtype(stored["embed"].dtype)]
+    settings = hf_settings(architecture, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
+    _, family = find_family(settings, "the model")
+    table, cast = conversions(rows_for(family, architecture), architecture), np.dtype(COMPUTE_DTYPES[dtype])
+    # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
+    named = [(layer, name, conversion) for conversion in table for name, layer, _ in conversion.parts()]
+    plan = [Planned(name, cast, conversion.their_shape) for _, name, conversion in sorted(named, key=lambda x: x[0])]
+    with FolderWriter(output, plan, max_shard_bytes) as writer:
+        for conversion in table:
+            whole = read(conversion.ours)
+            for name, layer, expert in conversion.parts():
+                writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
+    if base:
+        carry(base, output)
+    write_settings(output, settings)
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
+    """[B, T, V] float32, each row one text; for tests and reports, where T and V are small."""
+    order = permutation(model.execution.sequence_layout, token_BT.shape[1], model.mesh.shape["sp"])
+    position_BT = np.broadcast_to(np.arange(token_BT.shape[1], dtype=np.int32), token_BT.shape)[:, order]
+    meta = TokenMeta(position_BT, np.ones_like(position_BT))
+    hidden_BTD = jax.jit(model.hidden)(params, token_BT[:, order], meta)
+    hidden_BTD = np.asarray(hidden_BTD, np.float32)[:, inverse(order)]
+    return hidden_BTD @ np.asarray(model.unembed(params), np.float32)
+
+
+def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict[str, float]:
+    """Our logits against those of transformers (on torch, float32, CPU) for the same random tokens of one sequence.
+
+    Raises UserError where torch or transformers is missing.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError("--verify needs transformers and torch: pip install 'ringbpt[oracle]'") from None
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    token_BT = np.random.default_rng(0).integers(0, oracle.config.vocab_size, (1, tokens)).astype(np.int32)
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(token_BT, dtype=torch.long)).logits.numpy()
+    ours = logits(model, params, token_BT)
+    return {
+        "tokens": tokens,
+        "largest_difference": float(np.abs(ours - theirs).max()),
+        "largest_logit": float(np.abs(theirs).max()),
+        "same_best_token": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+    }
+
+
+def report_parity(spec: str, folder: Path) -> str:
+    """One line: our logits of a checkpoint against those of transformers for the same model's folder."""
+    found = parity(folder, *load_model(spec, (1, 1, 1, 1)))
+    return (
+        f"verify: {found['tokens']} tokens, float32: largest difference of a logit {found['largest_difference']:.2e} "
+        f"(largest logit {found['largest_logit']:.2f}), same best token {100 * found['same_best_token']:.1f} %"
+    )
