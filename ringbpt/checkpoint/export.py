@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from ringbpt.checkpoint.huggingface import (
     CARRIED,
@@ -17,10 +16,10 @@ from ringbpt.checkpoint.huggingface import (
     open_folder,
     rewrite,
 )
-from ringbpt.checkpoint.load import describe_checkpoint, load_model
+from ringbpt.checkpoint.load import describe_checkpoint, find_checkpoint, load_model
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
-from ringbpt.checkpoint.store import find_checkpoint, newest_step
-from ringbpt.checkpoint.tensors import conversions, flatten, repack
+from ringbpt.checkpoint.store import StoredStep, newest_step
+from ringbpt.checkpoint.tensors import conversions, repack
 from ringbpt.config import Architecture, UserError
 from ringbpt.config.families import find_family, hf_settings, read_json, rows_for
 from ringbpt.layouts import inverse, permutation
@@ -64,32 +63,22 @@ def _from_folder(folder: Path, output: Path, dtype: str, max_shard_bytes: int) -
 
 
 def _from_step(
-    step: Path, architecture: Architecture, output: Path, base: Path | None, dtype: str, max_shard_bytes: int
+    step: StoredStep, architecture: Architecture, output: Path, base: Path | None, dtype: str, max_shard_bytes: int
 ) -> None:
     """One whole weight of ours is held at a time."""
-    reader = ocp.PyTreeCheckpointer()
-    stored = flatten(reader.metadata(step / "params").item_metadata.tree)
-
-    def read(name: str) -> np.ndarray:
-        if name not in stored:
-            raise UserError(f"checkpoint {step}: parameter {name} is not in the checkpoint")
-        tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for part in reversed(name.split(".")):
-            tree = {part: tree}
-        item = jax.tree.map(lambda _: 0, tree)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-        return jax.tree.leaves(reader.restore(step / "params", args=args))[0]
-
-    dtype = dtype or SHORT_NAMES[np.dtype(stored["embed"].dtype)]
+    stored = step.dtypes("params")
+    dtype = dtype or SHORT_NAMES[stored["embed"]]
     settings = hf_settings(architecture, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
     _, family = find_family(settings, "the model")
     table, cast = conversions(rows_for(family, architecture), architecture), np.dtype(COMPUTE_DTYPES[dtype])
+    if strange := stored.keys() ^ {conversion.ours for conversion in table}:
+        raise UserError(f"{step.folder}: {sorted(strange)[0]} is in only one of the checkpoint and its config.json")
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
     named = [(layer, name, conversion) for conversion in table for name, layer, _ in conversion.parts()]
     plan = [Planned(name, cast, conversion.their_shape) for _, name, conversion in sorted(named, key=lambda x: x[0])]
     with FolderWriter(output, plan, max_shard_bytes) as writer:
         for conversion in table:
-            whole = read(conversion.ours)
+            whole = step.read("params", conversion.ours)
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
     if base:

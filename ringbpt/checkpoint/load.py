@@ -1,14 +1,16 @@
-"""A checkpoint of any kind -> a model that runs: its flags, its params on the mesh, and the folder of its tokenizer."""
+"""`--load_checkpoint=PREFIX::PATH`: a checkpoint of any kind, what it says about itself, and a model that runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own
-from ringbpt.checkpoint.store import find_checkpoint, load_checkpoint
-from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh
+from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder
+from ringbpt.checkpoint.original import load_original
+from ringbpt.checkpoint.store import Rule, Wanted, newest_step
+from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices
 from ringbpt.config.families import read_json
 from ringbpt.dims import MeshShape
 from ringbpt.mesh import make_mesh
@@ -52,6 +54,59 @@ def describe_checkpoint(spec: str) -> Found:
     return Found(architecture, folder if folder and folder.is_dir() else None, tree["tokenizer"]["vocab_file"])
 
 
+class Loaded(NamedTuple):
+    """What --load_checkpoint gave. entries: the wanted ones and "meta", None where it has none or they aren't taken.
+    note: one line for the user, when something that the prefix asks for was left out; else empty."""
+
+    entries: dict[str, Any]
+    note: str = ""
+
+
+def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Architecture) -> Loaded:
+    """Read what `--load_checkpoint=PREFIX::PATH` names, straight onto the mesh.
+
+    `params::` and `trainstate_params::` take the weights, `trainstate::` the optimizer state and the place in the
+    data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
+    folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
+    (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
+    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote.
+
+    wanted: the entries of the model and the run at hand, of which "params" is one. architecture: the model's.
+    Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
+    missing, has no place or has another shape.
+    """
+    prefix, path = find_checkpoint(spec)
+    where, name, nothing = f"--load_checkpoint={spec}", spec.partition("::")[2], {**dict.fromkeys(wanted), "meta": None}
+    if prefix == "huggingface" or (prefix == "params" and is_own(path)):
+        return Loaded(nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)})
+    if path.is_file():
+        train_state, abstract = prefix.startswith("trainstate"), wanted["params"].abstract
+        params = load_original(path, where, train_state, architecture, abstract)
+        note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
+        return Loaded(nothing | {"params": params}, note if prefix == "trainstate" else "")
+    if prefix == "flax_params":
+        raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
+    step = newest_step(path, where)
+    if prefix != "trainstate":
+        return Loaded(step.restore({**wanted, "opt_state": Wanted(rule=Rule.IGNORED)}) | {"meta": None})
+    if "opt_state" not in step.trees:
+        raise UserError(f"{where}: saved without optimizer state; use params::{name}")
+    return Loaded(step.restore(wanted))
+
+
+def find_checkpoint(spec: str) -> tuple[str, Path]:
+    """(prefix, path) of `--load_checkpoint=PREFIX::PATH`. Raises UserError for another prefix and a missing path."""
+    prefix, _, name = spec.partition("::")
+    where = f"--load_checkpoint={spec}"
+    if prefix not in choices("load_checkpoint") or not name:
+        kinds = (f"{prefix}::PATH" for prefix in choices("load_checkpoint"))
+        raise UserError(f"{where}: expected one of {', '.join(kinds)}")
+    path = Path(name).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{where}: no such file or folder")
+    return prefix, path
+
+
 def load_model(
     spec: str,
     mesh_shape: tuple[int, int, int, int],
@@ -72,7 +127,7 @@ def load_model(
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[dtype], sharding=x.sharding), model.abstract_params
     )
-    return model, load_checkpoint(spec, wanted, None, architecture).params
+    return model, load_checkpoint(spec, {"params": Wanted(wanted)}, architecture).entries["params"]
 
 
 def default_execution(mesh_shape: MeshShape) -> Execution:

@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20
 
 
-class Entry(NamedTuple):
+class Stored(NamedTuple):
     """Where a tensor is: its file, dtype, shape, and first byte."""
 
     file: Path
@@ -32,9 +33,13 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+class Planned(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
 
 class TensorFolder:
@@ -48,7 +53,7 @@ class TensorFolder:
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder, self.bytes_read = folder, 0
         index = folder / f"{stem}.safetensors.index.json"
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, Stored] = {}
         if index.is_file():
             places = _weight_map(index)
             for name in dict.fromkeys(places.values()):
@@ -66,14 +71,10 @@ class TensorFolder:
         entry = self.entries[name]
         index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape, strict=False))
         shape = (*(part.stop - part.start for part in index), *entry.shape[len(index) :])
-        self.bytes_read += int(np.prod(shape, dtype=np.int64)) * entry.dtype.itemsize
+        self.bytes_read += prod(shape) * entry.dtype.itemsize
         if shape[1:] == entry.shape[1:]:  # whole rows stand together
-            row = int(np.prod(entry.shape[1:], dtype=np.int64)) * entry.dtype.itemsize
-            start = entry.start + (index[0].start * row if index else 0)
-            with entry.file.open("rb") as file:
-                file.seek(start)
-                flat = np.fromfile(file, entry.dtype, int(np.prod(shape, dtype=np.int64)))
-            return flat.reshape(shape)
+            first = index[0].start * prod(shape[1:]) * entry.dtype.itemsize if index else 0
+            return np.fromfile(entry.file, entry.dtype, prod(shape), offset=entry.start + first).reshape(shape)
         return np.array(np.memmap(entry.file, entry.dtype, "r", entry.start, entry.shape)[index])
 
 
@@ -98,7 +99,7 @@ def _why_nothing(folder: Path) -> str:
     return "no model.safetensors and no model.safetensors.index.json"
 
 
-def _entries(file: Path) -> dict[str, Entry]:
+def _entries(file: Path) -> dict[str, Stored]:
     """Every tensor of one file, each checked to lie inside of it."""
     try:
         size = file.stat().st_size
@@ -119,29 +120,20 @@ def _entries(file: Path) -> dict[str, Entry]:
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (start, end) = (
-                about["dtype"],
-                tuple(map(int, about["shape"])),
-                map(int, about["data_offsets"]),
-            )
+            dtype, shape = about["dtype"], tuple(map(int, about["shape"]))
+            start, end = map(int, about["data_offsets"])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
         if dtype not in DTYPES:
             raise UserError(f"{file}: tensor {name} is {dtype}: only {', '.join(DTYPES)} are supported")
-        entry = Entry(file, DTYPES[dtype], shape, 8 + length + start)
-        if min(shape, default=0) < 0 or start < 0 or end - start != entry.nbytes:
+        stored = Stored(file, DTYPES[dtype], shape, 8 + length + start)
+        if min(shape, default=0) < 0 or start < 0 or end - start != _nbytes(stored):
             raise UserError(f"{file}: the header of tensor {name} contradicts itself; copy it again")
         if 8 + length + end > size:
             missing = 8 + length + end - size
             raise UserError(f"{file}: truncated: tensor {name} ends {missing} bytes after the file does; copy it again")
-        found[name] = entry
+        found[name] = stored
     return found
-
-
-class Planned(NamedTuple):
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
 
 
 class FolderWriter:
@@ -164,10 +156,9 @@ class FolderWriter:
                 filled = 0
             shards[-1].append(tensor)
             filled += size
-        count = len(shards)
-        self._names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors"
-                       for i in range(count)]  # fmt: skip
-        self._shards, self._stem = shards, stem
+        count, self._stem = len(shards), stem
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        self._shards = dict(zip(names if count > 1 else [f"{stem}.safetensors"], shards, strict=True))
         self._places: dict[str, tuple[int, int, Planned]] = {}  # file descriptor, first byte
         self._files: list[int] = []
 
@@ -175,7 +166,7 @@ class FolderWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True)
-            for name, tensors in zip(self._names, self._shards, strict=True):
+            for name, tensors in self._shards.items():
                 file = os.open(self.partial / name, os.O_CREAT | os.O_WRONLY, 0o644)
                 self._files.append(file)
                 self._write_header(file, tensors)
@@ -188,9 +179,7 @@ class FolderWriter:
         end = 0
         for tensor in tensors:
             start, end = end, end + _nbytes(tensor)
-            header[tensor.name] = {
-                "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
-            }  # fmt: skip
+            header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
@@ -217,13 +206,13 @@ class FolderWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
             return
         assert not self._places, f"never written: {next(iter(self._places))}"
-        if len(self._names) > 1:
-            total = sum(_nbytes(tensor) for shard in self._shards for tensor in shard)
-            places = {t.name: name for name, shard in zip(self._names, self._shards, strict=True) for t in shard}
+        if len(self._shards) > 1:
+            total = sum(_nbytes(tensor) for tensors in self._shards.values() for tensor in tensors)
+            places = {tensor.name: name for name, tensors in self._shards.items() for tensor in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (self.partial / f"{self._stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         self.partial.rename(self.folder)
 
 
-def _nbytes(tensor: Planned) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
+def _nbytes(tensor: Stored | Planned) -> int:
+    return prod(tensor.shape) * tensor.dtype.itemsize

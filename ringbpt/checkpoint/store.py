@@ -1,31 +1,51 @@
-"""Checkpoints: saved from and restored to the mesh with Orbax; and the files of the original project, read.
+"""Our own checkpoints: named entries in a folder, written and read with Orbax, straight from and onto the mesh.
 
-A run's `checkpoints/` holds one folder a step, named by its number: `params`, `opt_state` (a full train state only)
-and `meta` (JSON). Orbax writes into a temporary name and renames at the end, so a numbered folder is a whole one.
+A run's `checkpoints/` holds one folder a step, named by its number, with a folder for each entry: a tree of arrays, or
+a JSON object. Which there are is for others to say (training/state.py names those of a run); `params` and `meta` are in
+every checkpoint. Orbax writes into a temporary name and renames at the end, so a numbered folder is a whole one.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.checkpoint.huggingface import is_own, load_folder
-from ringbpt.checkpoint.original import load_original
 from ringbpt.checkpoint.tensors import flatten
-from ringbpt.config import Architecture, CheckpointerConfig, UserError, choices
-from ringbpt.model.llama import COMPUTE_DTYPES
-from ringbpt.types import Array, Params, PyTree
+from ringbpt.config import UserError
+from ringbpt.types import Array, PyTree
 
-PREFIXES = choices("load_checkpoint")
+WHAT = {"params": "parameter", "opt_state": "optimizer state"}  # one of an entry's leaves, in messages
+
+
+class Entry(NamedTuple):
+    """A tree to be saved. dtype: what its floats are saved as; None: each as it is."""
+
+    tree: PyTree
+    dtype: Any = None
+
+
+class Rule(Enum):
+    """What a reader does about an entry: absent, a required one is an error, and one that may be fresh is None."""
+
+    REQUIRED = "required"
+    FRESH_IF_ABSENT = "fresh if absent"
+    IGNORED = "ignored"
+
+
+class Wanted(NamedTuple):
+    """An entry to be read. abstract: a tree's ShapeDtypeStructs, whose shardings say where each array goes."""
+
+    abstract: PyTree = None
+    rule: Rule = Rule.REQUIRED
 
 
 class Checkpointer:
@@ -36,69 +56,55 @@ class Checkpointer:
     Every process of a run calls each method, with the same arguments.
     """
 
-    def __init__(self, directory: Path, config: CheckpointerConfig):
+    def __init__(self, directory: Path):
         self.directory = directory.absolute()
-        self._config = config
-        self._orbax = _orbax()
+        self._saving: ocp.AsyncCheckpointer | None = None
         self._last_save: tuple[int, bool] | None = None  # step, milestone
 
-    def save(self, step: int, params: Params, opt_state: PyTree | None, meta: dict[str, Any], milestone: bool) -> None:
+    def save(self, step: int, entries: Mapping[str, Entry | dict[str, Any]], milestone: bool) -> None:
         """Begin to save `step`, once the save before it has ended.
 
-        With `config.save_optimizer_state` (and an opt_state) the whole train state, exactly; otherwise the params
-        alone, as `config.float_dtype`. A milestone is kept for ever, of the others only the newest. `meta` is a JSON
-        object; "step" and "milestone" are added to it. A step this object has just saved isn't written again, unless
-        now as a milestone; an older folder of the same step is replaced.
+        entries: an Entry or a JSON object each; "step" and "milestone" are added to that of "meta". A milestone is
+        kept for ever, of the others only the newest. A step this object has just saved isn't written again, unless now
+        as a milestone; an older folder of the same step is replaced.
         """
         self.wait()
         if self._last_save in ((step, milestone), (step, True)):
             return
-        full = self._config.save_optimizer_state and opt_state is not None
-        float_dtype = np.dtype(COMPUTE_DTYPES[self._config.float_dtype])
-
-        def save_args(leaf: Array) -> ocp.SaveArgs:
-            cast = not full and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return ocp.SaveArgs(dtype=float_dtype if cast else None)
-
-        items = {
-            "params": ocp.args.PyTreeSave(params, save_args=jax.tree.map(save_args, params)),
-            "meta": ocp.args.JsonSave({**meta, "step": step, "milestone": milestone}),
-        }
-        if full:
-            items["opt_state"] = ocp.args.PyTreeSave(flatten(opt_state))
+        args = {}
+        for name, entry in {"meta": {}, **entries}.items():
+            if isinstance(entry, Entry):
+                args[name] = _to_save(entry)
+            else:
+                more = {"step": step, "milestone": milestone} if name == "meta" else {}
+                args[name] = ocp.args.JsonSave({**entry, **more})
         with _storage_errors(self._folder(step)):
             if jax.process_index() == 0:
                 # Where nothing can be written, say so here: Orbax's threads would wait for their folder for minutes.
                 self.directory.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.directory).close()
-            self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
+            trees = {name for name, entry in entries.items() if isinstance(entry, Entry)}
+            self._saving = _open_orbax(trees, args.keys() - trees)
+            self._saving.save(self._folder(step), args=ocp.args.Composite(**args), force=True)
         self._last_save = (step, milestone)
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint, or None. Unfinished and foreign folders are passed over."""
         return max(_steps(self.directory), default=None)
 
-    def restore(
-        self, step: int, abstract_params: Params, abstract_opt_state: PyTree | None
-    ) -> tuple[Params, PyTree | None, dict[str, Any]]:
-        """(params, opt_state, meta) of a step, each array placed as its abstract one says (ShapeDtypeStruct, sharding).
-
-        opt_state is None where none is asked for or none was saved. Floats are cast to the abstract dtype.
-        Raises UserError where a name, a shape or a kind of dtype differs, or a file is missing or damaged.
-        """
-        folder = self._folder(step)
-        return _restore(self._orbax, folder, f"checkpoint {folder}", abstract_params, abstract_opt_state)
+    def restore(self, step: int, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+        """The entries of a step; see StoredStep.restore."""
+        return StoredStep(self._folder(step)).restore(wanted)
 
     def wait(self) -> None:
         """Until the save under way is on the disk; then the rolling checkpoints it replaces are deleted."""
         with _storage_errors(self.directory):
-            self._orbax.wait_until_finished()
+            if self._saving is not None:
+                self._saving.close()  # waits, and raises what went wrong
+                self._saving = None
             self._drop_replaced()
 
-    def close(self) -> None:
-        """Wait, then free Orbax's threads."""
-        self.wait()
-        self._orbax.close()
+    close = wait
 
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
@@ -107,18 +113,110 @@ class Checkpointer:
         if self._last_save is None or self._last_save[1] or jax.process_index() != 0:
             return
         for step in _steps(self.directory):
-            if step < self._last_save[0] and not _meta(self._folder(step)).get("milestone", True):
+            if step < self._last_save[0] and not read_object(self._folder(step)).get("milestone", True):
                 # Out of the numbered names first: killed in mid-deletion, it isn't taken for a whole checkpoint.
                 doomed = self._folder(step).rename(self.directory / f"{step}.deleted")
                 shutil.rmtree(doomed)
 
 
-# ---------------------------------------------------------------------------------------------- our own folders
+class StoredStep:
+    """One step's checkpoint. Raises UserError, with `where` as the culprit, where the folder holds no whole one."""
+
+    def __init__(self, folder: Path, where: str = ""):
+        self.folder, self._where = folder, where or f"checkpoint {folder}"
+        if not _is_whole(folder):
+            raise UserError(f"{self._where}: no whole checkpoint there; steps: {_steps(folder.parent) or 'none'}")
+        self.trees, self.objects = (
+            {path.parent.name for path in folder.glob(f"*/{file}")} for file in ("_METADATA", "metadata")
+        )
+
+    def restore(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
+        """The wanted entries and "meta" by name, each array placed and cast as its abstract one says.
+
+        None stands for an entry that is absent and may be, and for an ignored one. Raises UserError where a required
+        entry is absent or one has no rule, where a leaf's name, shape or kind of dtype differs, and where a file is
+        missing or damaged.
+        """
+        wanted, stored = {"meta": Wanted(), **wanted}, self.trees | self.objects
+        for name in sorted(stored - wanted.keys()):
+            raise UserError(f"{self._where}: its entry {name} has no place here; give the flags it was saved with")
+        for name, (_, rule) in wanted.items():
+            if rule is Rule.REQUIRED and name not in stored:
+                raise UserError(f"{self._where}: it holds no {name}; give the flags it was saved with")
+        found: dict[str, Any] = dict.fromkeys(wanted)
+        wanted = {name: want for name, want in wanted.items() if want.rule is not Rule.IGNORED}
+        trees = {name: want.abstract for name, want in wanted.items() if name in self.trees}
+        with closing(_open_orbax(self.trees, self.objects)) as orbax:
+            with _storage_errors(self.folder):
+                saved = orbax.metadata(self.folder).item_metadata
+            args = {}
+            for name, abstract in trees.items():
+                # Orbax itself would pad, cut or cast without a word.
+                _check(self._where, WHAT.get(name, name), flatten(saved[name].tree), flatten(abstract))
+                tree = _filled(saved[name].tree, flatten(abstract))
+                restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+                args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
+            with _storage_errors(self.folder):
+                restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
+                found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
+        return found | {name: _filled(abstract, flatten(restored[name])) for name, abstract in trees.items()}
+
+    def dtypes(self, entry: str) -> dict[str, np.dtype]:
+        """Of an entry's leaves, by name."""
+        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder):
+            tree = orbax.metadata(self.folder).item_metadata[entry].tree
+        return {name: np.dtype(leaf.dtype) for name, leaf in flatten(tree).items()}
+
+    def read(self, entry: str, name: str) -> np.ndarray:
+        """One leaf of an entry, whole, on the host."""
+        tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for part in reversed(name.split(".")):
+            tree = {part: tree}
+        item = jax.tree.map(lambda _: 0, tree)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
+        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder):
+            return jax.tree.leaves(orbax.restore(self.folder, args=ocp.args.Composite(**{entry: args}))[entry])[0]
 
 
-def _orbax() -> ocp.AsyncCheckpointer:
-    tree, opt_tree, meta = ocp.PyTreeCheckpointHandler(), ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(params=tree, opt_state=opt_tree, meta=meta))
+def newest_step(path: Path, where: str) -> StoredStep:
+    """The step that a folder means: itself, or the newest of a checkpoints folder or of a run's."""
+    if _is_whole(path):
+        return StoredStep(path, where)
+    for directory in (path, path / "checkpoints"):
+        if steps := _steps(directory):
+            return StoredStep(directory / str(steps[-1]), where)
+    raise UserError(f"{where}: no whole checkpoint in this folder")
+
+
+def read_object(folder: Path, entry: str = "meta") -> dict[str, Any]:
+    """A JSON entry of a step's folder."""
+    return json.loads((folder / entry / "metadata").read_text())
+
+
+def _open_orbax(trees: Iterable[str], objects: Iterable[str]) -> ocp.AsyncCheckpointer:
+    """Orbax, for folders with entries of these names: trees of arrays, and JSON objects."""
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in objects}
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+def _to_save(entry: Entry) -> ocp.args.PyTreeSave:
+    # A nested dict is stored by its names. What is optax's business (named tuples, masks, empty states) holds no arrays
+    # of its own, and stays out of the files.
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(entry.tree)]
+    nested = all(isinstance(key, jax.tree_util.DictKey) for path in paths for key in path)
+    tree = entry.tree if nested else flatten(entry.tree)
+
+    def save_args(leaf: Array) -> ocp.SaveArgs:
+        cast = entry.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return ocp.SaveArgs(dtype=np.dtype(entry.dtype) if cast else None)
+
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(save_args, tree))
+
+
+def _filled(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with the leaves of the same names in place of its own."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in flatten(tree)])
 
 
 def _is_whole(folder: Path) -> bool:
@@ -131,10 +229,6 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and _is_whole(entry))
 
 
-def _meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta" / "metadata").read_text())
-
-
 @contextmanager
 def _storage_errors(path: Path) -> Iterator[None]:
     try:
@@ -144,133 +238,18 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise UserError(f"checkpoint {path}: {lines[0]}", code=4) from error
 
 
-def _restore(
-    orbax: ocp.AsyncCheckpointer,
-    folder: Path,
-    where: str,
-    abstract_params: Params,
-    abstract_opt_state: PyTree | None,
-) -> tuple[Params, PyTree | None, dict[str, Any]]:
-    if not _is_whole(folder):
-        raise UserError(f"{where}: no whole checkpoint there; steps: {_steps(folder.parent) or 'none'}")
-    with _storage_errors(folder):
-        saved = orbax.metadata(folder).item_metadata
-    # Orbax itself would pad, cut or cast without a word.
-    _check(where, "parameter", flatten(saved["params"].tree), flatten(abstract_params))
-    abstract = {"params": abstract_params}
-    if abstract_opt_state is not None and (folder / "opt_state").is_dir():
-        abstract["opt_state"] = flatten(abstract_opt_state)
-        _check(where, "optimizer state", flatten(saved["opt_state"].tree), abstract["opt_state"])
-    args = {
-        name: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-        for name, tree in abstract.items()
-    }
-    with _storage_errors(folder):
-        restored = orbax.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
-    opt_state = None
-    if "opt_state" in abstract:
-        leaves = [restored["opt_state"][name] for name in abstract["opt_state"]]
-        opt_state = jax.tree.unflatten(jax.tree.structure(abstract_opt_state), leaves)
-    return restored["params"], opt_state, restored["meta"]
-
-
 def _check(where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise UserError for the first leaf that is missing, has another shape or kind of dtype, or isn't wanted."""
+    advice = "give the flags it was saved with"
     for name, leaf in wanted.items():
         if name not in saved:
-            raise UserError(f"{where}: {what} {name} is not in the checkpoint; give the flags it was saved with")
-        if tuple(saved[name].shape) != tuple(leaf.shape):
-            shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(leaf.shape)} here"
-            raise UserError(f"{where}: {what} {name} has shape {shapes}; give the flags it was saved with")
+            raise UserError(f"{where}: {what} {name} is not in the checkpoint; {advice}")
+        there, here = tuple(saved[name].shape), tuple(leaf.shape)
+        if there != here:
+            raise UserError(f"{where}: {what} {name} has shape {there} in the checkpoint and {here} here; {advice}")
         floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (saved[name].dtype, leaf.dtype)]
         if saved[name].dtype != leaf.dtype and not all(floats):
             raise UserError(f"{where}: {what} {name} is {saved[name].dtype} in the checkpoint and {leaf.dtype} here")
     for name in saved:
         if name not in wanted:
-            raise UserError(
-                f"{where}: {what} {name} of the checkpoint has no place here; give the flags it was saved with"
-            )
-
-
-# ---------------------------------------------------------------------------------------------- --load_checkpoint
-
-
-@dataclass(frozen=True)
-class LoadedState:
-    """What --load_checkpoint gave: opt_state and meta are None where the file has none or they weren't asked for.
-
-    note: one line for the user, when something the prefix asks for was left out; else empty.
-    """
-
-    params: Params
-    opt_state: PyTree | None = None
-    meta: dict[str, Any] | None = None
-    note: str = ""
-
-
-def load_checkpoint(
-    spec: str,
-    abstract_params: Params,
-    abstract_opt_state: PyTree | None = None,
-    architecture: Architecture | None = None,
-) -> LoadedState:
-    """Read what `--load_checkpoint=PREFIX::PATH` names, straight onto the mesh.
-
-    `params::` and `trainstate_params::` take the weights, `trainstate::` the optimizer state and the place in the
-    data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
-    folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
-    (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
-    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote; both need `architecture`, as
-    files do.
-
-    abstract_*: ShapeDtypeStructs with shardings. architecture: the model's, whose param_scan_axis says where stacked
-    weights have L.
-    Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
-    missing, has no place or has another shape.
-    """
-    prefix, path = find_checkpoint(spec)
-    where, name = f"--load_checkpoint={spec}", spec.partition("::")[2]
-    if prefix == "huggingface" or (prefix == "params" and is_own(path)):
-        assert architecture is not None
-        return LoadedState(load_folder(path, architecture, abstract_params))
-    if path.is_file():
-        assert architecture is not None
-        params = load_original(path, where, prefix.startswith("trainstate"), architecture, abstract_params)
-        note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
-        return LoadedState(params, note=note if prefix == "trainstate" else "")
-    if prefix == "flax_params":
-        raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
-    folder = newest_step(path, where)
-    if prefix != "trainstate":
-        orbax = _orbax()
-        params, _, _ = _restore(orbax, folder, where, abstract_params, None)
-        orbax.close()
-        return LoadedState(params)
-    if not (folder / "opt_state").is_dir():
-        raise UserError(f"{where}: saved without optimizer state; use params::{name}")
-    orbax = _orbax()
-    params, opt_state, meta = _restore(orbax, folder, where, abstract_params, abstract_opt_state)
-    orbax.close()
-    return LoadedState(params, opt_state, meta)
-
-
-def find_checkpoint(spec: str) -> tuple[str, Path]:
-    """(prefix, path) of `--load_checkpoint=PREFIX::PATH`. Raises UserError for another prefix and a missing path."""
-    prefix, _, name = spec.partition("::")
-    where = f"--load_checkpoint={spec}"
-    if prefix not in PREFIXES or not name:
-        raise UserError(f"{where}: expected one of {', '.join(f'{prefix}::PATH' for prefix in PREFIXES)}")
-    path = Path(name).expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"{where}: no such file or folder")
-    return prefix, path
-
-
-def newest_step(path: Path, where: str) -> Path:
-    """The step folder that `path` means: itself, or the newest of a checkpoints folder or of a run's."""
-    if _is_whole(path):
-        return path
-    for directory in (path, path / "checkpoints"):
-        if steps := _steps(directory):
-            return directory / str(steps[-1])
-    raise UserError(f"{where}: no whole checkpoint in this folder")
+            raise UserError(f"{where}: {what} {name} of the checkpoint has no place here; {advice}")

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from ringbpt.checkpoint.store import Checkpointer, find_checkpoint, load_checkpoint
-from ringbpt.config import Config, UserError, to_dict
-from ringbpt.model.llama import Model
+from ringbpt.checkpoint.load import find_checkpoint, load_checkpoint
+from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, read_object
+from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
+from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.training.metrics import MetricsWriter, say
 from ringbpt.training.state import TrainState, abstract_state, start_state
 
@@ -40,19 +41,20 @@ class Run:
         """
         config, self.fingerprint = self.config, fingerprint
         abstract = abstract_state(config, model, optimizer)
-        meta: dict[str, Any] | None
+        wanted = {"params": Wanted(abstract.trained), "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT)}
+        found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
         latest = self.checkpointer.latest_step() if config.autoresume else None
         if latest is not None:
-            params, opt_state, meta = self.checkpointer.restore(latest, abstract.trained, abstract.opt_state)
+            found = self.checkpointer.restore(latest, wanted)
             where = f"--autoresume from {self.checkpointer.directory}"
         elif config.load_checkpoint:
-            loaded = load_checkpoint(config.load_checkpoint, abstract.trained, abstract.opt_state, config.architecture)
-            params, opt_state, meta = loaded.params, loaded.opt_state, loaded.meta
+            found, note = load_checkpoint(config.load_checkpoint, wanted, config.architecture)
             where = f"--load_checkpoint={config.load_checkpoint}"
-            if loaded.note:
-                say(loaded.note)
+            if note:
+                say(note)
         else:
-            params, opt_state, meta = model.init(jax.random.key(config.seed)), None, None
+            found["params"] = model.init(jax.random.key(config.seed))
+        params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
         if meta is None:
             self.data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
             return start_state(config, model, optimizer, params)
@@ -89,7 +91,14 @@ class Run:
     def save(self, step: int, state: TrainState, milestone: bool) -> None:
         """Begins to save the state after `step` steps."""
         meta = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
-        self.checkpointer.save(step, state.trained, state.opt_state, meta, milestone)
+        self.checkpointer.save(step, {**entries(state, self.config.checkpointer), "meta": meta}, milestone)
+
+
+def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:
+    """What a checkpoint holds of a state: all of it, exactly, or its weights alone, as config.float_dtype."""
+    if config.save_optimizer_state:
+        return {"params": Entry(state.trained), "opt_state": Entry(state.opt_state)}
+    return {"params": Entry(state.trained, COMPUTE_DTYPES[config.float_dtype])}
 
 
 def open_run(config: Config) -> Run:
@@ -113,13 +122,13 @@ def open_run(config: Config) -> Run:
         )
     if config.load_checkpoint:
         find_checkpoint(config.load_checkpoint)
-    return Run(config, folder, Checkpointer(folder / "checkpoints", config.checkpointer))
+    return Run(config, folder, Checkpointer(folder / "checkpoints"))
 
 
 def _dataset_step(path: str) -> int:
     """The place in the data that one of our checkpoints (a step's folder) stands at."""
     try:
-        return int(json.loads((Path(path) / "meta" / "metadata").read_text())["data"]["step"])
+        return int(read_object(Path(path))["data"]["step"])
     except (OSError, ValueError, KeyError):
         raise UserError(
             f"--load_dataset_state={path}: no step folder of a checkpoint, such as runs/<run>/checkpoints/<step>"

@@ -17,11 +17,10 @@ from ringbpt.checkpoint import load
 from ringbpt.checkpoint.export import parity, report_parity, to_huggingface
 from ringbpt.checkpoint.huggingface import load_folder, open_folder, to_ours
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.checkpoint.store import Checkpointer
+from ringbpt.checkpoint.store import Checkpointer, Entry
 from ringbpt.checkpoint.tensors import repack
 from ringbpt.config import (
     Architecture,
-    CheckpointerConfig,
     Config,
     TokenizerConfig,
     UserError,
@@ -125,8 +124,8 @@ def test_a_trained_run_goes_to_hugging_face(tmp_path):
     restore("mixtral", source)
     model, params = load.load_model(f"huggingface::{source}", (1, 1, 2, 2), param_scan_axis=1)
     run = tmp_path / "run"
-    saver = Checkpointer(run / "checkpoints", CheckpointerConfig(float_dtype="fp32"))
-    saver.save(3, params, None, {}, False)
+    saver = Checkpointer(run / "checkpoints")
+    saver.save(3, {"params": Entry(params)}, milestone=False)
     saver.close()
     config = Config(
         architecture=model.architecture,

@@ -5,6 +5,7 @@ import pickle
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.serialization
 import jax
@@ -17,9 +18,12 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ringbpt.checkpoint.store import Checkpointer, LoadedState, load_checkpoint
+from ringbpt.checkpoint.load import load_checkpoint
+from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, newest_step
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import Architecture, CheckpointerConfig, UserError
+from ringbpt.training.run import entries
+from ringbpt.training.state import TrainState
 
 L, D, N, K, H, F, V = 3, 8, 2, 1, 4, 12, 16
 SHAPES = {
@@ -43,13 +47,26 @@ ARCHITECTURE = Architecture(
     num_key_value_heads=K, head_dim=H,
 )  # fmt: skip
 MESH = jax.make_mesh((2, 4), ("fsdp", "sp"), axis_types=(AxisType.Auto,) * 2)
-FULL = CheckpointerConfig(float_dtype="bf16", save_optimizer_state=True)
-WEIGHTS = CheckpointerConfig(float_dtype="bf16", save_optimizer_state=False)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
-def load(spec, params, opt_state=None, architecture=ARCHITECTURE) -> LoadedState:
-    return load_checkpoint(spec, params, opt_state, architecture)
+def wanted(params, opt_state=None):
+    fresh = Wanted(rule=Rule.IGNORED) if opt_state is None else Wanted(opt_state, Rule.FRESH_IF_ABSENT)
+    return {"params": Wanted(params), "opt_state": fresh}
+
+
+def load(spec, params, opt_state=None, architecture=ARCHITECTURE) -> SimpleNamespace:
+    loaded = load_checkpoint(spec, wanted(params, opt_state), architecture)
+    return SimpleNamespace(**loaded.entries, note=loaded.note)
+
+
+def restore(checkpointer, step, params, opt_state=None):
+    found = checkpointer.restore(step, wanted(params, opt_state))
+    return found["params"], found["opt_state"], found["meta"]
+
+
+def save_weights(checkpointer, step, params, milestone, **meta):
+    checkpointer.save(step, {"params": Entry(params, jnp.bfloat16), "meta": meta}, milestone)
 
 
 def params_like(shapes=SHAPES, seed=0, axis="fsdp"):
@@ -83,8 +100,9 @@ def saved(tmp_path_factory):
     """A run's checkpoints with step 7, a full train state; nobody writes into it."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     params = params_like()
-    checkpointer = Checkpointer(directory, FULL)
-    checkpointer.save(7, params, opt_state_like(params), {"data": {"next_batch": 7}}, milestone=False)
+    checkpointer = Checkpointer(directory)
+    state = {"params": Entry(params), "opt_state": Entry(opt_state_like(params))}
+    checkpointer.save(7, state | {"meta": {"data": {"next_batch": 7}}}, milestone=False)
     checkpointer.close()
     return directory
 
@@ -95,9 +113,9 @@ def saved(tmp_path_factory):
 def test_a_train_state_comes_back_exactly_onto_another_sharding(saved):
     params = params_like(axis="sp")  # the same values, placed otherwise
     opt_state = opt_state_like(params)
-    checkpointer = Checkpointer(saved, FULL)
+    checkpointer = Checkpointer(saved)
     assert checkpointer.latest_step() == 7
-    got, got_opt, meta = checkpointer.restore(7, abstract(params), abstract(opt_state))
+    got, got_opt, meta = restore(checkpointer, 7, abstract(params), abstract(opt_state))
     same(got, params)
     same(got_opt, opt_state)
     assert meta == {"step": 7, "milestone": False, "data": {"next_batch": 7}}
@@ -107,10 +125,11 @@ def test_a_train_state_comes_back_exactly_onto_another_sharding(saved):
 
 def test_weights_alone_are_saved_as_float_dtype_and_have_no_opt_state(tmp_path):
     params = params_like()
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
-    checkpointer.save(1, params, opt_state_like(params), {}, milestone=True)
+    checkpointer = Checkpointer(tmp_path)
+    state = TrainState(jnp.int32(1), params, opt_state_like(params))
+    checkpointer.save(1, entries(state, CheckpointerConfig(float_dtype="bf16")), milestone=True)
     checkpointer.wait()
-    got, opt_state, meta = checkpointer.restore(1, abstract(params), abstract(opt_state_like(params)))
+    got, opt_state, meta = restore(checkpointer, 1, abstract(params), abstract(opt_state_like(params)))
     same(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
     assert opt_state is None and meta["milestone"] is True
     assert not (tmp_path / "1" / "opt_state").exists()
@@ -120,42 +139,42 @@ def test_params_may_be_donated_while_they_are_being_written(tmp_path):
     params = {"w": jax.device_put(jnp.arange(2.0**23).reshape(8, -1), NamedSharding(MESH, P(("fsdp", "sp"))))}
     expected, shape = {"w": np.array(params["w"])}, abstract(params)
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0).lower(params["w"]).compile()
-    checkpointer = Checkpointer(tmp_path, CheckpointerConfig(float_dtype="fp32"))
-    checkpointer.save(1, params, None, {}, milestone=False)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, {"params": Entry(params)}, milestone=False)
     overwrite(params["w"]).block_until_ready()
     checkpointer.wait()
-    same(checkpointer.restore(1, shape, None)[0], expected)
+    same(restore(checkpointer, 1, shape, None)[0], expected)
 
 
 def test_the_newest_rolling_checkpoint_and_every_milestone_stay(tmp_path):
     params = {"w": jnp.ones(8)}
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
+    checkpointer = Checkpointer(tmp_path)
     for step, milestone in ((1, False), (2, True), (3, False), (4, False), (5, True)):
-        checkpointer.save(step, params, None, {}, milestone)
+        save_weights(checkpointer, step, params, milestone)
     checkpointer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
-    resumed = Checkpointer(tmp_path, WEIGHTS)  # the retention outlives the process
-    resumed.save(6, params, None, {}, milestone=False)
+    resumed = Checkpointer(tmp_path)  # the retention outlives the process
+    save_weights(resumed, 6, params, milestone=False)
     resumed.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
 def test_a_step_just_saved_is_not_written_twice_but_can_become_a_milestone(tmp_path):
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
-    checkpointer.save(1, {"w": jnp.ones(8)}, None, {"written": 1}, milestone=False)
-    checkpointer.save(1, {"w": jnp.ones(8)}, None, {"written": 2}, milestone=False)
+    checkpointer = Checkpointer(tmp_path)
+    save_weights(checkpointer, 1, {"w": jnp.ones(8)}, milestone=False, written=1)
+    save_weights(checkpointer, 1, {"w": jnp.ones(8)}, milestone=False, written=2)
     checkpointer.wait()
     meta = tmp_path / "1" / "meta" / "metadata"
     assert json.loads(meta.read_text())["written"] == 1
-    checkpointer.save(1, {"w": jnp.ones(8)}, None, {"written": 3}, milestone=True)
+    save_weights(checkpointer, 1, {"w": jnp.ones(8)}, milestone=True, written=3)
     checkpointer.close()
     assert json.loads(meta.read_text()) == {"written": 3, "step": 1, "milestone": True}
 
 
 def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
-    assert Checkpointer(tmp_path / "absent", WEIGHTS).latest_step() is None
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
-    checkpointer.save(3, {"w": jnp.ones(8)}, None, {}, milestone=False)
+    assert Checkpointer(tmp_path / "absent").latest_step() is None
+    checkpointer = Checkpointer(tmp_path)
+    save_weights(checkpointer, 3, {"w": jnp.ones(8)}, milestone=False)
     checkpointer.close()
     (tmp_path / "99").mkdir()
     (tmp_path / "100.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
@@ -164,42 +183,87 @@ def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
     (tmp_path / "101" / "_CHECKPOINT_METADATA").write_text("{}")
     assert checkpointer.latest_step() == 3
     with pytest.raises(UserError, match=r"99.*no whole checkpoint.*\[3\]"):
-        checkpointer.restore(99, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}, None)
+        restore(checkpointer, 99, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}, None)
 
 
 def test_another_model_is_refused_by_its_first_differing_parameter(saved):
-    checkpointer = Checkpointer(saved, FULL)
+    checkpointer = Checkpointer(saved)
     shape = abstract(params_like())
     wide = shape["layers"] | {"w_q": jax.ShapeDtypeStruct((L, D, 4, H), jnp.float32)}
     with pytest.raises(UserError, match=r"layers\.w_q has shape \(3, 8, 2, 4\) .* \(3, 8, 4, 4\)") as error:
-        checkpointer.restore(7, shape | {"layers": wide}, None)
+        restore(checkpointer, 7, shape | {"layers": wide}, None)
     assert "\n" not in str(error.value) and error.value.code == 2
     with pytest.raises(UserError, match=r"parameter bias is not in the checkpoint"):
-        checkpointer.restore(7, shape | {"bias": shape["norm"]}, None)
+        restore(checkpointer, 7, shape | {"bias": shape["norm"]}, None)
     with pytest.raises(UserError, match=r"parameter unembed of the checkpoint has no place"):
-        checkpointer.restore(7, {name: leaf for name, leaf in shape.items() if name != "unembed"}, None)
+        restore(checkpointer, 7, {name: leaf for name, leaf in shape.items() if name != "unembed"}, None)
     with pytest.raises(UserError, match=r"parameter norm is float32 in the checkpoint and int8 here"):
-        checkpointer.restore(7, shape | {"norm": jax.ShapeDtypeStruct((D,), jnp.int8)}, None)
+        restore(checkpointer, 7, shape | {"norm": jax.ShapeDtypeStruct((D,), jnp.int8)}, None)
     with pytest.raises(
         UserError, match=r"optimizer state .*mu.* is not in the checkpoint|optimizer state .*nu.* no place"
     ):
-        checkpointer.restore(7, shape, jax.eval_shape(optax.chain(optax.identity(), optax.lion(1e-3)).init, shape))
+        restore(checkpointer, 7, shape, jax.eval_shape(optax.chain(optax.identity(), optax.lion(1e-3)).init, shape))
 
 
 def test_a_damaged_or_unwritable_place_is_an_error_of_the_storage(saved, tmp_path):
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
-    checkpointer.save(1, {"w": jnp.ones(8)}, None, {}, milestone=False)
+    checkpointer = Checkpointer(tmp_path)
+    save_weights(checkpointer, 1, {"w": jnp.ones(8)}, milestone=False)
     checkpointer.wait()
     for data in (tmp_path / "1" / "params").rglob("d/*"):
         data.unlink()
     with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1: ") as error:
-        checkpointer.restore(1, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}, None)
+        restore(checkpointer, 1, {"w": jax.ShapeDtypeStruct((8,), jnp.float32)}, None)
     assert error.value.code == 4 and "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
-    blocked = Checkpointer(tmp_path / "file", WEIGHTS)
+    blocked = Checkpointer(tmp_path / "file")
     with pytest.raises(UserError, match=f"checkpoint {tmp_path}/file/1: ") as error:
-        blocked.save(1, {"w": jnp.ones(8)}, None, {}, milestone=False)
+        save_weights(blocked, 1, {"w": jnp.ones(8)}, milestone=False)
     assert error.value.code == 4 and "\n" not in str(error.value)
+
+
+# What is asked of a checkpoint with an adapter and a guard, beside its params -> what comes back, or is said.
+ASKED = {
+    "required": ({"adapter": "required", "guard": "required"}, {"adapter", "guard"}),
+    "fresh if absent": ({"adapter": "fresh", "guard": "ignored", "score_head": "fresh"}, {"adapter"}),
+    "ignored": ({"adapter": "ignored", "guard": "ignored", "score_head": "ignored"}, set()),
+    "not there": ({"adapter": "ignored", "guard": "ignored", "score_head": "required"}, "it holds no score_head"),
+    "forgotten": ({"guard": "ignored"}, "its entry adapter has no place here"),
+    "an object forgotten": ({"adapter": "ignored"}, "its entry guard has no place here"),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_entries_that_nobody_has_heard_of_are_saved_and_read_by_their_rules(tmp_path, case):
+    """A tree of tuples, which is stored by the names of its leaves, and a JSON object."""
+    params, adapter, guard = {"w": jnp.ones(8)}, (jnp.arange(4.0), {"b": jnp.arange(3)}), {"window": [1.5, 2.5]}
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(
+        1, {"params": Entry(params), "adapter": Entry(adapter, jnp.bfloat16), "guard": guard}, milestone=False
+    )
+    checkpointer.close()
+    trees = {"adapter": abstract(adapter), "score_head": abstract(params)}
+    rules = {"required": Rule.REQUIRED, "fresh": Rule.FRESH_IF_ABSENT, "ignored": Rule.IGNORED}
+    asked, expected = ASKED[case]
+    names = {name: Wanted(trees.get(name), rules[rule]) for name, rule in asked.items()}
+    read = lambda: Checkpointer(tmp_path).restore(1, {"params": Wanted(abstract(params)), **names})
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            read()
+        return
+    found = read()
+    assert found.keys() == {"params", "meta", *asked} and found["meta"] == {"step": 1, "milestone": False}
+    assert {name for name, value in found.items() if value is not None} == {"params", "meta", *expected}
+    same(found["params"], params)
+    if "adapter" in expected:
+        same(found["adapter"], adapter)
+    if "guard" in expected:
+        assert found["guard"] == guard
+
+
+def test_a_leaf_is_read_by_its_name(saved):
+    step = newest_step(saved, "")
+    assert step.dtypes("params")["layers.w_q"] == np.float32 and step.dtypes("opt_state")["1.0.count"] == np.int32
+    np.testing.assert_array_equal(step.read("params", "layers.w_q"), params_like()["layers"]["w_q"])
 
 
 def test_the_prefixes_take_their_part_of_our_folders(saved):
@@ -235,8 +299,8 @@ def test_a_wrong_spec_is_refused_in_one_line(saved, tmp_path, spec, message):
 
 
 def test_trainstate_of_weights_alone_names_the_prefix_that_works(tmp_path):
-    checkpointer = Checkpointer(tmp_path, WEIGHTS)
-    checkpointer.save(1, params_like(), None, {}, milestone=False)
+    checkpointer = Checkpointer(tmp_path)
+    save_weights(checkpointer, 1, params_like(), milestone=False)
     checkpointer.close()
     with pytest.raises(UserError, match="saved without optimizer state; use params::"):
         load(f"trainstate::{tmp_path}", abstract(params_like()))

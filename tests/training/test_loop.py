@@ -21,8 +21,9 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from ringbpt.checkpoint.load import load_checkpoint
 from ringbpt.checkpoint.original import ROWS
-from ringbpt.checkpoint.store import Checkpointer, load_checkpoint
+from ringbpt.checkpoint.store import Checkpointer, Rule, Wanted
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import Config, UserError, parse, parse_args, run_main
 from ringbpt.data.loader import Loader
@@ -113,10 +114,9 @@ def steps_of(run_dir: Path) -> list[str]:
 def weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     config = configured()
     model = Model.of(config, make_mesh((1, 1, 1, 1)))
-    checkpointer = Checkpointer(run_dir / "checkpoints", config.checkpointer)
-    params, _, _ = checkpointer.restore(step, model.abstract_params, None)
-    checkpointer.close()
-    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
+    wanted = {"params": Wanted(model.abstract_params), "opt_state": Wanted(rule=Rule.IGNORED)}
+    found = Checkpointer(run_dir / "checkpoints").restore(step, wanted)
+    return {name: np.asarray(leaf) for name, leaf in flatten(found["params"]).items()}
 
 
 class Compiled(list):
@@ -384,7 +384,8 @@ def test_wandb_that_is_not_installed_is_said_before_anything_is_written(tmp_path
 
 def test_load_checkpoint_is_read_onto_the_mesh(whole):
     """Nothing is restored whole on one device: each array comes back as its sharding says."""
-    model = Model.of(configured("--mesh_dim=1,8,1,1"), make_mesh((1, 8, 1, 1)))
-    params = load_checkpoint(f"params::{whole[0]}", model.abstract_params).params
+    model = Model(configured("--mesh_dim=1,8,1,1"), make_mesh((1, 8, 1, 1)))
+    wanted = {"params": Wanted(model.abstract_params)}
+    params = load_checkpoint(f"params::{whole[0]}", wanted, model.architecture).entries["params"]
     assert optax.tree.norm(params) == pytest.approx(read_rows(whole[0] / "metrics.jsonl")[-2]["param_norm"], rel=1e-5)
     assert len(params["embed"].sharding.device_set) == 8 and not params["embed"].sharding.is_fully_replicated
