@@ -35,37 +35,34 @@ def to_huggingface(
 ) -> None:
     """The weights of `--load_checkpoint=PREFIX::PATH`, of one of our checkpoints or folders -> a Hugging Face folder.
 
-    base: a folder whose config.json and tokenizer go along; None: what came with the model, if anything did.
-    dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no family of
-    Hugging Face's has such a model.
+    base: a folder whose config.json and tokenizer go along with a checkpoint; None: what came with the model, if
+    anything did. dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no
+    family of Hugging Face's has such a model.
     """
     prefix, path = find_checkpoint(spec)
     if prefix == "huggingface":
         raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
     if prefix == "params" and is_own(path):
-        _from_folder(path, output, dtype, max_shard_bytes)
-        return
-    found = describe_checkpoint(spec)
-    base = base or found.folder
-    _from_step(newest_step(path, f"--load_checkpoint={spec}"), found.architecture, output, base, dtype, max_shard_bytes)
-    vocab_file = Path(found.vocab_file)
-    if base is None and vocab_file.exists():
-        carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
-
-
-def _from_folder(folder: Path, output: Path, dtype: str, max_shard_bytes: int) -> None:
-    source = open_folder(folder, own=True)
-    stored = next(iter(source.files.entries.values())).dtype
-    rewrite(source, output, "model", dtype, max_shard_bytes)
-    carry(folder / CARRIED, output)
-    settings = hf_settings(source.architecture, HF_DTYPES[dtype or SHORT_NAMES[stored]], source.settings)
+        source, base = open_folder(path, own=True), path / CARRIED
+        stored = next(iter(source.files.entries.values())).dtype
+        settings = hf_settings(source.architecture, HF_DTYPES[dtype or SHORT_NAMES[stored]], source.settings)
+        rewrite(source, output, "model", dtype, max_shard_bytes)
+    else:
+        found = describe_checkpoint(spec)
+        base, vocab_file = base or found.folder, Path(found.vocab_file)
+        step = newest_step(path, f"--load_checkpoint={spec}")
+        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes)
+        if base is None and vocab_file.exists():
+            carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
+    if base:
+        carry(base, output)
     write_settings(output, settings)
 
 
-def _from_step(
+def _write_step(
     step: StoredStep, architecture: Architecture, output: Path, base: Path | None, dtype: str, max_shard_bytes: int
-) -> None:
-    """One whole weight of ours is held at a time."""
+) -> dict[str, Any]:
+    """A checkpoint's weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json."""
     stored = step.dtypes("params")
     dtype = dtype or SHORT_NAMES[stored["embed"]]
     settings = hf_settings(architecture, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
@@ -81,9 +78,7 @@ def _from_step(
             whole = step.read("params", conversion.ours)
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
-    if base:
-        carry(base, output)
-    write_settings(output, settings)
+    return settings
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

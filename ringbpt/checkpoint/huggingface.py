@@ -1,4 +1,4 @@
-"""Hugging Face folders by the tables of families.py: read onto the mesh, and rewritten as folders of our own.
+"""Hugging Face folders by the tables of config/families.py: read onto the mesh, and rewritten as folders of our own.
 
 A folder of our own (`params.safetensors`, and the files of the model beside it in `huggingface/`) is read by the same
 code with a table that changes nothing: `layers.w_q.3` for the layer 3 of `layers.w_q`.

@@ -3,7 +3,7 @@
 Of a stream, no more than one weight at a time is held on the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def load_original(
 
 def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[str, np.ndarray]]:
     """(path below "params", tensor) of every parameter, in the file's order."""
-    read = {"stream": _stream, "flax": _flax}[_kind(path, where)]
+    read = _reader(path, where)
     try:
         for key, value in read(path):
             in_train_state = key[0] in ("step", "opt_state") or key[:2] == ("params", "params")
@@ -106,8 +106,8 @@ def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[str, n
         raise UserError(f"{where}: the file is truncated or damaged: {type(error).__name__} {reason}") from error
 
 
-def _kind(path: Path, where: str) -> str:
-    """ "stream" or "flax", told by the first bytes whatever the file's name: unpickling runs what its author wrote."""
+def _reader(path: Path, where: str) -> Callable[[Path], Iterator[tuple[tuple[str, ...], Any]]]:
+    """Told by the first bytes, whatever the file's name: unpickling runs what its author wrote."""
     with path.open("rb") as file:
         head = file.read(2)
     convert = "never opened, it could run code; save it as safetensors and convert it with scripts/hf2jax.py"
@@ -116,9 +116,9 @@ def _kind(path: Path, where: str) -> str:
     if head == b"PK":
         raise UserError(f"{where}: a zip archive, as torch.save writes: {convert}")
     if head[:1] == b"\x92":  # an array of two: the first pair of a stream
-        return "stream"
+        return _stream
     if b"\x81" <= head[:1] <= b"\x8f":  # a map
-        return "flax"
+        return _flax
     raise UserError(
         f"{where}: neither a streaming nor a flax msgpack file; for a Hugging Face folder use huggingface::DIR"
     )

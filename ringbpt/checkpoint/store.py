@@ -1,7 +1,7 @@
 """Our own checkpoints: named entries in a folder, written and read with Orbax, straight from and onto the mesh.
 
 A run's `checkpoints/` holds one folder a step, named by its number, with a folder for each entry: a tree of arrays, or
-a JSON object. Which there are is for others to say (training/state.py names those of a run); `params` and `meta` are in
+a JSON object. Which there are is for others to say (training/run.py names those of a run); `params` and `meta` are in
 every checkpoint. Orbax writes into a temporary name and renames at the end, so a numbered folder is a whole one.
 """
 
@@ -27,7 +27,7 @@ WHAT = {"params": "parameter", "opt_state": "optimizer state"}  # one of an entr
 
 
 class Entry(NamedTuple):
-    """A tree to be saved. dtype: what its floats are saved as; None: each as it is."""
+    """Nested dicts of arrays to be saved, as `flatten` makes of any tree. dtype: of its floats; None: as they are."""
 
     tree: PyTree
     dtype: Any = None
@@ -201,17 +201,11 @@ def _open_orbax(trees: Iterable[str], objects: Iterable[str]) -> ocp.AsyncCheckp
 
 
 def _to_save(entry: Entry) -> ocp.args.PyTreeSave:
-    # A nested dict is stored by its names. What is optax's business (named tuples, masks, empty states) holds no arrays
-    # of its own, and stays out of the files.
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(entry.tree)]
-    nested = all(isinstance(key, jax.tree_util.DictKey) for path in paths for key in path)
-    tree = entry.tree if nested else flatten(entry.tree)
-
     def save_args(leaf: Array) -> ocp.SaveArgs:
         cast = entry.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
         return ocp.SaveArgs(dtype=np.dtype(entry.dtype) if cast else None)
 
-    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(save_args, tree))
+    return ocp.args.PyTreeSave(entry.tree, save_args=jax.tree.map(save_args, entry.tree))
 
 
 def _filled(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

@@ -2,7 +2,7 @@
 
 A row of a table names our weight, their tensor ({L} the layer, {E} the expert) and the pattern from theirs to ours:
 `("layers.w_q", "model.layers.{L}.self_attn.q_proj.weight", "(N H) D -> D N H")`. The sides of a pattern are swapped to
-go back. Tables are data: families.py has those of Hugging Face, original.py the original project's.
+go back. Tables are data: config/families.py has those of Hugging Face, original.py the original project's.
 """
 
 import re

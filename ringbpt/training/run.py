@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from ringbpt.checkpoint.load import find_checkpoint, load_checkpoint
 from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, read_object
+from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.training.metrics import MetricsWriter, say
@@ -97,7 +98,8 @@ class Run:
 def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:
     """What a checkpoint holds of a state: all of it, exactly, or its weights alone, as config.float_dtype."""
     if config.save_optimizer_state:
-        return {"params": Entry(state.trained), "opt_state": Entry(state.opt_state)}
+        # What is optax's business (named tuples, masks, empty states) holds no arrays, and stays out of the files.
+        return {"params": Entry(state.trained), "opt_state": Entry(flatten(state.opt_state))}
     return {"params": Entry(state.trained, COMPUTE_DTYPES[config.float_dtype])}
 
 

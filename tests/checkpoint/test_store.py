@@ -101,7 +101,7 @@ def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     params = params_like()
     checkpointer = Checkpointer(directory)
-    state = {"params": Entry(params), "opt_state": Entry(opt_state_like(params))}
+    state = {"params": Entry(params), "opt_state": Entry(flatten(opt_state_like(params)))}
     checkpointer.save(7, state | {"meta": {"data": {"next_batch": 7}}}, milestone=False)
     checkpointer.close()
     return directory
@@ -238,7 +238,7 @@ def test_entries_that_nobody_has_heard_of_are_saved_and_read_by_their_rules(tmp_
     params, adapter, guard = {"w": jnp.ones(8)}, (jnp.arange(4.0), {"b": jnp.arange(3)}), {"window": [1.5, 2.5]}
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(
-        1, {"params": Entry(params), "adapter": Entry(adapter, jnp.bfloat16), "guard": guard}, milestone=False
+        1, {"params": Entry(params), "adapter": Entry(flatten(adapter), jnp.bfloat16), "guard": guard}, milestone=False
     )
     checkpointer.close()
     trees = {"adapter": abstract(adapter), "score_head": abstract(params)}
