@@ -26,9 +26,6 @@ from ringbpt.layouts import inverse, permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
 
-HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SHORT_NAMES = {np.dtype(COMPUTE_DTYPES[name]): name for name in HF_DTYPES}
-
 
 def to_huggingface(
     spec: str, output: Path, base: Path | None = None, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
@@ -45,7 +42,7 @@ def to_huggingface(
     if prefix == "params" and is_own(path):
         source, base = open_folder(path, own=True), path / CARRIED
         stored = next(iter(source.files.entries.values())).dtype
-        settings = hf_settings(source.architecture, HF_DTYPES[dtype or SHORT_NAMES[stored]], source.settings)
+        settings = hf_settings(source.architecture, _choose(dtype, stored).name, source.settings)
         rewrite(source, output, "model", dtype, max_shard_bytes)
     else:
         found = describe_checkpoint(spec)
@@ -64,10 +61,10 @@ def _write_step(
 ) -> dict[str, Any]:
     """A checkpoint's weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json."""
     stored = step.dtypes("params")
-    dtype = dtype or SHORT_NAMES[stored["embed"]]
-    settings = hf_settings(architecture, HF_DTYPES[dtype], read_json(base / "config.json") if base else None)
+    cast = _choose(dtype, stored["embed"])
+    settings = hf_settings(architecture, cast.name, read_json(base / "config.json") if base else None)
     _, family = find_family(settings, "the model")
-    table, cast = conversions(rows_for(family, architecture), architecture), np.dtype(COMPUTE_DTYPES[dtype])
+    table = conversions(rows_for(family, architecture), architecture)
     if strange := stored.keys() ^ {conversion.ours for conversion in table}:
         raise UserError(f"{step.folder}: {sorted(strange)[0]} is in only one of the checkpoint and its config.json")
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
@@ -79,6 +76,10 @@ def _write_step(
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
     return settings
+
+
+def _choose(dtype: str, stored: np.dtype) -> np.dtype:
+    return np.dtype(COMPUTE_DTYPES[dtype]) if dtype else stored
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

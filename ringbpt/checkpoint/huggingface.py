@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.checkpoint.tensors import Conversion, conversions, flatten, place_params, repack
+from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
 from ringbpt.config import Architecture, UserError, complete
 from ringbpt.config.families import IGNORED, Row, find_family, llama_fields, read_json, rows_for
 from ringbpt.model.llama import COMPUTE_DTYPES
@@ -103,12 +103,13 @@ def load_folder(folder: Path, architecture: Architecture, abstract_params: Param
 
     Raises UserError for what `open_folder` refuses, and where the folder's family has other weights than the model.
     """
-    found = open_folder(folder, is_own(folder), architecture)
-    if strange := flatten(abstract_params).keys() ^ {conversion.ours for conversion in found.table}:
+    found, wanted = open_folder(folder, is_own(folder), architecture), flatten(abstract_params)
+    if strange := wanted.keys() ^ {conversion.ours for conversion in found.table}:
         raise UserError(
             f"{folder}: {sorted(strange)[0]} is in only one of this model and --llama flags: leave them out"
         )
-    return place_params(found.table, abstract_params, found.files.read)
+    weights = {row.ours: place(row, wanted[row.ours], found.files.read) for row in found.table}
+    return fill(abstract_params, weights)
 
 
 def to_ours(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

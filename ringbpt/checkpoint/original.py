@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
-from ringbpt.checkpoint.tensors import conversions, flatten, place
+from ringbpt.checkpoint.tensors import conversions, fill, flatten, place
 from ringbpt.config import Architecture, UserError
 from ringbpt.config.families import Row
 from ringbpt.types import Params
@@ -73,14 +73,14 @@ def load_original(
                 del held[part]
     for conversion in rows:
         if conversion.ours not in loaded:
-            absent = [name for name in conversion.names() if name not in held]
-            name = absent[0] if len(absent) < len(conversion.names()) else conversion.name(STACKED)
+            missing = [name for name in conversion.names() if name not in held]
+            name = missing[0] if missing != conversion.names() else conversion.name(STACKED)
             raise UserError(f"{where}: tensor {name} is missing from the file")
     if strange := wanted.keys() - loaded.keys():
         raise UserError(
             f"{where}: the original's models have no {sorted(strange)[0]}: leave out the --llama flag of it"
         )
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), [loaded[name] for name in wanted])
+    return fill(abstract_params, loaded)
 
 
 def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[str, np.ndarray]]:

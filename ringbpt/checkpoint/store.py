@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ringbpt.checkpoint.tensors import flatten
+from ringbpt.checkpoint.tensors import fill, flatten
 from ringbpt.config import UserError
 from ringbpt.types import Array, PyTree
 
@@ -153,13 +153,13 @@ class StoredStep:
             for name, abstract in trees.items():
                 # Orbax itself would pad, cut or cast without a word.
                 _check(self._where, WHAT.get(name, name), flatten(saved[name].tree), flatten(abstract))
-                tree = _filled(saved[name].tree, flatten(abstract))
+                tree = fill(saved[name].tree, flatten(abstract))
                 restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
                 args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
             with _storage_errors(self.folder):
                 restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
                 found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
-        return found | {name: _filled(abstract, flatten(restored[name])) for name, abstract in trees.items()}
+        return found | {name: fill(abstract, flatten(restored[name])) for name, abstract in trees.items()}
 
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
@@ -206,11 +206,6 @@ def _to_save(entry: Entry) -> ocp.args.PyTreeSave:
         return ocp.SaveArgs(dtype=np.dtype(entry.dtype) if cast else None)
 
     return ocp.args.PyTreeSave(entry.tree, save_args=jax.tree.map(save_args, entry.tree))
-
-
-def _filled(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """The tree with the leaves of the same names in place of its own."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in flatten(tree)])
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,7 @@ go back. Tables are data: config/families.py has those of Hugging Face, original
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import product
 from math import prod
@@ -20,7 +20,7 @@ from ringbpt.config import Architecture
 from ringbpt.config.families import Row
 from ringbpt.dims import Dims
 from ringbpt.model.llama import make_dims
-from ringbpt.types import Params, PyTree
+from ringbpt.types import PyTree
 
 Box = tuple[slice, ...]
 Read = Callable[[str, Box], np.ndarray]  # a box of one of their tensors, by its name
@@ -126,11 +126,9 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def place_params(table: Iterable[Conversion], abstract_params: Params, read: Read) -> Params:
-    """All weights of a model, each placed as `place` does."""
-    rows = {conversion.ours: conversion for conversion in table}
-    leaves = [place(rows[name], abstract, read) for name, abstract in flatten(abstract_params).items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
+def fill(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with the leaves of the same names in place of its own."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in flatten(tree)])
 
 
 def place(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read) -> jax.Array:
