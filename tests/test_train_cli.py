@@ -14,8 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ringbpt.checkpoint.store import StoredStep
 from ringbpt.training.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +236,7 @@ def test_two_processes_are_one_run(tmp_path):
         *(f"--{split}.{size}" for split in splits for size in ("seq_length=64", "batch_size=4")),
         *(f"--{split}.path={Path(json.__file__).parent}" for split in splits),  # a few files of the library
         *("--eval_dataset.python_dataset.split=all", "--llama.remat_block=", "--llama.attention_type=ring_standard"),
+        *("--save_model_freq=2", "--checkpointer.save_optimizer_state"),
     ]
     together = [
         *debug,
@@ -266,7 +269,11 @@ def test_two_processes_are_one_run(tmp_path):
     for two, one in zip(*rows, strict=True):
         for key in ("step", "loss", "eval_loss", "gradient_norm", "param_norm"):
             assert two.get(key) == pytest.approx(one.get(key), abs=1e-6), (one["step"], key)
-    assert (tmp_path / "runs" / "two" / "checkpoints" / "4").is_dir()
+    assert [path.name for path in (tmp_path / "runs" / "two" / "checkpoints").iterdir()] == ["4"]
+    steps = [StoredStep(tmp_path / "runs" / name / "checkpoints" / "4") for name in ("two", "one")]
+    assert steps[0].dtypes("opt_state") == steps[1].dtypes("opt_state")
+    for name in ("embed", "layers.w_q"):
+        np.testing.assert_allclose(*(step.read("params", name) for step in steps), rtol=0, atol=1e-5)
     # The second process says nothing, and each asks for the rows of its own devices alone.
     asked = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
     assert asked == [{"process": 0, "asked": [[0, 2]]}, {"process": 1, "asked": [[2, 4]]}]
