@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -54,16 +54,11 @@ def describe_checkpoint(spec: str) -> Found:
     return Found(architecture, folder if folder and folder.is_dir() else None, tree["tokenizer"]["vocab_file"])
 
 
-class Loaded(NamedTuple):
-    """What --load_checkpoint gave. entries: the wanted ones and "meta", None where it has none or they aren't taken.
-    note: one line for the user, when something that the prefix asks for was left out; else empty."""
+def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Architecture) -> tuple[dict[str, Any], str]:
+    """(entries, note): what `--load_checkpoint=PREFIX::PATH` names, read straight onto the mesh.
 
-    entries: dict[str, Any]
-    note: str = ""
-
-
-def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Architecture) -> Loaded:
-    """Read what `--load_checkpoint=PREFIX::PATH` names, straight onto the mesh.
+    entries: the wanted ones and "meta", None where the checkpoint has none or they aren't taken. note: one line for the
+    user, where something that the prefix asks for was left out; else empty.
 
     `params::` and `trainstate_params::` take the weights, `trainstate::` the optimizer state and the place in the
     data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
@@ -78,20 +73,20 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     prefix, path = find_checkpoint(spec)
     where, name, nothing = f"--load_checkpoint={spec}", spec.partition("::")[2], {**dict.fromkeys(wanted), "meta": None}
     if prefix == "huggingface" or (prefix == "params" and is_own(path)):
-        return Loaded(nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)})
+        return nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)}, ""
     if path.is_file():
         train_state, abstract = prefix.startswith("trainstate"), wanted["params"].abstract
         params = load_original(path, where, train_state, architecture, abstract)
         note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
-        return Loaded(nothing | {"params": params}, note if prefix == "trainstate" else "")
+        return nothing | {"params": params}, note if prefix == "trainstate" else ""
     if prefix == "flax_params":
         raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
     step = newest_step(path, where)
     if prefix != "trainstate":
-        return Loaded(step.restore({**wanted, "opt_state": Wanted(rule=Rule.IGNORED)}) | {"meta": None})
+        return step.restore({**wanted, "opt_state": Wanted(rule=Rule.IGNORED)}) | {"meta": None}, ""
     if "opt_state" not in step.trees:
         raise UserError(f"{where}: saved without optimizer state; use params::{name}")
-    return Loaded(step.restore(wanted))
+    return step.restore(wanted), ""
 
 
 def find_checkpoint(spec: str) -> tuple[str, Path]:
@@ -127,7 +122,8 @@ def load_model(
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[dtype], sharding=x.sharding), model.abstract_params
     )
-    return model, load_checkpoint(spec, {"params": Wanted(wanted)}, architecture).entries["params"]
+    entries, _ = load_checkpoint(spec, {"params": Wanted(wanted)}, architecture)
+    return model, entries["params"]
 
 
 def default_execution(mesh_shape: MeshShape) -> Execution:

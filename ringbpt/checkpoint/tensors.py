@@ -40,7 +40,7 @@ class Conversion:
         self._their_groups, self._our_groups = _groups(theirs), _groups(ours)
         sizes = {**asdict(dims), "pair": dims.H // 2, "two": 2}
         self._sizes = {letter: sizes[letter] for group in self._our_groups for letter in group}
-        self.their_shape = self._shape(self._their_groups)
+        self.their_shape = tuple(prod(self._sizes[letter] for letter in group) for group in self._their_groups)
         self.layer_axis = layer_axis if "{L}" in row.theirs else None
         self.has_experts = "{E}" in row.theirs
         self._counts = (dims.L if "{L}" in row.theirs else 1, dims.E if self.has_experts else 1)
@@ -105,9 +105,6 @@ class Conversion:
     def _inner(self, groups: list[list[str]]) -> dict[str, int]:
         """What einops cannot tell from a shape; the first letter of a group, of which a box may have less, it can."""
         return {letter: self._sizes[letter] for group in groups for letter in group[1:]}
-
-    def _shape(self, groups: list[list[str]]) -> tuple[int, ...]:
-        return tuple(prod(self._sizes[letter] for letter in group) for group in groups)
 
 
 def _groups(side: str) -> list[list[str]]:

@@ -41,8 +41,8 @@ def wanted(params, opt_state=None):
 
 
 def load(spec, params, opt_state=None, architecture=ARCHITECTURE) -> SimpleNamespace:
-    loaded = load_checkpoint(spec, wanted(params, opt_state), architecture)
-    return SimpleNamespace(**loaded.entries, note=loaded.note)
+    entries, note = load_checkpoint(spec, wanted(params, opt_state), architecture)
+    return SimpleNamespace(**entries, note=note)
 
 
 def params_like(shapes=SHAPES, seed=0, axis="fsdp"):

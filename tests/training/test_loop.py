@@ -386,6 +386,6 @@ def test_load_checkpoint_is_read_onto_the_mesh(whole):
     """Nothing is restored whole on one device: each array comes back as its sharding says."""
     model = Model.of(configured("--mesh_dim=1,8,1,1"), make_mesh((1, 8, 1, 1)))
     wanted = {"params": Wanted(model.abstract_params)}
-    params = load_checkpoint(f"params::{whole[0]}", wanted, model.architecture).entries["params"]
+    params = load_checkpoint(f"params::{whole[0]}", wanted, model.architecture)[0]["params"]
     assert optax.tree.norm(params) == pytest.approx(read_rows(whole[0] / "metrics.jsonl")[-2]["param_norm"], rel=1e-5)
     assert len(params["embed"].sharding.device_set) == 8 and not params["embed"].sharding.is_fully_replicated
