@@ -69,7 +69,7 @@ def perplexity(model: Any, params: Any, codec: Any, flags: dict[str, Any], outpu
     import numpy as np
 
     from ringbpt.config import PythonDatasetConfig
-    from ringbpt.data.sources import PythonSource
+    from ringbpt.data.reading.sources import PythonSource
     from ringbpt.evaluation.passkey import draw_curve
     from ringbpt.evaluation.score import Item, Scorer, make_loss_by_position
 

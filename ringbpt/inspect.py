@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     config = parse(tree, start_jax(tree))
     from ringbpt.data.loader import make_loader
-    from ringbpt.data.tokenizers import make_tokenizer
+    from ringbpt.data.text.tokenizers import make_tokenizer
 
     tokenizer = make_tokenizer(config.tokenizer)
     dataset = getattr(config, own["split"])

@@ -232,7 +232,7 @@ def parting(passed: list[Variant], failed: list[Variant]) -> list[str]:
 def verify(config: Config, device_count: int, tolerance: float, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs every variant and compares; the report as a JSON-serialisable dict with "ok" and "parting"."""
     from ringbpt.data.loader import make_loader
-    from ringbpt.data.tokenizers import make_tokenizer
+    from ringbpt.data.text.tokenizers import make_tokenizer
 
     vocab_size = config.architecture.vocab_size
     loader = make_loader(

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    from ringbpt.data.bench import bench
+    from ringbpt.bench.data import bench
 
     bench(**read_own_flags(argv, FLAGS))
     return 0

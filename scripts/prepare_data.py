@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
     if not own["output"]:
         raise UserError("--output is empty: give a new folder, or a .jsonl file")
     output = Path(own["output"]).expanduser()
-    from ringbpt.data.catalogue import make_source, parts_of
     from ringbpt.data.loader import cache_folder
-    from ringbpt.data.prepare import prepare, write_jsonl
+    from ringbpt.data.reading.catalogue import make_source, parts_of
+    from ringbpt.data.stored.prepare import prepare, write_jsonl
 
     hub = HuggingfaceDatasetConfig(path="Skylion007/openwebtext", name="")
     if own["openwebtext"]:

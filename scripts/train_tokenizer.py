@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     if not own["output"] or Path(own["output"]).exists():
         raise UserError(f"--output={own['output']!r} is empty or there already: give a new name")
     dataset = parse(parse_args([*rest, "--mesh_dim=1,1,1,1"]), 1).train_dataset
-    from ringbpt.data.train_tokenizer import KINDS, train
+    from ringbpt.data.text.train_tokenizer import KINDS, train
 
     if own["kind"] not in KINDS:
         raise UserError(f"--kind={own['kind']} is none of {', '.join(KINDS)}: try --kind=sentencepiece")

@@ -12,7 +12,7 @@ import pytest
 from ringbpt.config import TokenizerConfig, run_main
 from ringbpt.data.loader import make_loader
 from ringbpt.data.page import shown
-from ringbpt.data.tokenizers import BytesTokenizer
+from ringbpt.data.text.tokenizers import BytesTokenizer
 from ringbpt.inspect import main
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

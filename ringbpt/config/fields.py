@@ -50,7 +50,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TextProcessorConfig:
-    """How an example becomes text. Without `fields`, its shape decides, told by its keys (data/shapes.py)."""
+    """How an example becomes text. Without `fields`, its shape decides, told by its keys (data/text/shapes.py)."""
 
     fields_from_example: str = flag("", "the key of the example whose value is the `fields` string")
     fields: str = flag("", "'text', or '[prompt],answer': [..] takes no loss; empty: by the shape", shown="data")

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
-from ringbpt.data.catalogue import Part, make_source, parts_of
-from ringbpt.data.files import cached, digest_of
 from ringbpt.data.packing import Arrays, Plan, Row, Store, interleave, make_plan, mix
-from ringbpt.data.rows import open_rows
-from ringbpt.data.shapes import detect
-from ringbpt.data.sources import Source
-from ringbpt.data.tokenise import Job, check_vocabulary, make_store, token_dtype
-from ringbpt.data.tokenizers import Tokenizer
-from ringbpt.data.tokens import FORMAT, Column, TokenStore, open_megatron, open_store
+from ringbpt.data.reading.catalogue import Part, make_source, parts_of
+from ringbpt.data.reading.files import cached, digest_of
+from ringbpt.data.reading.sources import Source
+from ringbpt.data.stored.rows import open_rows
+from ringbpt.data.stored.tokenise import Job, check_vocabulary, make_store, token_dtype
+from ringbpt.data.stored.tokens import FORMAT, Column, TokenStore, open_megatron, open_store
+from ringbpt.data.text.shapes import detect
+from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import Batch
 
 PLAN_FORMAT = "2"  # part of a kept plan's key

@@ -8,7 +8,7 @@ import numpy as np
 
 from ringbpt.data.loader import Loader
 from ringbpt.data.packing import Row
-from ringbpt.data.tokenizers import Tokenizer
+from ringbpt.data.text.tokenizers import Tokenizer
 
 BINS = 24
 

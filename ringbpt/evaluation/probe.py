@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ringbpt.config import Config
-from ringbpt.data.tokenizers import Tokenizer
+from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.evaluation.passkey import draw_curve, draw_grid, passkey_grid
 from ringbpt.evaluation.score import Scorer, make_loss_by_position
 from ringbpt.model.llama import Model

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringbpt.config import PythonDatasetConfig, UserError
-from ringbpt.data.sources import PythonSource
+from ringbpt.data.reading.sources import PythonSource
 
 NEEDLE = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"

@@ -10,7 +10,7 @@ import numpy as np
 from ringbpt.checkpoint.load import Found
 from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.config.families import read_json
-from ringbpt.data.tokenizers import make_tokenizer
+from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.generation.generator import Generator, check_vocabulary, plan
 from ringbpt.generation.sampling import Sampling
 

@@ -12,7 +12,7 @@ import jax
 from ringbpt.config import Config, DatasetConfig
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
-from ringbpt.data.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
 from ringbpt.evaluation.probe import Probe, make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model

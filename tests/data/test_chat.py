@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.chat import CHATML, TODAY, ChatTemplate, find_template, unmark
-from ringbpt.data.text_processor import TextProcessor
-from ringbpt.data.tokenizers import BytesTokenizer, Tokenizer, make_tokenizer
+from ringbpt.data.text.chat import CHATML, TODAY, ChatTemplate, find_template, unmark
+from ringbpt.data.text.text_processor import TextProcessor
+from ringbpt.data.text.tokenizers import BytesTokenizer, Tokenizer, make_tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 CHAT = [

@@ -21,10 +21,10 @@ from ringbpt.config import (
     TokenizerConfig,
     UserError,
 )
-from ringbpt.data.catalogue import make_source, parts_of
-from ringbpt.data.hub import read_example
 from ringbpt.data.loader import Loader, make_loader
-from ringbpt.data.tokenizers import BytesTokenizer
+from ringbpt.data.reading.catalogue import make_source, parts_of
+from ringbpt.data.reading.hub import read_example
+from ringbpt.data.text.tokenizers import BytesTokenizer
 
 TOKENIZER = BytesTokenizer(TokenizerConfig("bytes"))
 TEXTS = ["zero", 'one, "quoted"', "two\nlines é", "three;\t", "four \U0001f600", "five\u2028", "six"]

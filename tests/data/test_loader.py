@@ -22,10 +22,11 @@ from ringbpt.config import (
     TokenizerConfig,
     UserError,
 )
-from ringbpt.data import files, sources, tokenise
 from ringbpt.data import loader as module
 from ringbpt.data.loader import Loader, cache_folder, make_loader
-from ringbpt.data.tokenizers import BytesTokenizer
+from ringbpt.data.reading import files, sources
+from ringbpt.data.stored import tokenise
+from ringbpt.data.text.tokenizers import BytesTokenizer
 
 TOKENIZER = BytesTokenizer(TokenizerConfig("bytes"))
 
@@ -161,9 +162,9 @@ if __name__ == "__main__":
     import os, sys
     from ringbpt.config import DatasetConfig, JsonDatasetConfig, TextProcessorConfig, TokenizerConfig
     from ringbpt.data.loader import make_loader
-    from ringbpt.data.tokenizers import BytesTokenizer
+    from ringbpt.data.text.tokenizers import BytesTokenizer
 
-    from ringbpt.data import tokenise
+    from ringbpt.data.stored import tokenise
 
     os.cpu_count, tokenise.SHARD_BYTES = lambda: 2, 4096
     data = JsonDatasetConfig(path=sys.argv[1], tokenizer_processes=2)

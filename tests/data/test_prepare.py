@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from ringbpt.config import DatasetConfig, FilesDatasetConfig, TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data import prepare as module
 from ringbpt.data.loader import make_loader
-from ringbpt.data.prepare import prepare
-from ringbpt.data.tokenizers import BytesTokenizer, make_tokenizer
-from ringbpt.data.train_tokenizer import train
+from ringbpt.data.stored import prepare as module
+from ringbpt.data.stored.prepare import prepare
+from ringbpt.data.text.tokenizers import BytesTokenizer, make_tokenizer
+from ringbpt.data.text.train_tokenizer import train
 
 ROOT = Path(__file__).parents[2]
 BYTES = TokenizerConfig("bytes")

@@ -17,9 +17,9 @@ import pytest
 
 from ringbpt.config import DatasetConfig, JsonDatasetConfig, TextProcessorConfig, TokenizerConfig
 from ringbpt.data.loader import COLUMNS, make_loader
-from ringbpt.data.tokenise import SHARD_BYTES
-from ringbpt.data.tokenizers import BytesTokenizer
-from ringbpt.data.tokens import COUNTED, ShardWriter, join_shards, open_store
+from ringbpt.data.stored.tokenise import SHARD_BYTES
+from ringbpt.data.stored.tokens import COUNTED, ShardWriter, join_shards, open_store
+from ringbpt.data.text.tokenizers import BytesTokenizer
 
 STEPS, ROWS = 200, 8
 

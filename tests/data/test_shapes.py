@@ -3,7 +3,7 @@
 import pytest
 
 from ringbpt.config import TextProcessorConfig, UserError
-from ringbpt.data.shapes import SHAPES, conversation, detect, preference, prompt_and_completion
+from ringbpt.data.text.shapes import SHAPES, conversation, detect, preference, prompt_and_completion
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 EXAMPLES = {

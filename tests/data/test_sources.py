@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ringbpt.config import JsonDatasetConfig, PythonDatasetConfig, UserError
-from ringbpt.data.files import cached
-from ringbpt.data.sources import HELD_OUT_SHARE, JsonSource, PythonSource, is_held_out
+from ringbpt.data.reading.files import cached
+from ringbpt.data.reading.sources import HELD_OUT_SHARE, JsonSource, PythonSource, is_held_out
 
 ROOT = Path(__file__).parents[2]
 
@@ -214,7 +214,7 @@ def test_cached_builds_once_and_leaves_nothing_of_a_failure(tmp_path):
 
 def test_cached_after_a_kill(tmp_path):
     killed = (
-        "import os, signal, sys; from pathlib import Path; from ringbpt.data.files import cached\n"
+        "import os, signal, sys; from pathlib import Path; from ringbpt.data.reading.files import cached\n"
         "def build(path):\n"
         "    path.mkdir(); (path / 'token.bin').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         "cached(Path(sys.argv[1]), 'x', build, 'train_dataset')\n"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.text_processor import Document, TextProcessor
-from ringbpt.data.tokenizers import BytesTokenizer
+from ringbpt.data.text.text_processor import Document, TextProcessor
+from ringbpt.data.text.tokenizers import BytesTokenizer
 
 BOS, EOS = 256, 257
 TOKENIZER = BytesTokenizer(TokenizerConfig("bytes"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.data.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
 
 CORPUS = ["the ring carries the keys and the values", "a block of queries stays where it is"] * 40
 

@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.files import remove, unwritable
-from ringbpt.data.sources import Source
-from ringbpt.data.text_processor import TextProcessor
-from ringbpt.data.tokenizers import Tokenizer, make_tokenizer
-from ringbpt.data.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
+from ringbpt.data.reading.files import remove, unwritable
+from ringbpt.data.reading.sources import Source
+from ringbpt.data.stored.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
+from ringbpt.data.text.text_processor import TextProcessor
+from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
 
 SHARD_BYTES = 1 << 22  # of the source, about; more of a source that would make more than MOST_SHARDS
 MOST_SHARDS = 1024

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ringbpt.config import UserError
-from ringbpt.data.files import nearest_path, optional
-from ringbpt.data.shapes import Message
+from ringbpt.data.reading.files import nearest_path, optional
+from ringbpt.data.text.shapes import Message
 
 Span = tuple[int, int]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import HuggingfaceDatasetConfig, JsonDatasetConfig, TfdsDatasetConfig, UserError
-from ringbpt.data.files import cached, digest_of, file_digest, optional
-from ringbpt.data.sources import JsonSource, Source
-from ringbpt.data.wire import fields_of, varints
+from ringbpt.data.reading.files import cached, digest_of, file_digest, optional
+from ringbpt.data.reading.sources import JsonSource, Source
+from ringbpt.data.reading.wire import fields_of, varints
 
 
 def one_line(error: BaseException) -> str:

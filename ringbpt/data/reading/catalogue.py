@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringbpt.config import DatasetConfig, JsonDatasetConfig, UserError
-from ringbpt.data.files import find_files, split_paths
-from ringbpt.data.hub import ArrayRecordSource, TfdsSource, make_huggingface
-from ringbpt.data.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
-from ringbpt.data.tables import CsvSource, is_saved_folder, make_table
+from ringbpt.data.reading.files import find_files, split_paths
+from ringbpt.data.reading.hub import ArrayRecordSource, TfdsSource, make_huggingface
+from ringbpt.data.reading.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
+from ringbpt.data.reading.tables import CsvSource, is_saved_folder, make_table
 
 # Endings of files (before .gz or .zst) and the format that they are.
 ENDINGS = {

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, UserError
-from ringbpt.data.files import digest_of, file_digest, find_files, nearest_path, optional
-from ringbpt.data.sources import JsonSource, scan_lines
+from ringbpt.data.reading.files import digest_of, file_digest, find_files, nearest_path, optional
+from ringbpt.data.reading.sources import JsonSource, scan_lines
 
 WINDOW_ROWS = 256  # turned into Python objects at a time
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
-from ringbpt.data.files import digest_of
 from ringbpt.data.loader import Loader, make_loader
-from ringbpt.data.rows import FORMAT, write_rows
-from ringbpt.data.sources import Source
-from ringbpt.data.tokenizers import make_tokenizer
-from ringbpt.data.tokens import COUNTED, write_last
+from ringbpt.data.reading.files import digest_of
+from ringbpt.data.reading.sources import Source
+from ringbpt.data.stored.rows import FORMAT, write_rows
+from ringbpt.data.stored.tokens import COUNTED, write_last
+from ringbpt.data.text.tokenizers import make_tokenizer
 
 FILE_BYTES = 1 << 28  # of a file of rows, before compression
 BYTES_A_TOKEN = 20

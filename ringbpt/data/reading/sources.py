@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, PythonDatasetConfig, UserError
-from ringbpt.data.files import (
+from ringbpt.data.reading.files import (
     cached,
     digest_of,
     find_files,

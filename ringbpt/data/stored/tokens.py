@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ringbpt.config import UserError
-from ringbpt.data.files import digest_of, file_digest, find_files
+from ringbpt.data.reading.files import digest_of, file_digest, find_files
 
 FORMAT = "2"  # part of every key; raise it when the same inputs give other files
 WRITTEN_TOKENS = 1 << 18  # at a time

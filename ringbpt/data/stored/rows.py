@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError
-from ringbpt.data.files import digest_of
-from ringbpt.data.hub import open_array_record
 from ringbpt.data.packing import Row, shuffled
-from ringbpt.data.tokenizers import Tokenizer
-from ringbpt.data.tokens import TokenStore
+from ringbpt.data.reading.files import digest_of
+from ringbpt.data.reading.hub import open_array_record
+from ringbpt.data.stored.tokens import TokenStore
+from ringbpt.data.text.tokenizers import Tokenizer
 
 FORMAT = "ringbpt packed rows 1"
 DTYPES = ("<i4", "<i4", "<f4", "<i4", "<i4")  # of Row's arrays

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ringbpt.config import TextProcessorConfig, UserError
-from ringbpt.data.files import json_type
+from ringbpt.data.reading.files import json_type
 
 Message = dict[str, Any]  # role, content, and what a template may know: tool_calls, name, ...
 

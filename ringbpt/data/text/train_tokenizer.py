@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ringbpt.config import DatasetConfig, TextProcessorConfig, UserError
-from ringbpt.data.catalogue import make_source, parts_of
-from ringbpt.data.files import optional
 from ringbpt.data.loader import cache_folder
-from ringbpt.data.shapes import SHAPES
+from ringbpt.data.reading.catalogue import make_source, parts_of
+from ringbpt.data.reading.files import optional
+from ringbpt.data.text.shapes import SHAPES
 
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in LLaMA's own
 

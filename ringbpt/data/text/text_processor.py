@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringbpt.config import TextProcessorConfig, UserError
-from ringbpt.data.chat import ChatTemplate, Span, find_template
-from ringbpt.data.files import json_type
-from ringbpt.data.shapes import Message, Pair, conversation, preference, prompt_and_completion
-from ringbpt.data.tokenizers import Places, Tokenizer
+from ringbpt.data.reading.files import json_type
+from ringbpt.data.text.chat import ChatTemplate, Span, find_template
+from ringbpt.data.text.shapes import Message, Pair, conversation, preference, prompt_and_completion
+from ringbpt.data.text.tokenizers import Places, Tokenizer
 
 
 class Segment(NamedTuple):
@@ -41,8 +41,8 @@ class TextProcessor:
     `[..]` around a segment takes its loss away; `<|bos|>`, `<|eos|>` and `<|123|>` stand for one token. prepend_text
     goes before the first field's text. bos is put first without loss, eos last with it, where the config says so.
 
-    Without `fields` the shape decides (data/shapes.py): conversations go through a chat template, which places its own
-    special tokens; a prompt and its completion are one text, tokenised once, of which the completion takes loss.
+    Without `fields` the shape decides (data/text/shapes.py): conversations go through a chat template, which places its
+    own special tokens; a prompt and its completion are one text, tokenised once, of which the completion takes loss.
     """
 
     def __init__(self, config: TextProcessorConfig, tokenizer: Tokenizer, flag: str = "train_dataset", shape: str = ""):

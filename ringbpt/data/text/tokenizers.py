@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.data.files import nearest_path
-from ringbpt.data.wire import fields_of
+from ringbpt.data.reading.files import nearest_path
+from ringbpt.data.reading.wire import fields_of
 
 FLAG = "--tokenizer.vocab_file"
 CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ringbpt.config import DatasetConfig, FilesDatasetConfig, TextProcessorConfig, TokenizerConfig
-from ringbpt.data.files import optional
 from ringbpt.data.loader import make_loader
-from ringbpt.data.sources import PythonSource
-from ringbpt.data.tokenizers import make_tokenizer
-from ringbpt.data.train_tokenizer import train
+from ringbpt.data.reading.files import optional
+from ringbpt.data.reading.sources import PythonSource
+from ringbpt.data.text.tokenizers import make_tokenizer
+from ringbpt.data.text.train_tokenizer import train
 
 SEQ_LENGTH, BATCH_SIZE, STEPS = 2048, 8, 200
 
