@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -143,17 +142,13 @@ class TfdsSource(Rows):
     def __init__(self, config: TfdsDatasetConfig, flag: str):
         self._config, self._flag = config, flag
         info, rows = _tfds_source(config, flag)
-        digest = digest_of(["tfds", info.full_name, config.split, *_tfds_checks(info)])
+        checks = [f"{name} {split.num_bytes} {split.shard_lengths}" for name, split in sorted(info.splits.items())]
+        digest = digest_of(["tfds", info.full_name, config.split, *checks])
         super().__init__(f"{info.full_name}[{config.split}]", int(info.dataset_size or 0), digest)
         self._rows = rows
 
     def _open(self) -> Any:
         return _tfds_source(self._config, self._flag)[1]
-
-
-def _tfds_checks(info: Any) -> Iterator[str]:
-    for name, split in sorted(info.splits.items()):
-        yield f"{name} {split.num_bytes} {split.shard_lengths}"
 
 
 # --- ArrayRecord ---
@@ -178,13 +173,8 @@ class ArrayRecordSource(Rows):
             text = record.decode("utf-8")
             return json.loads(text) if text.startswith("{") else {"text": text}
         except (UnicodeDecodeError, ValueError) as error:
-            raise UserError(
-                f"{self.location(index)}: a record that is no JSON, text or tf.train.Example: {error}"
-            ) from (None)
-
-    def location(self, index: int) -> str:
-        """`file:record`, from 1."""
-        return f"{self._name}:{index + 1}"
+            what = "a record that is no JSON, text or tf.train.Example"
+            raise UserError(f"{self.location(index)}: {what}: {error}") from None
 
 
 def open_array_record(names: list[str]) -> Any:

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ class TableSource:
         if self._blocks is None:
             self._blocks = []
             for file, name in enumerate(self._names):
-                with _Refusing(name):
+                with _refusing(name):
                     counts = self._find_blocks(file)
                 self._blocks += [(file, block, rows) for block, rows in enumerate(counts) if rows]
             self._ends = np.cumsum([rows for _, _, rows in self._blocks], dtype=np.int64).tolist()
@@ -112,10 +114,10 @@ class TableSource:
             start = index - (self._ends[number - 1] if number else 0)
             if self._table is None or self._table[0] != number:
                 file, inside, _ = blocks[number]
-                with _Refusing(self._names[file]):
+                with _refusing(self._names[file]):
                     self._table = (number, self._read_block(file, inside))
             begin = start - start % WINDOW_ROWS
-            with _Refusing(self.location(index)):
+            with _refusing(self.location(index)):
                 rows = self._table[1].slice(begin, WINDOW_ROWS).to_pylist()
             first = index - start + begin
             self._window = (first, rows)
@@ -139,20 +141,16 @@ class TableSource:
         self._start()
 
 
-class _Refusing:
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
     """Whatever the library says of a file becomes one line with the file's name."""
+    import pyarrow
 
-    def __init__(self, name: str):
-        self._name = name if ":" in name else f"{name}:1"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import pyarrow
-
-        if isinstance(error, pyarrow.ArrowException | OSError | UnicodeDecodeError):
-            raise UserError(f"{self._name}: cannot be read: {' '.join(str(error).split())}; write it again") from None
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        where = name if ":" in name else f"{name}:1"
+        raise UserError(f"{where}: cannot be read: {' '.join(str(error).split())}; write it again") from None
 
 
 class ParquetSource(TableSource):

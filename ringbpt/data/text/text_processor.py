@@ -16,7 +16,7 @@ from ringbpt.data.text.shapes import Message, Pair, conversation, preference, pr
 from ringbpt.data.text.tokenizers import Places, Tokenizer
 
 
-class Segment(NamedTuple):
+class FieldGroup(NamedTuple):
     """One part of an example: the fields whose texts are joined, or (keys empty) the one token of id `token`."""
 
     keys: tuple[str, ...]
@@ -36,9 +36,9 @@ class Document(NamedTuple):
 
 
 class TextProcessor:
-    """Reads `fields`: segments between commas, each a field, fields joined by `+`, or a special token.
+    """Reads `fields`: what stands between two commas is a field, fields joined by `+`, or a special token.
 
-    `[..]` around a segment takes its loss away; `<|bos|>`, `<|eos|>` and `<|123|>` stand for one token. prepend_text
+    `[..]` around it takes its loss away; `<|bos|>`, `<|eos|>` and `<|123|>` stand for one token. prepend_text
     goes before the first field's text. bos is put first without loss, eos last with it, where the config says so.
 
     Without `fields` the shape decides (data/text/shapes.py): conversations go through a chat template, which places its
@@ -51,7 +51,7 @@ class TextProcessor:
             config = replace(config, fields=config.input_key or "text")
         self._config, self.tokenizer, self._flag = config, tokenizer, f"--{flag}.text_processor"
         self._shape = "" if config.fields or config.fields_from_example else shape
-        self._segments = lru_cache(maxsize=1024)(self._parse)
+        self._groups = lru_cache(maxsize=1024)(self._parse)
         if self._shape in CONVERSATIONS or config.apply_chat_template:
             self._template  # noqa: B018  (what is wrong with it is said before the first example)
         if config.add_bos_token:
@@ -59,7 +59,7 @@ class TextProcessor:
         if config.add_eos_token:
             self._special("eos", f"{self._flag}.add_eos_token=True")
         if not config.fields_from_example and not self._shape:
-            self._segments(config.fields, f"{self._flag}.fields={config.fields!r}")
+            self._groups(config.fields, f"{self._flag}.fields={config.fields!r}")
 
     def __call__(self, example: dict[str, Any], location: Any) -> Document:
         """location: anything whose text is `file:line`.
@@ -75,23 +75,23 @@ class TextProcessor:
         if config.add_bos_token:
             parts.append(((self._special("bos", ""),), 0))
         prepend, characters, loss_bytes = config.prepend_text, 0, 0
-        for segment in self._segments_of(example, location):
-            if not segment.keys:
-                parts.append(((segment.token,), segment.loss))
+        for group in self._groups_of(example, location):
+            if not group.keys:
+                parts.append(((group.token,), group.loss))
                 continue
-            texts = [self._text(example, key, location) for key in segment.keys]
+            texts = [self._text(example, key, location) for key in group.keys]
             text = prepend + config.subfield_separator.join(texts)
             prepend = ""
             try:
                 size = len(text.encode("utf-8"))
             except UnicodeEncodeError as error:
                 raise UserError(
-                    f"{location}: field {'+'.join(segment.keys)!r} has half of a surrogate pair "
+                    f"{location}: field {'+'.join(group.keys)!r} has half of a surrogate pair "
                     f"(\\u{ord(text[error.start]):04x}) at character {error.start}, which is no Unicode text"
                 ) from None
             characters += sum(map(len, texts))
-            loss_bytes += size * segment.loss
-            parts.append((self.tokenizer.encode(text), segment.loss))
+            loss_bytes += size * group.loss
+            parts.append((self.tokenizer.encode(text), group.loss))
         if not characters:
             raise UserError(f"{location}: the text is empty; leave the example out")
         if config.add_eos_token:
@@ -189,11 +189,11 @@ class TextProcessor:
         zeros, ones = np.zeros(len(first), np.uint8), np.ones(len(last), np.uint8)
         return Document(token, np.concatenate([zeros, mask, ones]), loss_bytes)
 
-    def _segments_of(self, example: dict[str, Any], location: Any) -> tuple[Segment, ...]:
+    def _groups_of(self, example: dict[str, Any], location: Any) -> tuple[FieldGroup, ...]:
         if not self._config.fields_from_example:
-            return self._segments(self._config.fields, f"{self._flag}.fields={self._config.fields!r}")
+            return self._groups(self._config.fields, f"{self._flag}.fields={self._config.fields!r}")
         fields = self._text(example, self._config.fields_from_example, location)
-        return self._segments(fields, f"{location}: fields {fields!r}")
+        return self._groups(fields, f"{location}: fields {fields!r}")
 
     def _text(self, example: dict[str, Any], key: str, location: Any) -> str:
         if key not in example:
@@ -206,21 +206,21 @@ class TextProcessor:
             raise UserError(f"{location}: field {key!r} is {json_type(value)}; it must be a string")
         return value
 
-    def _parse(self, fields: str, where: str) -> tuple[Segment, ...]:
+    def _parse(self, fields: str, where: str) -> tuple[FieldGroup, ...]:
         if not fields.strip():
             raise UserError(f"{where}: it must name the field of an example that holds its text, as in 'text'")
-        return tuple(self._parse_segment(part.strip(), where) for part in fields.split(","))
+        return tuple(self._parse_group(part.strip(), where) for part in fields.split(","))
 
-    def _parse_segment(self, part: str, where: str) -> Segment:
+    def _parse_group(self, part: str, where: str) -> FieldGroup:
         loss = not (part.startswith("[") and part.endswith("]"))
         part = part if loss else part[1:-1].strip()
         special = re.fullmatch(r"<\|(\w+)\|>", part)
         if special:
-            return Segment((), self._special(special[1], where), int(loss))
+            return FieldGroup((), self._special(special[1], where), int(loss))
         keys = tuple(part.split("+"))
         if not all(keys):
             raise UserError(f"{where}: an empty field name; 'a+b,[c]' joins a and b, and then takes c without loss")
-        return Segment(keys, 0, int(loss))
+        return FieldGroup(keys, 0, int(loss))
 
     def _special(self, name: str, where: str) -> int:
         """The id behind `<|name|>`."""
