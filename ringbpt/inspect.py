@@ -77,12 +77,12 @@ def show(loader: Any, tokenizer: Any, views: list[Any]) -> None:
     for view in views:
         for number, row in enumerate(view.rows):
             line = Text(f"batch {view.step} row {number}  ", style="bold")
-            for place in range(min(IN_TERMINAL, len(row.token))):
-                segment = int(row.segment[place])
-                if segment and (place == 0 or segment != int(row.segment[place - 1])):
+            for place in range(min(IN_TERMINAL, len(row["token"]))):
+                segment = int(row["segment"][place])
+                if segment and (place == 0 or segment != int(row["segment"][place - 1])):
                     line.append("│", style="bold red")
-                text = shown(tokenizer, int(row.token[place])).replace("\n", "") if segment else "·"
-                line.append(text, style="green" if row.weight[place] else "dim")
+                text = shown(tokenizer, int(row["token"][place])).replace("\n", "") if segment else "·"
+                line.append(text, style="green" if row["weight"][place] else "dim")
             console.print(line)
 
 

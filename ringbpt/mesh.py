@@ -76,8 +76,8 @@ def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Seque
 def put_batch(rows: Callable[[int, int], Batch], shape_BT: tuple[int, int], mesh: Mesh, layout: str) -> Batch:
     """The global batch on the mesh, in layout order: B over dp and fsdp, T over sp.
 
-    `rows(start, stop)` gives rows of the global batch as host arrays in text order; each process asks only for the
-    rows that its own devices hold a part of, once each. Columns of shape [B, T] are laid out like tokens.
+    `rows(start, stop)` gives rows of the global batch as host arrays in text order (of a host batch, `batch.rows`);
+    each process asks only for the rows that its own devices hold a part of, once each. All columns go the same way.
     """
     sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))
     order = permutation(layout, shape_BT[1], mesh.shape["sp"])

@@ -1,7 +1,7 @@
 """The values that travel through the house: a batch, the place of each token, statistics, and means."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,39 @@ class TokenMeta:
     segment_BT: Array
 
 
+class Column(NamedTuple):
+    """What one column of a batch is; its arrays are [B, T] (a row's [T]) and nothing else.
+
+    What belongs to a whole document is repeated over its tokens. dtype: numpy's name. padding: the value where no token
+    stands. of: whose value stands at a place, that of the "token" there or of its "target", the document's next token.
+    meaning: with its unit. source: the name of the documents' values that it is filled from, where it has another one.
+    """
+
+    dtype: str
+    padding: float
+    of: str
+    meaning: str
+    source: str = ""
+
+
+# The schema of batches, of rows on disk and of token stores. Every batch has those up to segment; another one is in a
+# batch whose loader was asked for it, and then in `Batch.columns`.
+COLUMNS: dict[str, Column] = {
+    "token": Column("int32", 0, "token", "the input's id"),
+    "target": Column("int32", 0, "target", "the id to predict", source="token"),
+    "weight": Column("float32", 0, "target", "how much the target counts in the loss; 0: not at all", source="mask"),
+    "position": Column("int32", 0, "token", "the position inside the document, from 0, in tokens"),
+    "segment": Column("int32", 0, "token", "the id of the document inside the row, from 1; 0 is padding"),
+}
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """One global batch, as the train step takes it: host arrays in text order, device arrays in layout order.
 
-    token_BT: int32 inputs. target_BT: int32, the token to predict at each place (shifted on the host).
-    weight_BT: float32, 0 where a place takes no loss. position_BT, segment_BT: see TokenMeta.
-    columns: whatever else an objective reads, by name, written by a precompute pass or a rollout
-    (reference log-probs, advantages, ...): [B, T], or [B, P] per document.
+    The arrays are [B, T], of the dtypes and meanings that COLUMNS tells. columns: whatever else an objective reads, by
+    name, written by a precompute pass or a rollout (reference log-probs, advantages, ...).
     """
 
     token_BT: Array
@@ -43,6 +67,25 @@ class Batch:
     @property
     def meta(self) -> TokenMeta:
         return TokenMeta(position_BT=self.position_BT, segment_BT=self.segment_BT)
+
+    @staticmethod
+    def of(arrays: dict[str, Array]) -> "Batch":
+        """A batch of [B, T] arrays by their columns' names, ALWAYS among them."""
+        return Batch(
+            **{f"{name}_BT": arrays[name] for name in ALWAYS},
+            columns={name: array for name, array in arrays.items() if name not in ALWAYS},
+        )
+
+    def by_name(self) -> dict[str, Array]:
+        """All its arrays by their columns' names, ALWAYS first."""
+        return {name: getattr(self, f"{name}_BT") for name in ALWAYS} | self.columns
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Rows start..stop: of a host batch, what put_batch asks for."""
+        return jax.tree.map(lambda x: x[start:stop], self)
+
+
+ALWAYS = tuple(own.name.removesuffix("_BT") for own in fields(Batch) if own.name != "columns")  # columns of any batch
 
 
 @jax.tree_util.register_dataclass
@@ -85,4 +128,3 @@ class Mean:
 Means = dict[str, Mean]
 Params = Any  # a nested dict of arrays: {"embed": ..., "layers": {"w_q": ...}, "norm": ..., "unembed": ...}
 PyTree = Any
-Key = jax.Array

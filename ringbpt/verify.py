@@ -163,18 +163,12 @@ def _fits(variant: Variant, config: Config) -> bool:
 
 def alone(batch: "Batch", rows: int) -> "Batch":
     """Each document of a packed host batch in a row of its own, padded; `rows` divides the number of rows."""
-    import jax
-    import numpy as np
+    from ringbpt.data.documents import make_batch, pieces_of
 
-    documents = [(row, i) for row, segment in enumerate(batch.segment_BT) for i in np.unique(segment[segment > 0])]
+    by_row = [{name: array[row] for name, array in batch.by_name().items()} for row in range(len(batch.token_BT))]
+    documents = [[document] for row in by_row for document in pieces_of(row)]
     shape = (-(-len(documents) // rows) * rows, batch.token_BT.shape[1])
-    result = jax.tree.map(lambda x: np.zeros(shape, x.dtype), batch)
-    for place, (row, i) in enumerate(documents):
-        inside = batch.segment_BT[row] == i
-        for old, new in zip(jax.tree.leaves(batch), jax.tree.leaves(result), strict=True):
-            new[place, : inside.sum()] = old[row, inside]
-        result.segment_BT[place, : inside.sum()] = 1
-    return result
+    return make_batch(documents, shape, tuple(batch.by_name()))
 
 
 def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
@@ -189,8 +183,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
 
     model = Model.of(config, make_mesh(config.mesh_shape))
     model.check_kernel(config.train_dataset.seq_length)
-    rows = lambda start, stop: jax.tree.map(lambda x: x[start:stop], host)  # noqa: E731
-    batch = put_batch(rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+    batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     params = model.init(jax.random.key(seed))
     grads, values = jax.jit(make_gradients(config, model, objective_of(config)))(params, batch)
     numbers: dict[str, Any] = {"loss": float(values["loss"])}

@@ -7,32 +7,65 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
-from ringbpt.data.packing import Arrays, Plan, Row, Store, interleave, make_plan, mix
+from ringbpt.data.documents import Row
+from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix, take_units, unit_lengths
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
 from ringbpt.data.reading.files import cached, digest_of
 from ringbpt.data.reading.sources import Source
+from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.rows import open_rows
-from ringbpt.data.stored.tokenise import Job, check_vocabulary, make_store, token_dtype
-from ringbpt.data.stored.tokens import FORMAT, Column, TokenStore, open_megatron, open_store
-from ringbpt.data.text.shapes import detect
+from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store, token_dtype
+from ringbpt.data.stored.tokens import FORMAT, Joined, TokenStore, open_megatron, open_store
+from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.types import Batch
+from ringbpt.types import ALWAYS, COLUMNS, Batch
 
 PLAN_FORMAT = "2"  # part of a kept plan's key
 KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
 SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
-NOT_FOR_SFT = {
-    "preference": "output_key=chosen learns the chosen answers",
-    "kto": "output_key=completion learns all completions",
-    "rl": "a prompt alone has nothing to learn: output_key names the answer",
-}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a loader is made of.
+
+    vocab_size: the model's. flag: the dataset's name on the command line, for the messages. columns: of COLUMNS, what
+    its batches have besides those of every batch. shapes: of the examples that are taken, and what takes them, for the
+    message.
+    """
+
+    dataset: DatasetConfig
+    tokenizer: Tokenizer
+    seed: int
+    vocab_size: int
+    flag: str = "train_dataset"
+    columns: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = LEARNT_AS_TEXT
+    taker: str = "--objective=sft"
+
+    @property
+    def group(self) -> str:
+        """Before the name of a flag of the dataset's own type."""
+        return f"--{self.flag}.{self.dataset.group}"
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """always_start_with_bos overwrites the first input token of each row by this, as in the original."""
+        always = getattr(self.dataset.source, "always_start_with_bos", False)
+        if always and self.tokenizer.bos_token_id is None:
+            raise UserError(
+                f"{self.group}.always_start_with_bos=True: the tokenizer ({self.tokenizer.describe()}) has "
+                "no bos token; False works"
+            )
+        return self.tokenizer.bos_token_id if always else None
 
 
 class Loader:
@@ -44,12 +77,12 @@ class Loader:
     as often as an epoch has them; tokens_used, tokens_dropped (by reason) of the first epoch add up to it.
     utilisation: the share of the places of its batches that hold a token. fingerprint: of the batches, whatever the
     step. lengths: tokens of each document, int64. epoch_rows: with those that fill no batch; packing_dropped: what
-    stands in none of them. summary: see TokenStore.
+    stands in none of them. summary: see TokenStore. columns: of its batches.
     """
 
-    def __init__(
-        self, data: TokenStore, plan: Plan, dataset: DatasetConfig, tokenizer: Tokenizer, vocab_size: int, identity: str
-    ):
+    def __init__(self, data: TokenStore, plan: Packing, request: Request, identity: str):
+        dataset = request.dataset
+        self.columns = (*ALWAYS, *request.columns)
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
         self.bytes_per_token = (data.summary["loss_bytes"] or math.inf) / data.summary["loss_tokens"]
@@ -62,9 +95,7 @@ class Loader:
         self.tokens_in = self.tokens_used + sum(self.tokens_dropped.values())
         self.utilisation = self.tokens_used / (rows * self.seq_length)
         self.epoch_rows, self.packing_dropped, self.summary = plan.rows, plan.dropped, data.summary
-        self._data, self._plan, self._dataset = data, plan, dataset
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._bos_token_id = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
+        self._data, self._plan, self._request, self._bos_token_id = data, plan, request, request.bos_token_id
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -74,28 +105,27 @@ class Loader:
         """Rows start..stop of the global batch `step` (from 0): numpy arrays [stop - start, T]."""
         epoch, index = divmod(step, self.steps_per_epoch)
         shape = (stop - start, self.seq_length)
-        arrays = [np.empty(shape, np.float32 if name == "weight" else np.int32) for name in COLUMNS]
+        arrays = {name: np.empty(shape, COLUMNS[name].dtype) for name in self.columns}
         for place, row in enumerate(range(start, stop)):
             values = self.row(epoch, index * self.batch_size + row)
-            for array, value in zip(arrays, values, strict=True):
-                array[place] = value
+            for name, array in arrays.items():
+                array[place] = values[name]
         if self._data.summary["max_token"] < 0 and stop > start:  # not known before
-            check_vocabulary(int(max(arrays[0].max(), arrays[1].max())), self._tokenizer, self._vocab_size)
+            largest = max(arrays["token"].max(), arrays["target"].max())
+            check_vocabulary(int(largest), self._request.tokenizer, self._request.vocab_size)
         if self._bos_token_id is not None:
-            arrays[0][:, :1] = self._bos_token_id
-        return Batch(*arrays)
+            arrays["token"][:, :1] = self._bos_token_id
+        return Batch.of(arrays)
 
     def row(self, epoch: int, row: int) -> Row:
         """Row `row` of an epoch, of epoch_rows."""
-        return self._plan.row(epoch, row, self._data.token, self._data.mask)
+        return self._plan.row(epoch, row, self._data.values)
 
     def digest(self, steps: int) -> str:
         """sha256 of the first `steps` global batches: every column's bytes, little-endian, batch by batch."""
         found = hashlib.sha256()
         for step in range(steps):
-            batch = self.rows(step, 0, self.batch_size)
-            for name in COLUMNS:
-                array = getattr(batch, f"{name}_BT")
+            for array in self.rows(step, 0, self.batch_size).by_name().values():
                 found.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
         return found.hexdigest()
 
@@ -108,51 +138,41 @@ class Loader:
         return (
             f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
             + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
-            + f", {self.bytes_per_token:.2f} bytes a token; {self._dataset.packing}: {self.steps_per_epoch:,} steps of "
-            f"{self.batch_size} x {self.seq_length:,} an "
-            f"epoch, {self.utilisation:.1%} of the places filled, {sum(dropped.values()):,} tokens dropped"
+            + f", {self.bytes_per_token:.2f} bytes a token; {self._request.dataset.packing}: "
+            f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.seq_length:,} an epoch, "
+            f"{self.utilisation:.1%} of the places filled, {sum(dropped.values()):,} tokens dropped"
             + (f" ({reasons})" if reasons else "")
         )
 
 
-COLUMNS = ("token", "target", "weight", "position", "segment")  # of packing.Row and types.Batch
+def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Loader:
+    """The loader of a dataset, tokenised now if its cache is not there yet. rest: of the Request.
 
-
-def make_loader(
-    dataset: DatasetConfig, tokenizer: Tokenizer, *, seed: int, vocab_size: int, flag: str = "train_dataset"
-) -> Loader:
-    """The loader of a dataset, tokenised now if its cache is not there yet.
-
-    vocab_size: the model's. flag: the dataset's name on the command line, for the messages. With always_start_with_bos
-    the first input token of every row is overwritten by bos, as in the original; its target stays.
-    Raises UserError for data that cannot be read or makes no batch, and for token ids that the model doesn't have.
+    Raises UserError for data that cannot be read, makes no batch or lacks a column, and for token ids that the model
+    doesn't have.
     """
-    if getattr(dataset.source, "always_start_with_bos", False) and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"--{flag}.{dataset.group}.always_start_with_bos=True: the tokenizer ({tokenizer.describe()}) has "
-            "no bos token; False works"
-        )
-    plan: Plan
-    cache_dir = cache_folder(dataset)
+    request = Request(dataset, tokenizer, **rest)
+    bos, flag, seed, vocab_size = request.bos_token_id, request.flag, request.seed, request.vocab_size
+    plan: Packing
     parts = parts_of(dataset, flag)
     order = f"shuffled {seed}" if dataset.shuffle else "in order"
-    if parts[0].kind == "tokens" and (packed := open_rows(parts[0].path, dataset, tokenizer, seed, flag)):
+    every = (*ALWAYS, *request.columns)
+    if parts[0].kind == "tokens" and (packed := open_rows(parts[0].path, dataset, tokenizer, seed, flag, every)):
         if len(parts) > 1:
-            raise UserError(f"--{flag}.{dataset.group}.path: packed rows cannot be mixed; pack them together")
+            raise UserError(f"{request.group}.path: packed rows cannot be mixed; pack them together")
         data, plan = packed[0], packed[1]
         check_vocabulary(data.summary["max_token"], tokenizer, vocab_size)
         identity = f"packed {dataset.batch_size} {order}"
     else:
-        stores = [_store(dataset, part, tokenizer, cache_dir, vocab_size, flag) for part in parts]
+        stores = [_store(request, part) for part in parts]
         data = _joined(stores)
         weights = [part.weight for part in parts]
-        plan = _plan(dataset, stores, weights, data, seed, cache_dir, flag)
+        plan = _plan(request, stores, weights, data)
         shares = "" if weights[0] is None else f" {weights}"
         dropping = "" if dataset.long_documents == "split" else f" {dataset.long_documents}"
         identity = f"{dataset.packing} {dataset.seq_length} {dataset.batch_size} {order}{shares}{dropping}"
-    _check_size(plan, data, dataset, flag)
-    bos = tokenizer.bos_token_id if getattr(dataset.source, "always_start_with_bos", False) else None
-    return Loader(data, plan, dataset, tokenizer, vocab_size, f"{identity} {bos}")
+    _check_size(plan, data, request)
+    return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]))
 
 
 def cache_folder(dataset: DatasetConfig) -> Path:
@@ -163,46 +183,33 @@ def cache_folder(dataset: DatasetConfig) -> Path:
 # --- tokens ---
 
 
-def _store(
-    dataset: DatasetConfig, part: Part, tokenizer: Tokenizer, cache_dir: Path, vocab_size: int, flag: str
-) -> TokenStore:
-    """The tokens of one part of a dataset."""
-    path_flag = f"--{flag}.{dataset.group}.path"
+def _store(request: Request, part: Part) -> TokenStore:
+    """The tokens of one part of a dataset, with the columns that are asked for."""
+    tokenizer, path_flag, folder = request.tokenizer, f"{request.group}.path", Path(part.path).expanduser()
+    where = f"{path_flag}={part.path!r}"
     if part.kind == "megatron":
-        return _measured(open_megatron(part.path, cache_dir, path_flag), tokenizer)
-    if part.kind == "tokens":
-        folder = Path(part.path).expanduser()
+        store = _measured(open_megatron(part.path, cache_folder(request.dataset), path_flag), tokenizer)
+    elif part.kind == "tokens":
         try:
             key = hashlib.sha256((folder / "summary.json").read_bytes()).hexdigest()
         except OSError:
-            raise UserError(
-                f"{path_flag}={part.path!r} has neither a manifest.json nor a summary.json: give a folder that "
-                "scripts/prepare_data.py wrote"
-            ) from None
-        store = open_store(folder, key)
-        if store is None:
+            what = "neither a manifest.json nor a summary.json"
+            raise UserError(f"{where} has {what}: give a folder that scripts/prepare_data.py wrote") from None
+        found = open_store(folder, key)
+        if found is None:
             raise UserError(f"{folder}/summary.json:1: the folder is damaged; copy it again", code=4)
-        check_tokenizer(store.summary["tokenizer"], tokenizer, path_flag, part.path)
+        store = found
+        check_tokenizer(store.summary["tokenizer"], tokenizer, where)
     else:
-        store = _tokenised(dataset, part, tokenizer, cache_dir, vocab_size, flag)
-    check_vocabulary(store.summary["max_token"], tokenizer, vocab_size)
-    return store
+        store = _tokenised(request, part)
+    check_vocabulary(store.summary["max_token"], tokenizer, request.vocab_size)  # Megatron's is -1: not known yet
+    return with_columns(store, request.columns, where)
 
 
-def check_tokenizer(fingerprint: str, tokenizer: Tokenizer, path_flag: str, path: str) -> None:
-    """Raises UserError for tokens that another tokenizer has made."""
-    if fingerprint != tokenizer.fingerprint():
-        raise UserError(
-            f"{path_flag}={path!r} was tokenised with another tokenizer than --tokenizer.vocab_file="
-            f"{tokenizer.config.vocab_file!r} ({tokenizer.describe()}): give the one it was made with"
-        )
-
-
-def _tokenised(
-    dataset: DatasetConfig, part: Part, tokenizer: Tokenizer, cache_dir: Path, vocab_size: int, flag: str
-) -> TokenStore:
+def _tokenised(request: Request, part: Part) -> TokenStore:
+    dataset, tokenizer, flag = request.dataset, request.tokenizer, request.flag
+    cache_dir, processor = cache_folder(dataset), dataset.text_processor
     source = make_source(dataset, part, cache_dir, flag)
-    processor = dataset.text_processor
     allowed = bad_lines_allowed(dataset.on_bad_line, f"--{flag}.on_bad_line")
     bad = f"skip {allowed}" if allowed else ""
     parts = [FORMAT, source.fingerprint(), tokenizer.fingerprint(), json.dumps(asdict(processor)), bad]
@@ -210,14 +217,13 @@ def _tokenised(
     folder = cache_dir / f"tokens-{key[:32]}"
     if (store := open_store(folder, key)) is not None:  # without a look at the source
         return store
-    shape = "" if processor.fields or processor.fields_from_example else _shape(source, dataset, allowed, flag)
     job = Job(
         source=source,
         tokenizer=tokenizer.config,
         processor=processor,
-        shape=shape,
+        shape="" if processor.fields or processor.fields_from_example else _shape(request, source, allowed),
         flag=flag,
-        vocab_size=vocab_size,
+        vocab_size=request.vocab_size,
         allowed=allowed,
         dtype=token_dtype(tokenizer, processor),
         fingerprint=tokenizer.fingerprint(),
@@ -225,20 +231,19 @@ def _tokenised(
     return make_store(job, tokenizer, folder, key, getattr(dataset.source, "tokenizer_processes", 1))
 
 
-def _shape(source: Source, dataset: DatasetConfig, allowed: int, flag: str) -> str:
+def _shape(request: Request, source: Source, allowed: int) -> str:
     """The shape of the first example that can be read."""
+    flag, shapes = f"{request.flag}.text_processor", request.shapes
     for index in range(min(len(source), allowed + 1)):
         try:
-            shape = detect(source[index], dataset.text_processor, f"{flag}.text_processor", source.location(index))
+            shape = detect(source[index], request.dataset.text_processor, flag, source.location(index))
             break
         except UserError:
             if index == allowed or index == len(source) - 1:
                 raise
-    if shape in NOT_FOR_SFT:
-        raise UserError(
-            f"{source.location(index)}: a {shape!r} example does not go with --objective=sft: "
-            f"--{flag}.text_processor.{NOT_FOR_SFT[shape]}"
-        )
+    if shape not in shapes:
+        works = f"--{flag}.{AS_TEXT[shape]}" if shape in AS_TEXT else f"it takes {', '.join(shapes)}"
+        raise UserError(f"{source.location(index)}: a {shape!r} example does not go with {request.taker}: {works}")
     return shape
 
 
@@ -267,54 +272,62 @@ def _joined(stores: list[TokenStore]) -> TokenStore:
     summary = {name: sum(store.summary[name] for store in stores) for name in names}
     largest = [store.summary["max_token"] for store in stores]
     summary["max_token"] = -1 if -1 in largest else max(largest)
-    token = Column([store.token for store in stores], totals)
-    mask = Column([store.mask for store in stores], totals)
-    return TokenStore(token, mask, offset, summary, digest_of([store.key for store in stores]))
+    values = {name: Joined([store.values[name] for store in stores], totals) for name in stores[0].values}
+    units = None
+    if any(store.units is not None for store in stores):
+        counts = np.cumsum([0, *map(_units_in, stores)]).tolist()
+        numbers = [np.arange(_units_in(s)) if s.units is None else s.units for s in stores]
+        units = np.concatenate([some + before for some, before in zip(numbers, counts, strict=False)])
+    key = digest_of([store.key for store in stores])
+    return TokenStore(values.pop("token"), values.pop("mask"), offset, summary, key, values, units)
+
+
+def _units_in(store: TokenStore) -> int:
+    return len(store.offset) - 1 if store.units is None else int(store.units[-1]) + 1
 
 
 # --- the plan ---
 
 
-def _plan(
-    dataset: DatasetConfig,
-    stores: list[TokenStore],
-    weights: list[float | None],
-    data: TokenStore,
-    seed: int,
-    cache_dir: Path,
-    flag: str,
-) -> Plan:
-    seq_length, shuffle = dataset.seq_length, dataset.shuffle
-    starts, stops = data.offset[:-1], data.offset[1:]
+def _plan(request: Request, stores: list[TokenStore], weights: list[float | None], data: TokenStore) -> Packing:
+    dataset, flag, seq_length = request.dataset, request.flag, request.dataset.seq_length
+    seed = request.seed if dataset.shuffle else None
+    starts, stops, units = data.offset[:-1], data.offset[1:], data.units
     dropped: dict[str, int] = {}
+    if units is not None and dataset.packing == "concat":
+        raise UserError(
+            f"--{flag}.packing=concat: some documents must share a row: --{flag}.packing=best_fit keeps them"
+        )
     if weights[0] is not None:
-        counts = [len(store.offset) - 1 for store in stores]
-        times = list(mix(counts, [weight or 0.0 for weight in weights], seed if shuffle else None))
-        dropped["left out by the weights"] = int((stops - starts)[np.concatenate(times) == 0].sum())
-        documents = interleave(times)
+        times = list(mix(list(map(_units_in, stores)), [weight or 0.0 for weight in weights], seed))
+        left_out = np.concatenate(times) == 0
+        dropped["left out by the weights"] = int(unit_lengths(stops - starts, units)[left_out].sum())
+        documents, units = take_units(units, interleave(times))
         starts, stops = starts[documents], stops[documents]
-    if dataset.long_documents != "split":
-        fits = stops - starts <= seq_length
+    if dataset.long_documents != "split" or units is not None:
+        lengths = unit_lengths(stops - starts, units)
+        fits = lengths <= seq_length
+        if dataset.long_documents == "split":
+            fits |= np.bincount(units) == 1
         long = np.flatnonzero(~fits)
-        if dataset.long_documents == "refuse" and len(long):
-            length = int((stops - starts)[long[0]])
+        if dataset.long_documents != "drop" and len(long):
+            what, works = ("document", "split or =drop") if units is None else ("packing unit", "drop")
             raise UserError(
-                f"--{flag}.long_documents=refuse: {len(long)} documents are longer than --{flag}.{dataset.group}."
-                f"seq_length={seq_length}, the first of them document {int(long[0]) + 1} with {length} tokens: "
-                f"--{flag}.long_documents=split or =drop, or seq_length={int((stops - starts).max())}"
+                f"--{flag}.long_documents={dataset.long_documents}: {len(long)} {what}s are longer than "
+                f"{request.group}.seq_length={seq_length}, the first of them {what} {int(long[0]) + 1} with "
+                f"{int(lengths[long[0]])} tokens: --{flag}.long_documents={works}, or seq_length={int(lengths.max())}"
             )
-        dropped["documents longer than seq_length"] = int((stops - starts)[long].sum())
-        starts, stops = starts[fits], stops[fits]
-    shares = json.dumps([weights, seed if shuffle else None, dataset.packing, seq_length, dataset.long_documents])
+        dropped["documents longer than seq_length"] = int(lengths[long].sum())
+        documents, units = take_units(units, np.flatnonzero(fits))
+        starts, stops = starts[documents], stops[documents]
+    shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
     key = digest_of([PLAN_FORMAT, data.key, shares])
-    store: Store = partial(_kept, cache_dir, key, flag) if len(starts) >= KEPT_DOCUMENTS else _made
-    plan = make_plan(starts, stops, seq_length, packing=dataset.packing, seed=seed, shuffle=shuffle, store=store)
+    corpus = Corpus(starts, stops, seq_length, seed, units=units)
+    if len(starts) >= KEPT_DOCUMENTS:
+        corpus = replace(corpus, store=partial(_kept, cache_folder(dataset), key, flag))
+    plan = PACKINGS[dataset.packing](corpus)
     plan.dropped |= dropped
     return plan
-
-
-def _made(name: str, build) -> Arrays:  # type: ignore[no-untyped-def]
-    return build()
 
 
 def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # type: ignore[no-untyped-def]
@@ -329,8 +342,9 @@ def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # 
     return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
 
 
-def _check_size(plan: Plan, data: TokenStore, dataset: DatasetConfig, flag: str) -> None:
+def _check_size(plan: Packing, data: TokenStore, request: Request) -> None:
     """Raises UserError where there is nothing to learn, or not one whole batch."""
+    dataset, flag, group = request.dataset, request.flag, request.group
     if not data.summary["loss_tokens"]:
         processor = dataset.text_processor
         if not processor.fields:
@@ -344,7 +358,7 @@ def _check_size(plan: Plan, data: TokenStore, dataset: DatasetConfig, flag: str)
         )
     if plan.rows >= dataset.batch_size:
         return
-    group, tokens = f"--{flag}.{dataset.group}", data.summary["tokens"]
+    tokens = data.summary["tokens"]
     problem = (
         f"{group}.batch_size={dataset.batch_size} of seq_length={dataset.seq_length} is more than the data: "
         f"{data.summary['documents']} documents of {tokens} tokens make {plan.rows} rows"

@@ -6,41 +6,47 @@ epoch has the same number of rows. So the place in the data is one integer, for 
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 
+from ringbpt.data.documents import Piece, Row, Values, columns_of, make_row
+
 OPEN_ROWS = 16  # first_fit looks for room in this many rows at most, which keeps it linear in the documents
-
-
-class Row(NamedTuple):
-    """One row of a batch, the fields of types.Batch in their order, each [T]; weight float32, the others int32."""
-
-    token: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    position: np.ndarray
-    segment: np.ndarray
-
 
 Arrays = dict[str, np.ndarray]
 # Makes the named arrays, or finds them where an earlier run has left them.
 Store = Callable[[str, Callable[[], Arrays]], Arrays]
+# The row of each item, and the number of rows, from the items' lengths and the room of a row.
+Fit = Callable[[np.ndarray, int], tuple[np.ndarray, int]]
 
 
-class Plan(Protocol):
+@dataclass(frozen=True)
+class Corpus:
+    """What is packed: document d is tokens[starts[d]:stops[d]], both int64 [documents].
+
+    seed: of the order; None: as they are. units int64 [documents], 0, 0, 1, ...: documents of one number must share a
+    row (a pair, the branches of a prompt); None: each is a unit of its own. store: where a plan is kept.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    seq_length: int
+    seed: int | None = None
+    store: Store = lambda name, build: build()
+    units: np.ndarray | None = None
+
+
+class Packing(Protocol):
     """rows: of an epoch. dropped: tokens that stand in no row, by reason; the rest stand in exactly one."""
 
     rows: int
     dropped: dict[str, int]
 
-    def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
-        """Row `row` of an epoch; tokens int and mask uint8 are the whole data, mapped from disk, read in slices."""
-        ...
-
-    def pieces(self, epoch: int, row: int) -> list[slice]:
-        """Which tokens of the data stand in the row, document by document."""
+    def row(self, epoch: int, row: int, values: Values) -> Row:
+        """Row `row` of an epoch; values [tokens] are the whole data's, mapped from disk, read in slices."""
         ...
 
     def tokens_in(self, epoch: int, rows: int) -> int:
@@ -48,18 +54,19 @@ class Plan(Protocol):
         ...
 
 
-def make_plan(
-    starts: np.ndarray,
-    stops: np.ndarray,
-    seq_length: int,
-    *,
-    packing: str,
-    seed: int,
-    shuffle: bool,
-    store: Store = lambda name, build: build(),
-) -> Plan:
-    """starts, stops int64 [documents]: document d is tokens[starts[d]:stops[d]]. packing: see PACKINGS."""
-    return PACKINGS[packing](starts, stops, seq_length, seed if shuffle else None, store)
+def unit_lengths(lengths: np.ndarray, units: np.ndarray | None) -> np.ndarray:
+    """The tokens of each unit, int64, from those of each document."""
+    return lengths if units is None else np.bincount(units, weights=lengths).astype(np.int64)
+
+
+def take_units(units: np.ndarray | None, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(the documents of the units in this order, their units numbered from 0 in it)."""
+    if units is None:
+        return order, None
+    counts = np.bincount(units)
+    first, counts = (np.cumsum(counts) - counts)[order], counts[order]
+    taken = np.repeat(np.arange(len(order)), counts)
+    return np.arange(len(taken)) + (first - np.cumsum(counts) + counts)[taken], taken
 
 
 def mix(counts: list[int], weights: list[float], seed: int | None) -> Iterator[np.ndarray]:
@@ -104,20 +111,22 @@ class Concat:
     and across rows. Position 0..T-1, segment 1. With a seed the documents are joined in another order each epoch.
     """
 
-    def __init__(self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store):
-        self._documents, self._seq_length, self._seed, self._store = (starts, stops), seq_length, seed, store
+    def __init__(self, corpus: Corpus):
+        if corpus.units is not None:
+            raise ValueError("concat cuts documents anywhere: it keeps no units of several")
+        self._corpus, self._seq_length, self._seed = corpus, corpus.seq_length, corpus.seed
         self._stream = lru_cache(maxsize=2)(self._load_stream)
-        total = int(self._stream(0)[1][-1]) if len(starts) else 0
-        self.rows = max(0, total - 1) // seq_length  # the last target takes one token more
-        self.dropped = {"end of the stream": total - self.rows * seq_length}
+        total = int(self._stream(0)[1][-1]) if len(corpus.starts) else 0
+        self.rows = max(0, total - 1) // self._seq_length  # the last target takes one token more
+        self.dropped = {"end of the stream": total - self.rows * self._seq_length}
 
     def _load_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] each: where a document begins in the data, and where it ends in the stream."""
-        found = self._store(f"stream {epoch}", lambda: self._make_stream(epoch))
+        found = self._corpus.store(f"stream {epoch}", lambda: self._make_stream(epoch))
         return found["start"], found["end"]
 
     def _make_stream(self, epoch: int) -> Arrays:
-        starts, stops = self._documents
+        starts, stops = self._corpus.starts, self._corpus.stops
         if self._seed is not None:
             order = shuffled(len(starts), self._seed, epoch)
             starts, stops = starts[order], stops[order]
@@ -141,13 +150,11 @@ class Concat:
             document += 1
         return slices
 
-    def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
+    def row(self, epoch: int, row: int, values: Values) -> Row:
         first = row * self._seq_length
         slices = self._read(epoch, first, first + self._seq_length + 1)
-        token = np.concatenate([tokens[piece] for piece in slices]).astype(np.int32)
-        weight = np.concatenate([mask[piece] for piece in slices])
-        position = np.arange(self._seq_length, dtype=np.int32)
-        return Row(token[:-1], token[1:], weight[1:].astype(np.float32), position, np.ones_like(position))
+        joined = {name: np.concatenate([array[piece] for piece in slices]) for name, array in values.items()}
+        return make_row([Piece(self._seq_length, joined)], self._seq_length, columns_of(values))
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return rows * self._seq_length
@@ -159,14 +166,13 @@ class WholeDocuments:
     Segments count from 1 in each row, positions from 0 in each segment. A document's last token has nothing to
     predict: weight 0. A document longer than a row is split into pieces of T tokens, each a segment of its own, and
     the last token of a piece predicts the document's next one. With a seed the documents are packed in one shuffled
-    order, and the rows come in another order each epoch.
+    order, and the rows come in another order each epoch. The documents of a unit of several stand in one row, side by
+    side, in their order, those of one token too.
     """
 
-    def __init__(
-        self, starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store, fit: "Fit"
-    ):
-        self._seq_length, self._seed, self._store = seq_length, seed, store
-        packed = store("rows", lambda: self._pack(starts, stops, fit))
+    def __init__(self, corpus: Corpus, fit: Fit):
+        self._seq_length, self._seed, self._store = corpus.seq_length, corpus.seed, corpus.store
+        packed = self._store("rows", lambda: self._pack(corpus, fit))
         self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
         self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
         self.rows = len(self._row_ends)
@@ -177,20 +183,30 @@ class WholeDocuments:
         }
         self._order = lru_cache(maxsize=2)(self._make_order)
 
-    def _pack(self, starts: np.ndarray, stops: np.ndarray, fit: "Fit") -> Arrays:
+    def _pack(self, corpus: Corpus, fit: Fit) -> Arrays:
         """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
+        starts, stops, units = corpus.starts, corpus.stops, corpus.units
         if self._seed is not None:
-            order = shuffled(len(starts), self._seed)
+            order, units = take_units(units, shuffled(len(unit_lengths(starts, units)), self._seed))
             starts, stops = starts[order], stops[order]
-        start, stop, document_stop = split_documents(starts, stops, self._seq_length)
+        together = np.zeros(len(starts), bool) if units is None else (np.bincount(units) > 1)[units]
+        start, stop, document = split_documents(starts, stops, self._seq_length, together)
         lengths = stop - start
-        row_of_piece, rows = fit(lengths, self._seq_length)
+        item = np.arange(len(lengths))  # what is fitted: a piece, or those of a unit of several documents
+        if units is not None:
+            item = np.cumsum((np.diff(units[document], prepend=-1) != 0) | ~together[document]) - 1
+        sizes = unit_lengths(lengths, item)
+        if sizes.max(initial=0) > self._seq_length:
+            raise ValueError(f"a unit of {sizes.max()} tokens, and rows of {self._seq_length}")
+        row_of_item, rows = fit(sizes, self._seq_length)
+        row_of_piece = row_of_item[item]
         by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
+        lone = (stops - starts == 1) & ~together
         return {
-            "counts": np.array([np.sum(stops - starts), np.sum(stops - starts == 1)], np.int64),
+            "counts": np.array([np.sum(stops - starts), np.sum(lone)], np.int64),
             "start": start[by_row],
             "stop": stop[by_row],
-            "has_next": (stop < document_stop)[by_row],
+            "has_next": (stop < stops[document])[by_row],
             "row_end": np.cumsum(np.bincount(row_of_piece, minlength=rows)),
             "row_tokens": np.bincount(row_of_piece, weights=lengths, minlength=rows).astype(np.int64),
         }
@@ -208,42 +224,32 @@ class WholeDocuments:
     def pieces(self, epoch: int, row: int) -> list[slice]:
         return [slice(int(self._start[piece]), int(self._stop[piece])) for piece in self._pieces(epoch, row)]
 
-    def row(self, epoch: int, row: int, tokens: np.ndarray, mask: np.ndarray) -> Row:
-        places = self._seq_length
-        token, target, position, segment = (np.zeros(places, np.int32) for _ in range(4))
-        weight = np.zeros(places, np.float32)
-        place = 0
-        for number, piece in enumerate(self._pieces(epoch, row), start=1):
+    def row(self, epoch: int, row: int, values: Values) -> Row:
+        pieces = []
+        for piece in self._pieces(epoch, row):
             start, stop = int(self._start[piece]), int(self._stop[piece])
-            here = slice(place, place + stop - start)
-            token[here] = tokens[start:stop]
-            position[here] = np.arange(stop - start)
-            segment[here] = number
-            predicted = slice(start + 1, stop + bool(self._has_next[piece]))
-            there = slice(place, place + predicted.stop - predicted.start)
-            target[there] = tokens[predicted]
-            weight[there] = mask[predicted]
-            place = here.stop
-        return Row(token, target, weight, position, segment)
+            read = slice(start, stop + bool(self._has_next[piece]))
+            pieces.append(Piece(stop - start, {name: array[read] for name, array in values.items()}))
+        return make_row(pieces, self._seq_length, columns_of(values))
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())
 
 
 def split_documents(
-    starts: np.ndarray, stops: np.ndarray, seq_length: int
+    starts: np.ndarray, stops: np.ndarray, seq_length: int, together: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents cut into pieces of at most `seq_length`: each piece's start and stop, and its document's stop.
+    """Documents cut into pieces of at most `seq_length`: each piece's start, stop and document, all int64.
 
-    All int64. A piece of one token at a document's end is left out: the piece before it has it as its last target,
-    and it has nothing to predict itself. So is a document of one token.
+    A piece of one token at a document's end is left out: the piece before it has it as its last target, and it has
+    nothing to predict itself. So is a document of one token, unless it is `together` (bool [documents]) with others.
     """
     lengths = stops - starts
-    counts = np.where(lengths > 1, -(-(lengths - 1) // seq_length), 0)
+    counts = np.where(lengths > 1, -(-(lengths - 1) // seq_length), together & (lengths == 1))
     document = np.repeat(np.arange(len(starts)), counts)
     number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = starts[document] + number * seq_length
-    return start, np.minimum(start + seq_length, stops[document]), stops[document]
+    return start, np.minimum(start + seq_length, stops[document]), document
 
 
 def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -308,19 +314,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return number[row_of_piece], count
 
 
-Fit = Callable[[np.ndarray, int], tuple[np.ndarray, int]]
-
-
-def _first_fit(starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store) -> Plan:
-    return WholeDocuments(starts, stops, seq_length, seed, store, first_fit)
-
-
-def _best_fit(starts: np.ndarray, stops: np.ndarray, seq_length: int, seed: int | None, store: Store) -> Plan:
-    return WholeDocuments(starts, stops, seq_length, seed, store, best_fit)
-
-
-PACKINGS: dict[str, Callable[[np.ndarray, np.ndarray, int, int | None, Store], Plan]] = {
+PACKINGS: dict[str, Callable[[Corpus], Packing]] = {
     "concat": Concat,
-    "first_fit": _first_fit,
-    "best_fit": _best_fit,
+    "first_fit": partial(WholeDocuments, fit=first_fit),
+    "best_fit": partial(WholeDocuments, fit=best_fit),
 }

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ringbpt.data.documents import Row
 from ringbpt.data.loader import Loader
-from ringbpt.data.packing import Row
 from ringbpt.data.text.tokenizers import Tokenizer
 
 BINS = 24
@@ -71,16 +71,17 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
 def row_html(row: Row, shard_T: np.ndarray, tokenizer: Tokenizer, most: int) -> str:
     """The first `most` places of a row."""
     parts = []
-    for place in range(min(most, len(row.token))):
-        token, segment = int(row.token[place]), int(row.segment[place])
-        first = segment > 0 and (place == 0 or segment != int(row.segment[place - 1]))
+    for place in range(min(most, len(row["token"]))):
+        token, position, segment = (int(row[name][place]) for name in ("token", "position", "segment"))
+        first = segment > 0 and (place == 0 or segment != int(row["segment"][place - 1]))
         kind = "pad" if segment == 0 else "first" if first else ""
         text = "·" if segment == 0 else shown(tokenizer, token)
-        target = shown(tokenizer, int(row.target[place])).strip() or "blank"
-        learns = f"→ {target}" if row.weight[place] else "no loss"
-        title = f"place {place}, id {token}, position {int(row.position[place])}, document {segment}, {learns}"
-        marks = f'data-w="{int(row.weight[place] > 0)}" data-d="{segment % 12}" data-s="{int(shard_T[place])}"'
-        if row.weight[place]:
+        target = shown(tokenizer, int(row["target"][place])).strip() or "blank"
+        weighs = row["weight"][place] > 0
+        learns = f"→ {target}" if weighs else "no loss"
+        title = f"place {place}, id {token}, position {position}, document {segment}, {learns}"
+        marks = f'data-w="{int(weighs)}" data-d="{segment % 12}" data-s="{int(shard_T[place])}"'
+        if weighs:
             marks += f' data-t="{html.escape(target)}"'
         parts.append(f'<b class="{kind}" {marks} title="{html.escape(title)}">{html.escape(text)}</b>')
     return "".join(parts)
@@ -135,13 +136,13 @@ def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: in
     for view in views:
         body.append(f"<h2>batch {view.step}</h2>")
         for number, row in enumerate(view.rows):
-            filled = np.mean(row.segment > 0)
-            cut = f", the first {most} shown" if len(row.token) > most else ""
-            documents = int(row.segment.max(initial=0))
-            learnt = int(np.count_nonzero(row.weight))
+            filled = np.mean(row["segment"] > 0)
+            cut = f", the first {most} shown" if len(row["token"]) > most else ""
+            documents = int(row["segment"].max(initial=0))
+            learnt = int(np.count_nonzero(row["weight"]))
             body.append(
                 f'<p class="note">row {number}: {documents} documents, {filled:.1%} filled, '
-                f"{learnt:,} of {len(row.token):,} places take loss{cut}</p>"
+                f"{learnt:,} of {loader.seq_length:,} places take loss{cut}</p>"
                 f'<div class="row">{row_html(row, view.shard_T, tokenizer, most)}</div>'
             )
     empty = f"{loader.utilisation:.2%} of the places of an epoch's batches hold a token"

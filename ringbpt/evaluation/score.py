@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import UserError
+from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import first_fit
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
@@ -25,6 +26,10 @@ class Item(NamedTuple):
 
     tokens: np.ndarray
     start: int
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(len(self.tokens), {"token": self.tokens, "mask": np.arange(len(self.tokens)) >= self.start})
 
 
 class Scores(NamedTuple):
@@ -81,22 +86,9 @@ class Scorer:
             yield self._batch(items, group, length), group
 
     def _batch(self, items: Sequence[Item], group: list[list[int]], length: int) -> Batch:
-        token, target, position, segment = (np.zeros((self.rows, length), np.int32) for _ in range(4))
-        weight = np.zeros((self.rows, length), np.float32)
-        for b, row in enumerate(group):
-            start = 0
-            for q, number in enumerate(row):
-                tokens, judged = items[number]
-                stop = start + len(tokens)
-                token[b, start:stop] = tokens
-                target[b, start : stop - 1] = tokens[1:]
-                weight[b, start + judged - 1 : stop - 1] = 1
-                position[b, start:stop] = np.arange(len(tokens))
-                segment[b, start:stop] = q + 1
-                start = stop
-        host = Batch(token, target, weight, position, segment)
-        layout = self.model.execution.sequence_layout
-        return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), token.shape, self.model.mesh, layout)
+        shape = (self.rows, length)
+        host = make_batch([[items[number].piece for number in row] for row in group], shape)
+        return put_batch(host.rows, shape, self.model.mesh, self.model.execution.sequence_layout)
 
     def _sums(self, params: Params, batch: Batch, texts: int) -> jax.Array:
         """[3, B, texts + 1]: log p, weight and greedy hits of each text; place 0 is padding's."""

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.attention import permutation
 from ringbpt.config import UserError
+from ringbpt.data.documents import Piece, make_batch
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, split_params
 from ringbpt.generation.sampling import Options, Sampling, penalise, sample
@@ -109,7 +110,7 @@ class Generator:
         texts = {(b, q): number for b, row in enumerate(group.rows) for q, number in enumerate(row)}
         drawn, penalised = sampling.temperature > 0, sampling.repetition_penalty != 1.0
         prefill, first, step = self._compiled(shape, drawn, penalised)
-        global_batch = put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], batch), batch.token_BT.shape, mesh, layout)
+        global_batch = put_batch(batch.rows, batch.token_BT.shape, mesh, layout)
         row = NamedSharding(mesh, spec("B _", ACTIVATION_AXES))
         root = jax.random.key(sampling.seed)
         numbers_BQ = np.zeros((shape.rows, shape.texts), np.uint32)
@@ -213,20 +214,15 @@ def pack(
 
     A place of [rows, texts] without a text has segment 0, sees nothing and is seen by nobody.
     """
-    token_BT, position_BT, segment_BT = (np.zeros((shape.rows, shape.length), np.int32) for _ in range(3))
+    pieces = [Piece(len(prompt), {"token": prompt, "mask": np.zeros(len(prompt))}) for prompt in prompts]
+    batch = make_batch([[pieces[number] for number in row] for row in group.rows], (shape.rows, shape.length))
     place_BQ, next_BQ, segment_BQ = (np.zeros((shape.rows, shape.texts), np.int32) for _ in range(3))
     to_layout = inverse(order)
     for b, row in enumerate(group.rows):
-        start = 0
-        for q, number in enumerate(row):
-            size = len(prompts[number])
-            token_BT[b, start : start + size] = prompts[number]
-            position_BT[b, start : start + size] = np.arange(size)
-            segment_BT[b, start : start + size] = q + 1
-            start += size
-            place_BQ[b, q], next_BQ[b, q], segment_BQ[b, q] = to_layout[start - 1], size, q + 1
-    zeros = np.zeros_like(token_BT)
-    batch = Batch(token_BT, zeros, zeros.astype(np.float32), position_BT, segment_BT)
+        sizes = [len(prompts[number]) for number in row]
+        place_BQ[b, : len(row)] = to_layout[np.cumsum(sizes, dtype=np.int32) - 1]
+        next_BQ[b, : len(row)] = sizes
+        segment_BQ[b, : len(row)] = np.arange(len(row)) + 1
     return batch, place_BQ, TokenMeta(next_BQ, segment_BQ)
 
 

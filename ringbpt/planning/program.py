@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from ringbpt.config import Config
@@ -20,7 +19,7 @@ from ringbpt.planning.topologies import Topology
 from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.state import TrainState, abstract_state, host_leaves
 from ringbpt.training.step import make_train_step
-from ringbpt.types import Batch
+from ringbpt.types import ALWAYS, COLUMNS, Batch
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,9 @@ class Program:
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """What put_batch makes of a batch of the training data, as ShapeDtypeStructs."""
-    shape, sharding = (config.train_dataset.batch_size, config.train_dataset.seq_length), spec("B T", ACTIVATION_AXES)
-    ints, floats = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding)) for dtype in (jnp.int32, jnp.float32)
-    )
-    return Batch(token_BT=ints, target_BT=ints, weight_BT=floats, position_BT=ints, segment_BT=ints)
+    shape = (config.train_dataset.batch_size, config.train_dataset.seq_length)
+    sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))
+    return Batch.of({name: jax.ShapeDtypeStruct(shape, COLUMNS[name].dtype, sharding=sharding) for name in ALWAYS})
 
 
 def step_and_arguments(

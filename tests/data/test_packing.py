@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringbpt.data.packing import OPEN_ROWS, Row, best_fit, first_fit, interleave, make_plan, mix, shuffled
+from ringbpt.data.documents import Row
+from ringbpt.data.packing import OPEN_ROWS, PACKINGS, Corpus, best_fit, first_fit, interleave, mix, shuffled
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 lengths_of_rows = st.integers(1, 24)
@@ -24,46 +25,50 @@ def data(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (1000 + places).astype(np.int32), (places % 3 != 0).astype(np.uint8)
 
 
+def values(tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    return {"token": tokens, "mask": mask}
+
+
 def rows(plan, offsets: np.ndarray, epoch: int = 0) -> list[Row]:
-    return [plan.row(epoch, row, *data(offsets)) for row in range(plan.rows)]
+    return [plan.row(epoch, row, values(*data(offsets))) for row in range(plan.rows)]
 
 
 def plan_of(lengths, seq_length: int, packing: str, seed: int = 0, shuffle: bool = False):
     offsets = offsets_of(lengths)
-    return make_plan(offsets[:-1], offsets[1:], seq_length, packing=packing, seed=seed, shuffle=shuffle), offsets
+    return PACKINGS[packing](Corpus(offsets[:-1], offsets[1:], seq_length, seed if shuffle else None)), offsets
 
 
 def assert_shapes(row: Row, seq_length: int) -> None:
-    assert all(array.shape == (seq_length,) for array in row)
-    assert [array.dtype.name for array in row] == ["int32", "int32", "float32", "int32", "int32"]
+    assert all(array.shape == (seq_length,) for array in row.values())
+    assert [array.dtype.name for array in row.values()] == ["int32", "int32", "float32", "int32", "int32"]
 
 
 def test_concat_by_hand():
     plan, offsets = plan_of([3, 4, 3], 4, "concat")
     tokens, mask = np.arange(10, 20, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 1], np.uint8)
     assert (offsets.tolist(), plan.rows, plan.dropped) == ([0, 3, 7, 10], 2, {"end of the stream": 2})
-    second = plan.row(0, 1, tokens, mask)
-    assert second.token.tolist() == [14, 15, 16, 17]
-    assert second.target.tolist() == [15, 16, 17, 18]
-    assert second.weight.tolist() == [1, 1, 0, 1]
-    assert second.position.tolist() == [0, 1, 2, 3]
-    assert second.segment.tolist() == [1, 1, 1, 1]
+    second = plan.row(0, 1, values(tokens, mask))
+    assert second["token"].tolist() == [14, 15, 16, 17]
+    assert second["target"].tolist() == [15, 16, 17, 18]
+    assert second["weight"].tolist() == [1, 1, 0, 1]
+    assert second["position"].tolist() == [0, 1, 2, 3]
+    assert second["segment"].tolist() == [1, 1, 1, 1]
 
 
 def test_first_fit_by_hand():
     plan, _ = plan_of([3, 4, 2, 6, 1], 5, "first_fit")
     tokens, mask = np.arange(10, 26, dtype=np.int32), np.ones(16, np.uint8)
     mask[1] = 0
-    first, second, third = (plan.row(0, row, tokens, mask) for row in range(plan.rows))
-    assert first.token.tolist() == [10, 11, 12, 17, 18]  # documents 0 and 2
-    assert first.target.tolist() == [11, 12, 0, 18, 0]
-    assert first.weight.tolist() == [0, 1, 0, 1, 0]  # place 0 predicts token 1, which takes no loss
-    assert first.position.tolist() == [0, 1, 2, 0, 1]
-    assert first.segment.tolist() == [1, 1, 1, 2, 2]
-    assert second.token.tolist() == [13, 14, 15, 16, 0] and second.segment.tolist() == [1, 1, 1, 1, 0]
-    assert second.weight.tolist() == [1, 1, 1, 0, 0] and second.position.tolist() == [0, 1, 2, 3, 0]
-    assert third.token.tolist() == [19, 20, 21, 22, 23]  # document 3, whose last token is the last target
-    assert third.target.tolist() == [20, 21, 22, 23, 24] and third.weight.tolist() == [1] * 5
+    first, second, third = (plan.row(0, row, values(tokens, mask)) for row in range(plan.rows))
+    assert first["token"].tolist() == [10, 11, 12, 17, 18]  # documents 0 and 2
+    assert first["target"].tolist() == [11, 12, 0, 18, 0]
+    assert first["weight"].tolist() == [0, 1, 0, 1, 0]  # place 0 predicts token 1, which takes no loss
+    assert first["position"].tolist() == [0, 1, 2, 0, 1]
+    assert first["segment"].tolist() == [1, 1, 1, 2, 2]
+    assert second["token"].tolist() == [13, 14, 15, 16, 0] and second["segment"].tolist() == [1, 1, 1, 1, 0]
+    assert second["weight"].tolist() == [1, 1, 1, 0, 0] and second["position"].tolist() == [0, 1, 2, 3, 0]
+    assert third["token"].tolist() == [19, 20, 21, 22, 23]  # document 3, whose last token is the last target
+    assert third["target"].tolist() == [20, 21, 22, 23, 24] and third["weight"].tolist() == [1] * 5
     assert plan.dropped == {"documents of one token": 1, "last tokens of split documents": 1}
     assert plan.tokens_in(0, 3) == 14
 
@@ -79,11 +84,11 @@ def test_concat_is_the_stream(lengths, seq_length, shuffle, epoch):
     order = shuffled(len(lengths), 5, epoch) if shuffle else range(len(lengths))
     stream = np.concatenate([1000 + np.arange(offsets[index], offsets[index + 1]) for index in order])
     count = plan.rows * seq_length
-    np.testing.assert_array_equal(np.concatenate([row.token for row in every]), stream[:count])
-    np.testing.assert_array_equal(np.concatenate([row.target for row in every]), stream[1 : count + 1])
+    np.testing.assert_array_equal(np.concatenate([row["token"] for row in every]), stream[:count])
+    np.testing.assert_array_equal(np.concatenate([row["target"] for row in every]), stream[1 : count + 1])
     for row in every:
         assert_shapes(row, seq_length)
-        np.testing.assert_array_equal(row.weight, (row.target - 1000) % 3 != 0)
+        np.testing.assert_array_equal(row["weight"], (row["target"] - 1000) % 3 != 0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -93,20 +98,20 @@ def test_whole_documents_predict_each_next_token_once(packing, lengths, seq_leng
     tokens, mask = data(offsets)
     seen, predicted = [], []
     for number in range(plan.rows):
-        row = plan.row(epoch, number, tokens, np.ones_like(mask))
+        row = plan.row(epoch, number, values(tokens, np.ones_like(mask)))
         assert_shapes(row, seq_length)
-        real = row.segment > 0
-        assert not row.token[~real].any() and not row.weight[~real].any() and not row.position[~real].any()
-        starts = np.flatnonzero(real & (row.position == 0))
-        assert row.segment[starts].tolist() == list(range(1, len(starts) + 1))
+        real = row["segment"] > 0
+        assert not row["token"][~real].any() and not row["weight"][~real].any() and not row["position"][~real].any()
+        starts = np.flatnonzero(real & (row["position"] == 0))
+        assert row["segment"][starts].tolist() == list(range(1, len(starts) + 1))
         for segment in range(1, len(starts) + 1):
-            piece = row.segment == segment
-            np.testing.assert_array_equal(row.position[piece], np.arange(piece.sum()))
-            np.testing.assert_array_equal(np.diff(row.token[piece]), 1)  # consecutive in the data, so in one document
-        seen += row.token[real].tolist()
-        predicted += [(int(a), int(b)) for a, b, w in zip(row.token, row.target, row.weight, strict=True) if w]
-        masked = plan.row(epoch, number, tokens, mask)
-        np.testing.assert_array_equal(masked.weight, row.weight * ((row.target - 1000) % 3 != 0))
+            piece = row["segment"] == segment
+            np.testing.assert_array_equal(row["position"][piece], np.arange(piece.sum()))
+            np.testing.assert_array_equal(np.diff(row["token"][piece]), 1)  # consecutive: one document
+        seen += row["token"][real].tolist()
+        predicted += [(int(a), int(b)) for a, b, w in zip(row["token"], row["target"], row["weight"], strict=True) if w]
+        masked = plan.row(epoch, number, values(tokens, mask))
+        np.testing.assert_array_equal(masked["weight"], row["weight"] * ((row["target"] - 1000) % 3 != 0))
     pairs = [(1000 + i, 1001 + i) for a, b in pairwise(offsets) for i in range(a, b - 1)]
     assert sorted(predicted) == pairs
     assert len(set(seen)) == len(seen) == plan.tokens_in(epoch, plan.rows)
@@ -117,7 +122,9 @@ def test_whole_documents_predict_each_next_token_once(packing, lengths, seq_leng
 def test_whole_documents_stay_whole(packing):
     plan, offsets = plan_of([5, 9, 16, 7, 3, 2, 16], 16, packing, seed=1, shuffle=True)
     pieces = [
-        row.token[row.segment == s].tolist() for row in rows(plan, offsets) for s in range(1, row.segment.max() + 1)
+        row["token"][row["segment"] == s].tolist()
+        for row in rows(plan, offsets)
+        for s in range(1, row["segment"].max() + 1)
     ]
     whole = [list(range(1000 + a, 1000 + b)) for a, b in pairwise(offsets)]
     assert sorted(pieces) == whole
@@ -129,14 +136,14 @@ def test_seed_and_epoch_choose_the_order(packing):
 
     def digest(seed: int, epoch: int, shuffle: bool = True) -> bytes:
         plan, offsets = plan_of(lengths, 16, packing, seed, shuffle)
-        return b"".join(array.tobytes() for row in rows(plan, offsets, epoch) for array in row)
+        return b"".join(array.tobytes() for row in rows(plan, offsets, epoch) for array in row.values())
 
     assert digest(1, 2) == digest(1, 2)
     assert len({digest(1, 0), digest(1, 1), digest(1, 2), digest(2, 0), digest(-1, 0)}) == 5
     assert digest(1, 0, shuffle=False) == digest(2, 7, shuffle=False)
     plan, offsets = plan_of(lengths, 16, packing, 1, True)
-    backwards = [plan.row(2, row, *data(offsets)) for row in reversed(range(plan.rows))][::-1]
-    assert b"".join(array.tobytes() for row in backwards for array in row) == digest(1, 2)
+    backwards = [plan.row(2, row, values(*data(offsets))) for row in reversed(range(plan.rows))][::-1]
+    assert b"".join(array.tobytes() for row in backwards for array in row.values()) == digest(1, 2)
 
 
 def test_the_order_of_a_seed_never_changes():
@@ -165,8 +172,8 @@ def test_many_documents_are_planned_in_no_time():
     begin = time.process_time()
     plan, offsets = plan_of(lengths, 4096, "concat", 0, True)
     tokens = np.broadcast_to(np.int32(7), offsets[-1:])
-    row = plan.row(3, plan.rows - 1, tokens, np.broadcast_to(np.uint8(1), offsets[-1:]))
-    assert row.token.tolist() == [7] * 4096 and time.process_time() - begin < 3
+    row = plan.row(3, plan.rows - 1, values(tokens, np.broadcast_to(np.uint8(1), offsets[-1:])))
+    assert row["token"].tolist() == [7] * 4096 and time.process_time() - begin < 3
 
 
 def test_best_fit_takes_the_longest_first_and_the_fullest_row_with_room():
@@ -185,9 +192,9 @@ def test_pieces_are_the_tokens_of_the_row():
         plan, offsets = plan_of([5, 9, 0, 16, 7, 31, 2], 16, packing, seed=1, shuffle=True)
         tokens, mask = data(offsets)
         for number in range(plan.rows):
-            row = plan.row(1, number, tokens, mask)
+            row = plan.row(1, number, values(tokens, mask))
             joined = np.concatenate([tokens[piece] for piece in plan.pieces(1, number)])
-            np.testing.assert_array_equal(row.token[row.segment > 0], joined)
+            np.testing.assert_array_equal(row["token"][row["segment"] > 0], joined)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -213,9 +220,6 @@ def test_a_kept_plan_is_made_once():
     offsets = offsets_of([5, 9, 16, 7, 3, 2, 16])
     for packing, names in (("concat", ["stream 0", "stream 2"]), ("best_fit", ["rows", "order 0", "order 2"])):
         kept, made = {}, []
-        plans = [
-            make_plan(offsets[:-1], offsets[1:], 8, packing=packing, seed=1, shuffle=True, store=store)
-            for _ in range(2)
-        ]
-        rows_of = [[plan.row(epoch, 1, *data(offsets)).token.tolist() for epoch in (0, 2)] for plan in plans]
+        plans = [PACKINGS[packing](Corpus(offsets[:-1], offsets[1:], 8, 1, store)) for _ in range(2)]
+        rows_of = [[plan.row(epoch, 1, values(*data(offsets)))["token"].tolist() for epoch in (0, 2)] for plan in plans]
         assert rows_of[0] == rows_of[1] and made == names

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from ringbpt.config import DatasetConfig, JsonDatasetConfig, TextProcessorConfig, TokenizerConfig
-from ringbpt.data.loader import COLUMNS, make_loader
+from ringbpt.data.loader import make_loader
 from ringbpt.data.stored.tokenise import SHARD_BYTES
 from ringbpt.data.stored.tokens import COUNTED, ShardWriter, join_shards, open_store
 from ringbpt.data.text.tokenizers import BytesTokenizer
+from ringbpt.types import ALWAYS
 
 STEPS, ROWS = 200, 8
 
@@ -60,7 +61,7 @@ def loader_of(dataset: DatasetConfig):
 def rows_of(loader, step: int, start: int, stop: int) -> list[bytes]:
     """Each column's bytes of some rows of a global batch."""
     batch = loader.rows(step, start, stop)
-    return [getattr(batch, f"{name}_BT").tobytes() for name in COLUMNS]
+    return [array.tobytes() for array in batch.by_name().values()]
 
 
 def give(dataset: DatasetConfig, steps: range, start: int, stop: int, pipe) -> None:
@@ -81,7 +82,7 @@ def digest(context, dataset: DatasetConfig, processes: int) -> str:
     assert len({fingerprint for fingerprint, _ in parts}) == 1
     found = hashlib.sha256()
     for step in range(STEPS):
-        for column in range(len(COLUMNS)):
+        for column in range(len(ALWAYS)):
             found.update(b"".join(rows[step][column] for _, rows in parts))
     return found.hexdigest()
 

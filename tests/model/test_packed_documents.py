@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringbpt.data.packing import Row, make_plan
+from ringbpt.data.documents import Row, make_row
+from ringbpt.data.packing import PACKINGS, Corpus
 from ringbpt.layouts import inverse, permutation
 from ringbpt.mesh import put_batch
-from ringbpt.types import Batch
+from ringbpt.types import ALWAYS, Batch
 from tests.model.helpers import make_model
 
 T, B = 32, 4
@@ -19,16 +20,15 @@ MESHES = [((1, 1, 1, 1), "contiguous"), ((1, 1, 1, 8), "zigzag"), ((1, 2, 2, 2),
 def rows_of(lengths, tokens: np.ndarray, packing: str) -> tuple[list[Row], list[list[slice]]]:
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    plan = make_plan(starts, ends, T, packing=packing, seed=0, shuffle=False)
-    mask = np.ones(len(tokens), np.uint8)
-    return [plan.row(0, row, tokens, mask) for row in range(plan.rows)], [plan.pieces(0, r) for r in range(plan.rows)]
+    plan = PACKINGS[packing](Corpus(starts, ends, T))
+    values = {"token": tokens, "mask": np.ones(len(tokens), np.uint8)}
+    return [plan.row(0, row, values) for row in range(plan.rows)], [plan.pieces(0, r) for r in range(plan.rows)]
 
 
 def batch_of(rows: list[Row]) -> Batch:
     """The rows, and padding to B of them."""
-    empty = Row(*(np.zeros(T, array.dtype) for array in rows[0]))
-    rows = [*rows, *[empty] * (B - len(rows))]
-    return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+    rows = [*rows, *[make_row([], T)] * (B - len(rows))]
+    return Batch.of({name: np.stack([row[name] for row in rows]) for name in ALWAYS})
 
 
 @pytest.mark.parametrize(("mesh", "layout"), MESHES)
@@ -41,7 +41,7 @@ def test_the_loss_of_a_document_is_its_own(mesh, layout):
     def logp(rows: list[Row]) -> np.ndarray:
         """In text order, [rows, T]."""
         host = batch_of(rows)
-        batch = put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), (B, T), model.mesh, layout)
+        batch = put_batch(host.rows, (B, T), model.mesh, layout)
         return np.asarray(jnp.asarray(run(params, batch)))[: len(rows), back]
 
     tokens = np.random.default_rng(0).integers(0, 64, sum(LENGTHS)).astype(np.int32)
@@ -50,7 +50,7 @@ def test_the_loss_of_a_document_is_its_own(mesh, layout):
     together = {}
     for row, (values, slices) in enumerate(zip(logp(packed), pieces, strict=True)):
         for number, piece in enumerate(slices, start=1):
-            together[piece.start] = float(values[packed[row].segment == number].sum())
+            together[piece.start] = float(values[packed[row]["segment"] == number].sum())
     starts = np.cumsum(LENGTHS) - LENGTHS
     alone: dict[int, float] = {}
     for first in range(0, len(LENGTHS), B):
@@ -68,6 +68,6 @@ def test_the_loss_of_a_document_is_its_own(mesh, layout):
             changed[piece] = (changed[piece] + 1) % 64
             after = logp(rows_of(LENGTHS, changed, "best_fit")[0])
             mine = np.zeros_like(before, bool)
-            mine[row] = packed[row].segment == number
+            mine[row] = packed[row]["segment"] == number
             np.testing.assert_array_equal(after[~mine], before[~mine])  # bit by bit
             assert (after[mine] != before[mine]).any()

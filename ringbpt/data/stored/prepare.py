@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.reading.files import digest_of
 from ringbpt.data.reading.sources import Source
-from ringbpt.data.stored.rows import FORMAT, write_rows
+from ringbpt.data.stored.rows import FORMAT, column_dtypes, write_rows
 from ringbpt.data.stored.tokens import COUNTED, write_last
 from ringbpt.data.text.tokenizers import make_tokenizer
 
@@ -36,12 +36,11 @@ class Order:
     vocab_size: int
     folder: Path
     rows_per_file: int
-    files: int
-    flag: str = "train_dataset"
+    columns: Sequence[str]
 
     def loader(self) -> Loader:
-        tokenizer = make_tokenizer(self.tokenizer)
-        return make_loader(self.dataset, tokenizer, seed=self.seed, vocab_size=self.vocab_size, flag=self.flag)
+        tokenizer, columns = make_tokenizer(self.tokenizer), tuple(self.columns)
+        return make_loader(self.dataset, tokenizer, seed=self.seed, vocab_size=self.vocab_size, columns=columns)
 
 
 def prepare(
@@ -52,19 +51,20 @@ def prepare(
     seed: int,
     vocab_size: int,
     processes: int = 1,
+    columns: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Writes the rows of an epoch into `folder`; returns the manifest, which is written last.
+    """Writes the rows of an epoch into `folder`, with further columns; returns the manifest, which is written last.
 
     A killed run goes on with the files that are complete. Raises UserError for a folder that holds other rows.
     """
     begin = time.monotonic()
-    order = Order(dataset, tokenizer, seed, vocab_size, folder, 0, 0)
+    order = Order(dataset, tokenizer, seed, vocab_size, folder, 0, columns)
     loader = order.loader()
     say(loader.describe())
     rows_per_file = max(1, FILE_BYTES // (BYTES_A_TOKEN * loader.seq_length))
     files = -(-loader.epoch_rows // rows_per_file)
-    order = Order(dataset, tokenizer, seed, vocab_size, folder, rows_per_file, files)
+    order = replace(order, rows_per_file=rows_per_file)
     _claim(folder, digest_of([loader.fingerprint, str(rows_per_file)]))
     todo = [number for number in range(files) if not _part(folder, number).exists()]
     if len(todo) < files:
@@ -81,6 +81,7 @@ def prepare(
     manifest = {
         "format": FORMAT,
         "seq_length": loader.seq_length,
+        "columns": column_dtypes(loader.columns),
         "rows": loader.epoch_rows,
         "packing": dataset.packing,
         "seed": seed,

@@ -1,12 +1,14 @@
 """Packed rows on disk: an epoch's rows as ArrayRecord files with a manifest, written once, read at random.
 
-A record is a row, the arrays of packing.Row one after the other, little-endian. manifest.json, written last, says what
-was packed, how, and each file's rows and sha256; row_tokens.npy holds how many tokens each row has.
+A record is a row, its columns one after the other, little-endian. manifest.json, written last, says which columns and
+of which dtypes (where it doesn't: those of every batch), what was packed, how, and each file's rows and sha256;
+row_tokens.npy holds how many tokens each row has.
 """
 
 import hashlib
 import json
 import threading
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,24 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError
-from ringbpt.data.packing import Row, shuffled
+from ringbpt.data.documents import Row
+from ringbpt.data.packing import shuffled
 from ringbpt.data.reading.files import digest_of
 from ringbpt.data.reading.hub import open_array_record
+from ringbpt.data.stored.tokenise import check_tokenizer
 from ringbpt.data.stored.tokens import TokenStore
 from ringbpt.data.text.tokenizers import Tokenizer
+from ringbpt.types import ALWAYS, COLUMNS
 
 FORMAT = "ringbpt packed rows 1"
-DTYPES = ("<i4", "<i4", "<f4", "<i4", "<i4")  # of Row's arrays
 
 
-def write_rows(path: Path, rows: Any) -> tuple[list[int], str]:
+def column_dtypes(columns: Iterable[str]) -> dict[str, str]:
+    """The columns of a record in their order, each with the dtype that it is written in."""
+    return {name: np.dtype(COLUMNS[name].dtype).newbyteorder("<").str for name in columns}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> tuple[list[int], str]:
     """Writes rows into one ArrayRecord file; returns the tokens of each row, and the file's sha256."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -32,8 +41,9 @@ def write_rows(path: Path, rows: Any) -> tuple[list[int], str]:
     tokens = []
     try:
         for row in rows:
-            writer.write(b"".join(array.astype(dtype).tobytes() for array, dtype in zip(row, DTYPES, strict=True)))
-            tokens.append(int(np.count_nonzero(row.segment)))
+            dtypes = column_dtypes(row)
+            writer.write(b"".join(array.astype(dtypes[name]).tobytes() for name, array in row.items()))
+            tokens.append(int(np.count_nonzero(row["segment"])))
     finally:
         writer.close()
     with open(path, "rb") as file:
@@ -43,9 +53,12 @@ def write_rows(path: Path, rows: Any) -> tuple[list[int], str]:
 class PackedRows:
     """A plan whose rows are read and not made; `dropped` are the tokens that packing left out."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], seed: int | None):
+    def __init__(self, folder: Path, manifest: dict[str, Any], columns: Sequence[str], seed: int | None):
+        """columns: of the rows that are made; the manifest has them."""
         self._names = [str(folder / shard["file"]) for shard in manifest["shards"]]
-        self._seq_length, self._seed = manifest["seq_length"], seed
+        self._seq_length, self._seed, self._columns = manifest["seq_length"], seed, columns
+        dtypes = manifest.get("columns") or column_dtypes(ALWAYS)
+        self._record = np.dtype([(name, dtype, (self._seq_length,)) for name, dtype in dtypes.items()])
         self.rows, self.dropped = manifest["rows"], dict(manifest["dropped"])
         self._row_tokens = np.load(folder / "row_tokens.npy", mmap_mode="r", allow_pickle=False)
         self._order = lru_cache(maxsize=2)(self._make_order)
@@ -55,30 +68,28 @@ class PackedRows:
     def _make_order(self, epoch: int) -> np.ndarray:
         return np.arange(self.rows) if self._seed is None else shuffled(self.rows, self._seed, 1 + epoch)
 
-    def row(self, epoch: int, row: int, tokens: Any, mask: Any) -> Row:
+    def row(self, epoch: int, row: int, values: Any) -> Row:
         with self._opening:
             if self._records is None:
                 self._records = open_array_record(self._names)
         number = int(self._order(0 if self._seed is None else epoch)[row])
         record = self._records[number]
-        if len(record) != 4 * len(DTYPES) * self._seq_length:
+        if len(record) != self._record.itemsize:
             raise UserError(f"{self._names[0]}: row {number} has {len(record)} bytes; write the folder again", code=4)
-        size = 4 * self._seq_length
-        return Row(*(np.frombuffer(record, dtype, self._seq_length, at * size) for at, dtype in enumerate(DTYPES)))
-
-    def pieces(self, epoch: int, row: int) -> list[slice]:
-        raise NotImplementedError("packed rows don't know their documents: read the source itself")
+        (found,) = np.frombuffer(record, self._record)
+        return {name: found[name] for name in self._columns}
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())
 
 
 def open_rows(
-    path: str, dataset: DatasetConfig, tokenizer: Tokenizer, seed: int, flag: str
+    path: str, dataset: DatasetConfig, tokenizer: Tokenizer, seed: int, flag: str, columns: Sequence[str] = ALWAYS
 ) -> tuple[TokenStore, PackedRows] | None:
     """The rows in a folder and the account of their tokens; None for a folder that is none of packed rows.
 
-    Raises UserError for another seq_length, another tokenizer, and for files that are missing or of another length.
+    Raises UserError for another seq_length, another tokenizer, for files that are missing or of another length, and
+    for rows without one of the columns.
     """
     folder = Path(path).expanduser()
     group = f"--{flag}.{dataset.group}"
@@ -96,11 +107,9 @@ def open_rows(
             f"{group}.seq_length={dataset.seq_length}, but the rows in {path!r} have {manifest['seq_length']} tokens: "
             f"{group}.seq_length={manifest['seq_length']}"
         )
-    if manifest["tokenizer"] != tokenizer.fingerprint():
-        raise UserError(
-            f"{group}.path={path!r} was tokenised with another tokenizer than --tokenizer.vocab_file="
-            f"{tokenizer.config.vocab_file!r} ({tokenizer.describe()}): give the one it was made with"
-        )
+    check_tokenizer(manifest["tokenizer"], tokenizer, f"{group}.path={path!r}")
+    if missing := set(columns) - set(manifest.get("columns", ALWAYS)):
+        raise UserError(f"{group}.path={path!r}: the rows have no column {min(missing)!r}; pack them again with it")
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
@@ -112,4 +121,4 @@ def open_rows(
     offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
     nothing = np.zeros(0, np.int32)
     store = TokenStore(nothing, nothing, offset, summary, key)
-    return store, PackedRows(folder, manifest, seed if dataset.shuffle else None)
+    return store, PackedRows(folder, manifest, columns, seed if dataset.shuffle else None)

@@ -249,6 +249,15 @@ def check_vocabulary(largest: int, tokenizer: Tokenizer, vocab_size: int) -> Non
         )
 
 
+def check_tokenizer(fingerprint: str, tokenizer: Tokenizer, where: str) -> None:
+    """Raises UserError for tokens that another tokenizer has made; where: the flag that gave them, and its value."""
+    if fingerprint != tokenizer.fingerprint():
+        raise UserError(
+            f"{where} was tokenised with another tokenizer than --tokenizer.vocab_file={tokenizer.config.vocab_file!r} "
+            f"({tokenizer.describe()}): give the one it was made with"
+        )
+
+
 class _Progress:
     """A bar with the time left on a terminal, a line now and then elsewhere; on stdout, as stderr is for errors."""
 

@@ -2,6 +2,7 @@
 
 The folder of a finished store holds, for each shard N of consecutive documents, N.token (uint16 or int32), N.mask
 (uint8) and N.check (crc32 of each block of both), and of all shards offset.npy and, written last, summary.json.
+units.npy says which documents must share a row, where there are such; further columns: see columns.py.
 """
 
 import hashlib
@@ -11,13 +12,14 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ringbpt.config import UserError
+from ringbpt.data.documents import Values
 from ringbpt.data.reading.files import digest_of, file_digest, find_files
 
 FORMAT = "2"  # part of every key; raise it when the same inputs give other files
@@ -26,7 +28,7 @@ BLOCK_BYTES = 1 << 16  # checked as one when first read
 COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad")
 
 
-class Column:
+class Joined:
     """Consecutive arrays, read in slices as if they were one."""
 
     def __init__(self, parts: Sequence[Any], lengths: Sequence[int]):
@@ -73,7 +75,8 @@ class TokenStore:
 
     summary: documents, tokens, max_token (-1 where it is not known), loss_tokens (mask 1), loss_bytes (UTF-8 bytes of
     the text behind those; 0 where it is not known), bad (examples left out; a document of no tokens stands for each).
-    key: the hex digest of everything that decides the content.
+    key: the hex digest of everything that decides the content. columns: further values of the tokens, by name, read as
+    token is. units: int64 [documents], see packing.Corpus. folder: where its files are, if it has one.
     """
 
     token: Any
@@ -81,6 +84,13 @@ class TokenStore:
     offset: np.ndarray
     summary: dict[str, Any]
     key: str
+    columns: Values = field(default_factory=dict)
+    units: np.ndarray | None = None
+    folder: Path | None = None
+
+    @property
+    def values(self) -> Values:
+        return {"token": self.token, "mask": self.mask} | self.columns
 
 
 class Ones:
@@ -93,7 +103,7 @@ class Ones:
 # --- writing ---
 
 
-class _Writer:
+class CheckedWriter:
     """Writes a file, and remembers its size, its digest, and the crc32 of each of its blocks."""
 
     def __init__(self, file: BinaryIO):
@@ -121,7 +131,7 @@ class ShardWriter:
         self._base, self._dtype, self._check = folder / f"{shard:05d}", np.dtype(dtype), check
         paths = [self._base.with_suffix(suffix) for suffix in (".token", ".mask")]
         self._files = [open(path, "wb") for path in paths]  # noqa: SIM115  (closed by close and abandon)
-        self._token, self._mask = map(_Writer, self._files)
+        self._token, self._mask = map(CheckedWriter, self._files)
         self._lengths: list[int] = []
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and masks that are not written yet
         self._waiting_tokens = 0
@@ -249,22 +259,22 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
             return None
         if zlib.crc32(np.ascontiguousarray(offset)) != summary["crc32"]["offset"] or offset[-1] != sum(lengths):
             return None
+        units = _read_units(folder, len(offset) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return TokenStore(Column(tokens, lengths), Column(masks, lengths), offset, summary, key)
+    if units is not None:
+        key = digest_of([key, hashlib.sha256(units).hexdigest()])
+    return TokenStore(Joined(tokens, lengths), Joined(masks, lengths), offset, summary, key, units=units, folder=folder)
 
 
-def verify_store(folder: Path) -> list[str]:
-    """The files of a store whose digest is not the one that was written; all of them are read."""
-    summary = json.loads((folder / "summary.json").read_text())
-    bad = []
-    for number, shard in enumerate(summary["shards"]):
-        for suffix, wanted in shard["sha256"].items():
-            path = folder / f"{number:05d}.{suffix}"
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                    bad.append(str(path))
-    return bad
+def _read_units(folder: Path, documents: int) -> np.ndarray | None:
+    """The units of a store's documents, None where each is one of its own. Raises ValueError for what are none."""
+    if not (folder / "units.npy").exists():
+        return None
+    units = np.load(folder / "units.npy", allow_pickle=False)
+    if units.shape != (documents,) or not set(np.diff(units, prepend=-1).tolist()) <= {0, 1} or units[:1].any():
+        raise ValueError(f"{folder}/units.npy")
+    return units if units[-1] + 1 < documents else None
 
 
 # --- Megatron's .bin and .idx ---
@@ -293,7 +303,7 @@ def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
     total = int(offset[-1])
     summary = {"documents": len(offset) - 1, "tokens": total, "max_token": -1, "bad": 0}
     summary |= {"loss_tokens": total, "loss_bytes": 0}
-    return TokenStore(Column(columns, counts), Ones(), offset, summary, digest_of(["megatron", *digests]))
+    return TokenStore(Joined(columns, counts), Ones(), offset, summary, digest_of(["megatron", *digests]))
 
 
 def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,13 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "rl": ("prompt",),
 }
+# What of an example of another kind is learnt as text, by which flag of text_processor.
+AS_TEXT = {
+    "preference": "output_key=chosen learns the chosen answers",
+    "kto": "output_key=completion learns all completions",
+    "rl": "a prompt alone has nothing to learn: output_key names the answer",
+}
+LEARNT_AS_TEXT = tuple(shape for shape in SHAPES if shape not in AS_TEXT)
 # ShareGPT's speakers; who is none of them is a role of that name.
 ROLES = {
     "human": "user",
