@@ -72,7 +72,7 @@ def _fill(row: Row, pieces: Iterable[Piece]) -> None:
 
 
 def pieces_of(row: Row) -> list[Piece]:
-    """The pieces of a row, of which make_row makes the same row. What the first token's mask was is not known: it is 0."""
+    """The pieces of a row: make_row makes the same row of them. The first token's mask is not known, and is 0."""
     found = []
     for number in np.unique(row["segment"][row["segment"] > 0]):
         inside = row["segment"] == number

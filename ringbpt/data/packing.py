@@ -122,15 +122,16 @@ class Concat:
 
     def _load_stream(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] each: where a document begins in the data, and where it ends in the stream."""
-        found = self._corpus.store(f"stream {epoch}", lambda: self._make_stream(epoch))
-        return found["start"], found["end"]
 
-    def _make_stream(self, epoch: int) -> Arrays:
-        starts, stops = self._corpus.starts, self._corpus.stops
-        if self._seed is not None:
-            order = shuffled(len(starts), self._seed, epoch)
-            starts, stops = starts[order], stops[order]
-        return {"start": starts, "end": np.cumsum(stops - starts)}
+        def make() -> Arrays:
+            starts, stops = self._corpus.starts, self._corpus.stops
+            if self._seed is not None:
+                order = shuffled(len(starts), self._seed, epoch)
+                starts, stops = starts[order], stops[order]
+            return {"start": starts, "end": np.cumsum(stops - starts)}
+
+        found = self._corpus.store(f"stream {epoch}", make)
+        return found["start"], found["end"]
 
     def pieces(self, epoch: int, row: int) -> list[slice]:
         return self._read(epoch, row * self._seq_length, (row + 1) * self._seq_length)

@@ -1,11 +1,9 @@
 """A data set tokenised and packed ahead of training: rows on disk with a manifest, by many processes, restartable."""
 
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -20,6 +18,7 @@ from ringbpt.data.reading.files import digest_of
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.rows import FORMAT, column_dtypes, write_rows
 from ringbpt.data.stored.tokens import COUNTED, write_last
+from ringbpt.data.stored.workers import each
 from ringbpt.data.text.tokenizers import make_tokenizer
 
 FILE_BYTES = 1 << 28  # of a file of rows, before compression
@@ -70,7 +69,9 @@ def prepare(
     if len(todo) < files:
         say(f"{files - len(todo)} of {files} files are there from an earlier run")
     done = 0
-    for number, rows in _each(order, todo, processes):
+    items = [(number,) for number in todo]
+    written = each(_write, items, partial(_begin, order), lambda: (order, loader), processes)
+    for number, rows in zip(todo, written, strict=True):
         done += rows * loader.seq_length
         seconds = time.monotonic() - begin
         left = seconds / (todo.index(number) + 1) * (len(todo) - todo.index(number) - 1)
@@ -116,38 +117,12 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"rows-{number:05d}.json"
 
 
-def _each(order: Order, todo: list[int], processes: int) -> Iterator[tuple[int, int]]:
-    """Writes the files of `todo`; (its number, rows) of each, in order."""
-    processes = min(processes, len(todo), os.cpu_count() or 1)
-    if processes <= 1:
-        loader = order.loader() if todo else None
-        for number in todo:
-            yield number, _write(order, loader, number)
-        return
-    with ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(order,),
-    ) as pool:
-        yield from zip(todo, pool.map(_write_in_worker, todo), strict=True)
+def _begin(order: Order) -> tuple[Order, Loader]:
+    return order, order.loader()
 
 
-_worker: tuple[Order, Loader] | None = None
-
-
-def _start_worker(order: Order) -> None:
-    global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
-    _worker = order, order.loader()
-
-
-def _write_in_worker(number: int) -> int:
-    assert _worker is not None
-    return _write(*_worker, number)
-
-
-def _write(order: Order, loader: Loader | None, number: int) -> int:
-    assert loader is not None
+def _write(made: tuple[Order, Loader], number: int) -> int:
+    order, loader = made
     first = number * order.rows_per_file
     count = min(order.rows_per_file, loader.epoch_rows - first)
     path = order.folder / f"rows-{number:05d}.array_record"

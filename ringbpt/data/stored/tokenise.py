@@ -6,15 +6,11 @@ its complete shards to the next one.
 """
 
 import fcntl
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +23,7 @@ from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
 from ringbpt.data.reading.files import remove, unwritable
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
+from ringbpt.data.stored.workers import each
 from ringbpt.data.text.text_processor import TextProcessor
 from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
 
@@ -107,7 +104,7 @@ def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> 
     with progress:
         for wait in (False, True):  # first what nobody works on, then what the others have not finished
             todo = [shard for shard in range(shards) if shard_summary(work, shard) is None]
-            for shard, summary in _run(job, tokenizer, work, edges, todo, processes, wait):
+            for shard, summary in zip(todo, _run(job, tokenizer, work, edges, todo, processes, wait), strict=True):
                 progress.advance(edges[shard + 1] - edges[shard], summary)
                 bad += (summary or {}).get("bad_lines", [])
                 _check_bad(sum(progress.bad), job, bad)
@@ -135,63 +132,28 @@ def _check_bad(count: int, job: Job, lines: list[str]) -> None:
 
 def _run(
     job: Job, tokenizer: Tokenizer, work: Path, edges: list[int], todo: list[int], processes: int, wait: bool
-) -> Iterator[tuple[int, dict[str, Any] | None]]:
+) -> Iterator[dict[str, Any] | None]:
     """Makes the shards of `todo` in order; a summary is None where another process has the shard."""
-    processes = min(processes, len(todo), os.cpu_count() or 1)
-    if processes <= 1:
-        processor = TextProcessor(job.processor, tokenizer, job.flag, job.shape)
-        for shard in todo:
-            yield shard, _make_shard(job, processor, work, shard, edges[shard], edges[shard + 1], wait)
-        return
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork of a process that runs jax may hang
-        initializer=_start_worker,
-        initargs=(job,),
-    )
+    items = [(work, shard, edges[shard], edges[shard + 1], wait) for shard in todo]
     try:
-        futures = [
-            (shard, pool.submit(_make_in_worker, work, shard, edges[shard], edges[shard + 1], wait)) for shard in todo
-        ]
-        for shard, future in futures:
-            yield shard, future.result()
+        yield from each(_make_shard, items, partial(_begin, job), partial(_begin, job, tokenizer), processes)
     except BrokenProcessPool:
         raise UserError(
             f"--{job.flag}: a tokenizer process of {processes} died (out of memory, or a script without "
             "`if __name__ == '__main__'`); tokenizer_processes=1 works in this process",
             code=4,
         ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Job, TextProcessor] | None = None
-
-
-def _start_worker(job: Job) -> None:
-    global _worker  # noqa: PLW0603  (what a worker process is given once, and not with each task)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = job, TextProcessor(job.processor, make_tokenizer(job.tokenizer), job.flag, job.shape)
-
-
-def _end_with_parent() -> None:
-    """A worker would wait for ever for tasks of a parent that was killed: it holds both ends of their pipe."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _make_in_worker(work: Path, shard: int, start: int, stop: int, wait: bool) -> dict[str, Any] | None:
-    assert _worker is not None
-    return _make_shard(*_worker, work, shard, start, stop, wait)
+def _begin(job: Job, tokenizer: Tokenizer | None = None) -> tuple[Job, TextProcessor]:
+    return job, TextProcessor(job.processor, tokenizer or make_tokenizer(job.tokenizer), job.flag, job.shape)
 
 
 def _make_shard(
-    job: Job, processor: TextProcessor, work: Path, shard: int, start: int, stop: int, wait: bool
+    made: tuple[Job, TextProcessor], work: Path, shard: int, start: int, stop: int, wait: bool
 ) -> dict[str, Any] | None:
     """Makes a shard, or returns None where another process is at it; with `wait`, waits for that one to end."""
+    job, processor = made
     try:
         lock = open(work / f"{shard:05d}.lock", "wb")  # noqa: SIM115  (held below)
     except FileNotFoundError:  # the whole store is finished, and has its own name
