@@ -27,13 +27,11 @@ def main(argv: list[str]) -> int:
     from ringbpt.mesh import start_jax
 
     config = parse(tree, start_jax(tree))
-    from ringbpt.data.loader import make_loader
     from ringbpt.data.text.tokenizers import make_tokenizer
+    from ringbpt.training.loop import loader_of
 
     tokenizer = make_tokenizer(config.tokenizer)
-    dataset = getattr(config, own["split"])
-    settings = {"seed": config.seed, "vocab_size": config.architecture.vocab_size, "flag": own["split"]}
-    loader = make_loader(dataset, tokenizer, **settings)
+    loader = loader_of(config, tokenizer, own["split"])
     if own["digest"]:
         print(f"{loader.digest(own['digest'])}  the first {own['digest']} batches")
         return 0

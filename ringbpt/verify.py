@@ -224,13 +224,10 @@ def parting(passed: list[Variant], failed: list[Variant]) -> list[str]:
 
 def verify(config: Config, device_count: int, tolerance: float, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs every variant and compares; the report as a JSON-serialisable dict with "ok" and "parting"."""
-    from ringbpt.data.loader import make_loader
     from ringbpt.data.text.tokenizers import make_tokenizer
+    from ringbpt.training.loop import loader_of
 
-    vocab_size = config.architecture.vocab_size
-    loader = make_loader(
-        config.train_dataset, make_tokenizer(config.tokenizer), seed=config.seed, vocab_size=vocab_size
-    )
+    loader = loader_of(config, make_tokenizer(config.tokenizer))
     host = loader.rows(0, 0, loader.batch_size)
     plain = Variant()
     todo = variants(config, device_count)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from ringbpt.config import Config, DatasetConfig
+from ringbpt.config import Config
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
@@ -36,7 +36,7 @@ def train(config: Config) -> Path:
     run = open_run(config)
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
-    loader = _loader(config, config.train_dataset, tokenizer, "train_dataset")
+    loader = loader_of(config, tokenizer)
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length)
     optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
@@ -80,9 +80,12 @@ def train(config: Config) -> Path:
     return run.folder
 
 
-def _loader(config: Config, dataset: DatasetConfig, tokenizer: Tokenizer, flag: str) -> Loader:
+def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset") -> Loader:
+    """The loader of one of the config's data sets, with what its objective reads."""
+    objective, name = objective_of(config), f"--objective={config.objective}"
+    settings = {"columns": objective.columns, "shapes": objective.shapes, "taker": name, "seed": config.seed}
     vocab_size = config.architecture.vocab_size
-    return make_loader(dataset, tokenizer, seed=config.seed, vocab_size=vocab_size, flag=flag)
+    return make_loader(getattr(config, flag), tokenizer, vocab_size=vocab_size, flag=flag, **settings)
 
 
 def _put(model: Model, loader: Loader, step: int) -> Batch:
@@ -120,7 +123,7 @@ class Evaluation:
 
 
 def _evaluation(config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path) -> Evaluation:
-    loader = _loader(config, config.eval_dataset, tokenizer, "eval_dataset")
+    loader = loader_of(config, tokenizer, "eval_dataset")
     step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
     return Evaluation(model, objective, config, loader, step, probe)
 

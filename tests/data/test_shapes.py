@@ -2,8 +2,19 @@
 
 import pytest
 
-from ringbpt.config import TextProcessorConfig, UserError
-from ringbpt.data.text.shapes import SHAPES, conversation, detect, preference, prompt_and_completion
+from ringbpt.config import DatasetConfig, FilesDatasetConfig, TextProcessorConfig, TokenizerConfig, UserError
+from ringbpt.data.loader import make_loader
+from ringbpt.data.text.shapes import (
+    AS_TEXT,
+    LEARNT_AS_TEXT,
+    SHAPES,
+    conversation,
+    detect,
+    preference,
+    prompt_and_completion,
+)
+from ringbpt.data.text.tokenizers import BytesTokenizer
+from ringbpt.objectives import OBJECTIVES
 
 TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 EXAMPLES = {
@@ -86,3 +97,16 @@ def test_preferences_without_a_prompt_share_their_beginning():
 )
 def test_messages_that_are_none(messages, message):
     assert error(conversation, {"messages": messages}, "messages", TextProcessorConfig(), "d:7") == message
+
+
+def test_what_is_learnt_as_text_is_what_sft_takes():
+    assert set(LEARNT_AS_TEXT) == set(OBJECTIVES["sft"].shapes) and set(AS_TEXT) | set(LEARNT_AS_TEXT) == set(SHAPES)
+
+
+def test_an_objective_says_what_it_takes(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "t"}\n{"text": "u"}\n')
+    files = FilesDatasetConfig(path=str(tmp_path / "data.jsonl"), seq_length=1, batch_size=1)
+    dataset = DatasetConfig(type="files", cache_dir=str(tmp_path), files_dataset=files)
+    settings = {"seed": 0, "vocab_size": 258, "shapes": ("preference", "kto"), "taker": "--objective=toy"}
+    message = error(make_loader, dataset, BytesTokenizer(TokenizerConfig("bytes")), **settings)
+    assert message.endswith(":1: a 'text' example does not go with --objective=toy: it takes preference, kto")
