@@ -12,6 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests import shapes
+
+shapes.install()
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
-from ringbpt.types import TokenMeta
+from ringbpt.types import Array, TokenMeta
 
 
 @jax.tree_util.register_static
@@ -55,8 +54,8 @@ class Local:
     attend_bwd: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def visible(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> Bool[Array, "B T S"]:
-    """The mask itself, dense: only blocks of it are ever made outside local/reference.py."""
+def visible(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> jax.Array:
+    """The mask itself, bool [B, T, S]: only blocks of it are ever made outside local/reference.py."""
     distance_BTS = q_meta.position_BT[:, :, None] - kv_meta.position_BT[:, None, :]
     q_segment_BT1, kv_segment_B1S = q_meta.segment_BT[:, :, None], kv_meta.segment_BT[:, None, :]
     seen_BTS = (q_segment_BT1 == kv_segment_B1S) & (q_segment_BT1 != 0)
@@ -110,8 +109,8 @@ def _ranges(meta: TokenMeta, size: int, axis: int) -> _Range:
 
 def row_visibility(
     q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
-) -> tuple[Bool[Array, "B query_blocks key_blocks"], Bool[Array, "B query_blocks key_blocks"]]:
-    """(some, all) of each row, block of queries and block of keys: may a pair be visible; is every pair visible.
+) -> tuple[Array, Array]:
+    """(some, all), bool [B, blocks of queries, blocks of keys]: may a pair be visible; is every pair visible.
 
     `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
     lengths here. Of jax arrays on the device, of numpy arrays on the host: one rule for what is done and counted.
@@ -146,8 +145,8 @@ def row_visibility(
 
 def block_visibility(
     q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, query_chunk_size: int, key_chunk_size: int
-) -> tuple[Bool[Array, "query_blocks key_blocks"], Bool[Array, "query_blocks key_blocks"]]:
-    """row_visibility for all rows at once: may some row hold a visible pair; is every pair of every row visible."""
+) -> tuple[Array, Array]:
+    """(some, all), bool [blocks of queries, blocks of keys], of all rows: may a pair be visible; is every pair."""
     some, every = row_visibility(q_meta, kv_meta, mask, query_chunk_size, key_chunk_size)
     return some.any(axis=0), every.all(axis=0)
 
@@ -165,7 +164,7 @@ def gather_meta(meta: TokenMeta, axis: str) -> TokenMeta:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), meta)
 
 
-def row_delta(out_BTNH: jax.Array, d_out_BTNH: jax.Array) -> Float[Array, "B T N"]:
-    """sum_H out * d_out, the term every score's gradient subtracts. Ref: FlashAttention-2, arXiv:2307.08691, eq. 4."""
+def row_delta(out_BTNH: jax.Array, d_out_BTNH: jax.Array) -> jax.Array:
+    """sum_H out * d_out, [B, T, N]: every score's gradient subtracts it. Ref: FlashAttention-2, arXiv:2307.08691, eq. 4."""
     wide = jnp.promote_types(out_BTNH.dtype, jnp.float32)
     return jnp.sum(out_BTNH.astype(wide) * d_out_BTNH.astype(wide), axis=-1)

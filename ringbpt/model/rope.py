@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from ringbpt.config import Architecture
 from ringbpt.config.families import yarn_scale
@@ -56,10 +55,8 @@ def rope_scale(config: Architecture) -> float:
     return yarn_scale(config.rope_scaling_factor) if given is None else given
 
 
-def rotation(
-    position_BT: Int[Array, "B T"], frequency: np.ndarray, scale: float = 1.0
-) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """(cos, sin) of every angle, float32, h = H/2, both times `scale`."""
+def rotation(position_BT: jax.Array, frequency: np.ndarray, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of every angle, float32 [B, T, h] with h = H/2, both times `scale`."""
     angle_BTh = position_BT[:, :, None].astype(jnp.float32) * jnp.asarray(frequency)[None, None]
     cos_BTh, sin_BTh = jnp.cos(angle_BTh), jnp.sin(angle_BTh)
     return (cos_BTh, sin_BTh) if scale == 1.0 else (cos_BTh * scale, sin_BTh * scale)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
 
 # What a visit says of itself, as bits.
 FIRST, LAST, VISIBLE, MASKED = 1, 2, 4, 8
@@ -30,7 +29,7 @@ class Visits:
     count: jax.Array  # int32 []
 
 
-def visits(some_Bij: Bool[Array, "B i j"], every_Bij: Bool[Array, "B i j"]) -> Visits:
+def visits(some_Bij: jax.Array, every_Bij: jax.Array) -> Visits:
     """The visits of each row i, in ascending j; transpose both arguments to walk keys instead of queries."""
     columns = some_Bij.shape[2]
     empty_Bi1 = ~jnp.any(some_Bij, axis=2, keepdims=True)
@@ -57,11 +56,11 @@ class BlockLists:
     many there are of the first kind, and how many in all.
     """
 
-    blocks: Int32[Array, "... rows columns"]
-    counts: Int32[Array, "... rows 2"]
+    blocks: jax.Array  # int32 [..., rows, columns]
+    counts: jax.Array  # int32 [..., rows, 2]
 
 
-def block_lists(some: Array, every: Array, *, by_key: bool = False, full_first: bool = False) -> BlockLists:
+def block_lists(some: jax.Array, every: jax.Array, *, by_key: bool = False, full_first: bool = False) -> BlockLists:
     """The lists of key blocks for each block of queries or, by_key, of query blocks for each block of keys.
 
     some, every: bool [..., query blocks, key blocks], as core.row_visibility has them. First come the blocks that need
