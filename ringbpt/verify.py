@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringbpt.config import (
     Config,
+    Execution,
     Flag,
     UserError,
     check,
@@ -28,7 +29,7 @@ from ringbpt.config import (
     run_main,
     split_flags,
 )
-from ringbpt.dims import MeshShape
+from ringbpt.dims import AXES, MeshShape
 
 if TYPE_CHECKING:
     from ringbpt.types import Batch
@@ -48,70 +49,45 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of computing the same step; the fields are the dimensions along which numbers could part."""
+    """One way of computing the same step. packing "alone": each document in a row of its own."""
 
-    dp: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    sp: int = 1
-    layout: str = "contiguous"
-    strategy: str = "none"
-    ring: str = "whole"  # or "skipping" hops, or "two ways"
-    local: str = "standard"
-    kernel: str = "auto"
-    packing: str = "as given"  # or "alone": each document in a row of its own
-    accumulate: int = 1
-    layers: str = "loop"
-    feedforward: str = "whole"
-    remat: str = ""
-    heads: int | None = None  # kv heads at a time, whole layers in blocks; None: layers in pieces, all heads at once
+    mesh: MeshShape
+    execution: Execution
+    accumulate_gradient_steps: int = 1
+    packing: str = "as given"
+
+    def dims(self) -> dict[str, Any]:
+        """What the numbers could part along, by the flags' names."""
+        rest = {"accumulate_gradient_steps": self.accumulate_gradient_steps, "packing": self.packing}
+        return {**self.mesh._asdict(), **asdict(self.execution), **rest}
+
+    def but(self, **changes: Any) -> "Variant":
+        """This one with other values of some of its dims."""
+        dims = self.dims() | changes
+        mesh = MeshShape(*(dims.pop(axis) for axis in AXES))
+        execution = Execution(**{name: dims.pop(name) for name in asdict(self.execution)})
+        return Variant(mesh, execution, **dims)
 
     def apply(self, config: Config) -> Config:
         """The config with this variant's choices. Raises UserError where they don't fit the model or the data."""
-        ring = self.strategy != "none"
-        execution = replace(
-            config.execution,
-            sequence_layout=self.layout,
-            attention_type=f"ring_{self.local}" if ring else self.local,
-            attention_kernel=self.kernel,
-            sequence_parallel=self.strategy if ring else "ring",
-            ulysses_degree=2 if self.strategy == "ulysses_ring" else None,
-            heads_k_stride=None,
-            ring_bidirectional=self.ring == "two ways",
-            ring_skip_hops=self.ring == "skipping",
-            scan_layers=self.layers == "scanned",
-            scan_mlp=self.feedforward == "blockwise",
-            remat_block=self.remat,
-            kv_heads_at_a_time=self.heads,
-        )
-        config = replace(
-            config,
-            mesh_shape=MeshShape(self.dp, self.fsdp, self.tp, self.sp),
-            execution=execution,
-            eval_steps=0,
-            optimizer=replace(config.optimizer, accumulate_gradient_steps=self.accumulate),
-        )
+        optimizer = replace(config.optimizer, accumulate_gradient_steps=self.accumulate_gradient_steps)
+        config = replace(config, mesh_shape=self.mesh, execution=self.execution, eval_steps=0, optimizer=optimizer)
         check(config)
         return config
 
 
 def given_variant(config: Config) -> Variant:
-    """The configuration as it was asked for, as a variant."""
-    execution = config.execution
-    ring = execution.attention_type.startswith("ring")
-    return Variant(
-        *config.mesh_shape,
-        layout=execution.sequence_layout,
-        strategy=execution.sequence_parallel if ring else "none",
-        ring="two ways" if execution.ring_bidirectional else "skipping" if execution.ring_skip_hops else "whole",
-        local=execution.attention_type.removeprefix("ring_"),
-        kernel=execution.attention_kernel,
-        accumulate=config.optimizer.accumulate_gradient_steps,
-        layers="scanned" if execution.scan_layers else "loop",
-        feedforward="blockwise" if execution.scan_mlp else "whole",
-        remat=execution.remat_block,
-        heads=execution.kv_heads_at_a_time,
+    """The configuration as it was asked for."""
+    return Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
+
+
+def plainest(config: Config) -> Variant:
+    """One device, dense attention, a Python loop over layers, nothing in blocks but the loss."""
+    chunk = config.execution.loss_chunk_size
+    execution = Execution(
+        attention_type="standard", sequence_layout="contiguous", scan_layers=False, loss_chunk_size=chunk
     )
+    return Variant(MeshShape(), execution)
 
 
 def variants(config: Config, device_count: int) -> list[Variant]:
@@ -122,34 +98,41 @@ def variants(config: Config, device_count: int) -> list[Variant]:
     from ringbpt.layouts import LAYOUTS
 
     given = given_variant(config)
-    wanted = [given]
-    choices: dict[str, tuple[Any, ...]] = {
-        "layout": LAYOUTS,
-        "strategy": tuple(name for name in OVER_SP if name != "none"),
-        "ring": ("skipping", "two ways"),
-        "local": ("standard", "blockwise"),
-        "kernel": FASTEST.get(jax.default_backend(), ()),  # on a CPU, those that are asked for
-        "packing": ("alone",),
-        "accumulate": (1, 2, 4),
-        "layers": ("loop", "scanned"),
-        "feedforward": ("whole", "blockwise"),
-        "remat": ("", "nothing_saveable", "save_attention", "dots_saveable"),
-        "heads": (None,),
-    }
-    for name, values in choices.items():
-        for value in values:
-            changed: dict[str, Any] = {name: value} | ({"kernel": "auto"} if name == "local" else {})
-            wanted.append(replace(given, **changed))
+    ring, kind = given.execution.attention_type.rpartition("ring_")[1:]
+
+    def over_sp(strategy: str) -> dict[str, Any]:
+        return {
+            "attention_type": f"ring_{kind}",
+            "sequence_parallel": strategy,
+            "ulysses_degree": 2 if strategy == "ulysses_ring" else None,
+            "heads_k_stride": None,
+        }
+
     n = device_count
     meshes = [(1, 1, 1, n), (1, n, 1, 1), (n, 1, 1, 1), (1, 2, 2, n // 4), (2, 2, 1, n // 4), (2, 1, 1, n // 2)]
-    for mesh, layout in product(meshes, LAYOUTS):
-        if math.prod(mesh) <= n and 0 not in mesh and (mesh[3] > 1 or layout == "contiguous"):
-            strategy = given.strategy if given.strategy != "none" or mesh[3] == 1 else "ring"
-            wanted.append(
-                replace(given, dp=mesh[0], fsdp=mesh[1], tp=mesh[2], sp=mesh[3], layout=layout, strategy=strategy)
-            )
-    wanted += [replace(v, strategy=s) for v in wanted[-1:] for s in ("all_gather", "ulysses")]
-    wanted.append(replace(given, layout="contiguous", ring="skipping"))  # where short documents leave hops out
+    elsewhere = [
+        given.but(**dict(zip(AXES, mesh, strict=True)), sequence_layout=layout, **({} if ring else over_sp("ring")))
+        for mesh, layout in product(meshes, LAYOUTS)
+        if math.prod(mesh) <= n and 0 not in mesh and (mesh[3] > 1 or layout == "contiguous")
+    ]
+    skipping = {"ring_skip_hops": True, "ring_bidirectional": False}
+    changes: list[dict[str, Any]] = [
+        *({"sequence_layout": layout} for layout in LAYOUTS),
+        *(over_sp(strategy) for strategy in OVER_SP if strategy != "none"),
+        *(skipping, {"ring_skip_hops": False, "ring_bidirectional": True}),
+        *({"attention_type": ring + name, "attention_kernel": "auto"} for name in ("standard", "blockwise")),
+        # On a CPU, those that are asked for.
+        *({"attention_kernel": kernel} for kernel in FASTEST.get(jax.default_backend(), ())),
+        {"packing": "alone"},
+        *({"accumulate_gradient_steps": count} for count in (1, 2, 4)),
+        *({"scan_layers": scanned} for scanned in (False, True)),
+        *({"scan_mlp": blockwise} for blockwise in (False, True)),
+        *({"remat_block": policy} for policy in ("", "nothing_saveable", "save_attention", "dots_saveable")),
+        {"kv_heads_at_a_time": None},
+        {"sequence_layout": "contiguous", **skipping},  # where short documents leave hops out
+    ]
+    wanted = [given, *(given.but(**change) for change in changes), *elsewhere]
+    wanted += [elsewhere[-1].but(**over_sp(strategy)) for strategy in ("all_gather", "ulysses")]
     return [variant for variant in dict.fromkeys(wanted) if _fits(variant, config)]
 
 
@@ -209,11 +192,12 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
 
 
 def parting(passed: list[Variant], failed: list[Variant]) -> list[str]:
-    """The fewest dimensions whose values tell the failed from the passed: ["sp, strategy: 8 ring"]."""
+    """The fewest dimensions whose values tell the failed from the passed: ["sp, sequence_parallel: 8 ring"]."""
+    dims = [[variant.dims() for variant in group] for group in (failed, passed)]
     for count in (1, 2, 3):
         lines = []
-        for names in combinations(asdict(Variant()), count):
-            bad, good = ({tuple(getattr(v, name) for name in names) for v in group} for group in (failed, passed))
+        for names in combinations(dims[1][0], count):
+            bad, good = ({tuple(variant[name] for name in names) for variant in group} for group in dims)
             if bad and not bad & good:
                 shown = sorted(" ".join(str(value) or "none" for value in values) for values in bad)
                 lines.append(f"{', '.join(names)}: {'; '.join(shown)}")
@@ -229,25 +213,25 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
 
     loader = loader_of(config, make_tokenizer(config.tokenizer))
     host = loader.rows(0, 0, loader.batch_size)
-    plain = Variant()
+    plain = plainest(config)
     todo = variants(config, device_count)
     say(f"{len(todo)} variants against the plainest; tolerance {tolerance:g}; {loader.describe()}")
     want = step_numbers(plain.apply(config), host, config.seed)
     rows, compared, started = [], [], time.perf_counter()
     for i, variant in enumerate(todo):
-        divisor = variant.dp * variant.fsdp * variant.accumulate
+        divisor = variant.mesh.row_shards * variant.accumulate_gradient_steps
         batch = alone(host, divisor) if variant.packing == "alone" else host
         try:
             numbers = step_numbers(variant.apply(config), batch, config.seed)
         except UserError as refusal:  # a kernel that cannot do this; where it was asked for, that is the answer
-            if variant.kernel == config.execution.attention_kernel:
+            if variant.execution.attention_kernel == config.execution.attention_kernel:
                 raise
             say(f"skip {refusal}")
             continue
         compared.append(variant)
         found = differences(numbers, want)
         worst = max(value for name, value in found.items() if "direction" not in name)
-        rows.append({"variant": asdict(variant), "differences": found, "worst": worst, "ok": worst <= tolerance})
+        rows.append({"variant": variant.dims(), "differences": found, "worst": worst, "ok": worst <= tolerance})
         left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
         say(f"{'ok  ' if rows[-1]['ok'] else 'FAIL'} {_line(variant, plain, found)}  ({left:.0f} s left)")
     failed = [variant for variant, row in zip(compared, rows, strict=True) if not row["ok"]]
@@ -257,8 +241,8 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
 
 
 def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
-    changed = {name: value for name, value in asdict(variant).items() if value != getattr(plain, name)}
-    what = " ".join(f"{name}={value}" for name, value in changed.items())
+    known = plain.dims()
+    what = " ".join(f"{name}={value}" for name, value in variant.dims().items() if value != known[name])
     groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", *GROUPS))
     return f"{groups}  {what}"
 

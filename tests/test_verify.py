@@ -32,7 +32,7 @@ def config(tmp_path, monkeypatch):
     flags = [*FLAGS, f"--train_dataset.python_dataset.path={folder}", "--train_dataset.python_dataset.split=all"]
     config = parse(parse_args(flags), device_count=2)
     given = verify.given_variant(config)
-    some = [given, replace(given, sp=1), replace(given, strategy="all_gather"), replace(given, packing="alone")]
+    some = [given, given.but(sp=1), given.but(sequence_parallel="all_gather"), given.but(packing="alone")]
     monkeypatch.setattr(verify, "variants", lambda config, device_count: some)
     return config
 
@@ -51,7 +51,7 @@ def test_a_hop_that_never_arrives(config, monkeypatch):
     monkeypatch.setattr(ring, "_send", lambda x, axis, size, step=1: x)
     report = run(config)
     assert [row["ok"] for row in report["rows"]] == [False, True, True, False]
-    assert report["parting"] == ["sp, strategy: 2 ring"]
+    assert report["parting"] == ["sp, sequence_parallel: 2 ring"]
 
 
 def corrupt(monkeypatch, change):
@@ -89,8 +89,13 @@ def test_the_debug_recipe_has_enough_variants():
     config = parse(parse_args(["--config=configs/debug.py"]), device_count=8)
     found = verify.variants(config, 8)
     assert len(found) >= 24
-    assert {variant.layout for variant in found} == {"contiguous", "zigzag", "striped"}
-    assert {variant.strategy for variant in found} >= {"ring", "all_gather", "ulysses", "ulysses_ring"}
+    assert {variant.execution.sequence_layout for variant in found} == {"contiguous", "zigzag", "striped"}
+    assert {variant.execution.sequence_parallel for variant in found} >= {
+        "ring",
+        "all_gather",
+        "ulysses",
+        "ulysses_ring",
+    }
 
 
 def test_alone_keeps_every_token_and_its_target():
