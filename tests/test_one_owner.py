@@ -38,7 +38,6 @@ TABLES = {
     "ATTENTION_TYPES": "llama.attention_type",
     "REMAT_POLICIES": "llama.remat_block",
     "COMPUTE_DTYPES": "dtype",
-    "HF_DTYPES": "dtype",
     "OBJECTIVES": "objective",
     "PACKINGS": "train_dataset.packing",
     "SHAPES": "train_dataset.text_processor.shape",
@@ -149,6 +148,11 @@ def test_schedules_and_optimizers_are_built():
     optimizers = [make_optimizer(OptimizerConfig(type=name))[0] for name in choices("optimizer.type")]
     states = {str(jax.tree.structure(each.init({"w_q": jax.numpy.ones((2, 2))}))) for each in optimizers}
     assert len(states) == len(optimizers)
+
+
+def test_objectives_take_shapes_that_there_are():
+    shapes = {shape for objective in table("OBJECTIVES").values() for shape in objective.shapes}
+    assert shapes and shapes <= names_of("train_dataset.text_processor.shape")
 
 
 def test_endings_of_files_are_formats():
