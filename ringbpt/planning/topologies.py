@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from ringbpt import hardware
 from ringbpt.config import UserError, nearest_name
@@ -95,8 +96,23 @@ class Topology:
         """
         # Autotuning times kernels on a GPU, and there is none.
         own: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
-        with quiet(self.platform != "cpu"):
+        with quiet(self.platform != "cpu"), _uncached("xla_dump_to" in (options or {})):
             return self.lower(jitted, *args, on_host=on_host).compile(own | (options or {}))
+
+
+@contextmanager
+def _uncached(asked: bool) -> Iterator[None]:
+    """No program comes from jax's compilation cache meanwhile: a cached one is not compiled, and dumps no files."""
+    if not asked or not jax.config.jax_enable_compilation_cache:
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which would not look at the flag again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:

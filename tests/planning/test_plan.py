@@ -328,3 +328,23 @@ def test_what_does_not_fit_is_a_report_too():
     assert " ".join(suggestion("--a=1", plan).split()) == "--a=1 2.00 GiB too much, 1.00 GiB on the host"
     shown = table(plan.as_dict())
     assert "does not fit: 2.00 GiB too much" in shown and "ring" not in shown
+
+
+def test_a_plan_is_made_twice_with_a_compilation_cache(tmp_path):
+    """What the compiler says of its buffers it only says when it compiles."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        machine = topology("cpu-1")
+        dumps = []
+        for name in ("first", "second"):
+            options = {"xla_dump_to": str(tmp_path / name), "xla_dump_hlo_as_text": True}
+            x = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(machine.devices[0]))
+            machine.compile(jax.jit(lambda x: x + 1), x, options=options)
+            dumps.append(len(list((tmp_path / name).glob("*buffer-assignment.txt"))))
+        assert dumps == [1, 1]
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
