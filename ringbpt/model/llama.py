@@ -16,7 +16,7 @@ from ringbpt.attention.api import SAVED_NAMES, make_sharded_attention
 from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
-from ringbpt.model.blockwise_layer import BlockwiseLayer
+from ringbpt.model.layer_in_blocks import LayerInBlocks
 from ringbpt.model.experts import Routing, make_experts, route
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
@@ -284,7 +284,7 @@ class Model:
 
     def layer(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
         """A layer in blocks, attention kv_heads_at_a_time: what `block` makes of the state."""
-        x_BTD = self._blockwise_layer(w, self._layer_input(state[0]), meta)
+        x_BTD = self._layer_in_blocks(w, self._layer_input(state[0]), meta)
         return self._between_layers(x_BTD), None
 
     def _layer_input(self, x_BTD: jax.Array) -> jax.Array:
@@ -333,14 +333,14 @@ class Model:
         return make_attention(self.mesh, self.attention)
 
     @cached_property
-    def _blockwise_layer(self) -> BlockwiseLayer:
+    def _layer_in_blocks(self) -> LayerInBlocks:
         architecture, execution = self.architecture, self.execution
         assert execution.kv_heads_at_a_time is not None
 
         def operands(w, q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
             return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, self.rope(meta))
 
-        return BlockwiseLayer(
+        return LayerInBlocks(
             mesh=self.mesh,
             attention=make_sharded_attention(self.mesh, self.attention),
             norm=partial(rms_norm, eps=architecture.rms_norm_eps),

@@ -31,7 +31,7 @@ TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different toke
 
 
 @dataclass(frozen=True)
-class BlockwiseLayer:
+class LayerInBlocks:
     """layer(w, x_BTD, meta) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
 
     norm(x, scale) normalises; operands(w, q, k, v, meta) makes of the three products what attention takes
