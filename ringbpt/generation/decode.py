@@ -17,11 +17,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
-from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec
-from ringbpt.model.experts import mixture, route
+from ringbpt.model.experts import mixture
 from ringbpt.model.feedforward import swiglu
-from ringbpt.model.llama import Model, queries_keys_values, rms_norm
+from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
+from ringbpt.model.llama import Model
 from ringbpt.model.weights import dot, embed
 from ringbpt.types import Params, TokenMeta
 
@@ -82,7 +82,7 @@ def make_prefill(model: Model, room: int):
     to_cache = jax.shard_map(laid_out, mesh=mesh, in_specs=kv_spec, out_specs=cache_spec, check_vma=False)
 
     def layer(w, x_BTD, meta):
-        (x_BTD, _), (k_BTKH, v_BTKH) = model.block(w, (x_BTD, None), meta, model.rope(meta))
+        (x_BTD, _), (k_BTKH, v_BTKH) = model.layer(w, (x_BTD, None), meta, rope_of(model.architecture, meta))
         return x_BTD, to_cache(k_BTKH), to_cache(v_BTKH)
 
     placed = NamedSharding(mesh, spec("B T D", ACTIVATION_AXES)), *(NamedSharding(mesh, cache_spec),) * 2
@@ -140,6 +140,13 @@ def make_decode(model: Model, prompt_share: int):
     """
     architecture, mesh, mask = model.architecture, model.mesh, model.mask
     matmul = partial(dot, out_dtype=model.dtype)
+    parts = partial(
+        Parts,
+        matmul,
+        feedforward=partial(swiglu, matmul=matmul),
+        experts=partial(mixture, architecture.num_experts),
+        reduce=partial(lax.psum, axis_name="tp"),  # each device has its heads, and its part of F
+    )
     row, cache_spec, meta_spec = (
         spec("B _", ACTIVATION_AXES),
         spec(CACHE, ACTIVATION_AXES),
@@ -149,27 +156,24 @@ def make_decode(model: Model, prompt_share: int):
     def local(weights, cache, token_BQ, q_meta, step):
         mine, place = write_place(step, prompt_share, cache.k[0].shape[2], token_BQ.shape[1])
         kept = replace(q_meta, segment_BT=jnp.where(mine, q_meta.segment_BT, 0))
-        rope = model.rope(q_meta)
-        x_BQD = _rows(weights["embed"], token_BQ)
-        new = []
+        rope, x_BQD, new = rope_of(architecture, q_meta), _rows(weights["embed"], token_BQ), []
         for w, k, v in zip(weights["layers"], cache.k, cache.v, strict=True):
-            h_BQD = rms_norm(x_BQD, w["attention_norm"], architecture.rms_norm_eps)
-            q_BQNH, k_BQKH, v_BQKH = queries_keys_values(architecture, w, h_BQD, rope, matmul)
-            new_k, new_v = jnp.swapaxes(k_BQKH, 1, 2), jnp.swapaxes(v_BQKH, 1, 2)
-            before = attend_cache(q_BQNH, k, v, q_meta, cache.meta, mask)
-            part = merge(before, attend_cache(q_BQNH, new_k, new_v, q_meta, kept, mask))
-            out_BQNH = merge_over(part, "sp").astype(model.dtype)
-            x_BQD = x_BQD + lax.psum(matmul("BTNH,NHD->BTD", out_BQNH, w["w_o"]), "tp")
-            h_BQD = rms_norm(x_BQD, w["feedforward_norm"], architecture.rms_norm_eps)
-            x_BQD = x_BQD + lax.psum(_feedforward(architecture, w, h_BQD, matmul), "tp")
-            new.append((new_k, new_v))
+
+            def attend(q_BQNH, k_BQKH, v_BQKH, k=k, v=v):
+                own = jnp.swapaxes(k_BQKH, 1, 2), jnp.swapaxes(v_BQKH, 1, 2)
+                before = attend_cache(q_BQNH, k, v, q_meta, cache.meta, mask)
+                part = merge(before, attend_cache(q_BQNH, *own, q_meta, kept, mask))
+                return merge_over(part, "sp").astype(model.dtype)
+
+            x_BQD, keys_values, _ = apply_layer(architecture, w, x_BQD, rope, parts(attend=attend))
+            new.append([jnp.swapaxes(x_BQKH, 1, 2) for x_BQKH in keys_values])
         x_BQD = rms_norm(x_BQD, weights["norm"], architecture.rms_norm_eps)
         # All reading is done before anything is written, and the place says so by coming (for the compiler) from what
         # was read: it adds 0. A write that a read might still follow would be made in a copy of the whole cache.
         place = place + jnp.minimum(jnp.argmax(x_BQD[0, 0]).astype(jnp.int32), 0)
         ks, vs = (
-            tuple(write(old, fresh, place, 2) for old, fresh in zip(whole, parts, strict=True))
-            for whole, parts in zip((cache.k, cache.v), zip(*new, strict=True), strict=True)
+            tuple(write(old, fresh, place, 2) for old, fresh in zip(whole, fresh_ones, strict=True))
+            for whole, fresh_ones in zip((cache.k, cache.v), zip(*new, strict=True), strict=True)
         )
         meta = jax.tree.map(lambda old, new: write(old, new, place, 1), cache.meta, kept)
         return _logits(weights["unembed"], x_BQD), Cache(ks, vs, meta)
@@ -221,12 +225,3 @@ def _rows(table_VD: jax.Array, token_BQ: jax.Array) -> jax.Array:
     inside = (local >= 0) & (local < table_VD.shape[0])
     rows = jnp.take(table_VD, jnp.where(inside, local, 0), axis=0, mode="clip")
     return lax.psum(jnp.where(inside[..., None], rows, 0), "tp")
-
-
-def _feedforward(architecture: Architecture, w: Params, h_BQD: jax.Array, matmul: Any) -> jax.Array:
-    """This device's part of F."""
-    if not architecture.num_experts:
-        return swiglu(h_BQD, w["w_gate"], w["w_up"], w["w_down"], matmul)
-    choice = route(architecture, matmul("BTD,DE->BTE", h_BQD, w["w_router"]))
-    weights = (w["w_gate"], w["w_up"], w["w_down"])
-    return mixture(architecture.num_experts, h_BQD, choice.weight_BTX, choice.expert_BTX, *weights)

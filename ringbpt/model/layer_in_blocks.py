@@ -3,7 +3,7 @@
 Of arrays as long as a device's share of the sequence the backward holds three as wide as the model: the layer's input,
 attention's output, and the gradient, which is overwritten chunk by chunk on its way down; the queries' gradient takes
 the place of attention's output, group by group. Queries, and all that attention itself needs, are alive for one group
-of heads only. Every sum and every rounding is that of the layer in pieces (llama.Model.block).
+of heads only. Every sum and every rounding is that of the layer in pieces (layer.apply_layer).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
+from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.feedforward import swiglu, swiglu_backward
+from ringbpt.model.layer import attention_operands, rms_norm, rope_of
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
 from ringbpt.types import Params, TokenMeta
 
@@ -32,17 +34,15 @@ TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different toke
 
 @dataclass(frozen=True)
 class LayerInBlocks:
-    """layer(w, x_BTD, meta) -> [B, T, D] in x's dtype; w: the params of one dense llama.Block.
+    """layer(w, x_BTD, meta) -> [B, T, D] in x's dtype; w: the weights of one dense Layer.
 
-    norm(x, scale) normalises; operands(w, q, k, v, meta) makes of the three products what attention takes
-    (biases, norms of heads, rotation). letters: the dims of each weight, "D N H". kv_heads divides a device's kv heads;
-    chunk_size divides its tokens or exceeds them, None is all of them.
+    letters: the dims of each weight, "D N H". kv_heads divides a device's kv heads; chunk_size divides its tokens or
+    exceeds them, None is all of them.
     """
 
     mesh: Mesh
+    architecture: Architecture
     attention: ShardedAttention
-    norm: Callable[[jax.Array, jax.Array], jax.Array]
-    operands: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     letters: dict[str, str]
     kv_heads: int
     chunk_size: int | None
@@ -87,6 +87,12 @@ class LayerInBlocks:
 
     # From here on: inside shard_map, of one device's share.
 
+    def norm(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return rms_norm(x, scale, self.architecture.rms_norm_eps)
+
+    def operands(self, meta: TokenMeta, w: Params, q, k, v) -> tuple[jax.Array, ...]:
+        return attention_operands(self.architecture, w, q, k, v, rope_of(self.architecture, meta))
+
     def _gathered(self, w: Params, dtype: jnp.dtype) -> Params:
         """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
         return {
@@ -123,7 +129,7 @@ class LayerInBlocks:
         def chunk(i):
             h = self.norm(_slice(x, i, size), w["attention_norm"])
             products = (dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS)
-            return self.operands(w, *products, jax.tree.map(lambda a: _slice(a, i, size), meta))
+            return self.operands(jax.tree.map(lambda a: _slice(a, i, size), meta), w, *products)
 
         return _in_chunks(chunk, x.shape[1], size)
 
@@ -207,7 +213,7 @@ class LayerInBlocks:
             h, norm_vjp = jax.vjp(self.norm, _slice(x, i, size), w["attention_norm"])
             products = [dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS]
             meta_i = jax.tree.map(lambda a: _slice(a, i, size), meta)
-            _, operands_vjp = jax.vjp(lambda *args: self.operands(*args, meta_i), heads, *products)
+            _, operands_vjp = jax.vjp(partial(self.operands, meta_i), heads, *products)
             d_heads, *grads = operands_vjp(
                 tuple(
                     jnp.moveaxis(_slice(d, i, size, dim=2), 0, 2).reshape(product.shape)

@@ -16,12 +16,12 @@ from ringbpt.attention.api import SAVED_NAMES, make_sharded_attention
 from ringbpt.config import Architecture, Config, Execution, UserError
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
-from ringbpt.model.layer_in_blocks import LayerInBlocks
-from ringbpt.model.experts import Routing, make_experts, route
+from ringbpt.model.experts import Routing, make_experts
 from ringbpt.model.feedforward import make_feedforward
-from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
+from ringbpt.model.layer import Layer, Parts, Rope, apply_layer, rms_norm, rope_of
+from ringbpt.model.layer_in_blocks import LayerInBlocks
 from ringbpt.model.token_stats import make_token_stats
-from ringbpt.model.weights import constrain, constrain_activation, embed, ones, project, weight, zeros
+from ringbpt.model.weights import constrain, constrain_activation, embed, ones, project, weight
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -70,69 +70,13 @@ def make_dims(config: Architecture) -> Dims:
     )
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last dim, in float32; returns x's dtype. Ref: arXiv:1910.07467."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
-
-
-def queries_keys_values(
-    architecture: Architecture, w: Params, h_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], matmul: Callable
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q_BTNH and k_BTKH, rotated, and v_BTKH of one layer; `matmul(equation, x, w)` says how weights are used."""
-    q_BTNH = matmul("BTD,DNH->BTNH", h_BTD, w["w_q"])
-    k_BTKH, v_BTKH = matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), matmul("BTD,DKH->BTKH", h_BTD, w["w_v"])
-    return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, rope)
-
-
-def attention_operands(
-    architecture: Architecture, w: Params, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rope: tuple
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What attention takes, of a layer's three products: biases added, heads normed, queries and keys rotated."""
-
-    def biased(y_BTNH, name):
-        # In float32, so that the bias's gradient is summed in it.
-        return (
-            (y_BTNH.astype(jnp.float32) + w[name][None, None]).astype(y_BTNH.dtype) if architecture.qkv_bias else y_BTNH
-        )
-
-    q_BTNH, k_BTKH, v_BTKH = biased(q_BTNH, "b_q"), biased(k_BTKH, "b_k"), biased(v_BTKH, "b_v")
-    if architecture.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, w["q_norm"], architecture.rms_norm_eps)
-        k_BTKH = rms_norm(k_BTKH, w["k_norm"], architecture.rms_norm_eps)
-    return apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope), v_BTKH
-
-
-class Block(nnx.Module):
-    """The weights of one layer: attention, then feedforward; what only some families have comes last."""
-
-    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: Architecture):
-        expert = "E " if config.num_experts else ""
-        self.attention_norm = ones(dims, "D")
-        self.w_q = weight(rngs, dims, "D N H", std)
-        self.w_k = weight(rngs, dims, "D K H", std)
-        self.w_v = weight(rngs, dims, "D K H", std)
-        self.w_o = weight(rngs, dims, "N H D", std)
-        self.feedforward_norm = ones(dims, "D")
-        self.w_gate = weight(rngs, dims, f"{expert}D F", std)
-        self.w_up = weight(rngs, dims, f"{expert}D F", std)
-        self.w_down = weight(rngs, dims, f"{expert}F D", std)
-        if config.num_experts:
-            self.w_router = weight(rngs, dims, "D E", std)
-        if config.qkv_bias:
-            self.b_q, self.b_k, self.b_v = (zeros(dims, letters) for letters in ("N H", "K H", "K H"))
-        if config.qk_norm:
-            self.q_norm, self.k_norm = ones(dims, "H"), ones(dims, "H")
-
-
 class Llama(nnx.Module):
-    """All weights; `layers` is one Block whose arrays carry L at `param_scan_axis`, scanned over or not."""
+    """All weights; `layers` is one Layer whose arrays carry L at `param_scan_axis`, scanned over or not."""
 
     def __init__(self, rngs: nnx.Rngs, config: Architecture):
         dims, std = make_dims(config), config.initializer_range
         self.embed = weight(rngs, dims, "V D", std)
-        stack = nnx.vmap(Block, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
+        stack = nnx.vmap(Layer, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
         self.layers = stack(rngs.split(dims.L), dims, std, config)
         self.norm = ones(dims, "D")
         if not config.tie_word_embeddings:
@@ -225,13 +169,13 @@ class Model:
         """The same, and what the routers chose, summed over layers; None where there are no experts."""
         architecture, execution = self.architecture, self.execution
         x_BTD = embed(self.mesh, self.dtype, fetch(params["embed"]), token_BT)
-        rope = self.rope(meta)
+        rope = rope_of(architecture, meta)
 
         def one(state, layer):
             layer = fetch(layer)  # inside what is computed again: the backward fetches it once more
             if execution.kv_heads_at_a_time:
-                return self.layer(layer, state, meta)
-            return self.block(layer, state, meta, rope)[0]
+                return self.layer_in_blocks(layer, state, meta)
+            return self.layer(layer, state, meta, rope)[0]
 
         block = self._remat(one, execution.remat_block)
         axis = architecture.param_scan_axis
@@ -249,42 +193,27 @@ class Model:
         x_BTD, routing = state
         return rms_norm(x_BTD, fetch(params["norm"]), architecture.rms_norm_eps), routing
 
-    def rope(self, meta: TokenMeta) -> tuple[jax.Array, jax.Array]:
-        """(cos, sin) for the tokens' places."""
-        architecture = self.architecture
-        return rotation(meta.position_BT, frequencies(architecture), rope_scale(architecture))
-
-    def block(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: tuple) -> tuple:
+    def layer(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: Rope) -> tuple:
         """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
-        architecture, execution, mesh = self.architecture, self.execution, self.mesh
-
-        def attention(x_BTD):
-            h_BTD = rms_norm(x_BTD, w["attention_norm"], architecture.rms_norm_eps)
-            q_BTNH, k_BTKH, v_BTKH = queries_keys_values(architecture, w, h_BTD, rope, partial(project, mesh))
-            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, meta)
-            return project(mesh, "BTNH,NHD->BTD", out_BTNH, w["w_o"]), (k_BTKH, v_BTKH)
-
-        def feedforward(x_BTD):
-            h_BTD = rms_norm(x_BTD, w["feedforward_norm"], architecture.rms_norm_eps)
-            if not architecture.num_experts:
-                return self._feedforward(h_BTD, w["w_gate"], w["w_up"], w["w_down"]), None
-            choice = route(architecture, project(mesh, "BTD,DE->BTE", h_BTD, w["w_router"]))
-            out_BTD = self._experts(h_BTD, choice.weight_BTX, choice.expert_BTX, w["w_gate"], w["w_up"], w["w_down"])
-            return out_BTD, choice
-
+        execution = self.execution
+        parts = Parts(
+            matmul=partial(project, self.mesh),
+            attend=partial(self._attend, meta=meta),
+            feedforward=self._feedforward,
+            experts=self._experts,
+        )
         if not execution.remat_block:  # inside a rematerialised block another remat would run its part a third time
-            attention = self._remat(attention, execution.remat_attention)
-            feedforward = self._remat(feedforward, execution.remat_mlp)
-        x_BTD, routing = self._layer_input(state[0]), state[1]
-        attended_BTD, keys_values = attention(x_BTD)
-        x_BTD = x_BTD + attended_BTD
-        fed_BTD, choice = feedforward(x_BTD)
-        x_BTD = self._between_layers(x_BTD + fed_BTD)
-        return (x_BTD, routing.add(choice) if routing else None), keys_values
+            parts = parts._replace(
+                remat_attention=partial(self._remat, policy=execution.remat_attention),
+                remat_feedforward=partial(self._remat, policy=execution.remat_mlp),
+            )
+        x_BTD, keys_values, choice = apply_layer(self.architecture, w, self._layer_input(state[0]), rope, parts)
+        routing = state[1].add(choice) if state[1] and choice else None
+        return (self._between_layers(x_BTD), routing), keys_values
 
-    def layer(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
-        """A layer in blocks, attention kv_heads_at_a_time: what `block` makes of the state."""
-        x_BTD = self._layer_in_blocks(w, self._layer_input(state[0]), meta)
+    def layer_in_blocks(self, w: Params, state: tuple[jax.Array, None], meta: TokenMeta) -> tuple[jax.Array, None]:
+        """One dense layer in blocks, attention kv_heads_at_a_time: the state that `layer` gives."""
+        x_BTD = self._in_blocks(w, self._layer_input(state[0]), meta)
         return self._between_layers(x_BTD), None
 
     def _layer_input(self, x_BTD: jax.Array) -> jax.Array:
@@ -333,34 +262,28 @@ class Model:
         return make_attention(self.mesh, self.attention)
 
     @cached_property
-    def _layer_in_blocks(self) -> LayerInBlocks:
-        architecture, execution = self.architecture, self.execution
-        assert execution.kv_heads_at_a_time is not None
-
-        def operands(w, q_BTNH, k_BTKH, v_BTKH, meta: TokenMeta):
-            return attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, self.rope(meta))
-
+    def _in_blocks(self) -> LayerInBlocks:
+        assert self.execution.kv_heads_at_a_time is not None
         return LayerInBlocks(
             mesh=self.mesh,
+            architecture=self.architecture,
             attention=make_sharded_attention(self.mesh, self.attention),
-            norm=partial(rms_norm, eps=architecture.rms_norm_eps),
-            operands=operands,
             letters={name: param.get_metadata("dims") for name, param in self._declared["layers"].items()},
-            kv_heads=execution.kv_heads_at_a_time,
-            chunk_size=execution.scan_mlp_chunk_size if execution.scan_mlp else None,
+            kv_heads=self.execution.kv_heads_at_a_time,
+            chunk_size=self._chunk_size,
         )
+
+    @property
+    def _chunk_size(self) -> int | None:
+        return self.execution.scan_mlp_chunk_size if self.execution.scan_mlp else None
 
     @cached_property
     def _feedforward(self) -> Callable[..., jax.Array]:
-        execution = self.execution
-        return make_feedforward(self.mesh, execution.scan_mlp_chunk_size if execution.scan_mlp else None)
+        return make_feedforward(self.mesh, self._chunk_size)
 
     @cached_property
     def _experts(self) -> Callable[..., jax.Array]:
-        architecture, execution = self.architecture, self.execution
-        return make_experts(
-            self.mesh, architecture.num_experts, execution.scan_mlp_chunk_size if execution.scan_mlp else None
-        )
+        return make_experts(self.mesh, self.architecture.num_experts, self._chunk_size)
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
