@@ -46,25 +46,25 @@ def main(argv: list[str]) -> int:
 
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
     from ringbpt.evaluation.score import Scorer
-    from ringbpt.generation.text import make_codec
+    from ringbpt.generation.text import find_tokenizer
 
     found, model, params = start_model(flags)
-    codec, scorer = make_codec(found, flags["tokenizer"]), Scorer(model, flags["batch_size"])
+    tokenizer, scorer = find_tokenizer(found, flags["tokenizer"]), Scorer(model, flags["batch_size"])
     output = Path(flags["output"])
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
     if flags["perplexity"]:
-        results["perplexity"] = perplexity(model, params, codec, flags, output)
+        results["perplexity"] = perplexity(model, params, tokenizer, flags, output)
     if lengths:
-        results["passkey"] = passkey(scorer, params, codec, lengths, flags, output)
+        results["passkey"] = passkey(scorer, params, tokenizer, lengths, flags, output)
     if rows:
-        results["choices"] = choices(scorer, params, codec, rows, output)
+        results["choices"] = choices(scorer, params, tokenizer, rows, output)
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {output}/results.json")
     return 0
 
 
-def perplexity(model: Any, params: Any, codec: Any, flags: dict[str, Any], output: Path) -> dict[str, Any]:
+def perplexity(model: Any, params: Any, tokenizer: Any, flags: dict[str, Any], output: Path) -> dict[str, Any]:
     """Each document from its own first token, packed into rows; what is longer than a row is cut."""
     import numpy as np
 
@@ -83,7 +83,7 @@ def perplexity(model: Any, params: Any, codec: Any, flags: dict[str, Any], outpu
     length = scorer.row_length(limit)
     items = []
     for text in texts:
-        tokens = codec.encode(text)[:limit]
+        tokens = tokenizer.encode_prompt(text)[:limit]
         if len(tokens) > 1:
             items.append(Item(tokens, 1))
         if sum(len(item.tokens) for item in items) > scorer.rows * length * flags["batches"]:
@@ -115,14 +115,14 @@ def read_texts(file: Path) -> list[str]:
 
 
 def passkey(
-    scorer: Any, params: Any, codec: Any, lengths: list[int], flags: dict[str, Any], output: Path
+    scorer: Any, params: Any, tokenizer: Any, lengths: list[int], flags: dict[str, Any], output: Path
 ) -> dict[str, Any]:
     import numpy as np
 
     from ringbpt.evaluation.passkey import draw_grid, passkey_grid
 
     depths = [float(depth) for depth in np.linspace(0, 1, flags["depths"])]
-    grid = passkey_grid(scorer, params, codec.encode, lengths, depths, flags["samples"], flags["seed"])
+    grid = passkey_grid(scorer, params, tokenizer.encode_prompt, lengths, depths, flags["samples"], flags["seed"])
     mesh = ",".join(map(str, scorer.model.mesh.shape.values()))
     title = f"{flags['samples']} keys a cell, mesh {mesh}"
     draw_grid(output / "passkey.png", grid, lengths, depths, title)
@@ -131,10 +131,10 @@ def passkey(
     return {"lengths": lengths, "depths": depths, "samples": flags["samples"], "found": grid.tolist()}
 
 
-def choices(scorer: Any, params: Any, codec: Any, rows: list[dict[str, Any]], output: Path) -> dict[str, Any]:
+def choices(scorer: Any, params: Any, tokenizer: Any, rows: list[dict[str, Any]], output: Path) -> dict[str, Any]:
     from ringbpt.evaluation.choices import accuracy, score_choices
 
-    scored = score_choices(scorer, params, codec.encode, rows)
+    scored = score_choices(scorer, params, tokenizer.encode_prompt, rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     (output / "choices.jsonl").write_text(lines, encoding="utf-8")
     found = {key: accuracy(scored, key) for key in ("best", "best_per_byte")}

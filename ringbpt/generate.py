@@ -2,7 +2,7 @@
 
 --load_checkpoint=huggingface::DIR --prompt="Once upon"                 one completion
 --load_checkpoint=params::runs/<run> --prompts=in.jsonl --output=out.jsonl
-                     a line each, {"prompt"} or {"messages"} in, {"prompt", "completion", "tokens"} out
+                     a line each, {"prompt"} or {"messages"} in, with "completion", "tokens", "finish_reason" out
 --load_checkpoint=huggingface::DIR --chat                               a conversation; an empty line ends it
 """
 
@@ -91,25 +91,35 @@ def main(argv: list[str]) -> int:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: flags[name] for name in names})
     from ringbpt.generation.generator import Generator
-    from ringbpt.generation.text import complete, make_codec
+    from ringbpt.generation.text import complete, encode_chat, find_chat_template, find_tokenizer
 
     found, model, params = start_model(flags)
-    codec = make_codec(found, flags["tokenizer"])
+    tokenizer = find_tokenizer(found, flags["tokenizer"])
     generator = Generator(model, params)
     del params
     if flags["chat"]:
         from ringbpt.generation.chat import chat
 
-        return chat(generator, codec, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
-    prompts = [codec.encode(row["prompt"]) if "prompt" in row else codec.chat(row["messages"]) for row in rows]
+        return chat(generator, tokenizer, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
+    template = find_chat_template(tokenizer) if any("prompt" not in row for row in rows) else None
+    prompts = [
+        encode_chat(tokenizer, template, row["messages"], row.get("tools"), f"{flags['prompts']}, prompt {number}")
+        if template and "prompt" not in row
+        else tokenizer.encode_prompt(row["prompt"])
+        for number, row in enumerate(rows, 1)
+    ]
     done = dict(
-        complete(generator, codec, prompts, sampling, flags["max_new_tokens"], flags["batch_size"], flags["stop"])
+        complete(generator, tokenizer, prompts, sampling, flags["max_new_tokens"], flags["batch_size"], flags["stop"])
     )
     if flags["prompt"] and not flags["output"]:
         print(done[0].text)
         return 0
     lines = [
-        json.dumps(row | {"completion": done[i].text, "tokens": done[i].tokens}, ensure_ascii=False) + "\n"
+        json.dumps(
+            row | {"completion": done[i].text, "tokens": done[i].tokens, "finish_reason": done[i].reason},
+            ensure_ascii=False,
+        )
+        + "\n"
         for i, row in enumerate(rows)
     ]
     if not flags["output"]:

@@ -28,7 +28,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
     from ringbpt.checkpoint.load import load_model
-    from ringbpt.generation.generator import Generator, plan
+    from ringbpt.generation.generator import Generator, plan_batches
     from ringbpt.generation.sampling import Sampling
     from ringbpt.types import TokenMeta
 
@@ -46,10 +46,10 @@ def main() -> None:
         model, params = load_model(f"huggingface::{Path(folder)}", (1, 1, 1, 1))
     generator = Generator(model, params)
     total = args.tokens * args.turns + 2
-    shape, groups = plan([args.context], model, 1, total + 2)
-    ours = generator.tokens([prompt], shape, groups[0], Sampling())
+    shape, batches = plan_batches([args.context], model, 1, total + 2)
+    ours = generator.tokens([prompt], shape, batches[0], Sampling())
     started = time.perf_counter()
-    mine = [next(ours)[0], next(ours)[0]]  # prefill and the compilation of a step
+    mine = [next(ours)[0].id, next(ours)[0].id]  # prefill and the compilation of a step
     print(f"ours: prefill and compilation {time.perf_counter() - started:.1f} s", flush=True)
     token_BT, meta = (
         jnp.asarray(prompt[None]),
@@ -60,7 +60,7 @@ def main() -> None:
     whole: dict[str, list[float]] = {"first token": [], "forward": []}
     for _ in range(args.turns):
         for name, once in (
-            ("first token", lambda: next(generator.tokens([prompt], shape, groups[0], Sampling()))),
+            ("first token", lambda: next(generator.tokens([prompt], shape, batches[0], Sampling()))),
             ("forward", lambda: forward(params, token_BT, meta).block_until_ready()),
         ):
             started = time.perf_counter()
@@ -82,7 +82,7 @@ def main() -> None:
         step()
         times: dict[str, list[float]] = {"ours": [], "transformers": []}
         for _ in range(args.turns):
-            for name, advance in (("ours", lambda: mine.append(next(ours)[0])), ("transformers", step)):
+            for name, advance in (("ours", lambda: mine.append(next(ours)[0].id)), ("transformers", step)):
                 for _ in range(args.tokens):
                     started = time.perf_counter()
                     advance()

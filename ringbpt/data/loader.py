@@ -60,12 +60,12 @@ class Request:
     def bos_token_id(self) -> int | None:
         """always_start_with_bos overwrites the first input token of each row by this, as in the original."""
         always = getattr(self.dataset.source, "always_start_with_bos", False)
-        if always and self.tokenizer.bos_token_id is None:
+        if always and self.tokenizer.ends.bos is None:
             raise UserError(
                 f"{self.group}.always_start_with_bos=True: the tokenizer ({self.tokenizer.describe()}) has "
                 "no bos token; False works"
             )
-        return self.tokenizer.bos_token_id if always else None
+        return self.tokenizer.ends.bos if always else None
 
 
 class Loader:

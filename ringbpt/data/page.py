@@ -61,7 +61,7 @@ def colours(kind: str, count: int) -> str:
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """A token as text that can be seen: line ends as signs, what is no text by its number."""
-    names = {tokenizer.bos_token_id: "<bos>", tokenizer.eos_token_id: "<eos>"}
+    names = {tokenizer.ends.bos: "<bos>", tokenizer.ends.eos: "<eos>"}
     if token in names:
         return names[token]
     text = tokenizer.decode([token]).replace("\n", "⏎\n").replace("\t", "⇥").replace("\r", "␍")

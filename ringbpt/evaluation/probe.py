@@ -27,7 +27,7 @@ def make_probe(config: Config, model: Model, tokenizer: Tokenizer, folder: Path)
         return None
     measure = make_loss_by_position(model, config.eval_dataset.seq_length) if config.eval_by_position else None
     scorer = Scorer(model)
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    first = [] if tokenizer.ends.bos is None else [tokenizer.ends.bos]
 
     def encode(text: str) -> np.ndarray:
         return np.array([*first, *tokenizer.encode(text)], np.int32)

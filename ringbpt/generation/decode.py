@@ -7,6 +7,7 @@ Each device attends to what it holds, and the partial results are merged by thei
 The step is one shard_map: what it sends is one token's activations. Ref: Flash-Decoding, and arXiv:2310.01889.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,34 +37,46 @@ class Cache(NamedTuple):
     meta: TokenMeta
 
 
-def gathered_spec(stored: PartitionSpec) -> PartitionSpec:
-    """A stored weight's sharding without fsdp and sp: decoding would otherwise gather every weight at every token."""
-    return PartitionSpec(*("tp" if entry == "tp" else None for entry in stored))
+def weight_specs(model: Model) -> Any:
+    """The PartitionSpecs of weights for decoding: without fsdp and sp, or every token would gather every weight."""
+    axis = model.architecture.param_scan_axis
+
+    def gathered(stored: PartitionSpec, without: int = -1) -> PartitionSpec:
+        return PartitionSpec(*("tp" if entry == "tp" else None for i, entry in enumerate(stored) if i != without))
+
+    layer = {name: gathered(stored, axis) for name, stored in model.specs["layers"].items()}
+    specs = {name: gathered(stored) for name, stored in model.specs.items() if name != "layers"}
+    specs.setdefault("unembed", PartitionSpec(None, "tp"))
+    return specs | {"layers": [layer] * model.architecture.num_hidden_layers}
 
 
-def split_params(model: Model, params: Params) -> Params:
-    """Params for decoding: the compute dtype, each device its part over tp, and `layers` a list of one dict a layer."""
-    architecture, mesh = model.architecture, model.mesh
-    axis, L = architecture.param_scan_axis, architecture.num_hidden_layers
+def make_split(model: Model) -> Callable[[Params], Params]:
+    """split(params) -> weights for decoding, in the compute dtype, as weight_specs says; compiled once, a weight each.
 
-    def layers_of(w: jax.Array, stored: PartitionSpec) -> list[jax.Array]:
-        entries = [entry for i, entry in enumerate((*stored, *(None,) * (w.ndim - len(stored)))) if i != axis]
-        sharding = NamedSharding(mesh, gathered_spec(PartitionSpec(*entries)))
+    `layers` is a list of one dict a layer. A tied table has a copy of its own as the unembedding: it would be
+    transposed again at every token.
+    """
+    axis, L = model.architecture.param_scan_axis, model.architecture.num_hidden_layers
+    placed = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), weight_specs(model))
 
-        def cut(w):
-            return [lax.index_in_dim(w, i, axis, keepdims=False).astype(model.dtype) for i in range(L)]
+    def cut(w):
+        return [lax.index_in_dim(w, i, axis, keepdims=False).astype(model.dtype) for i in range(L)]
 
-        return jax.jit(cut, out_shardings=[sharding] * L)(w)
+    def cast(w):
+        return w.astype(model.dtype)
 
-    split = {name: layers_of(w, model.specs["layers"][name]) for name, w in params["layers"].items()}
+    cuts = {name: jax.jit(cut, out_shardings=[sharding] * L) for name, sharding in placed["layers"][0].items()}
+    casts = {name: jax.jit(cast, out_shardings=sharding) for name, sharding in placed.items() if name != "layers"}
+    transpose = jax.jit(lambda w: cast(w).T, out_shardings=placed["unembed"])
 
-    def whole(w: jax.Array, stored: PartitionSpec) -> jax.Array:
-        return jax.jit(lambda w: w.astype(model.dtype), out_shardings=NamedSharding(mesh, gathered_spec(stored)))(w)
+    def split(params: Params) -> Params:
+        layers = {name: cuts[name](w) for name, w in params["layers"].items()}
+        rest = {name: casts[name](w) for name, w in params.items() if name != "layers"}
+        if model.architecture.tie_word_embeddings:
+            rest["unembed"] = transpose(params["embed"])
+        return rest | {"layers": [{name: ws[i] for name, ws in layers.items()} for i in range(L)]}
 
-    rest = {name: whole(w, model.specs[name]) for name, w in params.items() if name != "layers"}
-    if architecture.tie_word_embeddings:  # its own copy: a transposed table would be transposed again at every token
-        rest["unembed"] = whole(jnp.asarray(params["embed"]).T, PartitionSpec(*reversed(model.specs["embed"])))
-    return rest | {"layers": [{name: ws[i] for name, ws in split.items()} for i in range(L)]}
+    return split
 
 
 def make_prefill(model: Model, room: int):
@@ -136,7 +149,7 @@ def write(cache: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.
 def make_decode(model: Model, prompt_share: int):
     """decode(weights, cache, token_BQ, q_meta, step) -> (logits_BQV float32, cache), to be jitted, the cache donated.
 
-    weights: of split_params. prompt_share: the places of a device's share that prefill filled. step: int32, from 0.
+    weights: of make_split. prompt_share: the places of a device's share that prefill filled. step: int32, from 0.
     """
     architecture, mesh, mask = model.architecture, model.mesh, model.mask
     matmul = partial(dot, out_dtype=model.dtype)
@@ -187,18 +200,6 @@ def make_decode(model: Model, prompt_share: int):
         )(weights, cache, token_BQ, q_meta, step)
 
     return decode
-
-
-def weight_specs(model: Model) -> Any:
-    """The PartitionSpecs of what split_params gives."""
-    axis = model.architecture.param_scan_axis
-    layer = {
-        name: gathered_spec(PartitionSpec(*(entry for i, entry in enumerate(stored) if i != axis)))
-        for name, stored in model.specs["layers"].items()
-    }
-    specs = {name: gathered_spec(stored) for name, stored in model.specs.items() if name != "layers"}
-    specs.setdefault("unembed", PartitionSpec(None, "tp"))
-    return specs | {"layers": [layer] * model.architecture.num_hidden_layers}
 
 
 def make_last_logits(model: Model):

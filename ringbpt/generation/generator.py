@@ -1,8 +1,8 @@
 """Text out: prompts packed into rows, one prefill, then one token a step until every text has ended."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.attention import permutation
 from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
+from ringbpt.data.packing import best_fit
 from ringbpt.dims import ACTIVATION_AXES, spec
-from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, split_params
-from ringbpt.generation.sampling import Options, Sampling, penalise, sample
+from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, make_split
+from ringbpt.generation.sampling import Options, Sampling, draw, filtered, penalise, token_logp
 from ringbpt.layouts import inverse
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params, TokenMeta
 
+Rows = list[list[int]]  # the prompts that are generated together, by number: those of each row of a batch
 
-@dataclass(frozen=True)
-class Shape:
+
+class BatchShape(NamedTuple):
     """The sizes that a program is compiled for: rows, tokens of a row, texts of a row, new tokens of a text."""
 
     rows: int
@@ -31,11 +33,15 @@ class Shape:
     new_tokens: int
 
 
-@dataclass(frozen=True)
-class Group:
-    """What is generated together: for each row the numbers of its prompts."""
+class NewToken(NamedTuple):
+    """A token of a text, and its log-probability in nats under the distribution that it was drawn from.
 
-    rows: list[list[int]] = field(default_factory=list)
+    That has the repetition penalty, the temperature and what top-k, top-p and min-p leave in. A greedy token's is that
+    of the softmax of the (penalised) logits, as at temperature 1.
+    """
+
+    id: int
+    logp: float
 
 
 def round_length(longest: int, sp: int, chunk: int) -> int:
@@ -44,22 +50,13 @@ def round_length(longest: int, sp: int, chunk: int) -> int:
     return -(-longest // step) * step
 
 
-def first_fit(lengths: dict[int, int], rows: int, length: int, texts: int) -> list[list[int]]:
-    """Longest first into the first row with room; what fits nowhere is left out."""
-    packed: list[list[int]] = [[] for _ in range(rows)]
-    room = [length] * rows
-    for number in sorted(lengths, key=lambda n: -lengths[n]):
-        row = next((r for r in range(rows) if lengths[number] <= room[r] and len(packed[r]) < texts), None)
-        if row is not None:
-            packed[row].append(number)
-            room[row] -= lengths[number]
-    return packed
+def plan_batches(
+    lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int
+) -> tuple[BatchShape, list[Rows]]:
+    """One shape for all prompts, so that a file of them compiles once, and the batches, the longest prompts first.
 
-
-def plan(lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int) -> tuple[Shape, list[Group]]:
-    """One Shape for all prompts, and the groups that fill it, so that a file of prompts compiles once.
-
-    The longest `batch_size` prompts decide how many rows and how many texts a row there are.
+    The first `batch_size` prompts decide how many rows and texts a row there are: those of a later batch are shorter
+    one by one, and stand where theirs stand. Raises UserError where prompt and new tokens are above the model's length.
     """
     mesh, chunk = model.mesh.shape, model.execution.scan_mlp_chunk_size
     longest, limit = max(lengths), model.architecture.max_sequence_length
@@ -69,18 +66,15 @@ def plan(lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int)
             f"--max_new_tokens={max(limit - longest, 1)} at most, or --max_sequence_length={longest + new_tokens}"
         )
     length = round_length(longest, mesh["sp"], chunk)
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    row_of, count = best_fit(np.array([lengths[number] for number in order[:batch_size]]), length)
+    batches: list[Rows] = []
+    for first in range(0, len(order), batch_size):
+        batches.append([[] for _ in range(count)])
+        for number, row in zip(order[first : first + batch_size], row_of.tolist(), strict=False):
+            batches[-1][row].append(number)
     parts = mesh["dp"] * mesh["fsdp"]
-    rest = dict(enumerate(lengths))
-    first = dict(sorted(rest.items(), key=lambda item: -item[1])[:batch_size])
-    fitted = [row for row in first_fit(first, len(first), length, batch_size) if row]
-    rows = -(-len(fitted) // parts) * parts
-    shape = Shape(rows, length, max(map(len, fitted)), new_tokens)
-    groups = []
-    while rest:
-        groups.append(Group(first_fit(rest, rows, length, shape.texts)))
-        for number in (number for row in groups[-1].rows for number in row):
-            del rest[number]
-    return shape, groups
+    return BatchShape(-(-count // parts) * parts, length, max(map(len, batches[0])), new_tokens), batches
 
 
 def check_vocabulary(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
@@ -94,23 +88,29 @@ def check_vocabulary(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
 
 
 class Generator:
-    """A model ready to generate, on its mesh; what is compiled for a Shape is kept."""
+    """A model ready to generate, on its mesh; what is compiled for a BatchShape is kept."""
 
     def __init__(self, model: Model, params: Params):
         self.model = model
-        self.weights = split_params(model, params)
+        self._split = make_split(model)
+        self.weights = self._split(params)
         self._programs: dict[Any, Any] = {}
 
+    def update(self, params: Params) -> None:
+        """Takes other weights, of the shapes, dtypes and shardings that the first had: nothing is compiled again."""
+        self.weights = {}  # let go of before the new are made
+        self.weights = self._split(params)
+
     def tokens(
-        self, prompts: Sequence[np.ndarray], shape: Shape, group: Group, sampling: Sampling
-    ) -> Iterator[dict[int, int]]:
+        self, prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, sampling: Sampling
+    ) -> Iterator[dict[int, NewToken]]:
         """{number of the prompt: its next token} at each step; the caller stops taking when all texts have ended."""
         mesh, layout = self.model.mesh, self.model.execution.sequence_layout
-        batch, place_BQ, ends = pack(prompts, shape, group, permutation(layout, shape.length, mesh.shape["sp"]))
-        texts = {(b, q): number for b, row in enumerate(group.rows) for q, number in enumerate(row)}
+        host, place_BQ, ends = pack(prompts, shape, batch, permutation(layout, shape.length, mesh.shape["sp"]))
+        texts = {(b, q): number for b, row in enumerate(batch) for q, number in enumerate(row)}
         drawn, penalised = sampling.temperature > 0, sampling.repetition_penalty != 1.0
         prefill, first, step = self._compiled(shape, drawn, penalised)
-        global_batch = put_batch(batch.rows, batch.token_BT.shape, mesh, layout)
+        global_batch = put_batch(host.rows, host.token_BT.shape, mesh, layout)
         row = NamedSharding(mesh, spec("B _", ACTIVATION_AXES))
         root = jax.random.key(sampling.seed)
         numbers_BQ = np.zeros((shape.rows, shape.texts), np.uint32)
@@ -120,18 +120,18 @@ class Generator:
         seen_PV = seen_tokens(prompts, texts, shape, self.model.architecture.vocab_size) if penalised else None
         options = sampling.options()
         cache, x_BTD = prefill(self.weights, global_batch)
-        token_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
+        token_BQ, logp_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
         meta = jax.device_put(ends, row)
         for i in range(shape.new_tokens):
-            current = token_BQ
+            current = token_BQ, logp_BQ
             if i + 1 < shape.new_tokens:  # sent before this token is looked at, so that the device never waits
-                token_BQ, cache, meta, seen_PV = step(
+                token_BQ, logp_BQ, cache, meta, seen_PV = step(
                     self.weights, cache, token_BQ, meta, jnp.int32(i), options, key_P, seen_PV
                 )
-            host_BQ = np.asarray(current)
-            yield {number: int(host_BQ[place]) for place, number in texts.items()}
+            ids_BQ, logps_BQ = jax.device_get(current)
+            yield {number: NewToken(int(ids_BQ[at]), float(logps_BQ[at])) for at, number in texts.items()}
 
-    def _compiled(self, shape: Shape, drawn: bool, penalised: bool) -> tuple[Callable, Callable, Callable]:
+    def _compiled(self, shape: BatchShape, drawn: bool, penalised: bool) -> tuple[Callable, Callable, Callable]:
         key = (shape, drawn, penalised)
         if key not in self._programs:
             self._programs[key] = (
@@ -141,12 +141,12 @@ class Generator:
         return self._programs[key]
 
 
-def new_share(shape: Shape, sp: int) -> int:
+def new_share(shape: BatchShape, sp: int) -> int:
     """Places of a device's share for new tokens, and for those that other devices keep; the last is never a key."""
     return (-(-(shape.new_tokens - 1) // sp) + 1) * shape.texts
 
 
-def make_cache_prefill(model: Model, shape: Shape) -> Callable[[Params, Batch], tuple[Cache, jax.Array]]:
+def make_cache_prefill(model: Model, shape: BatchShape) -> Callable[[Params, Batch], tuple[Cache, jax.Array]]:
     """prefill(weights, batch) -> (cache, the last layer's x_BTD), in layout order, layer by layer."""
     room = new_share(shape, model.mesh.shape["sp"])
     start, layer = make_prefill(model, room)
@@ -171,7 +171,7 @@ def make_cache_prefill(model: Model, shape: Shape) -> Callable[[Params, Batch], 
     return prefill
 
 
-def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tuple[Callable, Callable]:
+def make_steps(model: Model, shape: BatchShape, drawn: bool, penalised: bool) -> tuple[Callable, Callable]:
     """(first, step), jitted. first: the token after each prompt; step: one token later, the cache donated."""
     decode = make_decode(model, shape.length // model.mesh.shape["sp"])
     last_logits = make_last_logits(model)
@@ -180,13 +180,12 @@ def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tupl
         logits_PV = logits_BQV.reshape(-1, logits_BQV.shape[-1])
         if penalised:
             logits_PV = penalise(logits_PV, seen_PV, options.repetition_penalty)
-        if drawn:
-            token_P = sample(logits_PV, options, key_P, step)
-        else:
-            token_P = jnp.argmax(logits_PV, axis=-1).astype(jnp.int32)
+        drawn_from_PV = filtered(logits_PV, options) if drawn else logits_PV
+        token_P = draw(drawn_from_PV, key_P, step) if drawn else jnp.argmax(logits_PV, axis=-1).astype(jnp.int32)
+        logp_P = token_logp(drawn_from_PV, token_P)
         if penalised:
             seen_PV = seen_PV.at[jnp.arange(len(token_P)), token_P].set(True)
-        return token_P.reshape(logits_BQV.shape[:2]), seen_PV
+        return token_P.reshape(logits_BQV.shape[:2]), logp_P.reshape(logits_BQV.shape[:2]), seen_PV
 
     def first(weights, x_BTD, place_BQ, options, key_P, seen_PV):
         logits_BQV = last_logits(weights["norm"], weights["unembed"], x_BTD, place_BQ)
@@ -194,39 +193,39 @@ def make_steps(model: Model, shape: Shape, drawn: bool, penalised: bool) -> tupl
 
     def step(weights, cache, token_BQ, meta, i, options, key_P, seen_PV):
         logits_BQV, cache = decode(weights, cache, token_BQ, meta, i)
-        token_BQ, seen_PV = pick(logits_BQV, options, key_P, i + 1, seen_PV)
-        return token_BQ, cache, replace(meta, position_BT=meta.position_BT + 1), seen_PV
+        token_BQ, logp_BQ, seen_PV = pick(logits_BQV, options, key_P, i + 1, seen_PV)
+        return token_BQ, logp_BQ, cache, replace(meta, position_BT=meta.position_BT + 1), seen_PV
 
     # Said, so that what a step gives is placed as what it takes, and the second one is no other program.
     row, cache, meta = (NamedSharding(model.mesh, spec(dims, ACTIVATION_AXES)) for dims in ("B _", CACHE, "B S"))
     whole = NamedSharding(model.mesh, PartitionSpec())
     layers = (cache,) * model.architecture.num_hidden_layers
     caches = Cache(layers, layers, meta)
-    return jax.jit(first, out_shardings=(row, whole)), jax.jit(
-        step, donate_argnums=(1, 3, 7), out_shardings=(row, caches, row, whole)
+    return jax.jit(first, out_shardings=(row, row, whole)), jax.jit(
+        step, donate_argnums=(1, 3, 7), out_shardings=(row, row, caches, row, whole)
     )
 
 
 def pack(
-    prompts: Sequence[np.ndarray], shape: Shape, group: Group, order: np.ndarray
+    prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, order: np.ndarray
 ) -> tuple[Batch, np.ndarray, TokenMeta]:
-    """(batch in text order, the place in layout order of each prompt's last token, the meta of its next, [B, texts]).
+    """(host batch, the place in layout order of each prompt's last token, the meta of its next token, both [B, texts]).
 
     A place of [rows, texts] without a text has segment 0, sees nothing and is seen by nobody.
     """
     pieces = [Piece(len(prompt), {"token": prompt, "mask": np.zeros(len(prompt))}) for prompt in prompts]
-    batch = make_batch([[pieces[number] for number in row] for row in group.rows], (shape.rows, shape.length))
+    host = make_batch([[pieces[number] for number in row] for row in batch], (shape.rows, shape.length))
     place_BQ, next_BQ, segment_BQ = (np.zeros((shape.rows, shape.texts), np.int32) for _ in range(3))
     to_layout = inverse(order)
-    for b, row in enumerate(group.rows):
+    for b, row in enumerate(batch):
         sizes = [len(prompts[number]) for number in row]
         place_BQ[b, : len(row)] = to_layout[np.cumsum(sizes, dtype=np.int32) - 1]
         next_BQ[b, : len(row)] = sizes
         segment_BQ[b, : len(row)] = np.arange(len(row)) + 1
-    return batch, place_BQ, TokenMeta(next_BQ, segment_BQ)
+    return host, place_BQ, TokenMeta(next_BQ, segment_BQ)
 
 
-def seen_tokens(prompts: Sequence[np.ndarray], texts: dict, shape: Shape, vocab_size: int) -> jax.Array:
+def seen_tokens(prompts: Sequence[np.ndarray], texts: dict, shape: BatchShape, vocab_size: int) -> jax.Array:
     """bool [P, V]: which tokens a text's prompt holds."""
     seen_BQV = np.zeros((shape.rows, shape.texts, vocab_size), bool)
     for place, number in texts.items():

@@ -73,10 +73,18 @@ def filtered(logits_PV: jax.Array, options: Options) -> jax.Array:
     return jnp.where(keep_PV, logits_PV, -jnp.inf)
 
 
-def sample(logits_PV: jax.Array, options: Options, key_P: jax.Array, step: jax.Array) -> jax.Array:
-    """A token for each of P texts. A text's key and the step decide alone: not what stands beside it in the batch."""
+def draw(logits_PV: jax.Array, key_P: jax.Array, step: jax.Array) -> jax.Array:
+    """A token for each of P texts, int32, from `filtered` logits.
 
-    def draw(logits_V, key):
+    A text's key and the step decide alone: not what stands beside it in the batch.
+    """
+
+    def one(logits_V, key):
         return jax.random.categorical(jax.random.fold_in(key, step), logits_V)
 
-    return jax.vmap(draw)(filtered(logits_PV, options), key_P).astype(jnp.int32)
+    return jax.vmap(one)(logits_PV, key_P).astype(jnp.int32)
+
+
+def token_logp(logits_PV: jax.Array, token_P: jax.Array) -> jax.Array:
+    """The log-probability of each text's token, float32, in nats."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_PV), token_P[:, None], axis=-1)[:, 0]

@@ -94,7 +94,8 @@ def test_the_tokenizer_comes_along(tmp_path):
     """As transformers' save_pretrained writes it, special tokens and chat template included: the same ids and texts."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from ringbpt.generation.text import HuggingFaceCodec
+    from ringbpt.data.text.tokenizers import make_tokenizer
+    from ringbpt.generation.text import encode_chat, find_chat_template
 
     letters = {chr(32 + i): i for i in range(94)} | {"<s>": 94, "</s>": 95}
     words = PreTrainedTokenizerFast(
@@ -112,10 +113,11 @@ def test_the_tokenizer_comes_along(tmp_path):
         again = AutoTokenizer.from_pretrained(folder)
         assert again(again.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"] == want
         assert again.all_special_tokens == words.all_special_tokens
-        codec = HuggingFaceCodec(folder)
-        assert codec.chat(messages).tolist() == want
-        assert codec.encode("a b").tolist() == words("a b")["input_ids"]
-        assert 95 in codec.ends
+        tokenizer = make_tokenizer(TokenizerConfig(str(folder)))
+        template = find_chat_template(tokenizer)
+        assert encode_chat(tokenizer, template, messages, None, "here").tolist() == want
+        assert tokenizer.encode_prompt("a b").tolist() == words("a b")["input_ids"]
+        assert 95 in tokenizer.ends.stop
 
 
 def test_a_trained_run_goes_to_hugging_face(tmp_path):

@@ -174,7 +174,7 @@ def test_a_prompt_and_its_completion_are_one_text(tokenizer):
     """The seam's token may stand for both: it is learnt, and the ids are those of the whole text."""
     example = {"prompt": "It", "completion": " is 4."}
     document = process(tokenizer, example, "prompt_completion", add_bos_token=False)
-    whole = [*tokenizer.encode("It is 4.").tolist(), tokenizer.eos_token_id]
+    whole = [*tokenizer.encode("It is 4.").tolist(), tokenizer.ends.eos]
     assert document.token.tolist() == whole and document.mask[-1] == 1
     chat = process(tokenizer, example, "prompt_completion", apply_chat_template=True)
     assert shown(tokenizer, chat) == (" is 4.", "user\nIt\nassistant\n\n")
@@ -232,16 +232,16 @@ def test_marks_are_found_and_taken_out():
 )
 def test_templates_that_are_not_there(text, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        find_template(text, None, "t")
+        find_template(text, None, "t.chat_template")
 
 
 def test_templates_that_fail():
     with pytest.raises(UserError, match=r"--t\.chat_template: line 2: .*unknown tag"):
-        ChatTemplate("a\n{% whatever %}", {}, "t")
-    refusing = ChatTemplate("{{ raise_exception('roles must\nalternate') }}", {}, "t")
+        ChatTemplate("a\n{% whatever %}", {}, "t.chat_template")
+    refusing = ChatTemplate("{{ raise_exception('roles must\nalternate') }}", {}, "t.chat_template")
     with pytest.raises(UserError, match=r"f:1: the chat template refuses the conversation: roles must alternate"):
         refusing.spans(CHAT, None, ("assistant",), "f:1")
-    escaping = ChatTemplate("{{ messages.__class__.__mro__ }}", {}, "t")
+    escaping = ChatTemplate("{{ messages.__class__.__mro__ }}", {}, "t.chat_template")
     with pytest.raises(UserError, match="refuses"):
         escaping.spans(CHAT, None, ("assistant",), "f:1")
     with pytest.raises(UserError, match="noncharacter"):

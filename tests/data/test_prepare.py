@@ -131,7 +131,7 @@ def test_a_tokenizer_is_trained_and_used(dataset, tmp_path, kind, name, capsys):
     train(dataset, tmp_path / name, kind, 280, 1000)
     assert f"--tokenizer.vocab_file={tmp_path / name}" in capsys.readouterr().out
     tokenizer = make_tokenizer(TokenizerConfig(str(tmp_path / name)))
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2) and tokenizer.vocab_size <= 300
+    assert (tokenizer.ends.bos, tokenizer.ends.eos) == (1, 2) and tokenizer.vocab_size <= 300
     text = "17 word é word é 再\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) < len(text.encode())
     loader = make_loader(dataset, tokenizer, seed=1, vocab_size=300)

@@ -5,7 +5,7 @@ import pytest
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
 from ringbpt.data.text.text_processor import Document, TextProcessor
-from ringbpt.data.text.tokenizers import BytesTokenizer
+from ringbpt.data.text.tokenizers import BytesTokenizer, Ends
 
 BOS, EOS = 256, 257
 TOKENIZER = BytesTokenizer(TokenizerConfig("bytes"))
@@ -91,7 +91,7 @@ def test_fields_of_the_example_that_cannot_be_read():
 
 def test_a_tokenizer_without_bos_and_eos():
     tokenizer = BytesTokenizer(TokenizerConfig("bytes"))
-    tokenizer.bos_token_id = tokenizer.eos_token_id = None
+    tokenizer.ends = Ends(None, None)
     with pytest.raises(UserError, match=r"add_bos_token=True: .* no bos token; set it to False"):
         TextProcessor(TextProcessorConfig(fields="q"), tokenizer)
     with pytest.raises(UserError, match=r"fields='q,<\|eos\|>': .* no eos token; leave it out"):

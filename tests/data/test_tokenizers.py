@@ -70,7 +70,7 @@ def test_text_comes_back(folder, name):
     assert ids.dtype == np.int32 and ids.ndim == 1 and len(ids) > 4
     assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size
     assert tokenizer.decode(ids) == text
-    assert tokenizer.bos_token_id not in ids and tokenizer.eos_token_id not in ids  # <s> in a text is text
+    assert tokenizer.ends.bos not in ids and tokenizer.ends.eos not in ids  # <s> in a text is text
     assert len(tokenizer.encode("")) == 0 and tokenizer.encode("").dtype == np.int32
     again = make_tokenizer(tokenizer.config)
     assert again.fingerprint() == tokenizer.fingerprint() and tokenizer.describe()
@@ -79,19 +79,19 @@ def test_text_comes_back(folder, name):
 def test_bytes_are_their_ids():
     tokenizer = make("bytes")
     assert tokenizer.encode("aé\0").tolist() == [97, 0xC3, 0xA9, 0]
-    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) == (258, 256, 257)
+    assert (tokenizer.vocab_size, tokenizer.ends.bos, tokenizer.ends.eos) == (258, 256, 257)
     assert tokenizer.decode([256, 97, 0xC3, 257]) == "a�"
 
 
 def test_special_tokens(folder, tmp_path):
-    assert (make(folder / "sp.model").bos_token_id, make(folder / "sp.model").eos_token_id) == (1, 2)
-    assert (make(folder / "hf").bos_token_id, make(folder / "hf").eos_token_id) == (1, 2)
+    assert (make(folder / "sp.model").ends.bos, make(folder / "sp.model").ends.eos) == (1, 2)
+    assert (make(folder / "hf").ends.bos, make(folder / "hf").ends.eos) == (1, 2)
     content = (folder / "hf" / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(content)
     settings = {"bos_token": None, "eos_token": {"content": "<end>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     told = make(tmp_path)
-    assert (told.bos_token_id, told.eos_token_id) == (None, 3)
+    assert (told.ends.bos, told.ends.eos) == (None, 3)
     assert told.fingerprint() != make(folder / "hf").fingerprint()
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json:1: malformed JSON"):

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from ringbpt.config import UserError, run_main
+from ringbpt.config import TokenizerConfig, UserError, run_main
+from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.generate import main
-from ringbpt.generation.text import PlainCodec, Text
+from ringbpt.generation.text import Text, find_chat_template
 from tests.golden.make_families import restore
 
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
@@ -49,7 +50,7 @@ def test_a_file_of_prompts(folder, tmp_path, capsys):
     assert [row.get("prompt") for row in rows] == ["a long way to go", "b", None]
     assert rows[0]["id"] == 7
     for row in rows:
-        assert len(row["tokens"]) == 6
+        assert len(row["tokens"]) == 6 and row["finish_reason"] == "length"
         assert row["completion"] == "".join(LETTERS[token] for token in row["tokens"])
     capsys.readouterr()
     assert run(folder, "--prompt=b", "--max_new_tokens=6") == 0
@@ -96,20 +97,20 @@ def test_bad_prompts_name_their_line(folder, tmp_path, capsys):
 
 
 def test_stop_strings_and_half_characters_are_held_back():
-    codec = PlainCodec("bytes")
-    text = Text(codec, ["<end>"])
+    tokenizer = make_tokenizer(TokenizerConfig("bytes"))
+    text = Text(tokenizer, ["<end>"])
     shown = [text.add(token) for token in "aé<en<end>b".encode()]
     assert "".join(shown) == "aé<en"
     assert text.text == "aé<en"
     assert text.finished
     assert shown[1:3] == ["", "é"]  # the first byte of two says nothing yet
-    ended = Text(codec, [])
+    ended = Text(tokenizer, [])
     assert [ended.add(token) for token in (97, 257, 98)] == ["a", "", ""]
-    open_end = Text(codec, ["<end>"])
+    open_end = Text(tokenizer, ["<end>"])
     assert "".join(open_end.add(token) for token in b"a<en") + open_end.rest() == "a<en"
 
 
 def test_prompts_begin_with_bos():
-    np.testing.assert_array_equal(PlainCodec("bytes").encode("a"), [256, 97])
+    np.testing.assert_array_equal(make_tokenizer(TokenizerConfig("bytes")).encode_prompt("a"), [256, 97])
     with pytest.raises(UserError, match="no chat template"):
-        PlainCodec("bytes").chat([])
+        find_chat_template(make_tokenizer(TokenizerConfig("bytes")))

@@ -11,9 +11,22 @@ import pytest
 
 from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
-from ringbpt.generation.decode import split_params
-from ringbpt.generation.generator import Generator, Shape, make_cache_prefill, make_steps, plan
+from ringbpt.data.documents import Piece, make_batch
+from ringbpt.generation.decode import make_split
+from ringbpt.generation.generator import (
+    BatchShape,
+    Generator,
+    NewToken,
+    make_cache_prefill,
+    make_steps,
+    plan_batches,
+    round_length,
+)
 from ringbpt.generation.sampling import Sampling, filtered, penalise
+from ringbpt.layouts import inverse, permutation
+from ringbpt.mesh import put_batch
+from ringbpt.model.llama import Model
+from ringbpt.types import Params
 from tests.golden.make_families import CASES, NEW_TOKENS, PROMPT, documents, live, restore
 
 MESHES = {"one device": (1, 1, 1, 1), "sp=4": (1, 1, 1, 4), "tp=2": (1, 1, 2, 1), "fsdp=2": (1, 2, 1, 1)}
@@ -21,15 +34,15 @@ GREEDY = Sampling()
 COVER = [("llama3.2", "sp=4"), ("mistral", "one device"), ("qwen2.5", "tp=2"), ("mixtral", "fsdp=2")]
 
 
-def make_generator(folder: Path, mesh: str) -> Generator:
-    return Generator(*load_model(f"huggingface::{folder}", MESHES[mesh]))
-
-
 def run(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampling=GREEDY, batch_size=8):
-    shape, groups = plan([len(p) for p in prompts], generator.model, batch_size, new_tokens)
-    found: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
-    for group in groups:
-        for tokens in generator.tokens(prompts, shape, group, sampling):
+    return [[token.id for token in text] for text in draw(generator, prompts, new_tokens, sampling, batch_size)]
+
+
+def draw(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampling=GREEDY, batch_size=8):
+    shape, batches = plan_batches([len(p) for p in prompts], generator.model, batch_size, new_tokens)
+    found: dict[int, list[NewToken]] = {i: [] for i in range(len(prompts))}
+    for batch in batches:
+        for tokens in generator.tokens(prompts, shape, batch, sampling):
             for number, token in tokens.items():
                 found[number].append(token)
     return [found[i] for i in range(len(prompts))]
@@ -40,7 +53,25 @@ def check(folder: Path, want: np.ndarray, mesh: str, packed: bool = True) -> Non
     first = documents()[0][:PROMPT]
     rng = np.random.default_rng(0)
     prompts = [first, rng.integers(2, 96, 29), rng.integers(2, 96, 7)] if packed else [first]
-    assert run(make_generator(folder, mesh), prompts, NEW_TOKENS)[0] == want.tolist()
+    model, params = load_model(f"huggingface::{folder}", MESHES[mesh])
+    texts = draw(Generator(model, params), prompts, NEW_TOKENS)
+    assert [token.id for token in texts[0]] == want.tolist()
+    if mesh in ("one device", "sp=4"):
+        same_logps(model, params, prompts, texts)
+
+
+def same_logps(model: Model, params: Params, prompts: list[np.ndarray], texts: list[list[NewToken]]) -> None:
+    """The log-probability of each new token is what training's statistics say of it."""
+    whole = [np.array([*prompt, *(token.id for token in text)]) for prompt, text in zip(prompts, texts, strict=True)]
+    sp, layout = model.mesh.shape["sp"], model.execution.sequence_layout
+    length = round_length(max(map(len, whole)), sp, model.execution.scan_mlp_chunk_size)
+    rows = [[Piece(len(tokens), {"token": tokens, "mask": np.ones(len(tokens))})] for tokens in whole]
+    batch = put_batch(make_batch(rows, (len(rows), length)).rows, (len(rows), length), model.mesh, layout)
+    logp_BT = np.asarray(jax.jit(lambda params, batch: model.token_stats(params, batch).logp_BT)(params, batch))
+    logp_BT = logp_BT[:, inverse(permutation(layout, length, sp))]
+    for prompt, text, logp_T in zip(prompts, texts, logp_BT, strict=True):
+        mine = logp_T[len(prompt) - 1 : len(prompt) - 1 + len(text)]
+        np.testing.assert_allclose([token.logp for token in text], mine, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "mesh"), COVER)
@@ -58,10 +89,15 @@ def test_greedy_text_is_that_of_transformers_live(case, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def generator(tmp_path_factory) -> Generator:
+def loaded(tmp_path_factory) -> tuple[Model, Params]:
     folder = tmp_path_factory.mktemp("llama")
     restore("llama", folder)
-    return make_generator(folder, "one device")
+    return load_model(f"huggingface::{folder}", MESHES["one device"])
+
+
+@pytest.fixture(scope="module")
+def generator(loaded) -> Generator:
+    return Generator(*loaded)
 
 
 def test_seeds_reproduce_whatever_stands_beside(generator):
@@ -86,14 +122,46 @@ def test_no_recompiles(generator):
     assert set(before) == {1}
 
 
+def test_log_probabilities_of_drawn_tokens(loaded, generator):
+    """At temperature 1 those of the model; with fewer tokens left in, those of what is left."""
+    prompts = [np.full(8, 5), np.arange(8) + 3]
+    same_logps(*loaded, prompts, draw(generator, prompts, 4, Sampling(temperature=1.0, seed=3), batch_size=2))
+    for text in draw(generator, prompts, 4, Sampling(temperature=1.0, top_k=1), batch_size=2):
+        assert [token.logp for token in text] == [0.0] * 4
+
+
+def test_new_weights_compile_nothing(loaded, generator):
+    prompts, warm = [np.full(8, 5), np.arange(8) + 3], Sampling(temperature=1.0)
+    model, params = loaded
+    other = jax.device_put(jax.tree.map(lambda x: x[..., ::-1] if x.ndim > 2 else x, params), model.shardings)
+    before = draw(generator, prompts, 4, warm, batch_size=2)
+    compiles = []
+
+    def compiled(event: str, duration: float, **_: object) -> None:
+        compiles.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        generator.update(other)
+        after = draw(generator, prompts, 4, warm, batch_size=2)
+        generator.update(params)
+        again = draw(generator, prompts, 4, warm, batch_size=2)
+        assert compiles == []
+        jax.jit(lambda x: 3 * x + 1)(jnp.ones(3)).block_until_ready()
+        assert len(compiles)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(compiled)
+    assert before == again != after
+
+
 @pytest.mark.parametrize("mesh", ["one device", "sp=4"])
 def test_decoding_copies_no_cache(mesh, tmp_path):
     """The compiled step has the cache as its donated argument and updates it in place: no copy of its shape, ever."""
     restore("llama3.2", tmp_path)
     model, params = load_model(f"huggingface::{tmp_path}", MESHES[mesh])
-    shape = Shape(rows=1, length=448, texts=1, new_tokens=40)
+    shape = BatchShape(rows=1, length=448, texts=1, new_tokens=40)
     prefill = make_cache_prefill(model, shape)
-    weights = split_params(model, params)
+    weights = make_split(model)(params)
     from ringbpt.mesh import put_batch
     from ringbpt.types import Batch, TokenMeta
 
@@ -126,12 +194,12 @@ def test_decoding_copies_no_cache(mesh, tmp_path):
 
 def test_plan_packs_unequal_prompts(generator):
     lengths = [100, 60, 40, 30, 30, 30, 10]
-    shape, groups = plan(lengths, generator.model, 7, 16)
+    shape, batches = plan_batches(lengths, generator.model, 7, 16)
     assert (shape.rows, shape.length) == (3, 100)
-    assert sorted(n for g in groups for row in g.rows for n in row) == list(range(7))
-    assert len(groups) == 1
+    assert sorted(n for batch in batches for row in batch for n in row) == list(range(7))
+    assert len(batches) == 1
     with pytest.raises(UserError, match="--max_new_tokens=412"):
-        plan(lengths, generator.model, 7, 500)
+        plan_batches(lengths, generator.model, 7, 500)
 
 
 def test_filters():

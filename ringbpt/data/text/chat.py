@@ -15,7 +15,8 @@ from typing import Any
 
 from ringbpt.config import UserError
 from ringbpt.data.reading.files import nearest_path, optional
-from ringbpt.data.text.shapes import Message
+from ringbpt.data.text.shapes import Message, check_messages
+from ringbpt.data.text.tokenizers import Tokenizer
 
 Span = tuple[int, int]
 
@@ -44,8 +45,8 @@ def find_template(text: str, own: str | None, flag: str) -> str:
         if own:
             return own
         raise UserError(
-            f"--{flag}.chat_template is empty, and the tokenizer has no template for conversations: "
-            f"--{flag}.chat_template=chatml is a common one, a .jinja file works too"
+            f"--{flag} is empty, and the tokenizer has no template for conversations: "
+            f"--{flag}=chatml is a common one, a .jinja file works too"
         )
     if text in NAMED:
         return NAMED[text]
@@ -56,7 +57,7 @@ def find_template(text: str, own: str | None, flag: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         raise UserError(
-            f"--{flag}.chat_template={text!r} is no .jinja file that can be read{nearest_path(path)}; "
+            f"--{flag}={text!r} is no .jinja file that can be read{nearest_path(path)}; "
             f"{', '.join(NAMED)} is known by name"
         ) from None
 
@@ -66,15 +67,21 @@ class ChatTemplate:
 
     def __init__(self, template: str, names: dict[str, str], flag: str):
         """flag: the flag that gave it, for messages. Raises UserError for what is no template."""
-        jinja2 = optional("jinja2", f"--{flag}.chat_template")
+        jinja2 = optional("jinja2", f"--{flag}")
         self._names, self._errors = names, (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
         self.marked = bool(MARKED.search(template))
         try:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"--{flag}.chat_template: line {error.lineno}: {error.message}") from None
+            raise UserError(f"--{flag}: line {error.lineno}: {error.message}") from None
 
         self._parts = not self._takes("") and self._takes([])
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, text: str, flag: str) -> "ChatTemplate":
+        """The template that the flag's text names (see find_template), with the tokenizer's own special tokens."""
+        names = {"bos_token": "", "eos_token": ""} | tokenizer.special_names
+        return ChatTemplate(find_template(text, tokenizer.chat_template, flag), names, flag)
 
     def _takes(self, like: Any) -> bool:
         """Whether a message whose content is text (or, as some templates want it, a list of parts) leaves a trace."""
@@ -90,12 +97,25 @@ class ChatTemplate:
             messages=list(messages), tools=tools, documents=None, add_generation_prompt=prompt, **self._names
         )
 
-    def spans(self, messages: list[Message], tools: Any, roles: tuple[str, ...], where: Any) -> tuple[str, list[Span]]:
-        """The text of a conversation, and its parts [begin, end) that take loss: the turns of the `roles`, in order."""
+    def prompt(self, messages: list[Message], tools: Any, where: Any) -> str:
+        """The text of a conversation up to where the next answer begins, as training renders what comes before it."""
+        messages = self._checked(check_messages(messages, "messages", where), tools, where)
+        try:
+            return unmark(self.render(messages, tools, prompt=True))[0]
+        except self._errors as error:
+            raise _refused(where, error) from None
+
+    def _checked(self, messages: list[Message], tools: Any, where: Any) -> list[Message]:
+        """The messages as the template takes them. Raises UserError where there is one of our marks in them."""
         if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
             raise UserError(f"{where}: a noncharacter (U+FDD0 to U+FDD3), which is no text")
-        if self._parts:
-            messages = [message | {"content": _parts(message["content"])} for message in messages]
+        if not self._parts:
+            return messages
+        return [message | {"content": _parts(message["content"])} for message in messages]
+
+    def spans(self, messages: list[Message], tools: Any, roles: tuple[str, ...], where: Any) -> tuple[str, list[Span]]:
+        """The text of a conversation, and its parts [begin, end) that take loss: the turns of the `roles`, in order."""
+        messages = self._checked(messages, tools, where)
         try:
             text, spans = unmark(self.render(messages, tools))
             if self.marked and roles == ("assistant",):
@@ -104,8 +124,7 @@ class ChatTemplate:
                 return text, grown
             followed, spans = unmark(unmark(self._followed(messages, tools, roles))[0], *OURS)
         except self._errors as error:
-            said = " ".join(str(error).split())
-            raise UserError(f"{where}: the chat template refuses the conversation: {said}") from None
+            raise _refused(where, error) from None
         if followed != text or any(begin > end for begin, end in spans):
             raise UserError(
                 f"{where}: the chat template rewrites what was said, so that nobody knows what takes loss: "
@@ -141,6 +160,10 @@ class ChatTemplate:
             for message in messages
         ]
         return self.render(marked, tools)
+
+
+def _refused(where: Any, error: Exception) -> UserError:
+    return UserError(f"{where}: the chat template refuses the conversation: {' '.join(str(error).split())}")
 
 
 def _merged(spans: list[Span]) -> list[Span]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ringbpt.config import TextProcessorConfig, UserError
 from ringbpt.data.reading.files import json_type
-from ringbpt.data.text.chat import ChatTemplate, Span, find_template
+from ringbpt.data.text.chat import ChatTemplate, Span
 from ringbpt.data.text.shapes import Message, Pair, conversation, preference, prompt_and_completion
 from ringbpt.data.text.tokenizers import Places, Tokenizer
 
@@ -109,10 +109,7 @@ class TextProcessor:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        flag = self._flag[2:]
-        text = find_template(self._config.chat_template, self.tokenizer.chat_template, flag)
-        names = {"bos_token": "", "eos_token": ""} | self.tokenizer.special_names
-        return ChatTemplate(text, names, flag)
+        return ChatTemplate.of(self.tokenizer, self._config.chat_template, f"{self._flag[2:]}.chat_template")
 
     def _chat(self, messages: list[Message], example: dict[str, Any], location: Any, last: int = 0) -> Document:
         """A conversation; last: how many of the trained turns, counted from the end, take loss (0: all)."""
@@ -226,7 +223,7 @@ class TextProcessor:
         """The id behind `<|name|>`."""
         if name.isdecimal() and name.isascii() and len(name) < 10:
             return int(name)
-        ids = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
+        ids = {"bos": self.tokenizer.ends.bos, "eos": self.tokenizer.ends.eos}
         if name not in ids:
             raise UserError(f"{where}: <|{name}|> is unknown; <|bos|>, <|eos|> and an id as in <|123|> work")
         token = ids[name]

@@ -1,8 +1,6 @@
 """Text to token ids and back: bytes, SentencePiece models and Hugging Face's tokenizer.json, behind one interface."""
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
+from ringbpt.config.families import read_json
 from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.reading.wire import fields_of
 
@@ -28,18 +27,33 @@ class Places(NamedTuple):
     end: np.ndarray
 
 
-class Tokenizer(Protocol):
-    """Text to ids. No special token is ever added, or read out of the text: the text_processor places them by id.
+class Ends(NamedTuple):
+    """Which tokens begin and end a text. bos, eos: those that training places; None where the tokenizer has none.
 
-    config: makes the same tokenizer again in a worker process. bos_token_id, eos_token_id: None where it has none.
-    vocab_size: one more than the largest id. special_names: bos_token, eos_token, ... as a chat template writes them;
-    empty where no special token can be written as text. special_ids: of those. chat_template: its own, if it has one.
+    others: further ones after which a generated text is over, those that end a turn among them.
+    """
+
+    bos: int | None
+    eos: int | None
+    others: frozenset[int] = frozenset()
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """All tokens after which a generated text is over."""
+        return self.others if self.eos is None else self.others | {self.eos}
+
+
+class Tokenizer(Protocol):
+    """Text to ids. `encode` adds no special token and reads none out of the text: the text_processor places them by id.
+
+    config: makes the same tokenizer again in a worker process. vocab_size: one more than the largest id. ends: which
+    tokens begin and end a text. special_names: bos_token, eos_token, ... as a chat template writes them; empty where no
+    special token can be written as text. special_ids: of those. chat_template: its own, if it has one.
     """
 
     config: TokenizerConfig
     vocab_size: int
-    bos_token_id: int | None
-    eos_token_id: int | None
+    ends: Ends
     special_names: dict[str, str]
     special_ids: frozenset[int]
     chat_template: str | None
@@ -48,11 +62,17 @@ class Tokenizer(Protocol):
         """int32 [tokens]."""
         ...
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """int32 [tokens], the only ones with special tokens: as the model's own tokenizer begins a text."""
+        ...
+
     def encode_places(self, text: str, special: bool) -> Places:
         """The tokens and which characters each stands for. special: read special tokens out of the text."""
         ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text, in which special tokens leave no trace."""
+        ...
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the ids."""
@@ -87,8 +107,7 @@ class BytesTokenizer:
     """Ids 0..255 are the UTF-8 bytes, 256 is bos, 257 is eos."""
 
     vocab_size = 258
-    bos_token_id: int | None = 256
-    eos_token_id: int | None = 257
+    ends = Ends(256, 257)
     special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
     special_ids: frozenset[int] = frozenset()
     chat_template: str | None = None
@@ -98,6 +117,9 @@ class BytesTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return _after_bos(self, text)
 
     def encode_places(self, text: str, special: bool) -> Places:
         ids = self.encode(text)
@@ -136,11 +158,13 @@ class SentencePieceTokenizer:
         if not self.vocab_size:
             raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is empty; copy it again")
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_token_id: int | None = bos if bos >= 0 else None
-        self.eos_token_id: int | None = eos if eos >= 0 else None
+        self.ends = _find_ends(path, bos if bos >= 0 else None, eos if eos >= 0 else None)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return _after_bos(self, text)
 
     def encode_places(self, text: str, special: bool) -> Places:
         message = self._processor.encode(text, out_type="serialized_proto")
@@ -182,9 +206,10 @@ class HuggingFaceTokenizer:
             raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
         self.vocab_size = max(ids.values()) + 1
         settings = _settings(path)
-        self.bos_token_id = _special_token(settings, "bos_token", BOS_NAMES, ids)
-        self.eos_token_id = _special_token(settings, "eos_token", EOS_NAMES, ids)
-        named = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        bos = _special_token(settings, "bos_token", BOS_NAMES, ids)
+        eos = _special_token(settings, "eos_token", EOS_NAMES, ids)
+        self.ends = _find_ends(path, bos, eos)
+        named = {"bos_token": bos, "eos_token": eos}
         names = {token: name for name, token in ids.items()}
         self.special_names = {key: names[token] for key, token in named.items() if token is not None}
         for key in ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
@@ -195,16 +220,23 @@ class HuggingFaceTokenizer:
         self.chat_template = _own_template(path, settings)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._encode(text, False, False).ids, np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return np.array(self._encode(text, True, True).ids, np.int32)
 
     def encode_places(self, text: str, special: bool) -> Places:
-        self._tokenizer.encode_special_tokens = not special
-        try:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        found = self._encode(text, special, False)
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
         return Places(np.array(found.ids, np.int32), offsets[:, 0], offsets[:, 1])
+
+    def _encode(self, text: str, special: bool, framed: bool) -> Any:
+        """framed: with the tokens that tokenizer.json puts around a text."""
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=framed)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(token) for token in ids])
@@ -215,6 +247,11 @@ class HuggingFaceTokenizer:
 
     def describe(self) -> str:
         return f"{self._path.parent.name}/{self._path.name}, {self.vocab_size:,} tokens"
+
+
+def _after_bos(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    first = [] if tokenizer.ends.bos is None else [tokenizer.ends.bos]
+    return np.array([*first, *tokenizer.encode(text)], np.int32)
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -238,20 +275,23 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{FLAG}={str(path)!r}: {error.strerror}") from None
 
 
+def _find_ends(path: Path, bos: int | None, eos: int | None) -> Ends:
+    """bos, eos, and what eos_token_id is in the files of a model beside the tokenizer: one token, several, or none."""
+    others: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (file := path.parent / name).is_file():
+            found = read_json(file).get("eos_token_id")
+            others |= set(found if isinstance(found, list) else [found]) - {None}
+    return Ends(bos, eos, frozenset(others))
+
+
 def _settings(path: Path) -> dict[str, Any]:
     """What the files beside tokenizer.json say, the first file's word before the second's."""
     found: dict[str, Any] = {}
     for beside in ("special_tokens_map.json", "tokenizer_config.json"):
         file = path.parent / beside
-        if not os.path.isfile(file):
-            continue
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}:{getattr(error, 'lineno', 1)}: malformed JSON; copy it again") from None
-        if not isinstance(settings, dict):
-            raise UserError(f"{file}:1: it must hold a JSON object")
-        found |= settings
+        if file.is_file():
+            found |= read_json(file)
     return found
 
 
