@@ -69,6 +69,7 @@ def perplexity(model: Any, params: Any, tokenizer: Any, flags: dict[str, Any], o
     import numpy as np
 
     from ringbpt.config import PythonDatasetConfig
+    from ringbpt.data.reading.files import read_rows
     from ringbpt.data.reading.sources import PythonSource
     from ringbpt.evaluation.passkey import draw_curve
     from ringbpt.evaluation.score import Item, Scorer, make_loss_by_position
@@ -78,7 +79,7 @@ def perplexity(model: Any, params: Any, tokenizer: Any, flags: dict[str, Any], o
         source = PythonSource(PythonDatasetConfig(split="heldout"))
         texts = [str(source[i]["text"]) for i in range(len(source))]
     else:
-        texts = read_texts(Path(flags["perplexity"]))
+        texts = read_rows(Path(flags["perplexity"]), "perplexity", 'no {"text": ...}', lambda row: str(row["text"]))
     scorer = Scorer(model, flags["batch_size"])
     length = scorer.row_length(limit)
     items = []
@@ -98,20 +99,6 @@ def perplexity(model: Any, params: Any, tokenizer: Any, flags: dict[str, Any], o
     columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "loss": curve.loss, "tokens": curve.tokens}
     by_position = {name: column.tolist() for name, column in columns.items()}
     return {"loss": loss, "perplexity": float(np.exp(loss)), "by_position": by_position}
-
-
-def read_texts(file: Path) -> list[str]:
-    texts = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--perplexity={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}:{number}: no {{"text": ...}}') from None
-    return texts
 
 
 def passkey(

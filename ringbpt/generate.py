@@ -57,26 +57,14 @@ FLAGS = MODEL_FLAGS | {
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, each with a prompt or messages. Raises UserError with file and line."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{file}:{number}: no JSON object") from None
-        if not isinstance(row, dict) or not (
-            isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)
-        ):
-            raise UserError(f'{file}:{number}: neither "prompt", a text, nor "messages", a list')
-        rows.append(row)
-    if not rows:
-        raise UserError(f"--prompts={file} holds no prompt")
-    return rows
+    from ringbpt.data.reading.files import read_rows
+
+    def checked(row: Any) -> Any:
+        if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
+            raise ValueError
+        return row
+
+    return read_rows(file, "prompts", 'neither "prompt", a text, nor "messages", a list', checked)
 
 
 def main(argv: list[str]) -> int:
@@ -91,7 +79,7 @@ def main(argv: list[str]) -> int:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: flags[name] for name in names})
     from ringbpt.generation.generator import Generator
-    from ringbpt.generation.text import complete, encode_chat, find_chat_template, find_tokenizer
+    from ringbpt.generation.text import complete, find_tokenizer, make_chat_encoder
 
     found, model, params = start_model(flags)
     tokenizer = find_tokenizer(found, flags["tokenizer"])
@@ -101,10 +89,10 @@ def main(argv: list[str]) -> int:
         from ringbpt.generation.chat import chat
 
         return chat(generator, tokenizer, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
-    template = find_chat_template(tokenizer) if any("prompt" not in row for row in rows) else None
+    chats = make_chat_encoder(tokenizer) if any("prompt" not in row for row in rows) else None
     prompts = [
-        encode_chat(tokenizer, template, row["messages"], row.get("tools"), f"{flags['prompts']}, prompt {number}")
-        if template and "prompt" not in row
+        chats(row["messages"], row.get("tools"), f"{flags['prompts']}, prompt {number}")
+        if chats and "prompt" not in row
         else tokenizer.encode_prompt(row["prompt"])
         for number, row in enumerate(rows, 1)
     ]

@@ -35,6 +35,12 @@ def permutation(layout: str, seq_len: int, sp: int) -> np.ndarray:
     return tokens
 
 
+def row_length(longest: int, sp: int, *chunks: int) -> int:
+    """The shortest row for `longest` tokens that sp can split, twice for zigzag, and then each of the chunks."""
+    step = 2 * sp if longest <= sp * min(chunks) else sp * int(np.lcm.reduce(chunks))
+    return -(-longest // step) * step
+
+
 def inverse(order: np.ndarray) -> np.ndarray:
     """The permutation that undoes `order`: laid_out[inverse(order)] is in text order again."""
     return np.argsort(order)

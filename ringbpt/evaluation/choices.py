@@ -1,10 +1,9 @@
 """Which of several continuations a model finds most likely, by log-likelihood, from a JSONL."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import UserError
+from ringbpt.data.reading.files import read_rows
 from ringbpt.evaluation.passkey import Encode
 from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.types import Params
@@ -15,31 +14,18 @@ def read_choices(file: Path) -> list[dict[str, Any]]:
 
     Raises UserError with file and line.
     """
-    rows = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--choices={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, choices, answer = row["prompt"], row["choices"], row.get("answer")
-            good = isinstance(prompt, str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-            if isinstance(answer, str):
-                answer = choices.index(answer)
-            good = good and (answer is None or 0 <= answer < len(choices))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            good = False
-        if not good:
-            raise UserError(
-                f'{file}:{number}: not {{"prompt": text, "choices": [two texts or more], "answer": which of them}}'
-            )
-        rows.append(row | {"answer": answer})
-    if not rows:
-        raise UserError(f"--choices={file} holds no row")
-    return rows
+
+    def checked(row: Any) -> dict[str, Any]:
+        choices, answer = row["choices"], row.get("answer")
+        good = isinstance(row["prompt"], str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if isinstance(answer, str):
+            answer = choices.index(answer)
+        if not good or not (answer is None or 0 <= answer < len(choices)):
+            raise ValueError
+        return row | {"answer": answer}
+
+    wanted = 'not {"prompt": text, "choices": [two texts or more], "answer": which of them}'
+    return read_rows(file, "choices", wanted, checked)
 
 
 def score_choices(scorer: Scorer, params: Params, encode: Encode, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import first_fit
+from ringbpt.layouts import row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params
@@ -52,11 +53,9 @@ class Scorer:
 
     def row_length(self, longest: int) -> int:
         """The shortest row that the mesh and the chunks of feedforward and loss can split."""
-        execution, sp = self.model.execution, self.model.mesh.shape["sp"]
+        execution = self.model.execution
         chunks = [execution.loss_chunk_size] + [execution.scan_mlp_chunk_size] * execution.scan_mlp
-        largest = int(np.lcm.reduce(chunks))
-        step = 2 * sp if longest <= sp * min(chunks) else sp * largest
-        return -(-longest // step) * step
+        return row_length(longest, self.model.mesh.shape["sp"], *chunks)
 
     def score(self, params: Params, items: Sequence[Item], length: int | None = None) -> Scores:
         """`length`: of a row, for those who score items of several lengths by one program; default: the longest's."""

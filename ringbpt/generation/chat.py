@@ -4,9 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.generator import BatchShape, Generator, round_length
+from ringbpt.generation.generator import BatchShape, Generator
 from ringbpt.generation.sampling import Sampling
-from ringbpt.generation.text import Text, encode_chat, find_chat_template
+from ringbpt.generation.text import Text, make_chat_encoder
+from ringbpt.layouts import row_length
 
 
 def chat(
@@ -21,7 +22,7 @@ def chat(
 
     Prompt lengths are rounded up to powers of two, so that few programs are compiled.
     """
-    template = find_chat_template(tokenizer)
+    encode = make_chat_encoder(tokenizer)
     mesh, architecture = generator.model.mesh.shape, generator.model.architecture
     messages = [{"role": "system", "content": system}] if system else []
     print("an empty line ends the conversation", file=sys.stderr)
@@ -31,12 +32,12 @@ def chat(
         if not line:
             return 0
         messages.append({"role": "user", "content": line})
-        prompt = encode_chat(tokenizer, template, messages, None, "the conversation")
+        prompt = encode(messages, None, "the conversation")
         longest = architecture.max_sequence_length - len(prompt)
         if longest < 1:
             print(f"the conversation has filled the model's {architecture.max_sequence_length} tokens", file=sys.stderr)
             return 0
-        length = round_length(
+        length = row_length(
             1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], generator.model.execution.scan_mlp_chunk_size
         )
         rows = mesh["dp"] * mesh["fsdp"]

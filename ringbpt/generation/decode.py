@@ -24,7 +24,7 @@ from ringbpt.model.feedforward import swiglu
 from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import dot, embed
-from ringbpt.types import Params, TokenMeta
+from ringbpt.types import Batch, Params, TokenMeta
 
 CACHE = "B K S H"  # S last but one: a device's keys of one head stand together, and a product reads them in a row
 
@@ -79,27 +79,43 @@ def make_split(model: Model) -> Callable[[Params], Params]:
     return split
 
 
-def make_prefill(model: Model, room: int):
-    """(start, layer): the two programs of a prefill, in layout order.
+def make_prefill(model: Model, room: int) -> Callable[[Params, Batch], tuple[Cache, jax.Array]]:
+    """prefill(weights, batch) -> (cache, the last layer's x_BTD), in layout order.
 
-    start(embed_VD, token_BT) -> x_BTD; layer(w, x_BTD, meta) -> (x_BTD, k, v), k and v with `room` empty places behind
-    each device's share. One program for all layers: a deep model compiles no longer than a shallow one.
+    The cache has `room` empty places behind each device's share. One program computes all layers: a deep model compiles
+    no longer than a shallow one.
     """
-    mesh = model.mesh
-    kv_spec, cache_spec = spec("B T K H", ACTIVATION_AXES), spec(CACHE, ACTIVATION_AXES)
+    kv_spec, cache_spec, meta_spec = (spec(dims, ACTIVATION_AXES) for dims in ("B T K H", CACHE, "B S"))
+    on_shards = partial(jax.shard_map, mesh=model.mesh, check_vma=False)
 
-    def laid_out(k_BTKH):
-        k_BKTH = jnp.swapaxes(k_BTKH, 1, 2)
-        return jnp.pad(k_BKTH, ((0, 0), (0, 0), (0, room), (0, 0)))
+    def to_cache(k_BTKH):
+        return jnp.pad(jnp.swapaxes(k_BTKH, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
 
-    to_cache = jax.shard_map(laid_out, mesh=mesh, in_specs=kv_spec, out_specs=cache_spec, check_vma=False)
+    def with_room(meta):
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room))), meta)
 
-    def layer(w, x_BTD, meta):
+    def one_layer(w, x_BTD, meta):
         (x_BTD, _), (k_BTKH, v_BTKH) = model.layer(w, (x_BTD, None), meta, rope_of(model.architecture, meta))
-        return x_BTD, to_cache(k_BTKH), to_cache(v_BTKH)
+        move = on_shards(to_cache, in_specs=kv_spec, out_specs=cache_spec)
+        return x_BTD, move(k_BTKH), move(v_BTKH)
 
-    placed = NamedSharding(mesh, spec("B T D", ACTIVATION_AXES)), *(NamedSharding(mesh, cache_spec),) * 2
-    return jax.jit(partial(embed, mesh, model.dtype)), jax.jit(layer, donate_argnums=1, out_shardings=placed)
+    placed = [NamedSharding(model.mesh, s) for s in (spec("B T D", ACTIVATION_AXES), cache_spec, cache_spec)]
+    start = jax.jit(partial(embed, model.mesh, model.dtype))
+    layer = jax.jit(one_layer, donate_argnums=1, out_shardings=tuple(placed))
+    pad_meta = jax.jit(
+        on_shards(with_room, in_specs=meta_spec, out_specs=meta_spec),
+        out_shardings=NamedSharding(model.mesh, meta_spec),
+    )
+
+    def prefill(weights: Params, batch: Batch) -> tuple[Cache, jax.Array]:
+        x_BTD, ks, vs = start(weights["embed"], batch.token_BT), [], []
+        for w in weights["layers"]:
+            x_BTD, k, v = layer(w, x_BTD, batch.meta)
+            ks.append(k)
+            vs.append(v)
+        return Cache(tuple(ks), tuple(vs), pad_meta(batch.meta)), x_BTD
+
+    return prefill
 
 
 def attend_cache(
@@ -153,13 +169,10 @@ def make_decode(model: Model, prompt_share: int):
     """
     architecture, mesh, mask = model.architecture, model.mesh, model.mask
     matmul = partial(dot, out_dtype=model.dtype)
-    parts = partial(
-        Parts,
-        matmul,
-        feedforward=partial(swiglu, matmul=matmul),
-        experts=partial(mixture, architecture.num_experts),
-        reduce=partial(lax.psum, axis_name="tp"),  # each device has its heads, and its part of F
-    )
+    experts = architecture.num_experts
+    feedforward = partial(mixture, experts) if experts else partial(swiglu, matmul=matmul)
+    # Each device has its heads, and its part of F.
+    parts = partial(Parts, matmul, feedforward=feedforward, reduce=partial(lax.psum, axis_name="tp"))
     row, cache_spec, meta_spec = (
         spec("B _", ACTIVATION_AXES),
         spec(CACHE, ACTIVATION_AXES),

@@ -16,7 +16,7 @@ from ringbpt.data.packing import best_fit
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, make_split
 from ringbpt.generation.sampling import Options, Sampling, draw, filtered, penalise, token_logp
-from ringbpt.layouts import inverse
+from ringbpt.layouts import inverse, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params, TokenMeta
@@ -44,12 +44,6 @@ class NewToken(NamedTuple):
     logp: float
 
 
-def round_length(longest: int, sp: int, chunk: int) -> int:
-    """The shortest row length for a prompt: divisible over sp (twice, for zigzag) and by the feedforward's chunk."""
-    step = 2 * sp if longest <= sp * chunk else sp * chunk
-    return -(-longest // step) * step
-
-
 def plan_batches(
     lengths: Sequence[int], model: Model, batch_size: int, new_tokens: int
 ) -> tuple[BatchShape, list[Rows]]:
@@ -65,7 +59,7 @@ def plan_batches(
             f"a prompt of {longest} tokens and --max_new_tokens={new_tokens} are above the model's {limit}: "
             f"--max_new_tokens={max(limit - longest, 1)} at most, or --max_sequence_length={longest + new_tokens}"
         )
-    length = round_length(longest, mesh["sp"], chunk)
+    length = row_length(longest, mesh["sp"], chunk)
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     row_of, count = best_fit(np.array([lengths[number] for number in order[:batch_size]]), length)
     batches: list[Rows] = []
@@ -134,41 +128,14 @@ class Generator:
     def _compiled(self, shape: BatchShape, drawn: bool, penalised: bool) -> tuple[Callable, Callable, Callable]:
         key = (shape, drawn, penalised)
         if key not in self._programs:
-            self._programs[key] = (
-                make_cache_prefill(self.model, shape),
-                *make_steps(self.model, shape, drawn, penalised),
-            )
+            prefill = make_prefill(self.model, new_share(shape, self.model.mesh.shape["sp"]))
+            self._programs[key] = (prefill, *make_steps(self.model, shape, drawn, penalised))
         return self._programs[key]
 
 
 def new_share(shape: BatchShape, sp: int) -> int:
     """Places of a device's share for new tokens, and for those that other devices keep; the last is never a key."""
     return (-(-(shape.new_tokens - 1) // sp) + 1) * shape.texts
-
-
-def make_cache_prefill(model: Model, shape: BatchShape) -> Callable[[Params, Batch], tuple[Cache, jax.Array]]:
-    """prefill(weights, batch) -> (cache, the last layer's x_BTD), in layout order, layer by layer."""
-    room = new_share(shape, model.mesh.shape["sp"])
-    start, layer = make_prefill(model, room)
-    meta_spec = spec("B S", ACTIVATION_AXES)
-
-    def with_room(meta: TokenMeta) -> TokenMeta:
-        def pad(x):
-            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room))), x)
-
-        return jax.shard_map(pad, mesh=model.mesh, in_specs=meta_spec, out_specs=meta_spec, check_vma=False)(meta)
-
-    pad_meta = jax.jit(with_room, out_shardings=NamedSharding(model.mesh, meta_spec))
-
-    def prefill(weights: Params, batch: Batch) -> tuple[Cache, jax.Array]:
-        x_BTD, ks, vs = start(weights["embed"], batch.token_BT), [], []
-        for w in weights["layers"]:
-            x_BTD, k, v = layer(w, x_BTD, batch.meta)
-            ks.append(k)
-            vs.append(v)
-        return Cache(tuple(ks), tuple(vs), pad_meta(batch.meta)), x_BTD
-
-    return prefill
 
 
 def make_steps(model: Model, shape: BatchShape, drawn: bool, penalised: bool) -> tuple[Callable, Callable]:

@@ -1,6 +1,6 @@
 """Text in and text out around a Generator: its tokenizer and chat template, ends and stop strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,23 +24,19 @@ def find_tokenizer(found: Found, vocab_file: str) -> Tokenizer:
         raise UserError(str(error).replace(FLAG, "--tokenizer")) from None
 
 
-def find_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The tokenizer's own chat template. Raises UserError where it has none."""
+def make_chat_encoder(tokenizer: Tokenizer) -> Callable[[Any, Any, Any], np.ndarray]:
+    """encode(messages, tools, where) -> the tokens of a conversation, int32, up to where the next answer begins.
+
+    By the tokenizer's own template, as in training; tools: for it, or None. Raises UserError where there is no
+    template; encode does, and begins with `where`, for what is no conversation and for one that the template refuses.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "this model's tokenizer has no chat template: give it plain prompts, or --tokenizer=<a Hugging Face folder "
             "that has one>"
         )
-    return ChatTemplate.of(tokenizer, "", "tokenizer")
-
-
-def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: Any, tools: Any, where: Any) -> np.ndarray:
-    """The tokens of a conversation, int32, up to where the next answer begins, as in training.
-
-    tools: of the template, or None. Raises UserError that begins with `where` for what is no conversation, and for one
-    that the template refuses.
-    """
-    return tokenizer.encode_places(template.prompt(messages, tools, where), special=True).ids
+    template = ChatTemplate.of(tokenizer, "", "tokenizer")
+    return lambda *conversation: tokenizer.encode_places(template.prompt(*conversation), special=True).ids
 
 
 class Completion(NamedTuple):

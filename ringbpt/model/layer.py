@@ -76,14 +76,13 @@ class Parts(NamedTuple):
     """How the parts of a layer are computed: of global arrays, or inside shard_map of one device's share.
 
     matmul(equation, x, w): an activation by a stored weight, in x's dtype. attend(q_BTNH, k_BTKH, v_BTKH) ->
-    [B, T, N, H]. feedforward(h_BTD, w_gate, w_up, w_down) and experts(h_BTD, weight_BTX, expert_BTX, w_gate, w_up,
-    w_down) -> [B, T, D]. reduce: the sum over tp of what each device has of [B, T, D]. remat_*: around each half.
+    [B, T, N, H]. feedforward(h_BTD, w_gate, w_up, w_down) -> [B, T, D], or of experts, which takes weight_BTX and
+    expert_BTX behind h_BTD. reduce: the sum over tp of what each device has of [B, T, D]. remat_*: around each half.
     """
 
     matmul: Callable[..., jax.Array]
     attend: Callable[..., jax.Array]
     feedforward: Callable[..., jax.Array]
-    experts: Callable[..., jax.Array]
     reduce: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
     remat_attention: Callable[[Callable], Callable] = lambda function: function
     remat_feedforward: Callable[[Callable], Callable] = lambda function: function
@@ -108,7 +107,7 @@ def apply_layer(
         if not architecture.num_experts:
             return parts.reduce(parts.feedforward(h_BTD, *weights)), None
         choice = route(architecture, matmul("BTD,DE->BTE", h_BTD, w["w_router"]))
-        return parts.reduce(parts.experts(h_BTD, choice.weight_BTX, choice.expert_BTX, *weights)), choice
+        return parts.reduce(parts.feedforward(h_BTD, choice.weight_BTX, choice.expert_BTX, *weights)), choice
 
     attended_BTD, keys_values = parts.remat_attention(attention)(x_BTD)
     x_BTD = x_BTD + attended_BTD

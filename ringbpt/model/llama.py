@@ -196,12 +196,7 @@ class Model:
     def layer(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: Rope) -> tuple:
         """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
         execution = self.execution
-        parts = Parts(
-            matmul=partial(project, self.mesh),
-            attend=partial(self._attend, meta=meta),
-            feedforward=self._feedforward,
-            experts=self._experts,
-        )
+        parts = Parts(partial(project, self.mesh), partial(self._attend, meta=meta), self._feedforward)
         if not execution.remat_block:  # inside a rematerialised block another remat would run its part a third time
             parts = parts._replace(
                 remat_attention=partial(self._remat, policy=execution.remat_attention),
@@ -279,11 +274,10 @@ class Model:
 
     @cached_property
     def _feedforward(self) -> Callable[..., jax.Array]:
+        experts = self.architecture.num_experts
+        if experts:
+            return make_experts(self.mesh, experts, self._chunk_size)
         return make_feedforward(self.mesh, self._chunk_size)
-
-    @cached_property
-    def _experts(self) -> Callable[..., jax.Array]:
-        return make_experts(self.mesh, self.architecture.num_experts, self._chunk_size)
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:

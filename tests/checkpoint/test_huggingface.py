@@ -95,7 +95,7 @@ def test_the_tokenizer_comes_along(tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from ringbpt.data.text.tokenizers import make_tokenizer
-    from ringbpt.generation.text import encode_chat, find_chat_template
+    from ringbpt.generation.text import make_chat_encoder
 
     letters = {chr(32 + i): i for i in range(94)} | {"<s>": 94, "</s>": 95}
     words = PreTrainedTokenizerFast(
@@ -114,8 +114,7 @@ def test_the_tokenizer_comes_along(tmp_path):
         assert again(again.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"] == want
         assert again.all_special_tokens == words.all_special_tokens
         tokenizer = make_tokenizer(TokenizerConfig(str(folder)))
-        template = find_chat_template(tokenizer)
-        assert encode_chat(tokenizer, template, messages, None, "here").tolist() == want
+        assert make_chat_encoder(tokenizer)(messages, None, "here").tolist() == want
         assert tokenizer.encode_prompt("a b").tolist() == words("a b")["input_ids"]
         assert 95 in tokenizer.ends.stop
 

@@ -9,7 +9,7 @@ import pytest
 from ringbpt.config import TokenizerConfig, UserError, run_main
 from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.generate import main
-from ringbpt.generation.text import Text, find_chat_template
+from ringbpt.generation.text import Text, make_chat_encoder
 from tests.golden.make_families import restore
 
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
@@ -113,4 +113,4 @@ def test_stop_strings_and_half_characters_are_held_back():
 def test_prompts_begin_with_bos():
     np.testing.assert_array_equal(make_tokenizer(TokenizerConfig("bytes")).encode_prompt("a"), [256, 97])
     with pytest.raises(UserError, match="no chat template"):
-        find_chat_template(make_tokenizer(TokenizerConfig("bytes")))
+        make_chat_encoder(make_tokenizer(TokenizerConfig("bytes")))

@@ -12,18 +12,17 @@ import pytest
 from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
-from ringbpt.generation.decode import make_split
+from ringbpt.generation.decode import make_prefill, make_split
 from ringbpt.generation.generator import (
     BatchShape,
     Generator,
     NewToken,
-    make_cache_prefill,
     make_steps,
+    new_share,
     plan_batches,
-    round_length,
 )
 from ringbpt.generation.sampling import Sampling, filtered, penalise
-from ringbpt.layouts import inverse, permutation
+from ringbpt.layouts import inverse, permutation, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Params
@@ -64,7 +63,7 @@ def same_logps(model: Model, params: Params, prompts: list[np.ndarray], texts: l
     """The log-probability of each new token is what training's statistics say of it."""
     whole = [np.array([*prompt, *(token.id for token in text)]) for prompt, text in zip(prompts, texts, strict=True)]
     sp, layout = model.mesh.shape["sp"], model.execution.sequence_layout
-    length = round_length(max(map(len, whole)), sp, model.execution.scan_mlp_chunk_size)
+    length = row_length(max(map(len, whole)), sp, model.execution.scan_mlp_chunk_size)
     rows = [[Piece(len(tokens), {"token": tokens, "mask": np.ones(len(tokens))})] for tokens in whole]
     batch = put_batch(make_batch(rows, (len(rows), length)).rows, (len(rows), length), model.mesh, layout)
     logp_BT = np.asarray(jax.jit(lambda params, batch: model.token_stats(params, batch).logp_BT)(params, batch))
@@ -160,7 +159,7 @@ def test_decoding_copies_no_cache(mesh, tmp_path):
     restore("llama3.2", tmp_path)
     model, params = load_model(f"huggingface::{tmp_path}", MESHES[mesh])
     shape = BatchShape(rows=1, length=448, texts=1, new_tokens=40)
-    prefill = make_cache_prefill(model, shape)
+    prefill = make_prefill(model, new_share(shape, model.mesh.shape["sp"]))
     weights = make_split(model)(params)
     from ringbpt.mesh import put_batch
     from ringbpt.types import Batch, TokenMeta

@@ -100,6 +100,28 @@ def json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) -> list[Any]:
+    """make(value) of each line of a file of JSON lines, which end at \\n alone; blank ones are left out.
+
+    Raises UserError where the file cannot be read or has no rows, and with file and line, and what is `wanted`, where a
+    line is no JSON or `make` raises.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{flag}={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(make(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{file}:{number}: {wanted}") from None
+    if not rows:
+        raise UserError(f"--{flag}={file} holds no row")
+    return rows
+
+
 def digest_of(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 

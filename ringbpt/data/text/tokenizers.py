@@ -103,23 +103,29 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     raise UserError(f"{FLAG}={str(path)!r} is no tokenizer that is known here ({len(content)} bytes): {CHOICES}")
 
 
-class BytesTokenizer:
+class PlainTokenizer(Tokenizer):
+    """A tokenizer without special tokens that could be written as text; a prompt begins with bos."""
+
+    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
+    special_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        first = [] if self.ends.bos is None else [self.ends.bos]
+        return np.array([*first, *self.encode(text)], np.int32)
+
+
+class BytesTokenizer(PlainTokenizer):
     """Ids 0..255 are the UTF-8 bytes, 256 is bos, 257 is eos."""
 
     vocab_size = 258
     ends = Ends(256, 257)
-    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
-    special_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
 
     def __init__(self, config: TokenizerConfig):
         self.config = config
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
-
-    def encode_prompt(self, text: str) -> np.ndarray:
-        return _after_bos(self, text)
 
     def encode_places(self, text: str, special: bool) -> Places:
         ids = self.encode(text)
@@ -137,12 +143,8 @@ class BytesTokenizer:
         return "bytes"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(PlainTokenizer):
     """A SentencePiece model, as the original LLaMA's tokenizer.model."""
-
-    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
-    special_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
 
     def __init__(self, config: TokenizerConfig, path: Path, content: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -162,9 +164,6 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), np.int32)
-
-    def encode_prompt(self, text: str) -> np.ndarray:
-        return _after_bos(self, text)
 
     def encode_places(self, text: str, special: bool) -> Places:
         message = self._processor.encode(text, out_type="serialized_proto")
@@ -247,11 +246,6 @@ class HuggingFaceTokenizer:
 
     def describe(self) -> str:
         return f"{self._path.parent.name}/{self._path.name}, {self.vocab_size:,} tokens"
-
-
-def _after_bos(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    first = [] if tokenizer.ends.bos is None else [tokenizer.ends.bos]
-    return np.array([*first, *tokenizer.encode(text)], np.int32)
 
 
 def _tokenizer_file(path: Path) -> Path:
