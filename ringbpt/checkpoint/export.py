@@ -20,8 +20,9 @@ from ringbpt.checkpoint.load import describe_checkpoint, find_checkpoint, load_m
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
 from ringbpt.checkpoint.store import StoredStep, newest_step
 from ringbpt.checkpoint.tensors import conversions, repack
-from ringbpt.config import Architecture, UserError
+from ringbpt.config import Architecture, TokenizerConfig, UserError
 from ringbpt.config.families import find_family, hf_settings, read_json, rows_for
+from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.layouts import inverse, permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
@@ -49,6 +50,9 @@ def to_huggingface(
         base, vocab_file = base or found.folder, Path(found.vocab_file)
         step = newest_step(path, f"--load_checkpoint={spec}")
         settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes)
+        if base is None and (found.vocab_file == "bytes" or vocab_file.exists()):
+            ends = make_tokenizer(TokenizerConfig(found.vocab_file)).ends  # what training has placed
+            settings |= {"bos_token_id": ends.bos, "eos_token_id": ends.eos}
         if base is None and vocab_file.exists():
             carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
     if base:

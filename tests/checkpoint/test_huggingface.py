@@ -138,6 +138,11 @@ def test_a_trained_run_goes_to_hugging_face(tmp_path):
     assert jax2hf(f"--load_checkpoint=params::{run}", f"--output_dir={tmp_path}/back") == 0
     same(tensors(source), tensors(tmp_path / "back"))
     assert load.describe_checkpoint(f"params::{run}").architecture == model.architecture
+    # A run from nothing: the ends of its own tokenizer.
+    (run / "config.json").write_text(json.dumps(to_dict(replace(config, load_checkpoint=""))))
+    assert jax2hf(f"--load_checkpoint=params::{run}", f"--output_dir={tmp_path}/new") == 0
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (256, 257)
 
 
 def test_each_device_reads_its_own_bytes(tmp_path):

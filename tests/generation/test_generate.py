@@ -8,7 +8,7 @@ import pytest
 
 from ringbpt.config import TokenizerConfig, UserError, run_main
 from ringbpt.data.text.tokenizers import make_tokenizer
-from ringbpt.generate import main
+from ringbpt.generate import main, read_prompts
 from ringbpt.generation.text import Text, make_chat_encoder
 from tests.golden.make_families import restore
 
@@ -58,6 +58,20 @@ def test_a_file_of_prompts(folder, tmp_path, capsys):
     stop = rows[1]["completion"][3:5]
     assert run(folder, "--prompt=b", "--max_new_tokens=6", f"--stop={stop}", "--stop=never said") == 0
     assert capsys.readouterr().out == rows[1]["completion"].partition(stop)[0] + "\n"
+
+
+def test_tools_and_separators(folder, tmp_path):
+    """Generation renders a row's tools as training does; U+2028 inside a text ends no line."""
+    tokenizer = make_tokenizer(TokenizerConfig(str(folder)))
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + TEMPLATE
+    encode, messages = make_chat_encoder(tokenizer), [{"role": "user", "content": "c", "name": None}]
+    plain, tooled = (tokenizer.decode(encode(messages, tools, "here")) for tools in (None, [{"name": "add"}]))
+    assert (plain, tooled) == ("u: c\na: ", "add;u: c\na: ")
+    with pytest.raises(UserError, match="here: message 0 of 'messages' has no 'role'"):
+        encode([{"content": "c"}], None, "here")
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(file) == [{"prompt": "a\u2028b"}]
 
 
 def test_a_conversation(folder, capsys, monkeypatch):
