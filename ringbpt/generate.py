@@ -102,14 +102,9 @@ def main(argv: list[str]) -> int:
     if flags["prompt"] and not flags["output"]:
         print(done[0].text)
         return 0
-    lines = [
-        json.dumps(
-            row | {"completion": done[i].text, "tokens": done[i].tokens, "finish_reason": done[i].reason},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for i, row in enumerate(rows)
-    ]
+    pairs = [(row, done[i]) for i, row in enumerate(rows)]
+    shown = [row | {"completion": x.text, "tokens": x.tokens, "finish_reason": x.reason} for row, x in pairs]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in shown]
     if not flags["output"]:
         sys.stdout.writelines(lines)
         return 0

@@ -40,8 +40,7 @@ def chat(
         length = row_length(
             1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], generator.model.execution.scan_mlp_chunk_size
         )
-        rows = mesh["dp"] * mesh["fsdp"]
-        shape = BatchShape(rows, length, 1, max_new_tokens)
+        shape = BatchShape(mesh["dp"] * mesh["fsdp"], length, 1, max_new_tokens)
         text = Text(tokenizer, stops)
         for tokens in generator.tokens([prompt], shape, [[0]], sampling):
             print(text.add(tokens[0].id), end="", flush=True)

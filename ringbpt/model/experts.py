@@ -16,9 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.config import Architecture
-from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.feedforward import join_chunks, split_chunks
-from ringbpt.model.weights import gather_shards, scatter_grad
+from ringbpt.model.feedforward import in_chunks
 
 WEIGHTS = ("E D F", "E D F", "E F D")
 
@@ -81,56 +79,11 @@ def make_experts(mesh: Mesh, num_experts: int, chunk_size: int | None) -> Callab
     In chunks of the local length as the dense feedforward (None: one chunk), the backward recomputing each chunk.
     Differentiable in all but expert_BTX; weights' gradients are summed over chunks in float32.
     """
-    x_spec = spec("B T D", ACTIVATION_AXES)
-    row_spec = spec("B T _", ACTIVATION_AXES)
-    w_specs = tuple(weight_spec(letters) for letters in WEIGHTS)
-    d_dims = tuple(letters.split().index("D") for letters in WEIGHTS)
+    forward = partial(mixture, num_experts)
 
-    def gathered(x, weights):
-        return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
+    def backward(x, weight, expert, dy, *whole):
+        _, vjp = jax.vjp(lambda x, weight, *whole: forward(x, weight, expert, *whole), x, weight, *whole)
+        dx, d_weight, *dws = vjp(dy)
+        return (dx, d_weight), dws
 
-    def chunks_of(*arrays):
-        size = min(chunk_size or arrays[0].shape[1], arrays[0].shape[1])
-        return tuple(split_chunks(a, size) for a in arrays)
-
-    def forward_local(x, weight, expert, *weights):
-        whole = gathered(x, weights)
-        # Each device has its part of F, and so a part of every expert's output.
-        chunks = chunks_of(x, weight, expert)
-        return join_chunks(lax.map(lambda chunk: lax.psum(mixture(num_experts, *chunk, *whole), "tp"), chunks))
-
-    def backward_local(x, weight, expert, dy, *weights):
-        whole = gathered(x, weights)
-
-        def chunk_backward(sums, chunk):
-            x, weight, expert, dy = chunk
-            _, vjp = jax.vjp(
-                lambda x, weight, *whole: mixture(num_experts, x, weight, expert, *whole), x, weight, *whole
-            )
-            dx, d_weight, *dws = vjp(dy)
-            sums = [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)]
-            return sums, lax.psum((dx, d_weight), "tp")
-
-        zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]
-        sums, (dx, d_weight) = lax.scan(chunk_backward, zeros, chunks_of(x, weight, expert, dy))
-        grads = (scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
-        return join_chunks(dx), join_chunks(d_weight), *grads
-
-    inputs = (x_spec, row_spec, row_spec)
-    forward = jax.shard_map(forward_local, mesh=mesh, in_specs=(*inputs, *w_specs), out_specs=x_spec, check_vma=False)
-    backward = jax.shard_map(
-        backward_local, mesh=mesh, in_specs=(*inputs, x_spec, *w_specs), out_specs=(x_spec, row_spec, *w_specs),
-        check_vma=False,
-    )  # fmt: skip
-
-    @jax.custom_vjp
-    def experts(x, weight, expert, w_gate, w_up, w_down):
-        return forward(x, weight, expert, w_gate, w_up, w_down)
-
-    def experts_bwd(residuals, dy):
-        x, weight, expert, *weights = residuals
-        dx, d_weight, *dws = backward(x, weight, expert, dy, *weights)
-        return dx, d_weight, None, *dws
-
-    experts.defvjp(lambda *args: (experts(*args), args), experts_bwd)
-    return experts
+    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, ("B T D", "B T _", "B T _"), learned=2)

@@ -60,42 +60,68 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
     if chunk_size is None:
         return partial(swiglu, matmul=partial(project, mesh))
 
-    d_dims = (0, 0, 1)  # where D stands in w_gate, w_up, w_down
-    x_spec = spec("B T D", ACTIVATION_AXES)
-    w_specs = (weight_spec("D F"), weight_spec("D F"), weight_spec("F D"))
+    def forward(x, w_gate, w_up, w_down):
+        return swiglu(x, w_gate, w_up, w_down, partial(dot, out_dtype=x.dtype))
 
-    def gathered(x, weights):
-        return [gather_shards(w, dim, x.dtype) for w, dim in zip(weights, d_dims, strict=True)]
+    def backward(*args):
+        dx, dws = swiglu_backward(*args)
+        return (dx,), dws
 
-    def chunks_of(x):
-        return split_chunks(x, min(chunk_size, x.shape[1]))
+    return in_chunks(mesh, forward, backward, ("D F", "D F", "F D"), chunk_size, ("B T D",))
 
-    # Each device has its part of F: a chunk's output, and the gradient of its input, are summed over tp.
-    def forward_local(x, *weights):
-        w_gate, w_up, w_down = gathered(x, weights)
-        matmul = partial(dot, out_dtype=x.dtype)
-        chunks = lax.map(lambda chunk: lax.psum(swiglu(chunk, w_gate, w_up, w_down, matmul), "tp"), chunks_of(x))
-        return join_chunks(chunks)
 
-    def backward_local(x, dy, *weights):
-        whole = gathered(x, weights)
+def in_chunks(
+    mesh: Mesh,
+    forward: Callable,
+    backward: Callable,
+    weights: tuple[str, ...],
+    chunk_size: int | None,
+    inputs: tuple[str, ...],
+    learned: int = 1,
+) -> Callable[..., jax.Array]:
+    """function(*inputs, *weights) -> [B, T, D] in the first input's dtype, in chunks of each device's share of tokens.
+
+    inputs, weights: their dims. chunk_size: divides the local length or exceeds it; None: one chunk. For a chunk, and
+    weights whole in D: forward(*chunk, *whole) -> [b, t, D], this device's part over tp; backward(*chunk, dy, *whole)
+    -> (the gradients of the first `learned` inputs, those of the weights, which are summed over chunks in float32).
+    """
+    x_specs, w_specs = tuple(spec(dims, ACTIVATION_AXES) for dims in inputs), tuple(map(weight_spec, weights))
+    d_dims, count = [dims.split().index("D") for dims in weights], len(inputs)
+
+    def gathered(x, stored):
+        return [gather_shards(w, dim, x.dtype) for w, dim in zip(stored, d_dims, strict=True)]
+
+    def chunks_of(arrays):
+        size = min(chunk_size or arrays[0].shape[1], arrays[0].shape[1])
+        return tuple(split_chunks(a, size) for a in arrays)
+
+    # Each device has its part of F: a chunk's output, and the gradients of its inputs, are summed over tp.
+    def forward_local(*args):
+        whole = gathered(args[0], args[count:])
+        return join_chunks(lax.map(lambda chunk: lax.psum(forward(*chunk, *whole), "tp"), chunks_of(args[:count])))
+
+    def backward_local(*args):
+        whole = gathered(args[0], args[count + 1 :])
 
         def chunk_backward(sums, chunk):
-            dx, dws = swiglu_backward(*chunk, *whole)
-            return [s + dw for s, dw in zip(sums, dws, strict=True)], lax.psum(dx, "tp")
+            grads, dws = backward(*chunk, *whole)
+            return [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)], lax.psum(grads, "tp")
 
         zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]
-        sums, dx = lax.scan(chunk_backward, zeros, (chunks_of(x), chunks_of(dy)))
-        return join_chunks(dx), *(scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
+        sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args[: count + 1]))
+        return *map(join_chunks, grads), *(scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
 
-    forward = jax.shard_map(forward_local, mesh=mesh, in_specs=(x_spec, *w_specs), out_specs=x_spec, check_vma=False)
-    backward = jax.shard_map(
-        backward_local, mesh=mesh, in_specs=(x_spec, x_spec, *w_specs), out_specs=(x_spec, *w_specs), check_vma=False
-    )
+    on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    ahead = on_shards(forward_local, in_specs=x_specs + w_specs, out_specs=x_specs[0])
+    back = on_shards(backward_local, in_specs=(*x_specs, x_specs[0], *w_specs), out_specs=x_specs[:learned] + w_specs)
 
     @jax.custom_vjp
-    def feedforward(x, w_gate, w_up, w_down):
-        return forward(x, w_gate, w_up, w_down)
+    def function(*args):
+        return ahead(*args)
 
-    feedforward.defvjp(lambda *args: (feedforward(*args), args), lambda args, dy: backward(args[0], dy, *args[1:]))
-    return feedforward
+    def function_bwd(args, dy):
+        grads = back(*args[:count], dy, *args[count:])
+        return *grads[:learned], *(None,) * (count - learned), *grads[learned:]
+
+    function.defvjp(lambda *args: (function(*args), args), function_bwd)
+    return function
