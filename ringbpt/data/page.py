@@ -2,6 +2,8 @@
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 import numpy as np
@@ -11,36 +13,7 @@ from ringbpt.data.loader import Loader
 from ringbpt.data.text.tokenizers import Tokenizer
 
 BINS = 24
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --ink: CanvasText; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink); }
-h1 { font-size: 1.4rem; margin: 0 0 .2rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
-.note { color: GrayText; font-size: .85rem; margin: .2rem 0; }
-.row { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem; margin: .3rem 0; }
-.row b { font-weight: normal; border-radius: 2px; padding: 1px 0; box-shadow: inset -1px 0 var(--line); }
-.row b.first { border-left: 3px solid var(--ink); margin-left: 3px; padding-left: 2px; }
-.row b.pad { opacity: .35; }
-nav { position: sticky; top: 0; background: Canvas; padding: .6rem 0; display: flex; gap: .5rem; flex-wrap: wrap;
-  align-items: center; border-bottom: 1px solid var(--line); z-index: 1; }
-nav label { border: 1px solid var(--line); border-radius: 999px; padding: .1rem .8rem; cursor: pointer; }
-nav input { position: absolute; opacity: 0; } nav label:has(:checked) { background: CanvasText; color: Canvas; }
-nav label:has(:focus-visible) { outline: 2px solid Highlight; outline-offset: 2px; }
-.pictures { display: flex; gap: 2rem; flex-wrap: wrap; margin-top: .8rem; }
-svg text { font-size: 11px; fill: var(--ink); }
-.targets b[data-t]::after { content: attr(data-t); font-size: .7em; vertical-align: sub; opacity: .7; }
-.by-loss b[data-w="1"] { background: #2e9e5b55; } .by-loss b[data-w="0"] { background: #8882; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: .6rem 0; }
-dt { color: GrayText; } dd { margin: 0; }
-"""
-SCRIPT = """
-const show = () => {
-  const targets = document.querySelector('nav [name=targets]').checked ? ' targets' : '';
-  document.body.className = 'by-' + document.querySelector('nav [name=by]:checked').value + targets;
-};
-document.querySelectorAll('nav input').forEach(input => input.addEventListener('change', show)); show();
-"""
+TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 class View(NamedTuple):
@@ -126,12 +99,6 @@ def account(loader: Loader) -> str:
 
 def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: int, layout: str, most: int) -> str:
     """The whole page. most: places of a row that are shown."""
-    choices = (("loss", "what takes loss"), ("document", "document"), ("shard", f"shard of sp={shards} ({layout})"))
-    radios = "".join(
-        f'<label><input type="radio" name="by" value="{value}"{" checked" if value == "loss" else ""}> {label}</label>'
-        for value, label in choices
-    )
-    toggle = '<label><input type="checkbox" name="targets"> with its target below each token</label>'
     body = []
     for view in views:
         body.append(f"<h2>batch {view.step}</h2>")
@@ -145,14 +112,13 @@ def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: in
                 f"{learnt:,} of {loader.seq_length:,} places take loss{cut}</p>"
                 f'<div class="row">{row_html(row, view.shard_T, tokenizer, most)}</div>'
             )
-    empty = f"{loader.utilisation:.2%} of the places of an epoch's batches hold a token"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ringbpt: batches</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{colours("document", 12)}\n'
-        f"{colours('shard', shards)}</style></head><body><h1>The first batches</h1>"
-        f'<p class="note">{html.escape(loader.describe())}; {html.escape(tokenizer.describe())}</p>'
-        f'<div class="pictures"><div><h2>lengths of documents</h2>{histogram(loader.lengths, loader.seq_length)}</div>'
-        f"<div><h2>tokens of an epoch</h2>{account(loader)}<p class=note>{empty}</p></div></div>"
-        f"<nav>coloured by {radios}{toggle}<span class=note>a bar begins a document; point at a token</span></nav>"
-        f"{''.join(body)}<script>{SCRIPT}</script></body></html>\n"
+    return TEMPLATE.substitute(
+        colours=f"{colours('document', 12)}\n{colours('shard', shards)}",
+        summary=html.escape(f"{loader.describe()}; {tokenizer.describe()}"),
+        histogram=histogram(loader.lengths, loader.seq_length),
+        account=account(loader),
+        filled=f"{loader.utilisation:.2%} of the places of an epoch's batches hold a token",
+        shards=shards,
+        layout=layout,
+        rows="".join(body),
     )
