@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ringbpt.config import DatasetConfig, JsonDatasetConfig, UserError
 from ringbpt.data.reading.files import find_files, split_paths
-from ringbpt.data.reading.hub import ArrayRecordSource, TfdsSource, make_huggingface
+from ringbpt.data.reading.hub import ArrayRecordSource, make_huggingface, make_tfds
 from ringbpt.data.reading.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
 from ringbpt.data.reading.tables import CsvSource, is_saved_folder, make_table
 
@@ -98,7 +98,7 @@ def _make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str)
         case "huggingface":
             return make_huggingface(config, dataset.max_samples, cache_dir, flag)
         case "tfds":
-            return TfdsSource(config, flag)
+            return make_tfds(config, flag)
         case "csv":
             return CsvSource(part.path, cache_dir, flag)
         case "parquet" | "arrow":

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,13 @@ def one_line(error: BaseException) -> str:
 class Rows:
     """A data set of another library with length and random access; opened anew in each worker process."""
 
-    def __init__(self, name: str, size: int, fingerprint: str):
-        self._name, self.size, self._fingerprint = name, size, fingerprint
-        self._rows: Any = None
-
-    def _open(self) -> Any:
-        raise NotImplementedError
+    def __init__(self, name: str, size: int, fingerprint: str, load: Callable[[], Any], rows: Any = None):
+        """load: opens the data set; pickled for the workers. rows: what it gives, where that is there already."""
+        self._name, self.size, self._fingerprint, self._load, self._rows = name, size, fingerprint, load, rows
 
     def _all(self) -> Any:
         if self._rows is None:
-            self._rows = self._open()
+            self._rows = self._load()
         return self._rows
 
     def __len__(self) -> int:
@@ -86,24 +85,13 @@ def load_huggingface(config: HuggingfaceDatasetConfig, flag: str) -> Any:
         ) from None
 
 
-class HuggingfaceSource(Rows):
-    """A data set of the hub, downloaded by `datasets` to its own cache and mapped from there."""
-
-    def __init__(self, config: HuggingfaceDatasetConfig, flag: str):
-        self._config, self._flag = config, flag
-        rows = load_huggingface(config, flag)
-        name = f"{config.path}/{config.name}[{config.split}]" if config.name else f"{config.path}[{config.split}]"
-        super().__init__(name, int(rows.dataset_size or 0), digest_of(["huggingface", rows._fingerprint]))
-        self._rows = rows
-
-    def _open(self) -> Any:
-        return load_huggingface(self._config, self._flag)
-
-
 def make_huggingface(config: HuggingfaceDatasetConfig, max_samples: int, cache_dir: Path, flag: str) -> Source:
     """A data set by name. Streamed, its first `max_samples` rows are read once and kept, so that resuming is exact."""
     if not config.streaming:
-        return HuggingfaceSource(config, flag)
+        rows = load_huggingface(config, flag)
+        name = f"{config.path}/{config.name}[{config.split}]" if config.name else f"{config.path}[{config.split}]"
+        digest = digest_of(["huggingface", rows._fingerprint])
+        return Rows(name, int(rows.dataset_size or 0), digest, partial(load_huggingface, config, flag), rows)
     group = flag.partition(".")[0]
     if not max_samples:
         raise UserError(
@@ -124,11 +112,11 @@ def make_huggingface(config: HuggingfaceDatasetConfig, max_samples: int, cache_d
 # --- TFDS ---
 
 
-def _tfds_source(config: TfdsDatasetConfig, flag: str) -> Any:
+def _load_tfds(config: TfdsDatasetConfig, flag: str) -> Any:
     tfds = optional("tensorflow_datasets", f"--{flag}.name={config.name!r}")
     try:
         builder = tfds.builder(config.name, data_dir=config.data_dir or None, try_gcs=False)
-        return builder.info, builder.as_data_source(split=config.split)
+        return builder.as_data_source(split=config.split)
     except Exception as error:
         raise UserError(
             f"--{flag}.name={config.name!r} (split={config.split!r}, data_dir={config.data_dir!r}) cannot be read: "
@@ -136,19 +124,14 @@ def _tfds_source(config: TfdsDatasetConfig, flag: str) -> Any:
         ) from None
 
 
-class TfdsSource(Rows):
+def make_tfds(config: TfdsDatasetConfig, flag: str) -> Source:
     """A prepared TFDS data set, read without TensorFlow."""
-
-    def __init__(self, config: TfdsDatasetConfig, flag: str):
-        self._config, self._flag = config, flag
-        info, rows = _tfds_source(config, flag)
-        checks = [f"{name} {split.num_bytes} {split.shard_lengths}" for name, split in sorted(info.splits.items())]
-        digest = digest_of(["tfds", info.full_name, config.split, *checks])
-        super().__init__(f"{info.full_name}[{config.split}]", int(info.dataset_size or 0), digest)
-        self._rows = rows
-
-    def _open(self) -> Any:
-        return _tfds_source(self._config, self._flag)[1]
+    rows = _load_tfds(config, flag)
+    info = rows.dataset_info
+    checks = [f"{name} {split.num_bytes} {split.shard_lengths}" for name, split in sorted(info.splits.items())]
+    digest = digest_of(["tfds", info.full_name, config.split, *checks])
+    name = f"{info.full_name}[{config.split}]"
+    return Rows(name, int(info.dataset_size or 0), digest, partial(_load_tfds, config, flag), rows)
 
 
 # --- ArrayRecord ---
@@ -158,12 +141,8 @@ class ArrayRecordSource(Rows):
     """Records of ArrayRecord files: a JSON object, a tf.train.Example, or plain text, known by their first bytes."""
 
     def __init__(self, names: list[str], cache_dir: Path):
-        self._names = names
         digest = digest_of(["array_record", *(file_digest(name, cache_dir) for name in names)])
-        super().__init__(names[0], sum(map(os.path.getsize, names)), digest)
-
-    def _open(self) -> Any:
-        return open_array_record(self._names)
+        super().__init__(names[0], sum(map(os.path.getsize, names)), digest, partial(open_array_record, names))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._all()[index]
@@ -178,8 +157,8 @@ class ArrayRecordSource(Rows):
 
 
 def open_array_record(names: list[str]) -> Any:
-    """Random access to the records of the files, in order, through grain. Raises UserError for a file that is none."""
-    from grain.sources import ArrayRecordDataSource
+    """Random access to the records of the files, in order. Raises UserError for a file that is none."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
         source = ArrayRecordDataSource(names)
