@@ -16,7 +16,7 @@ import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
 from ringbpt.data.documents import Row
-from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix, take_units, unit_lengths
+from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
 from ringbpt.data.reading.files import cached, digest_of
 from ringbpt.data.reading.sources import Source
@@ -292,38 +292,35 @@ def _units_in(store: TokenStore) -> int:
 def _plan(request: Request, stores: list[TokenStore], weights: list[float | None], data: TokenStore) -> Packing:
     dataset, flag, seq_length = request.dataset, request.flag, request.dataset.seq_length
     seed = request.seed if dataset.shuffle else None
-    starts, stops, units = data.offset[:-1], data.offset[1:], data.units
+    corpus = Corpus(data.offset[:-1], data.offset[1:], seq_length, seed, units=data.units)
     dropped: dict[str, int] = {}
-    if units is not None and dataset.packing == "concat":
+    if corpus.units is not None and dataset.packing == "concat":
         raise UserError(
             f"--{flag}.packing=concat: some documents must share a row: --{flag}.packing=best_fit keeps them"
         )
     if weights[0] is not None:
         times = list(mix(list(map(_units_in, stores)), [weight or 0.0 for weight in weights], seed))
         left_out = np.concatenate(times) == 0
-        dropped["left out by the weights"] = int(unit_lengths(stops - starts, units)[left_out].sum())
-        documents, units = take_units(units, interleave(times))
-        starts, stops = starts[documents], stops[documents]
-    if dataset.long_documents != "split" or units is not None:
-        lengths = unit_lengths(stops - starts, units)
+        dropped["left out by the weights"] = int(corpus.unit_lengths()[left_out].sum())
+        corpus = corpus.take(interleave(times))
+    if dataset.long_documents != "split" or corpus.units is not None:
+        lengths = corpus.unit_lengths()
         fits = lengths <= seq_length
         if dataset.long_documents == "split":
-            fits |= np.bincount(units) == 1
+            fits |= np.bincount(corpus.units) == 1
         long = np.flatnonzero(~fits)
         if dataset.long_documents != "drop" and len(long):
-            what, works = ("document", "split or =drop") if units is None else ("packing unit", "drop")
+            what, works = ("document", "split or =drop") if corpus.units is None else ("packing unit", "drop")
             raise UserError(
                 f"--{flag}.long_documents={dataset.long_documents}: {len(long)} {what}s are longer than "
                 f"{request.group}.seq_length={seq_length}, the first of them {what} {int(long[0]) + 1} with "
                 f"{int(lengths[long[0]])} tokens: --{flag}.long_documents={works}, or seq_length={int(lengths.max())}"
             )
         dropped["documents longer than seq_length"] = int(lengths[long].sum())
-        documents, units = take_units(units, np.flatnonzero(fits))
-        starts, stops = starts[documents], stops[documents]
+        corpus = corpus.take(np.flatnonzero(fits))
     shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
     key = digest_of([PLAN_FORMAT, data.key, shares])
-    corpus = Corpus(starts, stops, seq_length, seed, units=units)
-    if len(starts) >= KEPT_DOCUMENTS:
+    if len(corpus.starts) >= KEPT_DOCUMENTS:
         corpus = replace(corpus, store=partial(_kept, cache_folder(dataset), key, flag))
     plan = PACKINGS[dataset.packing](corpus)
     plan.dropped |= dropped

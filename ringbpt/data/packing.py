@@ -6,7 +6,7 @@ epoch has the same number of rows. So the place in the data is one integer, for 
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Protocol
 
@@ -38,6 +38,21 @@ class Corpus:
     store: Store = lambda name, build: build()
     units: np.ndarray | None = None
 
+    def unit_lengths(self) -> np.ndarray:
+        """The tokens of each unit, int64."""
+        lengths = self.stops - self.starts
+        return lengths if self.units is None else np.bincount(self.units, weights=lengths).astype(np.int64)
+
+    def take(self, order: np.ndarray) -> "Corpus":
+        """The units in this order, numbered from 0 in it."""
+        if self.units is None:
+            return replace(self, starts=self.starts[order], stops=self.stops[order])
+        counts = np.bincount(self.units)
+        first, counts = (np.cumsum(counts) - counts)[order], counts[order]
+        units = np.repeat(np.arange(len(order)), counts)
+        documents = np.arange(len(units)) + (first - np.cumsum(counts) + counts)[units]
+        return replace(self, starts=self.starts[documents], stops=self.stops[documents], units=units)
+
 
 class Packing(Protocol):
     """rows: of an epoch. dropped: tokens that stand in no row, by reason; the rest stand in exactly one."""
@@ -52,21 +67,6 @@ class Packing(Protocol):
     def tokens_in(self, epoch: int, rows: int) -> int:
         """How many tokens stand in the first `rows` rows of an epoch."""
         ...
-
-
-def unit_lengths(lengths: np.ndarray, units: np.ndarray | None) -> np.ndarray:
-    """The tokens of each unit, int64, from those of each document."""
-    return lengths if units is None else np.bincount(units, weights=lengths).astype(np.int64)
-
-
-def take_units(units: np.ndarray | None, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(the documents of the units in this order, their units numbered from 0 in it)."""
-    if units is None:
-        return order, None
-    counts = np.bincount(units)
-    first, counts = (np.cumsum(counts) - counts)[order], counts[order]
-    taken = np.repeat(np.arange(len(order)), counts)
-    return np.arange(len(taken)) + (first - np.cumsum(counts) + counts)[taken], taken
 
 
 def mix(counts: list[int], weights: list[float], seed: int | None) -> Iterator[np.ndarray]:
@@ -124,11 +124,10 @@ class Concat:
         """int64 [documents] each: where a document begins in the data, and where it ends in the stream."""
 
         def make() -> Arrays:
-            starts, stops = self._corpus.starts, self._corpus.stops
+            corpus = self._corpus
             if self._seed is not None:
-                order = shuffled(len(starts), self._seed, epoch)
-                starts, stops = starts[order], stops[order]
-            return {"start": starts, "end": np.cumsum(stops - starts)}
+                corpus = corpus.take(shuffled(len(corpus.starts), self._seed, epoch))
+            return {"start": corpus.starts, "end": np.cumsum(corpus.unit_lengths())}
 
         found = self._corpus.store(f"stream {epoch}", make)
         return found["start"], found["end"]
@@ -186,17 +185,16 @@ class WholeDocuments:
 
     def _pack(self, corpus: Corpus, fit: Fit) -> Arrays:
         """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
-        starts, stops, units = corpus.starts, corpus.stops, corpus.units
         if self._seed is not None:
-            order, units = take_units(units, shuffled(len(unit_lengths(starts, units)), self._seed))
-            starts, stops = starts[order], stops[order]
+            corpus = corpus.take(shuffled(len(corpus.unit_lengths()), self._seed))
+        starts, stops, units = corpus.starts, corpus.stops, corpus.units
         together = np.zeros(len(starts), bool) if units is None else (np.bincount(units) > 1)[units]
         start, stop, document = split_documents(starts, stops, self._seq_length, together)
         lengths = stop - start
         item = np.arange(len(lengths))  # what is fitted: a piece, or those of a unit of several documents
         if units is not None:
             item = np.cumsum((np.diff(units[document], prepend=-1) != 0) | ~together[document]) - 1
-        sizes = unit_lengths(lengths, item)
+        sizes = np.bincount(item, weights=lengths).astype(np.int64)
         if sizes.max(initial=0) > self._seq_length:
             raise ValueError(f"a unit of {sizes.max()} tokens, and rows of {self._seq_length}")
         row_of_item, rows = fit(sizes, self._seq_length)
