@@ -9,25 +9,19 @@ from ringbpt.config import DatasetConfig, JsonDatasetConfig, UserError
 from ringbpt.data.reading.files import find_files, split_paths
 from ringbpt.data.reading.hub import ArrayRecordSource, make_huggingface, make_tfds
 from ringbpt.data.reading.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
-from ringbpt.data.reading.tables import CsvSource, is_saved_folder, make_table
+from ringbpt.data.reading.tables import ArrowSource, CsvSource, ParquetSource, is_saved_folder, saved_folder
 
-# Endings of files (before .gz or .zst) and the format that they are.
+# Formats, and the endings (before .gz or .zst) of the files that have them.
 ENDINGS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".md": "text",
-    ".array_record": "array_record",
-    ".arrayrecord": "array_record",
-    ".idx": "megatron",
-    ".bin": "megatron",
+    "json": (".jsonl", ".json", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "text": (".txt", ".md"),
+    "array_record": (".array_record", ".arrayrecord"),
+    "megatron": (".idx", ".bin"),
 }
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".tex", ".py", ".html")
+TEXT_ENDINGS = (*ENDINGS["text"], ".rst", ".tex", ".py", ".html")  # where type=text says that they are text
 
 
 class Part(NamedTuple):
@@ -74,7 +68,8 @@ def _ending(name: str) -> str | None:
         base = base.removesuffix(suffix)
     if ".array_record" in base:
         return "array_record"
-    return ENDINGS.get(os.path.splitext(base)[1].lower())
+    ending = os.path.splitext(base)[1].lower()
+    return next((kind for kind, endings in ENDINGS.items() if ending in endings), None)
 
 
 def make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str) -> Source:
@@ -101,11 +96,14 @@ def _make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str)
             return make_tfds(config, flag)
         case "csv":
             return CsvSource(part.path, cache_dir, flag)
-        case "parquet" | "arrow":
-            return make_table(part.kind, part.path, config.split, cache_dir, flag)
+        case "parquet":
+            return ParquetSource(find_files(part.path, where, ENDINGS["parquet"]), cache_dir)
+        case "arrow" if is_saved_folder(part.path):
+            return ArrowSource(saved_folder(part.path, config.split, f"--{flag}"), cache_dir)
+        case "arrow":
+            return ArrowSource(find_files(part.path, where, ENDINGS["arrow"]), cache_dir)
         case "array_record":
-            names = find_files(part.path, where, (".array_record", ".arrayrecord"))
-            return ArrayRecordSource(names, cache_dir)
+            return ArrayRecordSource(find_files(part.path, where, ENDINGS["array_record"]), cache_dir)
         case "text":
             names = find_files(part.path, where, TEXT_ENDINGS)
             root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))

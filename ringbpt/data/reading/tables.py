@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, UserError
-from ringbpt.data.reading.files import digest_of, file_digest, find_files, nearest_path, optional
+from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, optional
 from ringbpt.data.reading.sources import JsonSource, scan_lines
 
 WINDOW_ROWS = 256  # turned into Python objects at a time
@@ -211,15 +211,6 @@ def saved_folder(path: str, split: str, flag: str) -> list[str]:
     if not state.is_file():
         raise UserError(f"{flag}.path={path!r} is no folder of save_to_disk (no state.json){nearest_path(folder)}")
     return [str(folder / item["filename"]) for item in json.loads(state.read_text())["_data_files"]]
-
-
-def make_table(kind: str, path: str, split: str, cache_dir: Path, flag: str) -> ParquetSource | ArrowSource:
-    """The source of a Parquet or Arrow file, a glob or a folder of them."""
-    if kind == "parquet":
-        return ParquetSource(find_files(path, f"--{flag}.path", (".parquet",)), cache_dir)
-    if is_saved_folder(path):
-        return ArrowSource(saved_folder(path, split, f"--{flag}"), cache_dir)
-    return ArrowSource(find_files(path, f"--{flag}.path", (".arrow",)), cache_dir)
 
 
 def is_saved_folder(path: str) -> bool:
