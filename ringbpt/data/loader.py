@@ -22,7 +22,7 @@ from ringbpt.data.reading.files import cached, digest_of
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.rows import open_rows
-from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store, token_dtype
+from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
 from ringbpt.data.stored.tokens import FORMAT, Joined, TokenStore, open_megatron, open_store
 from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
@@ -225,8 +225,6 @@ def _tokenised(request: Request, part: Part) -> TokenStore:
         flag=flag,
         vocab_size=request.vocab_size,
         allowed=allowed,
-        dtype=token_dtype(tokenizer, processor),
-        fingerprint=tokenizer.fingerprint(),
     )
     return make_store(job, tokenizer, folder, key, getattr(dataset.source, "tokenizer_processes", 1))
 

@@ -10,12 +10,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ SAY_EVERY = 30.0  # seconds, where there is no terminal
 class Job:
     """What a worker process must know to make a shard.
 
-    vocab_size: the model's. allowed: how many bad examples may be left out. fingerprint: the tokenizer's.
+    vocab_size: the model's. allowed: how many bad examples may be left out.
     """
 
     source: Source
@@ -46,14 +47,11 @@ class Job:
     flag: str
     vocab_size: int
     allowed: int
-    dtype: str
-    fingerprint: str
 
-
-def token_dtype(tokenizer: Tokenizer, processor: TextProcessorConfig) -> str:
-    """The smallest type for the ids; fields may name any id."""
-    any_id = "<|" in processor.fields or processor.fields_from_example
-    return "int32" if any_id or tokenizer.vocab_size > 1 << 16 else "uint16"
+    def token_dtype(self, tokenizer: Tokenizer) -> str:
+        """The smallest type for the ids; fields may name any id."""
+        any_id = "<|" in self.processor.fields or self.processor.fields_from_example
+        return "int32" if any_id or tokenizer.vocab_size > 1 << 16 else "uint16"
 
 
 def shard_count(source: Source) -> int:
@@ -99,26 +97,22 @@ def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes
 def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> None:
     begin, shards = time.monotonic(), shard_count(job.source)
     edges = np.linspace(0, len(job.source), shards + 1).astype(np.int64).tolist()
-    progress = _Progress(job.flag, len(job.source))
-    bad: list[str] = []
-    with progress:
+    count, bad = 0, list[str]()
+    with _progress(job.flag, len(job.source)) as advance:
         for wait in (False, True):  # first what nobody works on, then what the others have not finished
             todo = [shard for shard in range(shards) if shard_summary(work, shard) is None]
             for shard, summary in zip(todo, _run(job, tokenizer, work, edges, todo, processes, wait), strict=True):
-                progress.advance(edges[shard + 1] - edges[shard], summary)
-                bad += (summary or {}).get("bad_lines", [])
-                _check_bad(sum(progress.bad), job, bad)
-    if not work.exists():  # another process has finished it
-        return
-    found = [summary for shard in range(shards) if (summary := shard_summary(work, shard)) is not None]
-    count = sum(summary["bad"] for summary in found)
-    _check_bad(count, job, [line for summary in found for line in summary["bad_lines"]])
-    join_shards(work, shards, {"shape": job.shape, "tokenizer": job.fingerprint})
-    documents, tokens = (sum(summary[name] for summary in found) for name in ("documents", "tokens"))
+                advance(edges[shard + 1] - edges[shard])
+                if summary:
+                    count, bad = count + summary["bad"], bad + summary["bad_lines"]
+                    _check_bad(count, job, bad)
+    totals = join_shards(work, shards, {"shape": job.shape, "tokenizer": tokenizer.fingerprint()})
+    count, bad = totals["bad"], totals["bad_lines"]
+    _check_bad(count, job, bad)
     seconds = time.monotonic() - begin
-    left_out = f", {count:,} bad ones left out, the first: {bad[0] if bad else '?'}" if count else ""
-    rows = f"{job.shape}, {documents:,} rows" if job.shape else f"{documents:,} documents"
-    print(f"{job.flag}: {rows}, tokenised: {tokens:,} tokens in {seconds:.1f} s{left_out}", flush=True)
+    left_out = f", {count:,} bad ones left out, the first: {bad[0]}" if count else ""
+    rows = f"{job.shape}, {totals['documents']:,} rows" if job.shape else f"{totals['documents']:,} documents"
+    print(f"{job.flag}: {rows}, tokenised: {totals['tokens']:,} tokens in {seconds:.1f} s{left_out}", flush=True)
 
 
 def _check_bad(count: int, job: Job, lines: list[str]) -> None:
@@ -159,13 +153,15 @@ def _make_shard(
     except FileNotFoundError:  # the whole store is finished, and has its own name
         return None
     with lock:
-        if not _take(lock, wait):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             return None
         done = shard_summary(work, shard)
         if done is not None:
             return done
         check = partial(check_vocabulary, tokenizer=processor.tokenizer, vocab_size=job.vocab_size)
-        writer = ShardWriter(work, shard, job.dtype, check)
+        writer = ShardWriter(work, shard, job.token_dtype(processor.tokenizer), check)
         try:
             for index in range(start, stop):
                 try:
@@ -180,14 +176,6 @@ def _make_shard(
             return writer.close()
         finally:
             writer.abandon()
-
-
-def _take(lock: BinaryIO, wait: bool) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -220,37 +208,28 @@ def check_tokenizer(fingerprint: str, tokenizer: Tokenizer, where: str) -> None:
         )
 
 
-class _Progress:
-    """A bar with the time left on a terminal, a line now and then elsewhere; on stdout, as stderr is for errors."""
+@contextmanager
+def _progress(flag: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives what is told of the examples that are done.
 
-    def __init__(self, flag: str, total: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    It shows a bar with the time left on a terminal, a line now and then elsewhere; on stdout, as stderr is for errors.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        self._flag, self._total, self._done, self._begin = flag, total, 0, time.monotonic()
-        self._said = self._begin
-        console = Console()
-        columns: list[Any] = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        ]
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task(f"tokenising {flag}", total=total)
-        self.bad: list[int] = []
+    done, console = 0, Console()
+    said = begin = time.monotonic()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"tokenising {flag}", total=total)
 
-    def __enter__(self) -> None:
-        self._bar.start()
+        def advance(examples: int) -> None:
+            nonlocal done, said
+            done = min(total, done + examples)
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if now - said > SAY_EVERY and not sys.stdout.isatty():
+                said, left = now, (now - begin) / done * (total - done)
+                print(f"{flag}: tokenised {done:,} of {total:,} examples, {left:.0f} s left", flush=True)
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    def advance(self, documents: int, summary: dict[str, Any] | None) -> None:
-        self.bad.append((summary or {}).get("bad", 0))
-        self._done = min(self._total, self._done + documents)
-        self._bar.update(self._task, completed=self._done)
-        now = time.monotonic()
-        if now - self._said > SAY_EVERY and not sys.stdout.isatty():
-            self._said, left = now, (now - self._begin) / self._done * (self._total - self._done)
-            print(f"{self._flag}: tokenised {self._done:,} of {self._total:,} examples, {left:.0f} s left", flush=True)
+        yield advance

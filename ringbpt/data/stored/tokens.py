@@ -208,10 +208,11 @@ def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
         return None
 
 
-def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> None:
+def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, Any]:
     """Makes of the complete shards of a folder one store; any number of processes may do it, all the same.
 
-    Raises FileNotFoundError where one of them has given the folder its last name meanwhile.
+    Returns the store's summary, less `extra`, which is written with it. Raises FileNotFoundError where one of the
+    processes has given the folder its last name meanwhile.
     """
     found = [shard_summary(folder, shard) for shard in range(shards)]
     summaries = [summary for summary in found if summary is not None]
@@ -230,6 +231,7 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> None:
     totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
     totals["crc32"] = {"offset": zlib.crc32(offset), "check": zlib.crc32(np.concatenate(checks))}
     write_last(folder / "summary.json", json.dumps(totals | extra))
+    return totals
 
 
 # --- reading ---
