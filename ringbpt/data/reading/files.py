@@ -11,9 +11,11 @@ import re
 import shutil
 import socket
 import stat
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -170,14 +172,30 @@ def remember_digest(name: str, cache_dir: Path, digest: str, seen: float) -> Non
         if max(stamp[1], stamp[2]) / 1e9 > seen - SETTLED_SECONDS:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-        partial_path.write_text(json.dumps({"stamp": stamp, "sha256": digest, "path": os.path.realpath(name)}))
-        os.replace(partial_path, path)
+        write_whole(path, json.dumps({"stamp": stamp, "sha256": digest, "path": os.path.realpath(name)}))
     except OSError:
         return  # a cache that cannot be written is reported where it is needed; here it only saves time
 
 
 # --- the cache ---
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[Any]:
+    """An open file that takes its name, and another's place, when it is complete, and only then."""
+    partial_path = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(partial_path, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes a file so that it is there as a whole or not at all."""
+    with replacing(path, "w") as file:
+        file.write(content)
 
 
 def cached(cache_dir: Path, name: str, build: Callable[[Path], None], flag: str) -> Path:

@@ -6,7 +6,6 @@ dtype and the crc32 of each block.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ringbpt.config import UserError
-from ringbpt.data.reading.files import digest_of
-from ringbpt.data.stored.tokens import BLOCK_BYTES, Checked, CheckedWriter, Joined, TokenStore, write_last
+from ringbpt.data.reading.files import digest_of, replacing, write_whole
+from ringbpt.data.stored.tokens import BLOCK_BYTES, Checked, CheckedWriter, Joined, TokenStore
 from ringbpt.types import COLUMNS
 
 
@@ -34,16 +33,14 @@ def add_column(
         path = _path(store, shard, name)
         if _about(path).exists() or (shards is not None and shard not in shards):
             continue
-        partial_path = path.with_name(f"{path.name}.{os.getpid()}")
-        with open(partial_path, "wb") as file:
+        with replacing(path) as file:
             writer = CheckedWriter(file)
             for document in documents:
                 array = np.asarray(values(document), dtype)
                 if array.shape != (lengths[document],):
                     raise ValueError(f"{name}: {array.shape} values for the {lengths[document]} tokens of {document}")
                 writer.write(array)
-        os.replace(partial_path, path)
-        write_last(_about(path), json.dumps({"dtype": dtype, "crc32": writer.all_checks()}))
+        write_whole(_about(path), json.dumps({"dtype": dtype, "crc32": writer.all_checks()}))
 
 
 def with_columns(store: TokenStore, names: Sequence[str], where: str) -> TokenStore:

@@ -1,12 +1,10 @@
 """A data set tokenised and packed ahead of training: rows on disk with a manifest, by many processes, restartable."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import numpy as np
 
 from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
 from ringbpt.data.loader import Loader, make_loader
-from ringbpt.data.reading.files import digest_of
+from ringbpt.data.reading.files import digest_of, replacing, write_whole
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.rows import FORMAT, column_dtypes, write_rows
-from ringbpt.data.stored.tokens import COUNTED, write_last
+from ringbpt.data.stored.tokens import COUNTED
 from ringbpt.data.stored.workers import each
 from ringbpt.data.text.tokenizers import make_tokenizer
 
@@ -92,7 +90,7 @@ def prepare(
         "dropped": loader.packing_dropped,
         "shards": [{key: part[key] for key in ("file", "rows", "bytes", "sha256")} for part in parts],
     }
-    write_last(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
     seconds = time.monotonic() - begin
     say(f"{loader.epoch_rows:,} rows in {files} files: {seconds:.1f} s, {loader.tokens_in / seconds:,.0f} tokens/s")
     return manifest
@@ -106,7 +104,7 @@ def _claim(folder: Path, key: str) -> None:
         if not claim.exists():
             if any(folder.iterdir()):
                 raise UserError(f"--output={str(folder)!r} is not empty: give a new folder")
-            write_last(claim, json.dumps({"key": key}))
+            write_whole(claim, json.dumps({"key": key}))
         if json.loads(claim.read_text())["key"] != key:
             raise UserError(f"--output={str(folder)!r} holds rows of other data or flags: give a new folder")
     except OSError as error:
@@ -126,10 +124,9 @@ def _write(made: tuple[Order, Loader], number: int) -> int:
     first = number * order.rows_per_file
     count = min(order.rows_per_file, loader.epoch_rows - first)
     path = order.folder / f"rows-{number:05d}.array_record"
-    rows = islice(map(partial(loader.row, 0), range(first, first + count)), count)
-    tokens, digest = write_rows(path, rows)
+    tokens, digest = write_rows(path, map(partial(loader.row, 0), range(first, first + count)))
     part = {"file": path.name, "rows": count, "bytes": path.stat().st_size, "sha256": digest, "tokens": tokens}
-    write_last(_part(order.folder, number), json.dumps(part))
+    write_whole(_part(order.folder, number), json.dumps(part))
     return count
 
 
@@ -137,18 +134,14 @@ def write_jsonl(sources: Sequence[Source], path: Path, say: Callable[[str], None
     """Writes the sources' examples as JSON lines, complete or not at all; returns how many. Prints the throughput."""
     begin, size = time.monotonic(), 0
     count = sum(map(len, sources))
-    partial_path = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial_path, "w", encoding="utf-8") as out:
+        with replacing(path, "w") as out:
             for source in sources:
                 for index in range(len(source)):
                     size += out.write(json.dumps(source[index], ensure_ascii=False) + "\n")
-        os.replace(partial_path, path)
     except OSError as error:
         raise UserError(f"--output={str(path)!r}: {error.strerror}; give a folder with room", code=4) from None
-    finally:
-        partial_path.unlink(missing_ok=True)
     seconds = time.monotonic() - begin
     say(f"{path}: {count:,} examples, {size / 1e6 / seconds:.1f} MB/s")
     return count

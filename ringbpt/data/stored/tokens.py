@@ -7,8 +7,6 @@ units.npy says which documents must share a row, where there are such; further c
 
 import hashlib
 import json
-import os
-import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 
 from ringbpt.config import UserError
 from ringbpt.data.documents import Values
-from ringbpt.data.reading.files import digest_of, file_digest, find_files
+from ringbpt.data.reading.files import digest_of, file_digest, find_files, replacing, write_whole
 
 FORMAT = "2"  # part of every key; raise it when the same inputs give other files
 WRITTEN_TOKENS = 1 << 18  # at a time
@@ -185,19 +183,12 @@ class ShardWriter:
             "bad_lines": self._bad_lines,
             "sha256": {"token": self._token.sha256.hexdigest(), "mask": self._mask.sha256.hexdigest()},
         }
-        write_last(self._base.with_suffix(".json"), json.dumps(summary))
+        write_whole(self._base.with_suffix(".json"), json.dumps(summary))
         return summary
 
     def abandon(self) -> None:
         for file in self._files:
             file.close()
-
-
-def write_last(path: Path, content: str) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    partial_path.write_text(content)
-    os.replace(partial_path, path)
 
 
 def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
@@ -220,9 +211,8 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
         raise FileNotFoundError(folder)
     lengths = [np.fromfile(folder / f"{shard:05d}.length", np.int64) for shard in range(shards)]
     offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-    name = folder / f"offset.{os.getpid()}.npy"
-    np.save(name, offset)
-    os.replace(name, folder / "offset.npy")
+    with replacing(folder / "offset.npy") as file:
+        np.save(file, offset)
     checks = [np.fromfile(folder / f"{shard:05d}.check", np.uint32) for shard in range(shards)]
     totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries) for name in COUNTED}
     totals["max_token"] = max(summary["max_token"] for summary in summaries)
@@ -230,7 +220,7 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
     kept = ("documents", "tokens", "dtype", "sha256")
     totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
     totals["crc32"] = {"offset": zlib.crc32(offset), "check": zlib.crc32(np.concatenate(checks))}
-    write_last(folder / "summary.json", json.dumps(totals | extra))
+    write_whole(folder / "summary.json", json.dumps(totals | extra))
     return totals
 
 
