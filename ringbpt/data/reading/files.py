@@ -297,9 +297,10 @@ def _copy(name: str, chunks: Iterator[bytes], target: Path, kind: str, corrupt: 
 
 # --- packages that few need ---
 
-EXTRAS = {"pyarrow": "data", "zstandard": "data", "datasets": "data", "tensorflow_datasets": "tfds"} | {
-    "jinja2": "hf",
-    "tokenizers": "hf",
+EXTRAS = {
+    "data": ("datasets", "pyarrow", "zstandard"),
+    "hf": ("jinja2", "tokenizers"),
+    "tfds": ("tensorflow_datasets",),
 }
 
 
@@ -308,5 +309,5 @@ def optional(name: str, where: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        extra = EXTRAS[name.partition(".")[0]]
+        extra = next(extra for extra, packages in EXTRAS.items() if name.partition(".")[0] in packages)
         raise UserError(f"{where}: this needs the package {name}: pip install 'ringbpt[{extra}]'") from None

@@ -20,12 +20,7 @@ from ringbpt.data.text.tokenizers import Tokenizer
 
 Span = tuple[int, int]
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+CHATML = "".join(map(str.strip, Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8").splitlines()))
 NAMED = {"chatml": CHATML}
 # Unicode's noncharacters mark where something begins and ends; they are taken out of what is rendered.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -74,8 +69,7 @@ class ChatTemplate:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"--{flag}: line {error.lineno}: {error.message}") from None
-
-        self._parts = not self._takes("") and self._takes([])
+        self._parts = not self._takes("probe") and self._takes(_parts("probe"))
 
     @staticmethod
     def of(tokenizer: Tokenizer, text: str, flag: str) -> "ChatTemplate":
@@ -83,9 +77,8 @@ class ChatTemplate:
         names = {"bos_token": "", "eos_token": ""} | tokenizer.special_names
         return ChatTemplate(find_template(text, tokenizer.chat_template, flag), names, flag)
 
-    def _takes(self, like: Any) -> bool:
+    def _takes(self, probe: Any) -> bool:
         """Whether a message whose content is text (or, as some templates want it, a list of parts) leaves a trace."""
-        probe = "probe" if like == "" else [{"type": "text", "text": "probe"}]
         try:
             return "probe" in self.render([{"role": "user", "content": probe}])
         except self._errors:
@@ -122,7 +115,8 @@ class ChatTemplate:
                 return text, _merged(spans)
             if (grown := self._grown(text, messages, tools, roles)) is not None:
                 return text, grown
-            followed, spans = unmark(unmark(self._followed(messages, tools, roles))[0], *OURS)
+            marked = [m | {"content": _marked(m["content"])} if m["role"] in roles else m for m in messages]
+            followed, spans = unmark(unmark(self.render(marked, tools))[0], *OURS)
         except self._errors as error:
             raise _refused(where, error) from None
         if followed != text or any(begin > end for begin, end in spans):
@@ -153,14 +147,6 @@ class ChatTemplate:
             spans.append((len(before), len(before) + len(said)))
         return spans
 
-    def _followed(self, messages: list[Message], tools: Any, roles: tuple[str, ...]) -> str:
-        """The text with marks around the roles' own words."""
-        marked = [
-            message | {"content": _marked(message["content"])} if message["role"] in roles else message
-            for message in messages
-        ]
-        return self.render(marked, tools)
-
 
 def _refused(where: Any, error: Exception) -> UserError:
     return UserError(f"{where}: the chat template refuses the conversation: {' '.join(str(error).split())}")
@@ -181,13 +167,11 @@ def _parts(content: Any) -> Any:
 
 
 def _marked(content: Any) -> Any:
+    """Content with marks around its own words."""
+    if isinstance(content, dict):  # a part of a list
+        return content | {"text": _marked(content["text"])} if isinstance(content.get("text"), str) else content
     if isinstance(content, list):
-        return [
-            part | {"text": _marked(part["text"])}
-            if isinstance(part, dict) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
+        return [_marked(part) if isinstance(part, dict) else part for part in content]
     words = content.strip()  # templates trim
     if not words:
         return content

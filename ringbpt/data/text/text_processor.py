@@ -72,8 +72,6 @@ class TextProcessor:
             return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
         config = self._config
         parts: list[tuple[Sequence[int] | np.ndarray, int]] = []  # ids, and whether they take loss
-        if config.add_bos_token:
-            parts.append(((self._special("bos", ""),), 0))
         prepend, characters, loss_bytes = config.prepend_text, 0, 0
         for group in self._groups_of(example, location):
             if not group.keys:
@@ -94,11 +92,9 @@ class TextProcessor:
             parts.append((self.tokenizer.encode(text), group.loss))
         if not characters:
             raise UserError(f"{location}: the text is empty; leave the example out")
-        if config.add_eos_token:
-            parts.append(((self._special("eos", ""),), 1))
-        token = np.concatenate([ids for ids, _ in parts], dtype=np.int32)
         loss = np.array([loss for _, loss in parts], np.uint8)
-        return Document(token, np.repeat(loss, [len(ids) for ids, _ in parts]), loss_bytes)
+        mask = np.repeat(loss, [len(ids) for ids, _ in parts])
+        return self._framed(np.concatenate([ids for ids, _ in parts]), mask, loss_bytes)
 
     def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
         """The documents of an example: of a "preference" one the chosen and the rejected, of another shape one."""
@@ -122,14 +118,14 @@ class TextProcessor:
         for span in turns:
             mask |= _covers(places, span)
         if self.tokenizer.special_ids:
-            return Document(places.ids, self._ends(places, text, spans, turns, mask), _bytes_of(text, turns))
+            return Document(places.ids, self._ends(places, text, spans, last, mask), _bytes_of(text, turns))
         return self._framed(places.ids, mask, _bytes_of(text, turns))
 
-    def _ends(self, places: Places, text: str, spans: list[Span], turns: list[Span], mask: np.ndarray) -> np.ndarray:
-        """The mask with the special token that ends a turn in it or not, as train_on_eos says."""
+    def _ends(self, places: Places, text: str, spans: list[Span], last: int, mask: np.ndarray) -> np.ndarray:
+        """The mask with the special token that ends each of the last turns in it or not, as train_on_eos says."""
         special = np.isin(places.ids, list(self.tokenizer.special_ids))
-        last = [self._end_of(places, text, span, special) for span in turns]
-        found = [place for place in last if place is not None]
+        ends = [self._end_of(places, text, span, special) for span in spans]
+        found = [place for place in ends[-last:] if place is not None]
         match self._config.train_on_eos:
             case "turn":
                 mask[found] = 1
@@ -139,9 +135,8 @@ class TextProcessor:
                 mask[found] = 0
                 mask[found[-1:]] = 1
             case "all":
-                others = [self._end_of(places, text, span, special) for span in spans]
-                ids = {int(places.ids[place]) for place in (*found, *others) if place is not None}
-                mask[np.isin(places.ids, list(ids))] = 1
+                ids = [places.ids[place] for place in ends if place is not None]
+                mask[np.isin(places.ids, ids)] = 1
         return mask
 
     def _end_of(self, places: Places, text: str, span: Span, special: np.ndarray) -> int | None:
@@ -155,10 +150,8 @@ class TextProcessor:
     def _pair(self, pair: Pair, example: dict[str, Any], location: Any) -> Document:
         prompt, completion = pair
         if isinstance(prompt, str) and self._config.apply_chat_template:
-            prompt, completion = (
-                [{"role": "user", "content": prompt}],
-                [{"role": "assistant", "content": completion}],
-            )
+            prompt = [{"role": "user", "content": prompt}]
+            completion = [{"role": "assistant", "content": completion}]
         if not isinstance(prompt, str):
             roles = self._config.roles_to_train.split(",")
             last = sum(message["role"] in roles for message in completion)
