@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,7 @@ class CsvSource(JsonSource):
 
 
 class TableSource:
-    """Rows of Arrow tables, read a block at a time. A subclass gives the blocks; they are read where they are needed.
-
-    names: of the files. blocks: (file, block inside the file, rows) in order.
-    """
-
-    size: int
+    """Rows of Arrow tables, read a block at a time. A subclass opens the files; they are read where they are needed."""
 
     def __init__(self, names: list[str], cache_dir: Path):
         optional("pyarrow", names[0])
@@ -77,17 +73,13 @@ class TableSource:
         self._start()
 
     def _start(self) -> None:
-        self._blocks: list[tuple[int, int, int]] | None = None
+        self._blocks: list[tuple[int, int, int]] | None = None  # (file, block inside the file, rows) in order
         self._table: tuple[int, Any] | None = None  # number of the block, and its table
         self._window: tuple[int, list[dict[str, Any]]] = (0, [])  # number of its first row, and the rows
-        self._files: dict[int, Any] = {}
+        self._file = lru_cache(maxsize=1)(self._open)
 
-    def _find_blocks(self, file: int) -> list[int]:
-        """The rows of each block of a file."""
-        raise NotImplementedError
-
-    def _read_block(self, file: int, block: int) -> Any:
-        """A block as a pyarrow table."""
+    def _open(self, name: str) -> tuple[list[int], Callable[[int], Any]]:
+        """The rows of each block of a file, and what reads a block as a pyarrow table."""
         raise NotImplementedError
 
     def _all_blocks(self) -> list[tuple[int, int, int]]:
@@ -95,7 +87,7 @@ class TableSource:
             self._blocks = []
             for file, name in enumerate(self._names):
                 with _refusing(name):
-                    counts = self._find_blocks(file)
+                    counts, _ = self._file(name)
                 self._blocks += [(file, block, rows) for block, rows in enumerate(counts) if rows]
             self._ends = np.cumsum([rows for _, _, rows in self._blocks], dtype=np.int64).tolist()
             if not self._blocks:
@@ -115,7 +107,8 @@ class TableSource:
             if self._table is None or self._table[0] != number:
                 file, inside, _ = blocks[number]
                 with _refusing(self._names[file]):
-                    self._table = (number, self._read_block(file, inside))
+                    _, read = self._file(self._names[file])
+                    self._table = (number, read(inside))
             begin = start - start % WINDOW_ROWS
             with _refusing(self.location(index)):
                 rows = self._table[1].slice(begin, WINDOW_ROWS).to_pylist()
@@ -156,43 +149,29 @@ def _refusing(name: str) -> Iterator[None]:
 class ParquetSource(TableSource):
     """Rows of Parquet files; a row group is held at a time."""
 
-    def _file(self, file: int) -> Any:
+    def _open(self, name: str) -> tuple[list[int], Callable[[int], Any]]:
         from pyarrow import parquet
 
-        if file not in self._files:
-            self._files = {file: parquet.ParquetFile(self._names[file], memory_map=True)}
-        return self._files[file]
-
-    def _find_blocks(self, file: int) -> list[int]:
-        metadata = self._file(file).metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-    def _read_block(self, file: int, block: int) -> Any:
-        return self._file(file).read_row_group(block)
+        file = parquet.ParquetFile(name, memory_map=True)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        return [group.num_rows for group in groups], file.read_row_group
 
 
 class ArrowSource(TableSource):
     """Record batches of Arrow files, streamed or not, mapped from disk."""
 
-    def _file(self, file: int) -> list[Any]:
+    def _open(self, name: str) -> tuple[list[int], Callable[[int], Any]]:
         import pyarrow
 
-        if file not in self._files:
-            mapped = pyarrow.memory_map(self._names[file])
-            magic = mapped.read(6)
-            mapped.seek(0)
-            if magic == b"ARROW1":
-                reader = pyarrow.ipc.open_file(mapped)
-                self._files[file] = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-            else:
-                self._files[file] = list(pyarrow.ipc.open_stream(mapped))
-        return self._files[file]
-
-    def _find_blocks(self, file: int) -> list[int]:
-        return [batch.num_rows for batch in self._file(file)]
-
-    def _read_block(self, file: int, block: int) -> Any:
-        return self._file(file)[block]
+        mapped = pyarrow.memory_map(name)
+        magic = mapped.read(6)
+        mapped.seek(0)
+        if magic == b"ARROW1":
+            reader = pyarrow.ipc.open_file(mapped)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        else:
+            batches = list(pyarrow.ipc.open_stream(mapped))
+        return [batch.num_rows for batch in batches], batches.__getitem__
 
 
 def saved_folder(path: str, split: str, flag: str) -> list[str]:
