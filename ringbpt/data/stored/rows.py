@@ -21,7 +21,7 @@ from ringbpt.data.packing import shuffled
 from ringbpt.data.reading.files import digest_of
 from ringbpt.data.reading.hub import open_array_record
 from ringbpt.data.stored.tokenise import check_tokenizer
-from ringbpt.data.stored.tokens import TokenStore
+from ringbpt.data.stored.tokens import COUNTED, TokenStore
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS
 
@@ -115,9 +115,7 @@ def open_rows(
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
             raise UserError(f"{file}:1: missing, or not of {shard['bytes']} bytes; copy it again", code=4)
     key = digest_of(["rows", hashlib.sha256(content).hexdigest()])
-    summary = {
-        name: manifest[name] for name in ("documents", "tokens", "max_token", "loss_tokens", "loss_bytes", "bad")
-    }
+    summary = {name: manifest[name] for name in (*COUNTED, "max_token")}
     offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
     nothing = np.zeros(0, np.int32)
     store = TokenStore(nothing, nothing, offset, summary, key)

@@ -54,11 +54,6 @@ class Job:
         return "int32" if any_id or tokenizer.vocab_size > 1 << 16 else "uint16"
 
 
-def shard_count(source: Source) -> int:
-    """Into how many shards a source is cut: it depends on the source alone, so that a later run goes on with them."""
-    return max(1, min(len(source), MOST_SHARDS, -(-source.size // SHARD_BYTES)))
-
-
 def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes: int) -> TokenStore:
     """The store in `folder`, made now where it is not there, with what others are making of it at the same time.
 
@@ -95,10 +90,12 @@ def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes
 
 
 def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> None:
-    begin, shards = time.monotonic(), shard_count(job.source)
-    edges = np.linspace(0, len(job.source), shards + 1).astype(np.int64).tolist()
+    begin, source = time.monotonic(), job.source
+    # Their number depends on the source alone, so that a later run goes on with those of an earlier one.
+    shards = max(1, min(len(source), MOST_SHARDS, -(-source.size // SHARD_BYTES)))
+    edges = np.linspace(0, len(source), shards + 1).astype(np.int64).tolist()
     count, bad = 0, list[str]()
-    with _progress(job.flag, len(job.source)) as advance:
+    with _progress(job.flag, len(source)) as advance:
         for wait in (False, True):  # first what nobody works on, then what the others have not finished
             todo = [shard for shard in range(shards) if shard_summary(work, shard) is None]
             for shard, summary in zip(todo, _run(job, tokenizer, work, edges, todo, processes, wait), strict=True):

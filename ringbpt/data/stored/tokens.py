@@ -91,13 +91,6 @@ class TokenStore:
         return {"token": self.token, "mask": self.mask} | self.columns
 
 
-class Ones:
-    """A mask of nothing but ones."""
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        return np.ones(index.stop - index.start, np.uint8)
-
-
 # --- writing ---
 
 
@@ -295,7 +288,8 @@ def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
     total = int(offset[-1])
     summary = {"documents": len(offset) - 1, "tokens": total, "max_token": -1, "bad": 0}
     summary |= {"loss_tokens": total, "loss_bytes": 0}
-    return TokenStore(Joined(columns, counts), Ones(), offset, summary, digest_of(["megatron", *digests]))
+    ones = np.broadcast_to(np.uint8(1), total)
+    return TokenStore(Joined(columns, counts), ones, offset, summary, digest_of(["megatron", *digests]))
 
 
 def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:

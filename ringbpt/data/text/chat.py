@@ -111,10 +111,10 @@ class ChatTemplate:
         messages = self._checked(messages, tools, where)
         try:
             text, spans = unmark(self.render(messages, tools))
-            if self.marked and roles == ("assistant",):
-                return text, _merged(spans)
-            if (grown := self._grown(text, messages, tools, roles)) is not None:
-                return text, grown
+            if roles == ("assistant",):
+                found = _merged(spans) if self.marked else self._grown(text, messages, tools)
+                if found is not None:
+                    return text, found
             marked = [m | {"content": _marked(m["content"])} if m["role"] in roles else m for m in messages]
             followed, spans = unmark(unmark(self.render(marked, tools))[0], *OURS)
         except self._errors as error:
@@ -126,10 +126,8 @@ class ChatTemplate:
             )
         return text, spans
 
-    def _grown(self, text: str, messages: list[Message], tools: Any, roles: tuple[str, ...]) -> list[Span] | None:
-        """What the text grows by with each turn; None where it doesn't simply grow, or that isn't the turn alone."""
-        if roles != ("assistant",):
-            return None
+    def _grown(self, text: str, messages: list[Message], tools: Any) -> list[Span] | None:
+        """What the text grows by with each answer; None where it doesn't simply grow, or by more than the answer."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":

@@ -54,10 +54,8 @@ class TextProcessor:
         self._groups = lru_cache(maxsize=1024)(self._parse)
         if self._shape in CONVERSATIONS or config.apply_chat_template:
             self._template  # noqa: B018  (what is wrong with it is said before the first example)
-        if config.add_bos_token:
-            self._special("bos", f"{self._flag}.add_bos_token=True")
-        if config.add_eos_token:
-            self._special("eos", f"{self._flag}.add_eos_token=True")
+        self._bos = [self._special("bos", f"{self._flag}.add_bos_token=True")] if config.add_bos_token else []
+        self._eos = [self._special("eos", f"{self._flag}.add_eos_token=True")] if config.add_eos_token else []
         if not config.fields_from_example and not self._shape:
             self._groups(config.fields, f"{self._flag}.fields={config.fields!r}")
 
@@ -173,11 +171,9 @@ class TextProcessor:
 
     def _framed(self, ids: np.ndarray, mask: np.ndarray, loss_bytes: int) -> Document:
         """bos before and eos after, as the flags say."""
-        first = [self._special("bos", "")] if self._config.add_bos_token else []
-        last = [self._special("eos", "")] if self._config.add_eos_token else []
-        token = np.concatenate([first, ids, last], dtype=np.int32, casting="unsafe")
-        zeros, ones = np.zeros(len(first), np.uint8), np.ones(len(last), np.uint8)
-        return Document(token, np.concatenate([zeros, mask, ones]), loss_bytes)
+        token = np.concatenate([self._bos, ids, self._eos], dtype=np.int32, casting="unsafe")
+        before, after = np.zeros(len(self._bos), np.uint8), np.ones(len(self._eos), np.uint8)
+        return Document(token, np.concatenate([before, mask, after]), loss_bytes)
 
     def _groups_of(self, example: dict[str, Any], location: Any) -> tuple[FieldGroup, ...]:
         if not self._config.fields_from_example:

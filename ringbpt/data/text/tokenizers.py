@@ -54,9 +54,9 @@ class Tokenizer(Protocol):
     config: TokenizerConfig
     vocab_size: int
     ends: Ends
-    special_names: dict[str, str]
-    special_ids: frozenset[int]
-    chat_template: str | None
+    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
+    special_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [tokens]."""
@@ -105,10 +105,6 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 class PlainTokenizer(Tokenizer):
     """A tokenizer without special tokens that could be written as text; a prompt begins with bos."""
-
-    special_names: dict[str, str] = {}  # noqa: RUF012  (never written)
-    special_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
 
     def encode_prompt(self, text: str) -> np.ndarray:
         first = [] if self.ends.bos is None else [self.ends.bos]
@@ -185,7 +181,7 @@ class SentencePieceTokenizer(PlainTokenizer):
         return f"SentencePiece {self._path.name}, {self.vocab_size:,} pieces"
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json; bos and eos as the tokenizer_config.json or special_tokens_map.json beside it name them."""
 
     def __init__(self, config: TokenizerConfig, path: Path, content: bytes):
@@ -199,7 +195,6 @@ class HuggingFaceTokenizer:
             raise UserError(f"{FLAG}={str(path)!r} is no tokenizer.json: {' '.join(str(error).split())}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
@@ -231,11 +226,8 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str, special: bool, framed: bool) -> Any:
         """framed: with the tokens that tokenizer.json puts around a text."""
-        self._tokenizer.encode_special_tokens = not special
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=framed)
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not special  # then "<|endoftext|>" inside a document is text
+        return self._tokenizer.encode(text, add_special_tokens=framed)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(token) for token in ids])
