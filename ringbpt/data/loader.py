@@ -23,7 +23,7 @@ from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.rows import open_rows
 from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
-from ringbpt.data.stored.tokens import FORMAT, Joined, TokenStore, open_megatron, open_store
+from ringbpt.data.stored.tokens import COUNTED, FORMAT, Joined, TokenStore, open_megatron, open_store
 from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS, Batch
@@ -195,8 +195,7 @@ def _store(request: Request, part: Part) -> TokenStore:
         except OSError:
             what = "neither a manifest.json nor a summary.json"
             raise UserError(f"{where} has {what}: give a folder that scripts/prepare_data.py wrote") from None
-        found = open_store(folder, key)
-        if found is None:
+        if (found := open_store(folder, key)) is None:
             raise UserError(f"{folder}/summary.json:1: the folder is damaged; copy it again", code=4)
         store = found
         check_tokenizer(store.summary["tokenizer"], tokenizer, where)
@@ -250,7 +249,7 @@ def _measured(store: TokenStore, tokenizer: Tokenizer) -> TokenStore:
     sampled = size = 0
     for start, stop in zip(store.offset[:-1].tolist(), store.offset[1:].tolist(), strict=True):
         stop = min(stop, start + SAMPLED_TOKENS - sampled)
-        tokens = store.token[start:stop]
+        tokens = store.values["token"][start:stop]
         size += len(tokenizer.decode(tokens[tokens < tokenizer.vocab_size]).encode("utf-8", errors="replace"))
         sampled += stop - start
         if sampled >= SAMPLED_TOKENS:
@@ -266,8 +265,7 @@ def _joined(stores: list[TokenStore]) -> TokenStore:
     totals = [store.summary["tokens"] for store in stores]
     before = np.cumsum([0, *totals]).tolist()
     offset = np.concatenate([np.zeros(1, np.int64), *(s.offset[1:] + b for s, b in zip(stores, before, strict=False))])
-    names = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad")
-    summary = {name: sum(store.summary[name] for store in stores) for name in names}
+    summary = {name: sum(store.summary[name] for store in stores) for name in COUNTED}
     largest = [store.summary["max_token"] for store in stores]
     summary["max_token"] = -1 if -1 in largest else max(largest)
     values = {name: Joined([store.values[name] for store in stores], totals) for name in stores[0].values}
@@ -277,7 +275,7 @@ def _joined(stores: list[TokenStore]) -> TokenStore:
         numbers = [np.arange(_units_in(s)) if s.units is None else s.units for s in stores]
         units = np.concatenate([some + before for some, before in zip(numbers, counts, strict=False)])
     key = digest_of([store.key for store in stores])
-    return TokenStore(values.pop("token"), values.pop("mask"), offset, summary, key, values, units)
+    return TokenStore(values, offset, summary, key, units)
 
 
 def _units_in(store: TokenStore) -> int:
@@ -341,26 +339,20 @@ def _check_size(plan: Packing, data: TokenStore, request: Request) -> None:
     """Raises UserError where there is nothing to learn, or not one whole batch."""
     dataset, flag, group = request.dataset, request.flag, request.group
     if not data.summary["loss_tokens"]:
-        processor = dataset.text_processor
-        if not processor.fields:
-            raise UserError(
-                f"--{flag}.text_processor.roles_to_train={processor.roles_to_train!r}: no token takes loss; name a "
-                "role that says something, as assistant"
-            )
-        raise UserError(
-            f"--{flag}.text_processor.fields={processor.fields!r}: no token takes loss; "
-            "take the [..] off the fields to be learnt"
-        )
+        fields, roles = dataset.text_processor.fields, dataset.text_processor.roles_to_train
+        given, works = f"fields={fields!r}", "take the [..] off the fields to be learnt"
+        if not fields:
+            given, works = f"roles_to_train={roles!r}", "name a role that says something, as assistant"
+        raise UserError(f"--{flag}.text_processor.{given}: no token takes loss; {works}")
     if plan.rows >= dataset.batch_size:
         return
-    tokens = data.summary["tokens"]
-    problem = (
-        f"{group}.batch_size={dataset.batch_size} of seq_length={dataset.seq_length} is more than the data: "
-        f"{data.summary['documents']} documents of {tokens} tokens make {plan.rows} rows"
-    )
+    tokens, works = data.summary["tokens"], "give more data"
     shorter = (tokens - 1) // dataset.batch_size
     if plan.rows:
-        raise UserError(f"{problem}; {group}.batch_size={plan.rows} is the largest that fits")
-    if shorter and dataset.packing == "concat":
-        raise UserError(f"{problem}; {group}.seq_length={shorter} is the longest that fits")
-    raise UserError(f"{problem}; give more data")
+        works = f"{group}.batch_size={plan.rows} is the largest that fits"
+    elif shorter and dataset.packing == "concat":
+        works = f"{group}.seq_length={shorter} is the longest that fits"
+    raise UserError(
+        f"{group}.batch_size={dataset.batch_size} of seq_length={dataset.seq_length} is more than the data: "
+        f"{data.summary['documents']} documents of {tokens} tokens make {plan.rows} rows; {works}"
+    )

@@ -60,7 +60,7 @@ def write_store(folder: Path, lengths: Sequence[int], first: int, units: Sequenc
 
 
 def values(store: TokenStore, of_token: np.ndarray):
-    return lambda document: of_token[store.token[slice(*store.offset[document : document + 2].tolist())]]
+    return lambda document: of_token[store.values["token"][slice(*store.offset[document : document + 2].tolist())]]
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_packed_rows_have_them_too(folders, tmp_path):
 def test_they_change_nothing_else(folders, tmp_path):
     config = dataset(str(folders[0]), tmp_path)
     without, bare = load(config, []), write_store(tmp_path / "bare", LENGTHS[0], 1)
-    assert bare.columns == {} and not without.rows(0, 0, B).columns
+    assert bare.values.keys() == {"token", "mask"} and not without.rows(0, 0, B).columns
     other = load(dataset(str(tmp_path / "bare"), tmp_path), [])
     assert (other.digest(2), other.fingerprint) == (without.digest(2), without.fingerprint)
     assert load(config).fingerprint not in (without.fingerprint, load(config, ["toy_rank"]).fingerprint)

@@ -45,7 +45,7 @@ def add_column(
 
 def with_columns(store: TokenStore, names: Sequence[str], where: str) -> TokenStore:
     """The store with these columns, which its key then depends on. Raises UserError for one that it doesn't have."""
-    columns, digests = {}, list[str]()
+    values, digests = dict(store.values), list[str]()
     for name in names:
         parts, lengths = list[Checked](), [shard["tokens"] for shard in store.summary.get("shards", [])]
         for shard, tokens in enumerate(lengths):
@@ -63,8 +63,8 @@ def with_columns(store: TokenStore, names: Sequence[str], where: str) -> TokenSt
         if not parts:
             place = f": {store.folder} holds none, or not for all of its shards" if store.folder else ""
             raise UserError(f"{where} has no column {name!r}{place}; write it there first")
-        columns[name] = Joined(parts, lengths)
-    return replace(store, columns=columns, key=digest_of([store.key, *names, *digests])) if names else store
+        values[name] = Joined(parts, lengths)
+    return replace(store, values=values, key=digest_of([store.key, *names, *digests])) if names else store
 
 
 def _path(store: TokenStore, shard: int, name: str) -> Path:

@@ -7,10 +7,11 @@ units.npy says which documents must share a row, where there are such; further c
 
 import hashlib
 import json
+import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,26 +70,21 @@ class Checked:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """All documents as tokens: token (integers) and mask (uint8) [tokens] read in slices, offset int64 [documents + 1].
+    """All documents as tokens.
 
-    summary: documents, tokens, max_token (-1 where it is not known), loss_tokens (mask 1), loss_bytes (UTF-8 bytes of
-    the text behind those; 0 where it is not known), bad (examples left out; a document of no tokens stands for each).
-    key: the hex digest of everything that decides the content. columns: further values of the tokens, by name, read as
-    token is. units: int64 [documents], see packing.Corpus. folder: where its files are, if it has one.
+    values: what is known of the tokens, read in slices: token (integers), mask (uint8) and any further column. offset:
+    int64 [documents + 1]. summary: documents, tokens, max_token (-1 where it is not known), loss_tokens (mask 1),
+    loss_bytes (UTF-8 bytes of the text behind those; 0 where it is not known), bad (examples left out; a document of no
+    tokens stands for each). key: the hex digest of everything that decides the content. units: int64 [documents], see
+    packing.Corpus. folder: where its files are, if it has one.
     """
 
-    token: Any
-    mask: Any
+    values: Values
     offset: np.ndarray
     summary: dict[str, Any]
     key: str
-    columns: Values = field(default_factory=dict)
     units: np.ndarray | None = None
     folder: Path | None = None
-
-    @property
-    def values(self) -> Values:
-        return {"token": self.token, "mask": self.mask} | self.columns
 
 
 # --- writing ---
@@ -212,9 +208,13 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
     totals["bad_lines"] = [line for summary in summaries for line in summary["bad_lines"]][:3]
     kept = ("documents", "tokens", "dtype", "sha256")
     totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
-    totals["crc32"] = {"offset": zlib.crc32(offset), "check": zlib.crc32(np.concatenate(checks))}
+    totals["crc32"] = _crc32(offset, checks)
     write_whole(folder / "summary.json", json.dumps(totals | extra))
     return totals
+
+
+def _crc32(offset: np.ndarray, checks: list[np.ndarray]) -> dict[str, int]:
+    return {"offset": zlib.crc32(np.ascontiguousarray(offset)), "check": zlib.crc32(np.concatenate(checks))}
 
 
 # --- reading ---
@@ -225,31 +225,28 @@ def open_store(folder: Path, key: str) -> TokenStore | None:
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         offset = np.load(folder / "offset.npy", mmap_mode="r", allow_pickle=False)
-        tokens, masks, lengths, all_checks = [], [], [], []
+        tokens, masks, all_checks = [], [], []
+        lengths = [shard["tokens"] for shard in summary["shards"]]
         for number, shard in enumerate(summary["shards"]):
             base, count, dtype = folder / f"{number:05d}", shard["tokens"], np.dtype(shard["dtype"])
             sizes = (count * dtype.itemsize, count)
             paths = (base.with_suffix(".token"), base.with_suffix(".mask"))
-            if tuple(path.stat().st_size for path in paths) != sizes:
-                return None
             checks = np.fromfile(base.with_suffix(".check"), np.uint32)
             blocks = [-(-size // BLOCK_BYTES) for size in sizes]
-            if len(checks) != sum(blocks):
+            if tuple(path.stat().st_size for path in paths) != sizes or len(checks) != sum(blocks):
                 return None
             all_checks.append(checks)
             tokens.append(Checked(paths[0], dtype.name, checks[: blocks[0]]))
             masks.append(Checked(paths[1], "uint8", checks[blocks[0] :]))
-            lengths.append(count)
-        if zlib.crc32(np.concatenate(all_checks)) != summary["crc32"]["check"]:
-            return None
-        if zlib.crc32(np.ascontiguousarray(offset)) != summary["crc32"]["offset"] or offset[-1] != sum(lengths):
+        if _crc32(offset, all_checks) != summary["crc32"] or offset[-1] != sum(lengths):
             return None
         units = _read_units(folder, len(offset) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if units is not None:
         key = digest_of([key, hashlib.sha256(units).hexdigest()])
-    return TokenStore(Joined(tokens, lengths), Joined(masks, lengths), offset, summary, key, units=units, folder=folder)
+    values = {"token": Joined(tokens, lengths), "mask": Joined(masks, lengths)}
+    return TokenStore(values, offset, summary, key, units, folder)
 
 
 def _read_units(folder: Path, documents: int) -> np.ndarray | None:
@@ -288,8 +285,8 @@ def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
     total = int(offset[-1])
     summary = {"documents": len(offset) - 1, "tokens": total, "max_token": -1, "bad": 0}
     summary |= {"loss_tokens": total, "loss_bytes": 0}
-    ones = np.broadcast_to(np.uint8(1), total)
-    return TokenStore(Joined(columns, counts), ones, offset, summary, digest_of(["megatron", *digests]))
+    values = {"token": Joined(columns, counts), "mask": np.broadcast_to(np.uint8(1), total)}
+    return TokenStore(values, offset, summary, digest_of(["megatron", *digests]))
 
 
 def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -299,8 +296,7 @@ def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:
         head = index[:34].tobytes()
         if head[:9] != MEGATRON_MAGIC or len(head) < 34:
             raise UserError(f"{name}.idx:1: no index of Megatron's (it begins with {head[:9]!r})")
-        version, code = int.from_bytes(head[9:17], "little"), head[17]
-        sequences, boundaries = (int.from_bytes(head[at : at + 8], "little") for at in (18, 26))
+        version, code, sequences, boundaries = struct.unpack("<QBQQ", head[9:])
         if version != 1 or code not in MEGATRON_DTYPES:
             raise UserError(
                 f"{name}.idx:1: version {version}, type of tokens {code}: 1 and one of 1, 2, 3, 4, 5, 8 work"
