@@ -26,9 +26,9 @@ class View(NamedTuple):
 
 def colours(kind: str, count: int) -> str:
     """Style rules that colour places by `kind` in hues that stand apart."""
-    hue = [f"hsl({number * 137.5 % 360:.0f} 70% 50% / .3)" for number in range(count)]
     return "\n".join(
-        f'.by-{kind} b[data-{kind[0]}="{number}"] {{ background: {hue[number]}; }}' for number in range(count)
+        f'.by-{kind} b[data-{kind[0]}="{number}"] {{ background: hsl({number * 137.5 % 360:.0f} 70% 50% / .3); }}'
+        for number in range(count)
     )
 
 

@@ -70,9 +70,9 @@ class JsonSource:
 
     def __init__(self, config: JsonDatasetConfig, cache_dir: Path, flag: str = "train_dataset.json_dataset"):
         self._flag, self._config, self._cache_dir = f"--{flag}", config, cache_dir
-        group = flag.partition(".")[0]
+        self._group = flag.partition(".")[0]
         self._names = find_files(config.path, f"{self._flag}.path")
-        self._files = [plain_file(name, cache_dir, group) for name in self._names]
+        self._files = [plain_file(name, cache_dir, self._group) for name in self._names]
         self._index: list[np.ndarray] | None = None
         self._digests: dict[str, str] = {}  # of the files that this process has read
         self._open: tuple[int, int] | None = None  # which file, and its descriptor
@@ -101,9 +101,8 @@ class JsonSource:
         remember_digest(file, self._cache_dir, digest, seen)
         self._digests[file] = digest
         if os.path.getsize(file) > INDEX_BYTES:
-            group = self._flag[2:].partition(".")[0]
-            path = cached(self._cache_dir, f"{self.kind}-lines-{digest[:32]}.npy", partial(_save, index), group)
-            return _load(path)
+            kept = f"{self.kind}-lines-{digest[:32]}.npy"
+            return _load(cached(self._cache_dir, kept, partial(_save, index), self._group))
         return index
 
     def _scan(self, name: str, path: str) -> tuple[np.ndarray, str]:
@@ -210,26 +209,19 @@ class TextSource:
         self.left_out = {"empty": 0, "not UTF-8": 0}
         digests = []
         for name in names:
-            known = known_digest(str(root / name), cache_dir) if cache_dir else None
-            if known:  # so it was text when it was read
-                self._names.append(name)
-                self.size += os.path.getsize(root / name)
-                digests.append(known)
-                continue
-            seen, content = time.time(), self._read(name)
-            try:
-                content.decode("utf-8")
-            except UnicodeDecodeError:
-                self.left_out["not UTF-8"] += 1
-                continue
-            if not content.strip():
-                self.left_out["empty"] += 1
-                continue
+            path = str(root / name)
+            digest = known_digest(path, cache_dir) if cache_dir else None
+            if digest is None:  # one that is known was text when it was read
+                seen, content = time.time(), self._read(name)
+                if reason := _no_text(content):
+                    self.left_out[reason] += 1
+                    continue
+                digest = hashlib.sha256(content).hexdigest()
+                if cache_dir:
+                    remember_digest(path, cache_dir, digest, seen)
             self._names.append(name)
-            self.size += len(content)
-            digests.append(hashlib.sha256(content).hexdigest())
-            if cache_dir:
-                remember_digest(str(root / name), cache_dir, digests[-1], seen)
+            self.size += os.path.getsize(path)
+            digests.append(digest)
         if not self._names:
             raise UserError(nothing)
         self._fingerprint = digest_of(digests)
@@ -251,6 +243,15 @@ class TextSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+def _no_text(content: bytes) -> str:
+    """Why a file is left out, if it is."""
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    return "" if content.strip() else "empty"
 
 
 class PythonSource(TextSource):

@@ -117,4 +117,6 @@ def open_rows(
     key = digest_of(["rows", hashlib.sha256(content).hexdigest()])
     summary = {name: manifest[name] for name in (*COUNTED, "max_token")}
     offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
-    return TokenStore({}, offset, summary, key), PackedRows(folder, manifest, columns, seed if dataset.shuffle else None)
+    return TokenStore({}, offset, summary, key), PackedRows(
+        folder, manifest, columns, seed if dataset.shuffle else None
+    )

@@ -65,17 +65,12 @@ def detect(example: dict[str, Any], config: TextProcessorConfig, flag: str, wher
     if config.shape:
         return config.shape
     keys = keys_of(config)
-    for ours, theirs in keys.items():
-        if theirs not in example:
-            close = (get_close_matches(theirs, example, 1, 0.0) or ["nothing"])[0]
-            raise UserError(f"{where}: no field {theirs!r}, the {ours} by the flags; the nearest is {close!r}")
+    named = {ours: _get(example, theirs, where, f", the {ours} by the flags") for ours, theirs in keys.items()}
     if config.input_key and not config.output_key:
         return "messages" if isinstance(example[config.input_key], list) else "text"
-    renamed = {key: value for key, value in example.items() if value is not None} | {
-        ours: example[theirs] for ours, theirs in keys.items()
-    }
     if config.output_key:  # said to be learnt, whatever else is there
         return "prompt_completion"
+    renamed = {key: value for key, value in example.items() if value is not None} | named
     for shape, needed in SHAPES.items():
         if all(key in renamed for key in needed):
             if shape == "sharegpt" and "role" in _first(renamed["conversations"]):
@@ -128,10 +123,10 @@ def _list(example: dict[str, Any], key: str, where: Any) -> list[Any]:
     return value
 
 
-def _get(example: dict[str, Any], key: str, where: Any) -> Any:
+def _get(example: dict[str, Any], key: str, where: Any, named: str = "") -> Any:
     if key not in example:
         close = (get_close_matches(key, example, 1, 0.0) or ["nothing"])[0]
-        raise UserError(f"{where}: no field {key!r}; the nearest is {close!r}")
+        raise UserError(f"{where}: no field {key!r}{named}; the nearest is {close!r}")
     return example[key]
 
 
