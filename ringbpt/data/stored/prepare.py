@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,23 +22,6 @@ FILE_BYTES = 1 << 28  # of a file of rows, before compression
 BYTES_A_TOKEN = 20
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a worker process must know to write a file of rows."""
-
-    dataset: DatasetConfig
-    tokenizer: TokenizerConfig
-    seed: int
-    vocab_size: int
-    folder: Path
-    rows_per_file: int
-    columns: Sequence[str]
-
-    def loader(self) -> Loader:
-        tokenizer, columns = make_tokenizer(self.tokenizer), tuple(self.columns)
-        return make_loader(self.dataset, tokenizer, seed=self.seed, vocab_size=self.vocab_size, columns=columns)
-
-
 def prepare(
     dataset: DatasetConfig,
     tokenizer: TokenizerConfig,
@@ -56,19 +38,18 @@ def prepare(
     A killed run goes on with the files that are complete. Raises UserError for a folder that holds other rows.
     """
     begin = time.monotonic()
-    order = Order(dataset, tokenizer, seed, vocab_size, folder, 0, columns)
-    loader = order.loader()
+    start = partial(_loader, dataset, tokenizer, seed=seed, vocab_size=vocab_size, columns=tuple(columns))
+    loader = start()
     say(loader.describe())
     rows_per_file = max(1, FILE_BYTES // (BYTES_A_TOKEN * loader.seq_length))
     files = -(-loader.epoch_rows // rows_per_file)
-    order = replace(order, rows_per_file=rows_per_file)
     _claim(folder, digest_of([loader.fingerprint, str(rows_per_file)]))
     todo = [number for number in range(files) if not _part(folder, number).exists()]
     if len(todo) < files:
         say(f"{files - len(todo)} of {files} files are there from an earlier run")
     done = 0
-    items = [(number,) for number in todo]
-    written = each(_write, items, partial(_begin, order), lambda: (order, loader), processes)
+    items = [(folder, number, rows_per_file) for number in todo]
+    written = each(_write, items, start, lambda: loader, processes)
     for number, rows in zip(todo, written, strict=True):
         done += rows * loader.seq_length
         seconds = time.monotonic() - begin
@@ -115,18 +96,17 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"rows-{number:05d}.json"
 
 
-def _begin(order: Order) -> tuple[Order, Loader]:
-    return order, order.loader()
+def _loader(dataset: DatasetConfig, tokenizer: TokenizerConfig, **rest: Any) -> Loader:
+    return make_loader(dataset, make_tokenizer(tokenizer), **rest)
 
 
-def _write(made: tuple[Order, Loader], number: int) -> int:
-    order, loader = made
-    first = number * order.rows_per_file
-    count = min(order.rows_per_file, loader.epoch_rows - first)
-    path = order.folder / f"rows-{number:05d}.array_record"
+def _write(loader: Loader, folder: Path, number: int, rows_per_file: int) -> int:
+    first = number * rows_per_file
+    count = min(rows_per_file, loader.epoch_rows - first)
+    path = folder / f"rows-{number:05d}.array_record"
     tokens, digest = write_rows(path, map(partial(loader.row, 0), range(first, first + count)))
     part = {"file": path.name, "rows": count, "bytes": path.stat().st_size, "sha256": digest, "tokens": tokens}
-    write_whole(_part(order.folder, number), json.dumps(part))
+    write_whole(_part(folder, number), json.dumps(part))
     return count
 
 
