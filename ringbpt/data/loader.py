@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,16 +247,13 @@ def _shape(request: Request, source: Source, allowed: int) -> str:
 
 def _measured(store: TokenStore, tokenizer: Tokenizer) -> TokenStore:
     """The store with its loss_bytes, as a sample of its tokens tells them."""
-    sampled = size = 0
-    for start, stop in zip(store.offset[:-1].tolist(), store.offset[1:].tolist(), strict=True):
-        stop = min(stop, start + SAMPLED_TOKENS - sampled)
+    sampled = store.offset[: np.searchsorted(store.offset, SAMPLED_TOKENS) + 1]
+    size, edges = 0, np.minimum(sampled, SAMPLED_TOKENS).tolist()
+    for start, stop in pairwise(edges):
         tokens = store.values["token"][start:stop]
         size += len(tokenizer.decode(tokens[tokens < tokenizer.vocab_size]).encode("utf-8", errors="replace"))
-        sampled += stop - start
-        if sampled >= SAMPLED_TOKENS:
-            break
     total = store.summary["loss_tokens"]
-    return replace(store, summary=store.summary | {"loss_bytes": round(size * total / max(1, sampled))})
+    return replace(store, summary=store.summary | {"loss_bytes": round(size * total / max(1, edges[-1]))})
 
 
 def _joined(stores: list[TokenStore]) -> TokenStore:
