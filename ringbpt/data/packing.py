@@ -62,11 +62,9 @@ class Packing(Protocol):
 
     def row(self, epoch: int, row: int, values: Values) -> Row:
         """Row `row` of an epoch; values [tokens] are the whole data's, mapped from disk, read in slices."""
-        ...
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         """How many tokens stand in the first `rows` rows of an epoch."""
-        ...
 
 
 def mix(counts: list[int], weights: list[float], seed: int | None) -> Iterator[np.ndarray]:

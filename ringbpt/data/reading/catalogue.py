@@ -105,8 +105,6 @@ def _make_source(dataset: DatasetConfig, part: Part, cache_dir: Path, flag: str)
         case "array_record":
             return ArrayRecordSource(find_files(part.path, where, ENDINGS["array_record"]), cache_dir)
         case "text":
-            names = find_files(part.path, where, TEXT_ENDINGS)
-            root = Path(os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]))
-            relative = [os.path.relpath(name, root) for name in names]
-            return TextSource(root, relative, f"{where}={part.path!r}: no text", cache_dir)
+            names = map(os.path.abspath, find_files(part.path, where, TEXT_ENDINGS))
+            return TextSource(Path("/"), names, f"{where}={part.path!r}: no text", cache_dir)
     raise UserError(f"--{flag.partition('.')[0]}.type={dataset.type!r} has no examples: it holds tokens already")

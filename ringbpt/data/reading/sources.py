@@ -46,15 +46,12 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The example. Raises UserError that begins with `location(index)` where it cannot be read."""
-        ...
 
     def location(self, index: int) -> str:
         """`file:line`, for error messages."""
-        ...
 
     def fingerprint(self) -> str:
         """Hex digest of the examples and their order; the files' names and dates don't enter. Reads nothing twice."""
-        ...
 
 
 class JsonSource:

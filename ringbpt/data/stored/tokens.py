@@ -161,8 +161,7 @@ class ShardWriter:
         self._flush()
         self._counts["documents"] = len(self._lengths)
         checks = np.array(self._token.all_checks() + self._mask.all_checks(), np.uint32)
-        for file in self._files:
-            file.close()
+        self.abandon()
         np.array(self._lengths, np.int64).tofile(self._base.with_suffix(".length"))
         checks.tofile(self._base.with_suffix(".check"))
         summary = {

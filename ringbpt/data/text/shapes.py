@@ -29,16 +29,13 @@ AS_TEXT = {
     "rl": "a prompt alone has nothing to learn: output_key names the answer",
 }
 LEARNT_AS_TEXT = tuple(shape for shape in SHAPES if shape not in AS_TEXT)
-# ShareGPT's speakers; who is none of them is a role of that name.
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-    "function_response": "tool",
+# ShareGPT's speakers by their role; who is none of them is a role of that name.
+SPEAKERS = {
+    "user": ("human",),
+    "assistant": ("gpt", "chatgpt", "bot", "function_call"),
+    "tool": ("observation", "function_response"),
 }
+ROLES = {speaker: role for role, speakers in SPEAKERS.items() for speaker in speakers}
 
 
 class Pair(NamedTuple):
@@ -139,9 +136,7 @@ def _text(example: dict[str, Any], key: str, where: Any) -> str:
 
 def _text_or_messages(example: dict[str, Any], key: str, where: Any) -> Any:
     value = _get(example, key, where)
-    if isinstance(value, list):
-        return check_messages(value, key, where)
-    return _text(example, key, where)
+    return check_messages(value, key, where) if isinstance(value, list) else _text(example, key, where)
 
 
 def prompt_and_completion(example: dict[str, Any], shape: str, config: TextProcessorConfig, where: Any) -> Pair:

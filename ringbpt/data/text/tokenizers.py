@@ -60,7 +60,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [tokens]."""
-        ...
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """int32 [tokens], the only ones with special tokens: as the model's own tokenizer begins a text."""
@@ -68,7 +67,6 @@ class Tokenizer(Protocol):
 
     def encode_places(self, text: str, special: bool) -> Places:
         """The tokens and which characters each stands for. special: read special tokens out of the text."""
-        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text, in which special tokens leave no trace."""
@@ -76,11 +74,9 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the ids."""
-        ...
 
     def describe(self) -> str:
         """One short phrase for the log."""
-        ...
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
