@@ -34,9 +34,6 @@ class Joined:
         self._parts = parts
         self._ends = np.cumsum([0, *lengths]).tolist()
 
-    def __len__(self) -> int:
-        return self._ends[-1]
-
     def __getitem__(self, index: slice) -> np.ndarray:
         """A slice of whole steps inside one document, and so inside one part."""
         if index.stop <= index.start:

@@ -54,8 +54,8 @@ class TextProcessor:
         self._groups = lru_cache(maxsize=1024)(self._parse)
         if self._shape in CONVERSATIONS or config.apply_chat_template:
             self._template  # noqa: B018  (what is wrong with it is said before the first example)
-        self._bos = [self._special("bos", f"{self._flag}.add_bos_token=True")] if config.add_bos_token else []
-        self._eos = [self._special("eos", f"{self._flag}.add_eos_token=True")] if config.add_eos_token else []
+        self._bos = (self._special("bos", f"{self._flag}.add_bos_token=True"),) if config.add_bos_token else ()
+        self._eos = (self._special("eos", f"{self._flag}.add_eos_token=True"),) if config.add_eos_token else ()
         if not config.fields_from_example and not self._shape:
             self._groups(config.fields, f"{self._flag}.fields={config.fields!r}")
 
@@ -69,7 +69,7 @@ class TextProcessor:
         if self._shape:
             return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
         config = self._config
-        parts: list[tuple[Sequence[int] | np.ndarray, int]] = []  # ids, and whether they take loss
+        parts: list[tuple[Any, int]] = [(self._bos, 0)] if self._bos else []  # ids, and whether they take loss
         prepend, characters, loss_bytes = config.prepend_text, 0, 0
         for group in self._groups_of(example, location):
             if not group.keys:
@@ -90,9 +90,11 @@ class TextProcessor:
             parts.append((self.tokenizer.encode(text), group.loss))
         if not characters:
             raise UserError(f"{location}: the text is empty; leave the example out")
+        if self._eos:
+            parts.append((self._eos, 1))
+        token = np.concatenate([ids for ids, _ in parts], dtype=np.int32)
         loss = np.array([loss for _, loss in parts], np.uint8)
-        mask = np.repeat(loss, [len(ids) for ids, _ in parts])
-        return self._framed(np.concatenate([ids for ids, _ in parts]), mask, loss_bytes)
+        return Document(token, np.repeat(loss, [len(ids) for ids, _ in parts]), loss_bytes)
 
     def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
         """The documents of an example: of a "preference" one the chosen and the rejected, of another shape one."""

@@ -63,14 +63,12 @@ class Tokenizer(Protocol):
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """int32 [tokens], the only ones with special tokens: as the model's own tokenizer begins a text."""
-        ...
 
     def encode_places(self, text: str, special: bool) -> Places:
         """The tokens and which characters each stands for. special: read special tokens out of the text."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text, in which special tokens leave no trace."""
-        ...
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the ids."""
@@ -222,7 +220,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str, special: bool, framed: bool) -> Any:
         """framed: with the tokens that tokenizer.json puts around a text."""
-        self._tokenizer.encode_special_tokens = not special  # then "<|endoftext|>" inside a document is text
+        self._tokenizer.encode_special_tokens = not special  # as text, as "<|endoftext|>" inside a document is
         return self._tokenizer.encode(text, add_special_tokens=framed)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
