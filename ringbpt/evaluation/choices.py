@@ -1,11 +1,11 @@
 """Which of several continuations a model finds most likely, by log-likelihood, from a JSONL."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from ringbpt.data.reading.files import read_rows
-from ringbpt.evaluation.passkey import Encode
-from ringbpt.evaluation.score import Item, Scorer
+from ringbpt.evaluation.score import Encode, Item, Scorer
 from ringbpt.types import Params
 
 
@@ -53,3 +53,16 @@ def accuracy(rows: list[dict[str, Any]], key: str = "best") -> float | None:
     """The share of rows with a known answer whose `key` is it; None where no answer is known."""
     known = [row[key] == row["answer"] for row in rows if row["answer"] is not None]
     return sum(known) / len(known) if known else None
+
+
+def report_choices(
+    scorer: Scorer, params: Params, encode: Encode, rows: list[dict[str, Any]], output: Path
+) -> dict[str, Any]:
+    """Writes the scored rows to choices.jsonl, prints and returns the accuracy."""
+    scored = score_choices(scorer, params, encode, rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+    (output / "choices.jsonl").write_text(lines, encoding="utf-8")
+    found = {key: accuracy(scored, key) for key in ("best", "best_per_byte")}
+    shown = {key: "unknown" if share is None else f"{100 * share:.1f} %" for key, share in found.items()}
+    print(f"choices: right {shown['best']}, by bytes {shown['best_per_byte']}")
+    return {"questions": len(rows), **{f"accuracy_{key}": value for key, value in found.items()}}

@@ -1,16 +1,14 @@
 """Passkey retrieval over length and depth: does the model find a number again that it has read?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ringbpt.evaluation.score import Curve, Item, Scorer
+from ringbpt.evaluation.score import Encode, Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey
 from ringbpt.types import Params
-
-Encode = Callable[[str], np.ndarray]  # text -> ids, with bos where the model is used to one
 
 
 def passkey_items(
@@ -31,14 +29,9 @@ def passkey_items(
 
 
 def passkey_grid(
-    scorer: Scorer,
-    params: Params,
-    encode: Encode,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    samples: int = 4,
+    scorer: Scorer, params: Params, encode: Encode, lengths: Sequence[int], depths: Sequence[float], samples: int = 4,
     seed: int = 0,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """The share of keys found, [lengths, depths]: a key counts when a greedy continuation would be it, to the end."""
     grid = []
     for length in lengths:
@@ -50,45 +43,32 @@ def passkey_grid(
 
 def draw_grid(file: Path, grid: np.ndarray, lengths: Sequence[int], depths: Sequence[float], title: str) -> None:
     """The heat map as a PNG."""
-    pyplot, figure, axes = _figure(max(5.0, 0.8 * len(lengths) + 2.5), 4.0)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.0, 0.8 * len(lengths) + 2.5), 4.0), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(grid.T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("depth of the key")
     axes.set_title(title)
-    for i, row in enumerate(grid):
-        for j, share in enumerate(row):
-            axes.text(i, j, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+    for (i, j), share in np.ndenumerate(grid):
+        axes.text(i, j, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="keys found")
-    _save(pyplot, figure, file)
-
-
-def draw_curve(file: Path, curve: Curve, title: str) -> None:
-    """Perplexity by position as a PNG."""
-    pyplot, figure, axes = _figure(6.0, 4.0)
-    seen = curve.tokens > 0
-    middles = (curve.edges[:-1] + curve.edges[1:]) / 2
-    axes.plot(middles[seen], np.exp(curve.loss[seen]), marker=".")
-    axes.set_xlabel("position in the document, tokens")
-    axes.set_ylabel("perplexity")
-    axes.set_yscale("log")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    _save(pyplot, figure, file)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(width, height), constrained_layout=True)
-    return pyplot, figure, axes
-
-
-def _save(pyplot: Any, figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, metadata={"Software": None})  # the same picture, the same bytes
-    pyplot.close(figure)
+
+
+def report_passkeys(
+    scorer: Scorer, params: Params, encode: Encode, lengths: list[int], depth_count: int, samples: int, seed: int,
+    output: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Draws passkey.png, prints the share found at each length, and returns the grid."""
+    depths = [float(depth) for depth in np.linspace(0, 1, depth_count)]
+    grid = passkey_grid(scorer, params, encode, lengths, depths, samples, seed)
+    mesh = ",".join(map(str, scorer.model.mesh.shape.values()))
+    draw_grid(output / "passkey.png", grid, lengths, depths, f"{samples} keys a cell, mesh {mesh}")
+    for length, row in zip(lengths, grid, strict=True):
+        print(f"passkey {length:>8,} tokens: {100 * row.mean():.1f} % found")
+    return {"lengths": lengths, "depths": depths, "samples": samples, "found": grid.tolist()}

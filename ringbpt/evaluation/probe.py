@@ -8,8 +8,9 @@ import numpy as np
 
 from ringbpt.config import Config
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.evaluation.passkey import draw_curve, draw_grid, passkey_grid
-from ringbpt.evaluation.score import Scorer, make_loss_by_position
+from ringbpt.evaluation.passkey import draw_grid, passkey_grid
+from ringbpt.evaluation.perplexity import draw_curve, make_loss_by_position
+from ringbpt.evaluation.score import Scorer
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params
 

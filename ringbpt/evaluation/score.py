@@ -4,8 +4,7 @@ Nothing is generated: a greedy continuation is the expected one exactly when eac
 after those before it, which one forward pass tells for all of them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ from ringbpt.layouts import row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params
+
+Encode = Callable[[str], np.ndarray]  # text -> ids, with bos where the model is used to one
 
 
 class Item(NamedTuple):
@@ -96,31 +97,3 @@ class Scorer:
         columns = (stats.logp_BT, jnp.ones_like(stats.logp_BT), stats.correct_BT)
         zeros = jnp.zeros((batch.token_BT.shape[0], texts + 1), jnp.float32)
         return jnp.stack([zeros.at[rows, batch.segment_BT].add(x * batch.weight_BT) for x in columns])
-
-
-class Curve(NamedTuple):
-    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; tokens 0 where nothing was there."""
-
-    edges: np.ndarray
-    loss: np.ndarray
-    tokens: np.ndarray
-
-
-def make_loss_by_position(model: Model, length: int, buckets: int = 32) -> Callable[[Params, Iterable[Batch]], Curve]:
-    """measure(params, batches) -> Curve over positions inside a document, in equal buckets up to `length`."""
-    buckets = min(buckets, length)
-    edges = np.round(np.linspace(0, length, buckets + 1)).astype(np.int64)
-
-    @partial(jax.jit, out_shardings=NamedSharding(model.mesh, PartitionSpec()))
-    def sums(params: Params, batch: Batch) -> jax.Array:
-        stats = model.token_stats(params, batch)
-        bucket_BT = jnp.searchsorted(jnp.asarray(edges[1:-1]), batch.position_BT, side="right")
-        total = jnp.zeros(buckets, jnp.float32)
-        return jnp.stack([total.at[bucket_BT].add(x * batch.weight_BT) for x in (-stats.logp_BT, 1.0)])
-
-    def measure(params: Params, batches: Iterable[Batch]) -> Curve:
-        total = sum(np.asarray(sums(params, batch), np.float64) for batch in batches)
-        loss, tokens = np.asarray(total)
-        return Curve(edges, loss / np.maximum(tokens, 1), tokens)
-
-    return measure

@@ -29,13 +29,18 @@ class Passkey(NamedTuple):
     answer: str
 
 
+def python_texts(split: str, path: str = "") -> list[str]:
+    """The files of one split of the standard library's source, or of a folder's."""
+    source = PythonSource(PythonDatasetConfig(path=path, split=split))
+    return [str(source[i]["text"]) for i in range(len(source))]
+
+
 class Haystack:
     """Endless text, cut at any place: the files of one split, one after the other."""
 
     def __init__(self, split: str = "heldout", path: str = ""):
-        source = PythonSource(PythonDatasetConfig(path=path, split=split))
-        files = (str(source[i]["text"]) for i in range(len(source)))
-        self._text = re.sub(r"[0-9]+", "", "\n".join(files)).encode("ascii", "ignore").decode()
+        text = "\n".join(python_texts(split, path))
+        self._text = re.sub(r"[0-9]+", "", text).encode("ascii", "ignore").decode()
 
     def cut(self, rng: np.random.Generator, characters: int) -> str:
         start = int(rng.integers(0, len(self._text)))

@@ -11,8 +11,9 @@ from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError, run_main
 from ringbpt.evaluate import main
 from ringbpt.evaluation.choices import accuracy, read_choices, score_choices
-from ringbpt.evaluation.passkey import draw_curve, draw_grid, passkey_grid, passkey_items
-from ringbpt.evaluation.score import Curve, Item, Scorer, make_loss_by_position
+from ringbpt.evaluation.passkey import draw_grid, passkey_grid, passkey_items
+from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_position
+from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
 from tests.golden.make_families import restore
 
