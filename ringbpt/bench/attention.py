@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention.api import LOCALS, AttentionSpec, make_attention
 from ringbpt.attention.core import MaskSpec
-from ringbpt.dims import AXES
+from ringbpt.bench.kernels import Problem, ring_rank
 from ringbpt.layouts import permutation
-from ringbpt.types import TokenMeta
+from ringbpt.mesh import make_mesh
 
 Contender = Callable[..., jax.Array]
 KINDS = ("forward", "forward+backward")
@@ -74,15 +74,11 @@ CASES = (
 
 def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[Any, ...]:
     """(q, k, v, meta), the numbers random; sharded over sp, in layout order."""
-    s = settings
-    keys = jax.random.split(jax.random.key(0), 3)
-    heads = (s.heads, s.kv_heads, s.kv_heads)
-    tensors = [jax.random.normal(key, (1, s.T, n, s.H), s.dtype) for key, n in zip(keys, heads, strict=True)]
-    place_BT = np.arange(s.T, dtype=np.int32)[None]
-    length = s.T // case.documents
-    order = permutation(layout, s.T, s.ranks if s.rival == "one_device" else mesh.shape["sp"])
-    in_order = (*tensors, TokenMeta(place_BT % length, 1 + place_BT // length))
-    return jax.device_put(jax.tree.map(lambda x: x[:, order], in_order), NamedSharding(mesh, PartitionSpec(None, "sp")))
+    problem = Problem(settings.T, settings.H, settings.heads, settings.kv_heads, "packed", case.documents)
+    q, k, v, _ = problem.inputs(settings.dtype)
+    order = permutation(layout, settings.T, settings.ranks if settings.rival == "one_device" else mesh.shape["sp"])
+    in_order = jax.tree.map(lambda x: x[:, order], (q, k, v, problem.meta()))
+    return jax.device_put(in_order, NamedSharding(mesh, PartitionSpec(None, "sp")))
 
 
 def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
@@ -136,49 +132,25 @@ def program(contender: Contender, kind: str) -> Callable:
     return contender if kind == "forward" else jax.grad(total, (0, 1, 2))
 
 
-def ring_rank(settings: Settings, case: Case, ranks: int, kind: str) -> Callable:
-    """What one rank of a ring computes, on one device: hop by hop, without the transfers. Takes the rank last.
-
-    One device alone is a ring of one rank.
-    """
-    local = LOCALS[settings.local](jax.devices()[0], settings.chunk_size, settings.chunk_size)
-
-    def attend(q, k, v, meta, rank):
-        everybody = jax.tree.map(lambda x: x.reshape(1, ranks, -1, *x.shape[2:]), (q, k, v, meta))
-        of = lambda r: jax.tree.map(lambda x: jnp.take(x, r % ranks, axis=1), everybody)  # noqa: E731
-        q_own, _, _, own = of(rank)
-        part = None
-        for hop in range(ranks):
-            _, *kv, meta = of(rank - hop)
-            part = local.attend(q_own, *kv, own, meta, case.mask, part)
-        assert part is not None
-        if kind == "forward":
-            return part.out_BTNH
-        grads = []
-        for hop in range(ranks):
-            _, *kv, meta = of(rank - hop)
-            grads.append(local.attend_bwd(q_own, *kv, part.out_BTNH, part.lse_BTN, q_own, own, meta, case.mask))
-        return sum(dq for dq, _, _ in grads), [(dk, dv) for _, dk, dv in grads]
-
-    return attend
-
-
 def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Callable, tuple]]:
     """{contender: (its program, what it is given)}, ours first."""
     s = settings
-    alone = s.rival != "ringattention"
-    shape = (1, 1, 1, 1 if alone else s.devices)
-    devices = jax.devices()[: shape[-1]]
-    mesh = jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = make_mesh((1, 1, 1, s.devices if s.rival == "ringattention" else 1))
     laid_out, in_order = (inputs(s, case, mesh, layout) for layout in (case.layout, "contiguous"))
 
     def build(function: Callable, arrays: tuple, *more: Any) -> tuple[Callable, tuple]:
         return jax.jit(function).lower(*arrays, *more).compile(), (*arrays, *more)
 
     if s.rival == "one_device":
-        ring = build(ring_rank(s, case, s.ranks, kind), laid_out, 0)[0]
+        local = LOCALS[s.local](jax.devices()[0], s.chunk_size, s.chunk_size)
+
+        def rank_of(ranks: int) -> Callable:
+            attend = ring_rank(local, case.mask, ranks, backward=kind != "forward")
+            return lambda q, k, v, meta, rank: attend(q, k, v, q, meta, rank)  # any d_out costs the same
+
+        ring = build(rank_of(s.ranks), laid_out, 0)[0]
         ranks = {f"rank {r} of {s.ranks}": (ring, (*laid_out, r)) for r in range(s.ranks)}
-        return ranks | {"one device": build(ring_rank(s, case, 1, kind), in_order, 0)}
+        return ranks | {"one device": build(rank_of(1), in_order, 0)}
     spec = AttentionSpec(s.strategy, s.local, case.mask, s.chunk_size, s.chunk_size, skip_hops=case.skip_hops)
     own = make_attention(mesh, spec)
     contenders = {}

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from ringbpt.attention.api import FASTEST, LOCALS
-from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.local import block_sizes
+from ringbpt.bench.kernels import Problem, own_arguments, own_programs, seconds
 from ringbpt.config import Flag, UserError, printed_help, read_flags
 from ringbpt.model.llama import COMPUTE_DTYPES
-from ringbpt.types import TokenMeta
 
 FLAGS = {
     "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
@@ -37,7 +36,6 @@ FLAGS = {
 TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
 BLOCKS = {"pallas_triton": "32,64,128"}  # what fits a GPU's registers; of the others:
 MOST_BLOCKS = "128,256,512,1024"
-REPEATS = 5
 
 
 def _numbers(name: str, text: str, default: str) -> list[int]:
@@ -45,25 +43,6 @@ def _numbers(name: str, text: str, default: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() and int(word) for word in words):
         raise UserError(f"--{name}={text} is no list of numbers: --{name}={default}")
     return [int(word) for word in words]
-
-
-def median_seconds(run: Callable[[], Any]) -> float:
-    """Of REPEATS runs after the one that compiles."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return sorted(times)[REPEATS // 2]
-
-
-def _forward(local, q, k, v, meta):
-    return local.attend(q, k, v, meta, meta, MaskSpec())
-
-
-def _backward(local, q, k, v, part, d_out, meta):
-    return local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec())
 
 
 def measure(
@@ -75,15 +54,10 @@ def measure(
     Sizes that do not run are said. until: of time.monotonic. keep is handed the entry as it gets better.
     """
     device = jax.devices()[0]
-    q, k, v, d_out = (
-        jax.random.normal(jax.random.key(i), (1, shape["tokens"], n, head_dim), dtype)
-        for i, n in enumerate((shape["heads"], shape["kv_heads"], shape["kv_heads"], shape["heads"]))
-    )
-    place = jnp.arange(shape["tokens"], dtype=jnp.int32)[None]
-    meta = TokenMeta(place, jnp.ones_like(place))
+    problem = Problem(shape["tokens"], head_dim, shape["heads"], shape["kv_heads"])
+    arguments = own_arguments(problem, *problem.inputs(dtype))
     best: dict[str, tuple[float, list[int]]] = {}
     entry: dict[str, Any] = {}
-    part: Any = None  # the forward's result, of whichever sizes ran first: the backward's input
     todo = list(product([b for b in blocks if b <= shape["tokens"]], repeat=2))
     for number, sizes in enumerate(todo):
         if time.monotonic() > until:
@@ -91,20 +65,17 @@ def measure(
             return entry
         row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
         row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
-        local = LOCALS[kernel](device, None, None)
-        for way in ("forward", "backward"):
-            if way == "forward":
-                run = partial(jax.jit(partial(_forward, local)), q, k, v, meta)
-            else:
-                run = partial(jax.jit(partial(_backward, local)), q, k, v, part, d_out, meta)
+        programs = own_programs(LOCALS[kernel](device, None, None), problem.spec)
+        for way, program in zip(("forward", "backward"), programs, strict=True):
             try:
-                seconds = median_seconds(run)
-                part = part or run()
+                spent = seconds(program, arguments)
+                if way == "forward":
+                    arguments[4:6] = program(*arguments)
             except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
                 print(f"  {head_dim} {way} {sizes}: {str(error).splitlines()[0][:100]}", flush=True)
                 break  # without a forward there is no backward
-            print(f"  {head_dim} {way} {sizes}: {seconds * 1e3:.3f} ms", flush=True)
-            best[way] = min(best.get(way, (seconds, list(sizes))), (seconds, list(sizes)))
+            print(f"  {head_dim} {way} {sizes}: {spent * 1e3:.3f} ms", flush=True)
+            best[way] = min(best.get(way, (spent, list(sizes))), (spent, list(sizes)))
         if len(best) == 2:
             source = (
                 f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, "

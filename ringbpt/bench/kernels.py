@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,12 +61,12 @@ class Problem:
         pairs = visible_pairs(self.meta(), self.meta(), self.spec)
         return {"forward": 4, "backward": 10}[direction] * float(self.head_dim * self.heads * pairs)
 
-    def inputs(self) -> list[jax.Array]:
-        """q, k, v, d_out in bf16, on the device."""
+    def inputs(self, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
+        """q, k, v and d_out of random numbers, on the device."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         keys = jax.random.split(jax.random.key(0), 4)
         shapes = ((1, self.length, n, self.head_dim) for n in heads)
-        return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+        return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,40 @@ class Peer:
     Raises NotImplementedError for what it cannot do. jax: its programs can be compiled ahead, by other threads.
     """
 
-    name: str
     programs: Callable[[Problem], tuple[Any, Any, Callable]]
     jax: bool = True
 
 
+def own_programs(local: Local, spec: MaskSpec) -> tuple[Callable, Callable]:
+    """(forward, backward) of one of ours, compiled by nobody yet: functions of what own_arguments returns."""
+
+    def forward(q, k, v, d_out, out, lse, meta):
+        part = local.attend(q, k, v, meta, meta, spec)
+        return part.out_BTNH.astype(q.dtype), part.lse_BTN
+
+    def backward(q, k, v, d_out, out, lse, meta):
+        grads = local.attend_bwd(q, k, v, out, lse, d_out, meta, meta, spec)
+        return [grad.astype(q.dtype) for grad in grads]
+
+    return jax.jit(forward), jax.jit(backward)
+
+
+def own_arguments(problem: Problem, q, k, v, d_out) -> list:
+    """[q, k, v, d_out, out, lse, meta], with room for the forward's out and lse, which the backward reads."""
+    meta = jax.tree.map(jnp.asarray, problem.meta())
+    return [q, k, v, d_out, jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32), meta]
+
+
 def ours(name: str, device: jax.Device) -> Peer:
+    local = LOCALS[name](device, None, None)
+
     def programs(problem: Problem):
-        local, spec = LOCALS[name](device, None, None), problem.spec
-        meta = jax.tree.map(jnp.asarray, problem.meta())
-
-        def forward(q, k, v, d_out, out, lse, meta):
-            part = local.attend(q, k, v, meta, meta, spec)
-            return part.out_BTNH.astype(q.dtype), part.lse_BTN
-
-        def backward(q, k, v, d_out, out, lse, meta):
-            grads = local.attend_bwd(q, k, v, out, lse, d_out, meta, meta, spec)
-            return [grad.astype(q.dtype) for grad in grads]
-
-        def prepare(q, k, v, d_out):
-            out, lse = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], jnp.float32))
-            return [q, k, v, d_out, out, lse, meta]
-
+        forward, backward = own_programs(local, problem.spec)
+        prepare = partial(own_arguments, problem)
         jax.eval_shape(backward, *jax.eval_shape(prepare, *jax.eval_shape(problem.inputs)))  # refuses now or never
-        return jax.jit(forward), jax.jit(backward), prepare
+        return forward, backward, prepare
 
-    return Peer(name, programs)
+    return Peer(programs)
 
 
 def differentiated(name: str, attend: Callable) -> Peer:
@@ -119,7 +127,7 @@ def differentiated(name: str, attend: Callable) -> Peer:
 
         return jax.jit(forward), jax.jit(both), lambda *inputs: list(inputs)
 
-    return Peer(name, programs)
+    return Peer(programs)
 
 
 def torch_sdpa(backend: str) -> Peer:
@@ -149,43 +157,40 @@ def torch_sdpa(backend: str) -> Peer:
 
         return forward, both, prepare
 
-    return Peer(f"torch {backend.split('_')[0].lower()}", programs, jax=False)
+    return Peer(programs, jax=False)
 
 
 def peers(device: jax.Device, names: list[str]) -> Iterator[tuple[str, Peer | str]]:
     """Each peer, or why there is none."""
-    for name in names:
+
+    def cudnn() -> Peer:
+        attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        return differentiated("jax cudnn", attend)
+
+    def tokamax() -> Peer:
+        attend = importlib.import_module("tokamax").dot_product_attention
+        return differentiated("tokamax", partial(attend, is_causal=True))
+
+    def torch(backend: str) -> Peer:
+        if not importlib.import_module("torch").cuda.is_available():
+            raise ImportError("this torch has no CUDA")
+        return torch_sdpa(backend)
+
+    makers: dict[str, Callable[[], Peer]] = {name: partial(ours, name, device) for name in names}
+    if device.platform == "gpu":
+        makers |= {"jax cudnn": cudnn, "tokamax": tokamax}
+        makers |= {"torch flash": partial(torch, "FLASH_ATTENTION"), "torch cudnn": partial(torch, "CUDNN_ATTENTION")}
+    for name, make in makers.items():
         try:
-            LOCALS[name](device, None, None)
-        except NotImplementedError as refusal:
+            yield name, make()
+        except (ImportError, NotImplementedError) as refusal:
             yield name, str(refusal)
-        else:
-            yield name, ours(name, device)
-    if device.platform != "gpu":
-        return
-    yield (
-        "jax cudnn",
-        differentiated("jax cudnn", partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")),
-    )
-    try:
-        tokamax = importlib.import_module("tokamax")
-        yield "tokamax", differentiated("tokamax", partial(tokamax.dot_product_attention, is_causal=True))
-    except ImportError as missing:
-        yield "tokamax", str(missing)
-    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-        name = f"torch {backend.split('_')[0].lower()}"
-        try:
-            if not importlib.import_module("torch").cuda.is_available():
-                raise ImportError("this torch has no CUDA")
-            yield name, torch_sdpa(backend)
-        except ImportError as missing:
-            yield name, str(missing)
 
 
 # --- correctness ---
 
 
-def _numpy(x: Any, heads: int) -> np.ndarray:
+def _numpy(x: Any) -> np.ndarray:
     """float32 [1, T, heads, H], of a jax array or a torch tensor (heads before tokens)."""
     if isinstance(x, jax.Array):
         return np.asarray(x, np.float32)
@@ -209,10 +214,8 @@ def errors(problem: Problem, forward: Callable, backward: Callable, prepare: Cal
     if len(args) > 4:  # ours: out and lse are the global ones
         args[4:6] = [whole.out_BTNH.astype(jnp.bfloat16), whole.lse_BTN]
     found = [forward(*args)[0], *backward(*args)]
-    heads = (problem.heads, problem.heads, problem.kv_heads, problem.kv_heads)
     differences = {}
-    for name, n, a, b in zip(("out", "dq", "dk", "dv"), heads, found, truth, strict=True):
-        a, b = _numpy(a, n), np.asarray(b)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), map(_numpy, found), map(np.asarray, truth), strict=True):
         error = np.abs(a - b).max() / np.abs(b).max()
         differences[name] = float(error) if np.isfinite(a).all() else float("inf")
     return differences
@@ -264,51 +267,52 @@ def measure(problem: Problem, forward: Callable, backward: Callable, prepare: Ca
     return {direction: problem.flops(direction) / spent / 1e12 for direction, spent in times.items()}
 
 
+def ring_rank(local: Local, mask: MaskSpec, ranks: int, backward: bool) -> Callable:
+    """What one rank of a ring computes, on one device: hop by hop, without the transfers.
+
+    A function of everybody's (q, k, v, d_out, meta), in layout order, and of the rank, to the rank's out, or to its dq
+    and the sums of each hop's dk and dv. One device alone is a ring of one rank.
+    """
+
+    def attend(q, k, v, d_out, meta, rank):
+        everybody = jax.tree.map(lambda x: x.reshape(1, ranks, -1, *x.shape[2:]), (q, k, v, d_out, meta))
+
+        def of(r):
+            return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, r % ranks, 1, keepdims=False), everybody)
+
+        q, k, v, d_out, own = of(rank)
+
+        def hop(part, i):
+            _, k, v, _, meta = of(rank - i)
+            return local.attend(q, k, v, own, meta, mask, part), None
+
+        part, _ = lax.scan(hop, local.attend(q, k, v, own, own, mask), jnp.arange(1, ranks))
+        out = part.out_BTNH.astype(q.dtype)
+
+        def hop_back(dq, i):
+            _, k, v, _, meta = of(rank - i)
+            more, dk, dv = local.attend_bwd(q, k, v, out, part.lse_BTN, d_out, own, meta, mask)
+            return dq + more, (jnp.sum(dk), jnp.sum(dv))  # summed, so that they are computed and not kept
+
+        return lax.scan(hop_back, jnp.zeros(q.shape, jnp.float32), jnp.arange(ranks)) if backward else out
+
+    return attend
+
+
 def ring_of_ranks(local: Local, length: int, ranks: int, problem: Problem) -> dict[str, float]:
     """A zigzag ring without its transfers, a rank at a time, against one shot over the whole sequence.
 
     length: tokens a rank. {"forward": one shot's time / ranks / the slowest rank's, "both": forward and backward}.
     """
-    whole = Problem(**{**asdict(problem), "length": length * ranks, "mask": "causal"})
-    order = jnp.asarray(permutation("zigzag", whole.length, ranks))
-    q, k, v, d_out = whole.inputs()
-    meta = jax.tree.map(jnp.asarray, whole.meta())
-
-    def one_shot(backward: bool, q, k, v, d_out, meta):
-        part = local.attend(q, k, v, meta, meta, MaskSpec())
-        out = part.out_BTNH.astype(q.dtype)
-        return local.attend_bwd(q, k, v, out, part.lse_BTN, d_out, meta, meta, MaskSpec()) if backward else out
-
-    def one_rank(backward: bool, rank, q, k, v, d_out, meta):
-        dealt = jax.tree.map(lambda x: x[:, order].reshape(1, ranks, length, *x.shape[2:]), (k, v, meta))
-
-        def take(x, r):
-            return lax.dynamic_index_in_dim(x, r, axis=1, keepdims=False)
-
-        mine = lax.dynamic_index_in_dim(order.reshape(ranks, length), rank, keepdims=False)
-        q, d_out, q_meta = jax.tree.map(lambda x: x[:, mine], (q, d_out, meta))
-
-        def hop(part, i):
-            k, v, kv_meta = jax.tree.map(lambda x: take(x, (rank - i) % ranks), dealt)
-            return local.attend(q, k, v, q_meta, kv_meta, MaskSpec(), part), None
-
-        part, _ = lax.scan(hop, Partial.empty(q.shape), jnp.arange(ranks))
-        if not backward:
-            return part.out_BTNH.astype(q.dtype)
-        out = part.out_BTNH.astype(q.dtype)
-
-        def hop_back(dq, i):
-            k, v, kv_meta = jax.tree.map(lambda x: take(x, (rank - i) % ranks), dealt)
-            more, dk, dv = local.attend_bwd(q, k, v, out, part.lse_BTN, d_out, q_meta, kv_meta, MaskSpec())
-            return dq + more, (jnp.sum(dk), jnp.sum(dv))  # summed, so that they are computed and not kept
-
-        return lax.scan(hop_back, jnp.zeros(q.shape, jnp.float32), jnp.arange(ranks))
-
+    whole = replace(problem, length=length * ranks, mask="causal")
+    arrays = (*whole.inputs(), jax.tree.map(jnp.asarray, whole.meta()))
+    order = permutation("zigzag", whole.length, ranks)
+    dealt = jax.tree.map(lambda x: x[:, order], arrays)
     found = {}
     for name, backward in (("forward", False), ("both", True)):
-        shot = seconds(jax.jit(partial(one_shot, backward)), [q, k, v, d_out, meta])
-        rank = jax.jit(partial(one_rank, backward))
-        slowest = max(seconds(rank, [jnp.int32(r), q, k, v, d_out, meta]) for r in (0, ranks - 1))
+        shot = seconds(jax.jit(ring_rank(local, MaskSpec(), 1, backward)), [*arrays, 0])
+        rank = jax.jit(ring_rank(local, MaskSpec(), ranks, backward))
+        slowest = max(seconds(rank, [*dealt, r]) for r in (0, ranks - 1))
         found[name] = shot / ranks / slowest
     return found
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ringbpt.attention.api import LOCALS
 from ringbpt.attention.local import reference
 from ringbpt.bench import attention as bench
 from ringbpt.layouts import permutation
@@ -18,9 +19,9 @@ CASE = bench.Case("documents", documents=4, layout="zigzag")
 
 def test_the_ranks_together_are_the_whole():
     arrays = bench.inputs(SETTINGS, CASE, make_mesh((1, 1, 1, 1), devices=jax.devices()[:1]), "zigzag")
-    rank = jax.jit(bench.ring_rank(SETTINGS, CASE, 2, "forward"))
-    got = jnp.concatenate([rank(*arrays, r) for r in range(2)], axis=1)
     q, k, v, meta = arrays
+    rank = jax.jit(bench.ring_rank(LOCALS["blockwise"](jax.devices()[0], 16, 16), CASE.mask, 2, backward=False))
+    got = jnp.concatenate([rank(q, k, v, q, meta, r) for r in range(2)], axis=1)
     np.testing.assert_allclose(got, reference.attend(q, k, v, meta, meta, CASE.mask).out_BTNH, atol=1e-5)
     assert (np.asarray(meta.position_BT)[0] == (permutation("zigzag", 64, 2) % 16)).all()
 
