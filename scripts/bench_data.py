@@ -5,7 +5,7 @@ python scripts/bench_data.py [--megabytes=64] [--tokenizer=bytes] [--folder=DIR]
 
 import sys
 
-from ringbpt.config import Flag, read_own_flags, run_main
+from ringbpt.config import Flag, printed_help, read_flags, run_main
 
 FLAGS = {
     "megabytes": Flag(int, 64, "of text, which is made here"),
@@ -15,12 +15,11 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     from ringbpt.bench.data import bench
 
-    bench(**read_own_flags(argv, FLAGS))
+    bench(**read_flags(argv, FLAGS))
     return 0
 
 

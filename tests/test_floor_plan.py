@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -225,6 +226,13 @@ def test_the_probe_notices_a_device():
     result = run_python("import jax.numpy; jax.numpy.zeros(3)", **NO_DEVICE)
     assert result.returncode != 0
     assert "no_such_platform" in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_of_the_house_is_there(path):
+    for module, name in imported_names(ast.parse(path.read_text())):
+        if module.split(".")[0] == "ringbpt" and name:
+            assert hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}")
 
 
 # --- what is imported is declared ---
