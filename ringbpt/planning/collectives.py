@@ -1,49 +1,34 @@
 """What travels between devices in one step, by mesh axis, read off the compiled program."""
 
 import re
+from collections import Counter
 
 import numpy as np
 
 from ringbpt.dims import AXES
-from ringbpt.planning.hlo import Computation, Instruction, Module, shape_bytes
+from ringbpt.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
-def collective_bytes(module: Module, mesh_shape: tuple[int, ...]) -> dict[str, dict[str, int]]:
+def collective_bytes(module: Module, mesh_shape: tuple[int, ...]) -> dict[str, Counter[str]]:
     """{axis or axes: {kind: bytes}} that one device sends in one call.
 
     Axes that one transfer spans at once are written together, as "fsdp+sp". An all-gather over n devices counts
     what a device must receive, (n-1)/n of the result; an all-reduce twice that; a permute its whole array. A loop
     whose length depends on data counts once (ours hold no transfers).
     """
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, Counter[str]] = {}
     for instruction, computation, times in module.executed():
         kind = instruction.opcode.removesuffix("-start")
-        if kind == "async":
-            continue  # what it wraps is walked through by itself
-        if kind not in KINDS or instruction.opcode.endswith("-done"):
+        if kind not in KINDS:  # nor is an "async-start": what it wraps is walked through by itself
             continue
         axis, size = _axis(instruction, mesh_shape)
         if size > 1:
-            sent = times * _sent(kind, instruction, computation, size)
-            kinds = found.setdefault(axis, {})
-            kinds[kind] = kinds.get(kind, 0) + sent
+            others = (size - 1) / size  # what of an array goes to the other devices, or comes from them
+            share = {"all-gather": size - 1, "all-reduce": 2 * others, "collective-permute": 1}.get(kind, others)
+            found.setdefault(axis, Counter())[kind] += times * int(computation.operand_bytes(instruction) * share)
     return found
-
-
-def _sent(kind: str, instruction: Instruction, computation: Computation, size: int) -> int:
-    operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
-    given = sum(shape_bytes(operand.shape) for operand in operands)
-    share = (size - 1) / size
-    return int({
-        "all-gather": given * (size - 1),
-        "all-reduce": 2 * given * share,
-        "reduce-scatter": given * share,
-        "all-to-all": given * share,
-        "ragged-all-to-all": given * share,
-        "collective-permute": given,
-    }[kind])  # fmt: skip
 
 
 def _axis(instruction: Instruction, mesh_shape: tuple[int, ...]) -> tuple[str, int]:

@@ -1,6 +1,8 @@
 """A step's arithmetic by our own count, and a bracket of its time, with every assumption written out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -31,11 +33,8 @@ class Flops:
 
 def visible_pairs(config: Config) -> float:
     """(query, key) pairs of a batch whose rows are one document each."""
-    length, window = (
-        config.train_dataset.seq_length,
-        config.architecture.sliding_window or config.train_dataset.seq_length,
-    )
-    window = min(window, length)
+    length = config.train_dataset.seq_length
+    window = min(config.architecture.sliding_window or length, length)
     return config.train_dataset.batch_size * (window * (window + 1) / 2 + (length - window) * window)
 
 
@@ -71,8 +70,6 @@ def step_flops(config: Config) -> Flops:
 def balance(config: Config) -> float:
     """The most loaded device's attention over the average, for rows of one document each; a small sequence tells."""
     sp = config.mesh_shape[3]
-    if sp == 1:
-        return 1.0
     length = 16 * sp
     meta = TokenMeta(np.arange(length)[None], np.ones((1, length), int))
     window = config.architecture.sliding_window
@@ -97,7 +94,7 @@ def estimate(
     config: Config,
     machine: Topology,
     flops: Flops,
-    collectives: dict[str, dict[str, int]],
+    collectives: Mapping[str, Mapping[str, int]],
     hops: list[Hop],
     kernel: bool,
 ) -> Estimate:
@@ -120,10 +117,9 @@ def estimate(
         (sum(kinds.values()) - (ring if axis == "sp" else 0)) / rates[axis][1] for axis, kinds in collectives.items()
     )
     exposed = sum(hop.bytes * hop.times for hop in hops if not hop.hidden)
-    margin = None
-    permute = _permute_rates(config, machine)
-    if hops:
-        margin = attention / attention_share[0] / (ring / permute[1])
+    # A hop of the ring goes over one link, one way, on a TPU's torus.
+    permute = (machine.hardware.link_gb_per_s * 1e9,) * 2 if machine.platform == "tpu" else rates["sp"]
+    margin = attention / attention_share[0] / (ring / permute[1]) if hops else None
     meanwhile, after = host_traffic(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
     host_best, host_worst = (rate * 1e9 for rate in hardware.HOST_GB_PER_S)
     low = max(best, ring / permute[0], meanwhile / host_best) + after / host_best
@@ -132,49 +128,34 @@ def estimate(
     return Estimate(low, high, margin, lines)
 
 
-def _permute_rates(config: Config, machine: Topology) -> tuple[float, float]:
-    """Bytes a second of a hop of the ring, (at best, at worst): one link one way on a TPU's torus."""
-    assert machine.hardware
-    if machine.platform == "tpu":
-        return (machine.hardware.link_gb_per_s * 1e9,) * 2
-    return link_rates(config, machine)["sp"]
-
-
 def link_rates(config: Config, machine: Topology) -> dict[str, tuple[float, float]]:
     """{axis or axes: bytes a second that one device sends along it, (at best, at worst)}."""
     assert machine.hardware
     known = machine.hardware
     inside = known.link_gb_per_s * 1e9 * (2 if machine.platform == "tpu" else known.links)
+    network = hardware.NETWORK_GB_PER_S
     rates: dict[str, tuple[float, float]] = {}
     stride = 1
-    network = hardware.NETWORK_GB_PER_S
     for name, size in reversed(list(zip(AXES, config.mesh_shape, strict=True))):
         stride *= size
         crosses = machine.platform == "cuda" and stride > machine.devices_per_host
         rates[name] = (network[0] * 1e9, network[1] * 1e9) if crosses else (inside, inside)
-    for first in range(4):
-        for together in _combinations(AXES[first:]):
+    for number in range(2, len(AXES) + 1):
+        for together in combinations(AXES, number):
             best, worst = (min(rates[name][i] for name in together) for i in (0, 1))
             rates["+".join(together)] = best, worst
     return rates | {"none": (inside, inside)}
 
 
-def _combinations(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    if len(names) == 1:
-        return [names]
-    return [(names[0],)] + [(names[0], *rest) for i in range(1, len(names)) for rest in _combinations(names[i:])]
-
-
 def _assumptions(config, machine, attention_share, uneven, rates, permute, host) -> list[str]:
     known, percent = machine.hardware, lambda pair: f"{pair[0]:.0%} to {pair[1]:.0%}"
+    slower = f", float32 products {hardware.FLOAT32_COST} times as long" if config.dtype == "fp32" else ""
+    window = config.architecture.sliding_window
+    seen = f"a window of {window} tokens" if window else "so every earlier token"
     lines = [
-        f"peak {known.bf16_tflops:g} TFLOP/s a device"
-        + (f", float32 products {hardware.FLOAT32_COST} times as long" if config.dtype == "fp32" else ""),
+        f"peak {known.bf16_tflops:g} TFLOP/s a device{slower}",
         f"matrix products reach {percent(hardware.MATMUL_SHARE)} of it, attention {percent(attention_share)}",
-        "each row of the batch is one document, so every earlier token is visible"
-        if not config.architecture.sliding_window
-        else "each row of the batch is one document, "
-        f"a window of {config.architecture.sliding_window} tokens is visible",
+        f"each row of the batch is one document, {seen} is visible",
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
         f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
         "at best every other transfer hides, at worst none does: "

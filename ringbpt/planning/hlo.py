@@ -54,6 +54,10 @@ class Computation:
     def by_name(self) -> dict[str, Instruction]:
         return {instruction.name: instruction for instruction in self.instructions}
 
+    def operand_bytes(self, instruction: Instruction) -> int:
+        """The bytes of what an instruction of this computation is given."""
+        return sum(shape_bytes(self.by_name[name].shape) for name in instruction.operands if name in self.by_name)
+
 
 @dataclass(frozen=True)
 class Module:
@@ -122,8 +126,7 @@ def parse(text: str) -> Module:
     current: Computation | None = None
     for line in text.splitlines():
         if not line.startswith(" "):
-            header = _HEADER.match(line)
-            if header:
+            if header := _HEADER.match(line):
                 current = Computation(header.group(2), entry=bool(header.group(1)))
                 computations[current.name] = current
         elif current is not None and (start := _INSTRUCTION.match(line)):

@@ -4,7 +4,7 @@ A hop is a transfer that ring.py asked for (a ppermute). It is hidden where it s
 at least one attention computation: a loop over blocks or a kernel. A test asks so:
 
     hops = ring_hops(compiled.as_text())          # of a gradient on sp > 2: forward and backward
-    assert hops and not exposed(hops), exposed(hops)
+    assert hops and all(hop.hidden for hop in hops), list(map(str, hops))
 
 The program must be scheduled: compiled for a TPU or a GPU (planning.topologies), here or not; the CPU's is not.
 Kernels count by their being custom calls; what they are called does not matter.
@@ -13,7 +13,7 @@ Kernels count by their being custom calls; what they are called does not matter.
 from dataclasses import dataclass
 
 from ringbpt.attention.api import SCOPE
-from ringbpt.planning.hlo import Computation, Instruction, Module, parse, shape_bytes
+from ringbpt.planning.hlo import Computation, Instruction, Module, parse
 
 # Custom calls that compute nothing.
 _PLUMBING = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "MoveTo")
@@ -46,11 +46,6 @@ class Hop:
         return f"{which} {self.name} in {self.computation}, {self.bytes} bytes x {self.times}: {how}"
 
 
-def exposed(hops: list[Hop]) -> list[str]:
-    """A line for each hop that nothing hides."""
-    return [str(hop) for hop in hops if not hop.hidden]
-
-
 def ring_hops(text: str) -> list[Hop]:
     """Every hop of the program `compiled.as_text()`. Raises ValueError where it is not scheduled."""
     module = parse(text)
@@ -67,7 +62,7 @@ def ring_hops(text: str) -> list[Hop]:
             Hop(
                 name=instruction.name,
                 computation=computation.name,
-                bytes=_sent_bytes(computation, instruction),
+                bytes=computation.operand_bytes(instruction),
                 times=times,
                 in_loop=computation.name in bodies,
                 backward="transpose(" in instruction.op_name,
@@ -85,11 +80,6 @@ def _is_hop(module: Module, instruction: Instruction) -> bool:
         and any(i.opcode == "collective-permute" for i in module.inside(instruction))
     )
     return permutes and instruction.op_name.endswith("ppermute")
-
-
-def _sent_bytes(computation: Computation, hop: Instruction) -> int:
-    operands = (computation.by_name.get(name) for name in hop.operands)
-    return sum(shape_bytes(operand.shape) for operand in operands if operand)
 
 
 def _between(computation: Computation, start: Instruction) -> list[Instruction]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from ringbpt.config import Config
 from ringbpt.dims import ACTIVATION_AXES, spec
@@ -50,13 +50,6 @@ class Program:
     text: str
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """What put_batch makes of a batch of the training data, as ShapeDtypeStructs."""
-    shape = (config.train_dataset.batch_size, config.train_dataset.seq_length)
-    sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))
-    return Batch.of({name: jax.ShapeDtypeStruct(shape, COLUMNS[name].dtype, sharding=sharding) for name in ALWAYS})
-
-
 def step_and_arguments(
     config: Config, devices: tuple[jax.Device, ...]
 ) -> tuple[Any, tuple[TrainState, Batch], TrainState]:
@@ -66,7 +59,10 @@ def step_and_arguments(
     model.check_kernel(config.train_dataset.seq_length)
     optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
     step = make_train_step(config, model, objective_of(config), optimizer, schedule)
-    arguments = abstract_state(config, model, optimizer), abstract_batch(config, mesh)
+    shape_BT = (config.train_dataset.batch_size, config.train_dataset.seq_length)
+    sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))  # as put_batch gives it
+    columns = {name: jax.ShapeDtypeStruct(shape_BT, COLUMNS[name].dtype, sharding=sharding) for name in ALWAYS}
+    arguments = abstract_state(config, model, optimizer), Batch.of(columns)
     return step, arguments, host_leaves(config, model, optimizer)
 
 

@@ -8,7 +8,7 @@ from ringbpt.config import Config
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import estimate, step_flops
 from ringbpt.planning.hlo import parse
-from ringbpt.planning.overlap import Hop, has_kernel, ring_hops
+from ringbpt.planning.overlap import has_kernel, ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.memory import account
@@ -25,6 +25,10 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.machine.memory is None or self.program.total <= self.machine.memory
+
+    @property
+    def verdict(self) -> str:
+        return "fits" if self.fits else "too much"
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report, in what JSON knows; what a program that does not fit cannot say is None."""
@@ -48,12 +52,7 @@ class Plan:
             "closed_form": closed_form(config, machine.platform),
             "fits": self.fits,
             "flops": asdict(flops),
-            "collectives": None,
-            "ring_overlap": None,
-            "step_seconds": None,
-            "tokens_per_second": None,
-            "mfu": None,
-            "hop_margin": None,
+            **dict.fromkeys(("collectives", "ring_overlap", "step_seconds", "tokens_per_second", "mfu", "hop_margin")),
             "assumptions": [],
         }
         if not program.text:
@@ -64,7 +63,8 @@ class Plan:
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report
         hops = ring_hops(program.text)
-        report["ring_overlap"] = overlap_counts(hops)
+        every, hidden = sum(hop.times for hop in hops), sum(hop.times for hop in hops if hop.hidden)
+        report["ring_overlap"] = {"hops": every, "hidden": hidden, "exposed": every - hidden}
         guess = estimate(config, machine, flops, kinds, hops, has_kernel(module))
         tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
         full = machine.hardware.bf16_tflops * 1e12 * len(machine.devices)
@@ -81,19 +81,17 @@ def make_plan(config: Config, machine: Topology) -> Plan:
     return Plan(config, machine, compile_program(config, machine))
 
 
-def overlap_counts(hops: list[Hop]) -> dict[str, int]:
-    """Transfers of one step, by whether something hides them."""
-    hidden = sum(hop.times for hop in hops if hop.hidden)
-    every = sum(hop.times for hop in hops)
-    return {"hops": every, "hidden": hidden, "exposed": every - hidden}
-
-
 def closed_form(config: Config, platform: str) -> dict[str, int] | None:
     """The account without a compiler, by name; None for a program that it has no count of."""
     try:
         return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
     except NotImplementedError:
         return None
+
+
+def _temporaries(report: dict[str, Any]) -> dict[str, int]:
+    """The closed form's part of what is neither a parameter nor the optimizer's; {} where there is none."""
+    return {name: n for name, n in (report["closed_form"] or {}).items() if name not in ("params", "optimizer")}
 
 
 def size(count: float) -> str:
@@ -114,16 +112,16 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{'memory of one device':<34}{'compiled':>12}{'closed form':>14}",
     ]
-    formula = report["closed_form"] or {}
+    formula, working = report["closed_form"] or {}, _temporaries(report)
     guessed = {
-        "parameters": formula.get("params"),
-        "optimizer state": formula.get("optimizer"),
-        "temporaries": sum(v for k, v in formula.items() if k not in ("params", "optimizer")) if formula else None,
-        "total": sum(formula.values()) if formula else None,
+        "parameters": formula.get("params", 0),
+        "optimizer state": formula.get("optimizer", 0),
+        "temporaries": sum(working.values()),
+        "total": sum(formula.values()),
     }
-    for name, count in [*report["arguments"].items(), *((n, sizes[n]) for n in ("temporaries", "total"))]:
-        known = guessed.get(name)
-        lines.append(f"  {name:<32}{size(count):>12}{size(known) if known is not None else '':>14}")
+    for name, count in (report["arguments"] | {name: sizes[name] for name in ("temporaries", "total")}).items():
+        known = size(guessed[name]) if formula and name in guessed else ""
+        lines.append(f"  {name:<32}{size(count):>12}{known:>14}")
     if sizes["host"]:
         lines.append(f"  {'in the host memory':<32}{size(sizes['host']):>12}")
     if limit is not None:
@@ -132,15 +130,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"  {'of':<32}{size(limit):>12}   {verdict}")
     if formula:
         lines += ["", "what the temporaries are for, by the closed form"]
-        lines += [
-            f"  {name:<32}{size(count):>12}" for name, count in formula.items() if name not in ("params", "optimizer")
-        ]
+        lines += [f"  {name:<32}{size(count):>12}" for name, count in working.items()]
     if report["largest"]:
         lines += ["", "largest temporaries"]
-        lines += [
-            f"  {size(buffer['bytes']):>12}  {buffer['shape']:<32} {buffer['made_by'][-60:]}"
-            for buffer in report["largest"]
-        ]
+        for buffer in report["largest"]:
+            lines.append(f"  {size(buffer['bytes']):>12}  {buffer['shape']:<32} {buffer['made_by'][-60:]}")
     flops = report["flops"]
     lines += [
         "",
@@ -171,25 +165,20 @@ def suggestion(flags: str, plan: Plan) -> str:
     seconds = report["step_seconds"]
     time = f"{seconds[0]:.3g} to {seconds[1]:.3g}" if seconds else ""
     host = f", {size(plan.program.host)} on the host" if plan.program.host else ""
-    verdict = "fits" if plan.fits else "too much"
-    return f"  {flags:<50}{size(plan.program.total):>12}  {time:>16}  {verdict}{host}"
+    return f"  {flags:<50}{size(plan.program.total):>12}  {time:>16}  {plan.verdict}{host}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """One bar: the closed form's shares of the temporaries scaled to what the compiler allocated, up to the limit."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    sizes = report["bytes"]
-    parts = dict(report["arguments"])
-    named = {k: v for k, v in (report["closed_form"] or {}).items() if k not in ("params", "optimizer") and v}
+    sizes, named = report["bytes"], {name: count for name, count in _temporaries(report).items() if count}
     scale = sizes["temporaries"] / sum(named.values()) if named else 0
-    parts |= {name: count * scale for name, count in named.items()} or {"temporaries": sizes["temporaries"]}
-    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    scaled = {name: count * scale for name, count in named.items()} or {"temporaries": sizes["temporaries"]}
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axes = figure.subplots()
     left = 0.0
-    for name, count in parts.items():
+    for name, count in (report["arguments"] | scaled).items():
         axes.barh(0, count / GIB, left=left, label=f"{name} {size(count)}")
         left += count / GIB
     if sizes["limit"]:
@@ -199,4 +188,3 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['topology']}, {report['rows']} x {report['seq_length']:,} tokens")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

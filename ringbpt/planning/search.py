@@ -14,13 +14,11 @@ CLOSE = 1.04
 MOST_COMPILES = 12
 
 
+Say = Callable[[str], None]
+
+
 def find(
-    tree: ConfigDict,
-    machine: Topology,
-    what: str,
-    say: Callable[[str], None],
-    close: float = CLOSE,
-    most_compiles: int = MOST_COMPILES,
+    tree: ConfigDict, machine: Topology, what: str, say: Say, close: float = CLOSE, most_compiles: int = MOST_COMPILES
 ) -> Plan:
     """The plan of the largest seq_length or batch_size, or the smallest sp (fsdp takes the rest), that fits.
 
@@ -43,12 +41,15 @@ def find(
         tree.train_dataset[source][what] = units * unit
         if what == "seq_length":
             tree.llama.max_sequence_length = max(units * unit, start.architecture.max_sequence_length)
-        made = make_plan(parse(tree, len(machine.devices)), machine)
-        verdict = "fits" if made.fits else "too much"
-        say(f"{what}={units * unit:,}: {size(made.program.total)} of {size(machine.memory or 0)}, {verdict}")
-        return made
+        return _tried(f"{what}={units * unit:,}", parse(tree, len(machine.devices)), machine, say)
 
     return _largest(plan, first, machine.memory, close, most_compiles)
+
+
+def _tried(what: str, config: Config, machine: Topology, say: Say) -> Plan:
+    made = make_plan(config, machine)
+    say(f"{what}: {size(made.program.total)} of {size(machine.memory or 0)}, {made.verdict}")
+    return made
 
 
 # What may make it fit or go faster, as the flags that one would add; several of one line go together.
@@ -140,7 +141,7 @@ def _line(known: dict[int, Plan], memory: int) -> int:
     return int(nearest[0] + (memory - totals[0]) / slope - 0.01 * nearest[0])
 
 
-def _smallest_sp(tree: ConfigDict, machine: Topology, start: Config, say: Callable[[str], None]) -> Plan:
+def _smallest_sp(tree: ConfigDict, machine: Topology, start: Config, say: Say) -> Plan:
     """sp = 1, 2, 4 ...; what is left of the devices, dp and tp aside, is fsdp's."""
     dp, _, tp, _ = start.mesh_shape
     rest = len(machine.devices) // (dp * tp)
@@ -154,10 +155,7 @@ def _smallest_sp(tree: ConfigDict, machine: Topology, start: Config, say: Callab
             say(f"sp={sp}: {error}")
             refused = error
             continue
-        made = make_plan(config, machine)
-        say(
-            f"sp={sp}: {size(made.program.total)} of {size(machine.memory or 0)}, {'fits' if made.fits else 'too much'}"
-        )
+        made = _tried(f"sp={sp}", config, machine, say)
         if made.fits:
             return made
     raise refused or UserError("no sp fits: a shorter --train_dataset.*.seq_length, or a larger --topology, would")

@@ -8,8 +8,6 @@ A kernel's or a ring's test compiles so, on a laptop:
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(None, "sp")))
     compiled = machine.compile(jax.jit(attend), x, x, x, meta, meta)
     compiled.memory_analysis(); ring_hops(compiled.as_text())        # planning.overlap
-
-`need(name)` raises UserError with what to install where the compiler is missing: a test skips on it.
 """
 
 import importlib.util
@@ -17,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +76,6 @@ class Topology:
         part = GPU_FRACTION if self.platform == "cuda" else 1.0
         return int(part * self.hardware.hbm_gib * 2**30)
 
-    def lower(self, jitted: Any, *args: Any, on_host: Sequence[bool] = ()) -> Any:
-        lowered = jitted.trace(*args).lower(lowering_platforms=(self.platform,))
-        if any(on_host) and self.platform == "cuda":
-            _place_on_host(lowered.compiler_ir("stablehlo"), on_host)
-        return lowered
-
     def compile(
         self, jitted: Any, *args: Any, on_host: Sequence[bool] = (), options: dict[str, Any] | None = None
     ) -> Any:
@@ -96,14 +88,18 @@ class Topology:
         """
         # Autotuning times kernels on a GPU, and there is none.
         own: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
-        with quiet(self.platform != "cpu"), _uncached("xla_dump_to" in (options or {})):
-            return self.lower(jitted, *args, on_host=on_host).compile(own | (options or {}))
+        talks, dumps = self.platform != "cpu", "xla_dump_to" in (options or {})
+        with quiet() if talks else nullcontext(), _uncached() if dumps else nullcontext():
+            lowered = jitted.trace(*args).lower(lowering_platforms=(self.platform,))
+            if any(on_host) and self.platform == "cuda":
+                _place_on_host(lowered.compiler_ir("stablehlo"), on_host)
+            return lowered.compile(own | (options or {}))
 
 
 @contextmanager
-def _uncached(asked: bool) -> Iterator[None]:
+def _uncached() -> Iterator[None]:
     """No program comes from jax's compilation cache meanwhile: a cached one is not compiled, and dumps no files."""
-    if not asked or not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
         yield
         return
     jax.config.update("jax_enable_compilation_cache", False)
@@ -136,12 +132,6 @@ def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:
             )
 
 
-def names() -> list[str]:
-    """Every TPU's name, and an example of each GPU's and of the CPU's."""
-    tpus = [f"{kind}-{count * cores}" for kind, (cores, shapes, _) in _TPUS.items() for count in shapes]
-    return [*tpus, *(f"{n}{gpu.lower()}" for gpu in _GPUS for n in ("", "8x", "4x8x")), "cpu-8"]
-
-
 def topology(name: str) -> Topology:
     """The machine of that name: v4-512, v5litepod-8, 8xa100-80g, 4x8xh100 (nodes x GPUs), h200, cpu-8.
 
@@ -159,11 +149,13 @@ def topology(name: str) -> Topology:
 
 
 def _unknown(name: str) -> str:
+    names = [f"{kind}-{count * cores}" for kind, (cores, shapes, _) in _TPUS.items() for count in shapes]
+    names += [*(f"{n}{gpu.lower()}" for gpu in _GPUS for n in ("", "8x", "4x8x")), "cpu-8"]
     sizes = ", ".join(f"{kind}-{cores * min(s)} to {kind}-{cores * max(s)}" for kind, (cores, s, _) in _TPUS.items())
     gpus = ", ".join(f"8x{gpu.lower()}" for gpu in _GPUS)
     return (
         f"--topology='{name}' is no machine known here: {sizes}, {gpus} (4x8xh100: 4 nodes of 8), cpu-8; "
-        f"did you mean --topology={nearest_name(name, names())}?"
+        f"did you mean --topology={nearest_name(name, names)}?"
     )
 
 
@@ -230,7 +222,7 @@ def _gpu_config(known: Hardware) -> str:
 
 
 def need(platform: str) -> None:
-    """Raises UserError with what to install where the compiler of `platform` (tpu, cuda, cpu) is missing.
+    """Raises UserError with what to install where the compiler of `platform` (tpu, cuda, cpu) is missing: a test skips.
 
     Also says to it, before it starts, that no device is there and that others may be using it at the same time.
     """
@@ -254,14 +246,11 @@ def need(platform: str) -> None:
 
 
 @contextmanager
-def quiet(on: bool = True) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """While it lasts, nothing reaches the process's stderr: compilers without a device complain at length there.
 
     An exception still carries its own message.
     """
-    if not on:
-        yield
-        return
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -13,7 +13,7 @@ from ringbpt.attention.core import Partial
 from ringbpt.attention.parallel import ring
 from ringbpt.config import UserError
 from ringbpt.mesh import make_mesh
-from ringbpt.planning.overlap import exposed, ring_hops
+from ringbpt.planning.overlap import Hop, ring_hops
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training.step import GPU_OPTIONS
 from ringbpt.types import TokenMeta
@@ -25,6 +25,11 @@ EIGHT = [
     *product(["8xh200"], ["blockwise", "cudnn", "pallas_hopper", "pallas_triton"]),
     *product(["8xa100"], ["blockwise", "pallas_triton"]),
 ]
+
+
+def exposed(hops: list[Hop]) -> list[str]:
+    """A line for each hop that nothing hides."""
+    return [str(hop) for hop in hops if not hop.hidden]
 
 
 def compiler(name: str):
