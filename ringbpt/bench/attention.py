@@ -10,6 +10,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax
@@ -153,11 +154,10 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
         return ranks | {"one device": build(rank_of(1), in_order, 0)}
     spec = AttentionSpec(s.strategy, s.local, case.mask, s.chunk_size, s.chunk_size, skip_hops=case.skip_hops)
     own = make_attention(mesh, spec)
-    contenders = {}
     if s.rival == "cudnn":
-        contenders["cudnn"] = cudnn(case)
+        contenders = {"cudnn": cudnn(case)}
     else:
-        contenders |= {f"ringattention, blocks {n}": ringattention(case, mesh, n) for n in s.rival_chunk_size}
+        contenders = {f"ringattention, blocks {n}": ringattention(case, mesh, n) for n in s.rival_chunk_size}
     first = {f"ringbpt, blocks {s.chunk_size}": build(program(own, kind), laid_out)}
     return first | {name: build(program(contender, kind), in_order) for name, contender in contenders.items()}
 
@@ -169,29 +169,26 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str
     take at this rank's pace, the share of the ideal that is left before any transfer.
     """
     rows = []
-    for case in CASES:
-        for kind in KINDS:
-            programs = compiled(settings, case, kind)
-            times: dict[str, list[float]] = {name: [] for name in programs}
-            for turn in range(settings.repeats + 1):
-                for name, (call, arguments) in programs.items():
-                    start = time.perf_counter()
-                    jax.block_until_ready(call(*arguments))
-                    if turn:  # the first one warms up
-                        times[name].append(time.perf_counter() - start)
-            seconds = {name: statistics.median(runs) for name, runs in times.items()}
-            for name, (call, _) in programs.items():
-                temp_bytes = call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
-                if settings.rival == "one_device":
-                    ratio = seconds["one device"] / seconds[name] / (settings.ranks if "rank" in name else 1)
-                else:
-                    ratio = seconds[name] / seconds[next(iter(seconds))]
-                rows.append(
-                    {"case": case.name, "kind": kind, "contender": name, "seconds": seconds[name], "ratio": ratio}
-                    | {"temp_bytes": temp_bytes, "all": times[name]}
-                )
-                say(f"{case.name:12} {kind:17} {name:26} {seconds[name]:9.4f} s {ratio:6.2f} x"
-                    f" {temp_bytes / 2**20:8.1f} MiB")  # fmt: skip
+    for case, kind in product(CASES, KINDS):
+        programs = compiled(settings, case, kind)
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for turn in range(settings.repeats + 1):
+            for name, (call, arguments) in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call(*arguments))
+                if turn:  # the first one warms up
+                    times[name].append(time.perf_counter() - start)
+        seconds = {name: statistics.median(runs) for name, runs in times.items()}
+        for name, (call, _) in programs.items():
+            temp_bytes = call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
+            if settings.rival == "one_device":
+                ratio = seconds["one device"] / seconds[name] / (settings.ranks if "rank" in name else 1)
+            else:
+                ratio = seconds[name] / seconds[next(iter(seconds))]
+            row = {"case": case.name, "kind": kind, "contender": name, "seconds": seconds[name], "ratio": ratio}
+            rows.append(row | {"temp_bytes": temp_bytes, "all": times[name]})
+            say(f"{case.name:12} {kind:17} {name:26} {seconds[name]:9.4f} s {ratio:6.2f} x"
+                f" {temp_bytes / 2**20:8.1f} MiB")  # fmt: skip
     return rows
 
 

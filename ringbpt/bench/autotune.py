@@ -7,9 +7,7 @@ keeps what it has.
 
 import faulthandler
 import time
-from collections.abc import Callable
 from datetime import date
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -45,25 +43,22 @@ def _numbers(name: str, text: str, default: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def measure(
-    kernel: str, head_dim: int, blocks: list[int], shape: dict[str, int], dtype: Any, until: float,
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:  # fmt: skip
+def measure(kernel: str, problem: Problem, blocks: list[int], dtype: Any, until: float, write: bool) -> dict[str, Any]:
     """The table's entry for one head dim: the fastest sizes, forward and backward; {} where there was no time for any.
 
-    Sizes that do not run are said. until: of time.monotonic. keep is handed the entry as it gets better.
+    Sizes that do not run are said. until: of time.monotonic. write: into the table, as the entry gets better.
     """
-    device = jax.devices()[0]
-    problem = Problem(shape["tokens"], head_dim, shape["heads"], shape["kv_heads"])
+    device, head_dim = jax.devices()[0], problem.head_dim
+    row_name = block_sizes.row_name(device.device_kind)
     arguments = own_arguments(problem, *problem.inputs(dtype))
     best: dict[str, tuple[float, list[int]]] = {}
     entry: dict[str, Any] = {}
-    todo = list(product([b for b in blocks if b <= shape["tokens"]], repeat=2))
+    todo = list(product([b for b in blocks if b <= problem.length], repeat=2))
     for number, sizes in enumerate(todo):
         if time.monotonic() > until:
             print(f"  {head_dim}: left out, for want of time: {', '.join(map(str, todo[number:]))}", flush=True)
             return entry
-        row = block_sizes.table().setdefault(kernel, {}).setdefault(block_sizes.row_name(device.device_kind), {})
+        row = block_sizes.table().setdefault(kernel, {}).setdefault(row_name, {})
         row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
         programs = own_programs(LOCALS[kernel](device, None, None), problem.spec)
         for way, program in zip(("forward", "backward"), programs, strict=True):
@@ -78,11 +73,12 @@ def measure(
             best[way] = min(best.get(way, (spent, list(sizes))), (spent, list(sizes)))
         if len(best) == 2:
             source = (
-                f"measured {date.today()}, jax {jax.__version__}, {shape['tokens']} tokens, "
+                f"measured {date.today()}, jax {jax.__version__}, {problem.length} tokens, "
                 f"{jnp.dtype(dtype).name}, the best of {number + 1} tried"
             )
             entry = {way: sizes for way, (_, sizes) in best.items()} | {"from": source}
-            keep(entry)
+            if write:
+                block_sizes.write({kernel: {row_name: {str(head_dim): entry}}})
     if not entry:
         raise UserError(f"--blocks={','.join(map(str, blocks))}: none of these sizes runs {kernel} on this device")
     return entry
@@ -109,16 +105,13 @@ def main(argv: list[str]) -> int:
     print(f"{kernel} on {device.device_kind}: {shape}", flush=True)
     until = time.monotonic() + flags["budget_s"]
 
-    def keep(head_dim: int, entry: dict[str, Any]) -> None:
-        if not flags["print_only"]:
-            block_sizes.write({kernel: {block_sizes.row_name(device.device_kind): {str(head_dim): entry}}})
-
     # A kernel that hangs ends the run; what was measured is in the table.
     faulthandler.dump_traceback_later(flags["budget_s"] + 50, exit=True, file=2)
     try:
         for head_dim in sorted(head_dims):
+            problem = Problem(shape["tokens"], head_dim, shape["heads"], shape["kv_heads"])
             entry = measure(
-                kernel, head_dim, blocks, shape, COMPUTE_DTYPES[flags["dtype"]], until, partial(keep, head_dim)
+                kernel, problem, blocks, COMPUTE_DTYPES[flags["dtype"]], until, write=not flags["print_only"]
             )
             print(f"{head_dim}: {entry or 'left out'}", flush=True)
     except NotImplementedError as refusal:

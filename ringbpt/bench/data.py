@@ -16,23 +16,20 @@ import numpy as np
 from ringbpt.config import DatasetConfig, FilesDatasetConfig, TextProcessorConfig, TokenizerConfig
 from ringbpt.data.loader import make_loader
 from ringbpt.data.reading.files import optional
-from ringbpt.data.reading.sources import PythonSource
 from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.data.text.train_tokenizer import train
+from ringbpt.evaluation.texts import python_texts
 
 SEQ_LENGTH, BATCH_SIZE, STEPS = 2048, 8, 200
 
 
 def texts(size: int) -> list[str]:
     """About `size` bytes of the standard library's source, over and over in another order."""
-    from ringbpt.config import PythonDatasetConfig
-
-    source = PythonSource(PythonDatasetConfig(split="all"))
-    found: list[str] = []
+    source, found = python_texts("all"), []
     numbers, total = np.random.default_rng(0), 0
     while total < size:
         for index in numbers.permutation(len(source)):
-            text = source[int(index)]["text"]
+            text = source[index]
             found += [text[at : at + 8192] for at in range(0, len(text), 8192)]
             total += len(text)
             if total >= size:

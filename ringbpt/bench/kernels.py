@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -69,19 +69,13 @@ class Problem:
         return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """programs(problem) -> (forward, backward, prepare): functions of prepare(q, k, v, d_out), not yet compiled.
-
-    Raises NotImplementedError for what it cannot do. jax: its programs can be compiled ahead, by other threads.
-    """
-
-    programs: Callable[[Problem], tuple[Any, Any, Callable]]
-    jax: bool = True
+# A peer is a function of a problem to (forward, backward, prepare): the first two are functions of what
+# prepare(q, k, v, d_out) returns. Those of jax are not yet compiled. NotImplementedError says what a peer cannot do.
+Peer = Callable[[Problem], tuple[Any, Any, Callable]]
 
 
 def own_programs(local: Local, spec: MaskSpec) -> tuple[Callable, Callable]:
-    """(forward, backward) of one of ours, compiled by nobody yet: functions of what own_arguments returns."""
+    """(forward, backward) of one of ours, not yet compiled: functions of what own_arguments returns."""
 
     def forward(q, k, v, d_out, out, lse, meta):
         part = local.attend(q, k, v, meta, meta, spec)
@@ -109,7 +103,7 @@ def ours(name: str, device: jax.Device) -> Peer:
         jax.eval_shape(backward, *jax.eval_shape(prepare, *jax.eval_shape(problem.inputs)))  # refuses now or never
         return forward, backward, prepare
 
-    return Peer(programs)
+    return programs
 
 
 def differentiated(name: str, attend: Callable) -> Peer:
@@ -127,7 +121,7 @@ def differentiated(name: str, attend: Callable) -> Peer:
 
         return jax.jit(forward), jax.jit(both), lambda *inputs: list(inputs)
 
-    return Peer(programs)
+    return programs
 
 
 def torch_sdpa(backend: str) -> Peer:
@@ -157,7 +151,7 @@ def torch_sdpa(backend: str) -> Peer:
 
         return forward, both, prepare
 
-    return Peer(programs, jax=False)
+    return programs
 
 
 def peers(device: jax.Device, names: list[str]) -> Iterator[tuple[str, Peer | str]]:
@@ -249,8 +243,8 @@ def seconds(function: Callable, args: list, least: float = 0.03) -> float:
 
 def _compiled(peer: Peer, problem: Problem) -> tuple[Callable, Callable, Callable]:
     """Both programs, ready to run, and prepare."""
-    forward, backward, prepare = peer.programs(problem)
-    if peer.jax:
+    forward, backward, prepare = peer(problem)
+    if hasattr(forward, "lower"):  # jax's, and not PyTorch's
         shapes = jax.eval_shape(prepare, *jax.eval_shape(problem.inputs))
         forward, backward = (function.lower(*shapes).compile() for function in (forward, backward))
     return forward, backward, prepare
@@ -343,42 +337,41 @@ def versions(device: jax.Device) -> dict[str, str]:
     return found
 
 
-def _kind(problem: Problem) -> tuple[int, int, str]:
-    return problem.head_dim, problem.heads // problem.kv_heads, problem.mask
-
-
-def _compile_all(found: dict[str, Peer], problem: Problem) -> dict[str, Future]:
-    """name -> its programs, or the failure to make them; all are done."""
+def _of_each(
+    found: dict[str, Peer], problem: Problem, label: Callable[[str], str], report: dict, call: Callable[..., dict]
+) -> Iterator[tuple[str, dict]]:
+    """(name, call(problem, *its programs)) of each peer; why there is none is said in the report, under its label."""
     with ThreadPoolExecutor() as pool:
-        return {name: pool.submit(_compiled, peer, problem) for name, peer in found.items()}
+        futures = {name: pool.submit(_compiled, peer, problem) for name, peer in found.items()}
+    for name, programs in futures.items():
+        try:
+            result = call(problem, *programs.result())
+        except Exception as failure:  # of whatever kind: it must not end the others' measurements
+            report["refused"][label(name)] = _line(failure)
+        else:
+            yield name, result
 
 
 def _check_all(found: dict[str, Peer], problem: Problem, report: dict, say: Callable) -> dict[str, Peer]:
     """Fills the report's errors, returns those that are right, and takes out of `found` those that are wrong."""
     right = {}
-    for name, programs in _compile_all(found, problem).items():
-        label = f"{name} {problem.mask} D={problem.head_dim} {problem.heads}/{problem.kv_heads}"
-        try:
-            report["errors"][label] = errors(problem, *programs.result())
-        except Exception as failure:  # of whatever kind: it must not end the others' measurements
-            report["refused"][label] = _line(failure)
-            continue
-        worst = max(report["errors"][label].values())
+
+    def label(name: str) -> str:
+        return f"{name} {problem.mask} D={problem.head_dim} {problem.heads}/{problem.kv_heads}"
+
+    for name, off in _of_each(dict(found), problem, label, report, errors):
+        report["errors"][label(name)] = off
+        worst = max(off.values())
         if worst > TOLERANCE:
             del found[name]
         else:
             right[name] = found[name]
-        say(f"{label}: off by {worst:.1e} of the greatest number{', WRONG' if worst > TOLERANCE else ''}")
+        say(f"{label(name)}: off by {worst:.1e} of the greatest number{', WRONG' if worst > TOLERANCE else ''}")
     return right
 
 
 def _time_all(found: dict[str, Peer], problem: Problem, report: dict, say: Callable, keep: Callable) -> None:
-    for name, programs in _compile_all(found, problem).items():
-        try:
-            speed = measure(problem, *programs.result())
-        except Exception as failure:
-            report["refused"][f"{name} {problem}"] = _line(failure)
-            continue
+    for name, speed in _of_each(found, problem, lambda name: f"{name} {problem}", report, measure):
         report["tflops"].append({"kernel": name, **asdict(problem), **speed})
         say(f"{name:28} {problem.length:6} D={problem.head_dim:3} {problem.heads}/{problem.kv_heads} "
             f"{problem.mask:7} {speed['forward']:8.3g} {speed['backward']:8.3g}")  # fmt: skip
@@ -402,12 +395,9 @@ def run(
         "versions": versions(device), "errors": {}, "refused": {}, "tflops": [], "ring": {}, "left_out": [],
     }  # fmt: skip
     say(f"{report['versions']}")
-    found: dict[str, Peer] = {}
-    for name, peer in peers(device, names):
-        if isinstance(peer, str):
-            report["refused"][name] = peer
-        else:
-            found[name] = peer
+    every = dict(peers(device, names))
+    found = {name: peer for name, peer in every.items() if not isinstance(peer, str)}
+    report["refused"] |= {name: why for name, why in every.items() if isinstance(why, str)}
 
     def in_time(what: Any) -> bool:
         if time.monotonic() - start <= 0.85 * budget_s:
@@ -415,8 +405,8 @@ def run(
         report["left_out"].append(str(what))
         return False
 
-    for number, ((head_dim, heads, mask), group) in enumerate(itertools.groupby(todo, _kind)):
-        kind = Problem(check_length, head_dim, heads, 1, mask)
+    kinds = itertools.groupby(todo, lambda p: Problem(check_length, p.head_dim, p.heads // p.kv_heads, 1, p.mask))
+    for number, (kind, group) in enumerate(kinds):
         right = _check_all(found, kind, report, say) if in_time(f"the check of {kind}") else {}
         keep(report)
         for problem in group:

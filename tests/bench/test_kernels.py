@@ -59,9 +59,9 @@ def test_the_order_is_that_of_importance():
 
 def test_jax_itself_is_a_peer():
     peer = kernels.differentiated("jax", lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
-    assert max(kernels.errors(TINY, *peer.programs(TINY)).values()) < kernels.TOLERANCE
+    assert max(kernels.errors(TINY, *peer(TINY)).values()) < kernels.TOLERANCE
     with pytest.raises(NotImplementedError, match="plain causal"):
-        peer.programs(Problem(32, 16, 2, 1, "packed"))
+        peer(Problem(32, 16, 2, 1, "packed"))
 
 
 def test_the_table_compares_auto_with_the_better_of_pytorch():
@@ -78,6 +78,6 @@ def test_the_table_compares_auto_with_the_better_of_pytorch():
 @pytest.mark.slow
 def test_torch_is_a_peer():
     peer = kernels.torch_sdpa("MATH")
-    assert max(kernels.errors(TINY, *peer.programs(TINY)).values()) < kernels.TOLERANCE
-    speed = kernels.measure(TINY, *peer.programs(TINY))
+    assert max(kernels.errors(TINY, *peer(TINY)).values()) < kernels.TOLERANCE
+    speed = kernels.measure(TINY, *peer(TINY))
     assert speed["forward"] > 0 and jnp.isfinite(speed["backward"])
