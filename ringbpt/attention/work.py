@@ -38,15 +38,6 @@ class Work:
         return _balance(self.blocks.sum(axis=1))
 
     @property
-    def hop_balance(self) -> float:
-        """The most loaded device's visible pairs of each hop, summed, over the average device's.
-
-        What a layout costs where all devices wait for each other after each hop.
-        """
-        slowest, mean = self.pairs.max(axis=0).sum(), self.pairs.sum() / len(self.pairs)
-        return float(slowest / mean) if mean else 1.0
-
-    @property
     def skipped(self) -> float:
         """The share of all blocks that nobody computes."""
         return 1 - float(self.blocks.sum()) / (self.blocks.size * self.blocks_a_hop)

@@ -5,7 +5,7 @@ import pytest
 
 from ringbpt.attention import MaskSpec, permutation
 from ringbpt.attention.core import visible
-from ringbpt.attention.work import count
+from ringbpt.attention.work import Work, count
 from ringbpt.layouts import LAYOUTS
 from ringbpt.types import TokenMeta
 from tests.attention.test_local import packed_meta
@@ -17,6 +17,14 @@ def documents(length: int, number: int = 1) -> TokenMeta:
     """One row of documents of equal length."""
     place = np.arange(length, dtype=np.int32)[None]
     return TokenMeta(place % (length // number), 1 + place // (length // number))
+
+
+def hop_balance(work: Work) -> float:
+    """The most loaded device's visible pairs of each hop, summed, over the average device's.
+
+    What a layout costs where all devices wait for each other after each hop.
+    """
+    return work.pairs.max(axis=0).sum() / (work.pairs.sum() / len(work.pairs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -42,7 +50,7 @@ def test_pairs_are_those_of_the_mask_and_blocks_hold_them(layout, mask):
 @pytest.mark.parametrize("sp", [2, 8, 64])
 def test_balanced_layouts_are_balanced(layout, sp):
     work = count(documents(sp * 256), layout, sp, MaskSpec(), 32, 32)
-    assert work.balance <= 1.02 and work.hop_balance <= 1.02 and work.block_balance <= 1.02
+    assert work.balance <= 1.02 and hop_balance(work) <= 1.02 and work.block_balance <= 1.02
     # Half of all pairs are invisible under a causal mask, and of the blocks nearly as many are skipped.
     assert work.pairs.sum() == sp * 256 * (sp * 256 + 1) // 2
     assert work.skipped > {"zigzag": 0.5 - 1 / (8 * sp), "striped": 0.5 - 1 / 8}[layout] - 1e-3
@@ -51,7 +59,7 @@ def test_balanced_layouts_are_balanced(layout, sp):
 def test_contiguous_is_not_balanced():
     work = count(documents(8 * 64), "contiguous", 8, MaskSpec(), 32, 32)
     assert 1.85 < work.balance < 1.9  # 2 - 1/8: the last device sees everything, the first its own
-    assert work.hop_balance > 1.7
+    assert hop_balance(work) > 1.7
 
 
 @pytest.mark.parametrize(
