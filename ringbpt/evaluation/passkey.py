@@ -11,20 +11,16 @@ from ringbpt.evaluation.texts import Haystack, make_passkey
 from ringbpt.types import Params
 
 
-def passkey_items(
-    encode: Encode, lengths: Sequence[int], depths: Sequence[float], samples: int, seed: int
-) -> list[Item]:
-    """For each length, each depth: `samples` texts of at most that many tokens, the answer being what is judged."""
+def passkey_items(encode: Encode, length: int, depths: Sequence[float], samples: int, seed: int) -> list[Item]:
+    """For each depth `samples` texts of at most `length` tokens, the answer being what is judged."""
     rng, haystack = np.random.default_rng(seed), Haystack("heldout")
+    first = len(encode(""))  # a bos is not said again in the middle
     items = []
-    for length in lengths:
-        for depth in depths:
-            for _ in range(samples):
-                text = make_passkey(haystack, rng, length - 1, depth, lambda text: len(encode(text)))
-                prompt = encode(text.before + text.needle + text.after + text.question)
-                first = len(encode(""))  # a bos is not said again in the middle
-                tokens = np.concatenate([prompt, encode(text.answer)[first:]])[:length]
-                items.append(Item(tokens, len(prompt)))
+    for depth in (depth for depth in depths for _ in range(samples)):
+        text = make_passkey(haystack, rng, length - 1, depth, lambda text: len(encode(text)))
+        prompt = encode(text.before + text.needle + text.after + text.question)
+        tokens = np.concatenate([prompt, encode(text.answer)[first:]])[:length]
+        items.append(Item(tokens, len(prompt)))
     return items
 
 
@@ -35,7 +31,7 @@ def passkey_grid(
     """The share of keys found, [lengths, depths]: a key counts when a greedy continuation would be it, to the end."""
     grid = []
     for length in lengths:
-        items = passkey_items(encode, [length], depths, samples, seed)
+        items = passkey_items(encode, length, depths, samples, seed)
         exact = scorer.score(params, items, scorer.row_length(length)).exact
         grid.append(exact.reshape(len(depths), samples).mean(axis=1))
     return np.array(grid)

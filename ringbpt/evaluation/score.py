@@ -71,24 +71,18 @@ class Scorer:
         for batch, group in groups:
             sums = np.asarray(self._step(params, batch, texts))
             for b, row in enumerate(group):
-                for q, number in enumerate(row):
-                    found[:, number] = sums[:, b, q + 1]
+                found[:, row] = sums[:, b, 1 : 1 + len(row)]
         return Scores(found[0], found[1], found[1] == found[2])
 
     def batches(self, items: Sequence[Item], length: int) -> Iterator[tuple[Batch, list[list[int]]]]:
         """(batch, the numbers of the items in each of its rows), until every item was in one."""
         bins, count = first_fit(np.array([len(item.tokens) for item in items]), length)
-        places: list[list[int]] = [[] for _ in range(count)]
-        for number, row in enumerate(bins):
-            places[row].append(number)
+        places = [np.flatnonzero(bins == row).tolist() for row in range(count)]
+        shape = (self.rows, length)
         for first in range(0, count, self.rows):
             group = places[first : first + self.rows]
-            yield self._batch(items, group, length), group
-
-    def _batch(self, items: Sequence[Item], group: list[list[int]], length: int) -> Batch:
-        shape = (self.rows, length)
-        host = make_batch([[items[number].piece for number in row] for row in group], shape)
-        return put_batch(host.rows, shape, self.model.mesh, self.model.execution.sequence_layout)
+            host = make_batch([[items[number].piece for number in row] for row in group], shape)
+            yield put_batch(host.rows, shape, self.model.mesh, self.model.execution.sequence_layout), group
 
     def _sums(self, params: Params, batch: Batch, texts: int) -> jax.Array:
         """[3, B, texts + 1]: log p, weight and greedy hits of each text; place 0 is padding's."""

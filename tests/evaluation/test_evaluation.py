@@ -101,9 +101,10 @@ def test_texts_for_training_grow():
 
 
 def test_passkey_items_end_with_the_key():
-    for item in passkey_items(encode, [200, 300], [0.0, 1.0], 2, seed=0):
-        assert len(item.tokens) in (199, 299, 198, 298)
-        assert len(item.tokens) - item.start == 6  # a space and five digits
+    for length in (200, 300):
+        for item in passkey_items(encode, length, [0.0, 1.0], 2, seed=0):
+            assert len(item.tokens) in (length - 1, length - 2)
+            assert len(item.tokens) - item.start == 6  # a space and five digits
 
 
 def test_a_model_that_knows_finds_every_key(loaded):
