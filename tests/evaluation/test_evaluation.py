@@ -12,7 +12,7 @@ from ringbpt.config import UserError, run_main
 from ringbpt.evaluate import main
 from ringbpt.evaluation.choices import accuracy, read_choices, score_choices
 from ringbpt.evaluation.passkey import draw_grid, passkey_grid, passkey_items
-from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_position
+from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_position, read_texts
 from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
 from tests.golden.make_families import restore
@@ -133,6 +133,18 @@ def test_choices(loaded, tmp_path):
     file.write_text('{"prompt": "ab", "choices": ["c", "de"], "answer": 2}\n')
     with pytest.raises(UserError, match=r"q\.jsonl:1: not"):
         read_choices(file)
+
+
+def test_texts_of_a_file(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"text": "a"}\n\n{"text": 2}\n')
+    assert read_texts(str(file)) == ["a", "2"]
+    for line in ('{"txt": "a"}', "{", "3"):
+        file.write_text(line)
+        with pytest.raises(UserError, match=r't\.jsonl:1: no {"text"'):
+            read_texts(str(file))
+    with pytest.raises(UserError, match="--perplexity=.*No such file"):
+        read_texts(str(tmp_path / "u.jsonl"))
 
 
 def test_pictures(tmp_path):
