@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -330,10 +331,8 @@ def problems(lengths: list[int], head_dims: list[int], heads: list[tuple[int, in
 def versions(device: jax.Device) -> dict[str, str]:
     found = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "python": platform.python_version()}
     for name in ("jax", "jaxlib", "torch", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -91,9 +91,7 @@ class Module:
         bounds = [int(i.operands[0]) for i in condition.instructions if i.opcode == "constant" and _is_int(i)]
         compares = [i for i in condition.instructions if i.opcode == "compare" and "direction=LT" in i.attributes]
         fused = [i for i in condition.instructions if i.opcode == "fusion"]
-        if len(bounds) == 1 and len(compares) + len(fused) == 1:
-            return bounds[0]
-        return None
+        return bounds[0] if len(bounds) == 1 and len(compares) + len(fused) == 1 else None
 
     def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
         """(instruction, the computation it stands in, how often it runs in one call) of everything that is scheduled.

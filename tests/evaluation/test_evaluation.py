@@ -143,7 +143,7 @@ def test_texts_of_a_file(tmp_path):
         file.write_text(line)
         with pytest.raises(UserError, match=r't\.jsonl:1: no {"text"'):
             read_texts(str(file))
-    with pytest.raises(UserError, match="--perplexity=.*No such file"):
+    with pytest.raises(UserError, match=r"--perplexity=.*No such file"):
         read_texts(str(tmp_path / "u.jsonl"))
 
 
