@@ -130,6 +130,28 @@ def test_the_check_sees_arrows_and_cycles():
     assert set(cycle(rooms_graph(arrows(sources)))) == {"attention", "data"}
 
 
+# --- a file fits one sitting, a function one screen, and the house does not grow by itself ---
+
+LONGEST_FILE, LONGEST_FUNCTION, WHOLE = 520, 80, 17_500
+KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
+
+
+def long_functions(source: str) -> list[tuple[str, int]]:
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in found]
+    return [(name, length) for name, length in lengths if length > LONGEST_FUNCTION]
+
+
+def test_files_and_functions_are_short():
+    sources = {name: path.read_text() for name, path in modules().items()}
+    lengths = {name: source.count("\n") for name, source in sources.items()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+    long = {name: long_functions(source) for name, source in sources.items() if not name.startswith(KERNELS)}
+    assert {name: functions for name, functions in long.items() if functions} == {}
+    assert sum(lengths.values()) <= WHOLE
+    assert long_functions("def f():\n" + "    pass\n" * 80) == [("f", 81)]
+
+
 # --- nothing evaluates text or unpickles ---
 
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}

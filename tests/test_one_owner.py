@@ -39,6 +39,7 @@ TABLES = {
     "REMAT_POLICIES": "llama.remat_block",
     "COMPUTE_DTYPES": "dtype",
     "OBJECTIVES": "objective",
+    "OPTIMIZERS": "optimizer.type",
     "PACKINGS": "train_dataset.packing",
     "SHAPES": "train_dataset.text_processor.shape",
     "_ROPE": "llama.rope_scaling_type",

@@ -166,7 +166,7 @@ class Model:
         return self._hidden(params, token_BT, meta)[0]
 
     def _hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> tuple[jax.Array, Routing | None]:
-        """The same, and what the routers chose, summed over layers; None where there are no experts."""
+        """(the last layer's normalised output, what the routers chose, summed over layers, None without experts)."""
         architecture, execution = self.architecture, self.execution
         x_BTD = embed(self.mesh, self.dtype, fetch(params["embed"]), token_BT)
         rope = rope_of(architecture, meta)

@@ -33,20 +33,11 @@ def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.
     `layer_axis` is the axis over which stacked layers are stacked (llama.param_scan_axis); only muon looks at it.
     Accumulation and clipping are not in here: the train step adds totals over micro-batches, multiplies by
     clip_factor, for which all gradients are needed, and calls the optimizer once, or for one weight after the other.
-    Raises KeyError for a type that isn't one of adamw, palm, lion, muon.
+    Raises KeyError for a type that isn't one of OPTIMIZERS.
     """
     group = config.chosen
-    if isinstance(group, PalmConfig):
-        schedule = _palm_schedule(group)
-        optimizer = _palm(group, schedule)
-    else:
-        schedule = _schedule(config, group)
-        if isinstance(group, AdamWConfig):
-            optimizer = _adamw(group, schedule)
-        elif isinstance(group, LionConfig):
-            optimizer = _lion(group, schedule)
-        else:
-            optimizer = _muon(group, schedule, layer_axis)
+    schedule = _palm_schedule(group) if isinstance(group, PalmConfig) else _schedule(config, group)
+    optimizer = OPTIMIZERS[config.type](group, schedule, layer_axis)
     if group.clip_gradient > 0:
         # Where clipping once stood: states that were saved with it keep their names.
         optimizer = optax.chain(optax.identity(), optimizer)
@@ -127,20 +118,23 @@ def _palm_schedule(group: PalmConfig) -> Schedule:
 # ---------------------------------------------------------------------------------------------- optimizers
 
 
-def _adamw(group: AdamWConfig, schedule: Schedule) -> optax.GradientTransformation:
+def _adamw(group: AdamWConfig, schedule: Schedule, layer_axis: int) -> optax.GradientTransformation:
     if group.multiply_by_parameter_scale:
         return _adafactor(group, schedule, lambda step: group.weight_decay * schedule(step))
-    return optax.adamw(
-        schedule,
-        b1=group.b1,
-        b2=group.b2,
-        weight_decay=group.weight_decay,
-        mask=_decayed,
-        mu_dtype=_momentum_dtype(group.bf16_momentum),
-    )
+    return _decoupled(optax.adamw, group, schedule)
 
 
-def _palm(group: PalmConfig, schedule: Schedule) -> optax.GradientTransformation:
+def _lion(group: LionConfig, schedule: Schedule, layer_axis: int) -> optax.GradientTransformation:
+    return _decoupled(optax.lion, group, schedule)
+
+
+def _decoupled(make: Callable, group: AdamWConfig | LionConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """An optimizer of optax with two betas, momentum, and a weight decay apart from the gradient."""
+    mu_dtype = _momentum_dtype(group.bf16_momentum)
+    return make(schedule, b1=group.b1, b2=group.b2, weight_decay=group.weight_decay, mask=_decayed, mu_dtype=mu_dtype)
+
+
+def _palm(group: PalmConfig, schedule: Schedule, layer_axis: int) -> optax.GradientTransformation:
     """Ref: PaLM, https://arxiv.org/abs/2204.02311, section 5: weight decay is the square of the rate (at 1e-4)."""
     return _adafactor(group, schedule, lambda step: (group.weight_decay / 1e-4) * schedule(step) ** 2)
 
@@ -159,17 +153,6 @@ def _adafactor(
         weight_decay_rate=weight_decay,
         weight_decay_mask=_decayed,
         factored=False,
-    )
-
-
-def _lion(group: LionConfig, schedule: Schedule) -> optax.GradientTransformation:
-    return optax.lion(
-        schedule,
-        b1=group.b1,
-        b2=group.b2,
-        weight_decay=group.weight_decay,
-        mask=_decayed,
-        mu_dtype=_momentum_dtype(group.bf16_momentum),
     )
 
 
@@ -198,3 +181,12 @@ def _muon(group: MuonConfig, schedule: Schedule, layer_axis: int) -> optax.Gradi
         adam_learning_rate=lambda step: schedule(step) * (group.adam_lr / group.lr),
         muon_weight_dimension_numbers=lambda params: tree_map_with_path(dimension_numbers, params),
     )
+
+
+# Each: (the group of its flags, the schedule, the axis of stacked layers) -> the transformation.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "palm": _palm,
+    "lion": _lion,
+    "muon": _muon,
+}
