@@ -16,7 +16,7 @@ import numpy as np
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
 from ringbpt.config import Architecture, UserError, complete
-from ringbpt.config.families import IGNORED, Row, find_family, llama_fields, read_json, rows_for
+from ringbpt.config.families import IGNORED, TensorRow, find_family, llama_fields, read_json, rows_for
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Params
 
@@ -71,13 +71,13 @@ def is_own(folder: Path) -> bool:
     return (folder / CARRIED / "config.json").is_file() and any(folder.glob(f"{STEM}*.safetensors"))
 
 
-def _own_rows(rows: Iterable[Row]) -> list[Row]:
+def _own_rows(rows: Iterable[TensorRow]) -> list[TensorRow]:
     """The table of our own folders: our names, our shapes."""
 
-    def own(row: Row) -> Row:
+    def own(row: TensorRow) -> TensorRow:
         ours = row.pattern.split(" -> ")[1]
         suffix = ".{L}" * ("{L}" in row.theirs) + ".{E}" * ("{E}" in row.theirs)
-        return Row(row.ours, row.ours + suffix, f"{ours} -> {ours}")
+        return TensorRow(row.ours, row.ours + suffix, f"{ours} -> {ours}")
 
     return [own(row) for row in rows]
 

@@ -16,24 +16,24 @@ import numpy as np
 
 from ringbpt.checkpoint.tensors import conversions, fill, flatten, place
 from ringbpt.config import Architecture, UserError
-from ringbpt.config.families import Row
+from ringbpt.config.families import TensorRow
 from ringbpt.types import Params
 
 # Its attention rotates neighbouring channels (0, 1), (2, 3), ..., ours a channel of the first half with one of the
 # second, so within each head of the queries and keys the channels are regrouped: (pair two) -> (two pair).
 ROWS = (
-    Row("embed", "transformer/wte/embedding", "V D -> V D"),
-    Row("layers.attention_norm", "transformer/h/{L}/attention_norm/kernel", "D -> D"),
-    Row("layers.w_q", "transformer/h/{L}/attention/wq/kernel", "D (N pair two) -> D N (two pair)"),
-    Row("layers.w_k", "transformer/h/{L}/attention/wk/kernel", "D (K pair two) -> D K (two pair)"),
-    Row("layers.w_v", "transformer/h/{L}/attention/wv/kernel", "D (K H) -> D K H"),
-    Row("layers.w_o", "transformer/h/{L}/attention/wo/kernel", "(N H) D -> N H D"),
-    Row("layers.feedforward_norm", "transformer/h/{L}/ffn_norm/kernel", "D -> D"),
-    Row("layers.w_gate", "transformer/h/{L}/feed_forward/w1/kernel", "D F -> D F"),
-    Row("layers.w_up", "transformer/h/{L}/feed_forward/w3/kernel", "D F -> D F"),
-    Row("layers.w_down", "transformer/h/{L}/feed_forward/w2/kernel", "F D -> F D"),
-    Row("norm", "transformer/ln_f/kernel", "D -> D"),
-    Row("unembed", "lm_head/kernel", "D V -> D V"),
+    TensorRow("embed", "transformer/wte/embedding", "V D -> V D"),
+    TensorRow("layers.attention_norm", "transformer/h/{L}/attention_norm/kernel", "D -> D"),
+    TensorRow("layers.w_q", "transformer/h/{L}/attention/wq/kernel", "D (N pair two) -> D N (two pair)"),
+    TensorRow("layers.w_k", "transformer/h/{L}/attention/wk/kernel", "D (K pair two) -> D K (two pair)"),
+    TensorRow("layers.w_v", "transformer/h/{L}/attention/wv/kernel", "D (K H) -> D K H"),
+    TensorRow("layers.w_o", "transformer/h/{L}/attention/wo/kernel", "(N H) D -> N H D"),
+    TensorRow("layers.feedforward_norm", "transformer/h/{L}/ffn_norm/kernel", "D -> D"),
+    TensorRow("layers.w_gate", "transformer/h/{L}/feed_forward/w1/kernel", "D F -> D F"),
+    TensorRow("layers.w_up", "transformer/h/{L}/feed_forward/w3/kernel", "D F -> D F"),
+    TensorRow("layers.w_down", "transformer/h/{L}/feed_forward/w2/kernel", "F D -> F D"),
+    TensorRow("norm", "transformer/ln_f/kernel", "D -> D"),
+    TensorRow("unembed", "lm_head/kernel", "D V -> D V"),
 )
 STACKED = "scan_decoder"  # stands for the layer's number where the file was saved with scan_layers
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ringbpt.config import Architecture
-from ringbpt.config.families import Row
+from ringbpt.config.families import TensorRow
 from ringbpt.dims import Dims
 from ringbpt.model.llama import make_dims
 from ringbpt.types import PyTree
@@ -33,7 +33,7 @@ class Conversion:
     of `their_shape`, for each (L, E). `pair` and `two` are the halves of a head: H = two * pair.
     """
 
-    def __init__(self, row: Row, dims: Dims, layer_axis: int = 0):
+    def __init__(self, row: TensorRow, dims: Dims, layer_axis: int = 0):
         theirs, ours = row.pattern.split(" -> ")
         self.ours, self.theirs = row.ours, row.theirs
         self._forth, self._back = row.pattern, f"{ours} -> {theirs}"
@@ -112,7 +112,7 @@ def _groups(side: str) -> list[list[str]]:
     return [(several or one).split() for several, one in re.findall(r"\(([^)]*)\)|(\S+)", side)]
 
 
-def conversions(rows: Iterable[Row], architecture: Architecture) -> list[Conversion]:
+def conversions(rows: Iterable[TensorRow], architecture: Architecture) -> list[Conversion]:
     """The rows of a table for the sizes of a model."""
     return [Conversion(row, make_dims(architecture), architecture.param_scan_axis) for row in rows]
 

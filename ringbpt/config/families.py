@@ -15,44 +15,44 @@ from ringbpt.config.fields import Architecture
 from ringbpt.config.values import UserError
 
 
-class Row(NamedTuple):
+class TensorRow(NamedTuple):
     ours: str
     theirs: str
     pattern: str
 
 
 _ATTENTION = (
-    Row("layers.attention_norm", "model.layers.{L}.input_layernorm.weight", "D -> D"),
-    Row("layers.w_q", "model.layers.{L}.self_attn.q_proj.weight", "(N H) D -> D N H"),
-    Row("layers.w_k", "model.layers.{L}.self_attn.k_proj.weight", "(K H) D -> D K H"),
-    Row("layers.w_v", "model.layers.{L}.self_attn.v_proj.weight", "(K H) D -> D K H"),
-    Row("layers.w_o", "model.layers.{L}.self_attn.o_proj.weight", "D (N H) -> N H D"),
-    Row("layers.feedforward_norm", "model.layers.{L}.post_attention_layernorm.weight", "D -> D"),
+    TensorRow("layers.attention_norm", "model.layers.{L}.input_layernorm.weight", "D -> D"),
+    TensorRow("layers.w_q", "model.layers.{L}.self_attn.q_proj.weight", "(N H) D -> D N H"),
+    TensorRow("layers.w_k", "model.layers.{L}.self_attn.k_proj.weight", "(K H) D -> D K H"),
+    TensorRow("layers.w_v", "model.layers.{L}.self_attn.v_proj.weight", "(K H) D -> D K H"),
+    TensorRow("layers.w_o", "model.layers.{L}.self_attn.o_proj.weight", "D (N H) -> N H D"),
+    TensorRow("layers.feedforward_norm", "model.layers.{L}.post_attention_layernorm.weight", "D -> D"),
 )
 _FEEDFORWARD = (
-    Row("layers.w_gate", "model.layers.{L}.mlp.gate_proj.weight", "F D -> D F"),
-    Row("layers.w_up", "model.layers.{L}.mlp.up_proj.weight", "F D -> D F"),
-    Row("layers.w_down", "model.layers.{L}.mlp.down_proj.weight", "D F -> F D"),
+    TensorRow("layers.w_gate", "model.layers.{L}.mlp.gate_proj.weight", "F D -> D F"),
+    TensorRow("layers.w_up", "model.layers.{L}.mlp.up_proj.weight", "F D -> D F"),
+    TensorRow("layers.w_down", "model.layers.{L}.mlp.down_proj.weight", "D F -> F D"),
 )
 _EXPERTS = (
-    Row("layers.w_router", "model.layers.{L}.block_sparse_moe.gate.weight", "E D -> D E"),
-    Row("layers.w_gate", "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight", "F D -> D F"),
-    Row("layers.w_up", "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight", "F D -> D F"),
-    Row("layers.w_down", "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight", "D F -> F D"),
+    TensorRow("layers.w_router", "model.layers.{L}.block_sparse_moe.gate.weight", "E D -> D E"),
+    TensorRow("layers.w_gate", "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight", "F D -> D F"),
+    TensorRow("layers.w_up", "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight", "F D -> D F"),
+    TensorRow("layers.w_down", "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight", "D F -> F D"),
 )
 _BIASES = (
-    Row("layers.b_q", "model.layers.{L}.self_attn.q_proj.bias", "(N H) -> N H"),
-    Row("layers.b_k", "model.layers.{L}.self_attn.k_proj.bias", "(K H) -> K H"),
-    Row("layers.b_v", "model.layers.{L}.self_attn.v_proj.bias", "(K H) -> K H"),
+    TensorRow("layers.b_q", "model.layers.{L}.self_attn.q_proj.bias", "(N H) -> N H"),
+    TensorRow("layers.b_k", "model.layers.{L}.self_attn.k_proj.bias", "(K H) -> K H"),
+    TensorRow("layers.b_v", "model.layers.{L}.self_attn.v_proj.bias", "(K H) -> K H"),
 )
 _QK_NORMS = (
-    Row("layers.q_norm", "model.layers.{L}.self_attn.q_norm.weight", "H -> H"),
-    Row("layers.k_norm", "model.layers.{L}.self_attn.k_norm.weight", "H -> H"),
+    TensorRow("layers.q_norm", "model.layers.{L}.self_attn.q_norm.weight", "H -> H"),
+    TensorRow("layers.k_norm", "model.layers.{L}.self_attn.k_norm.weight", "H -> H"),
 )
 _ENDS = (
-    Row("embed", "model.embed_tokens.weight", "V D -> V D"),
-    Row("norm", "model.norm.weight", "D -> D"),
-    Row("unembed", "lm_head.weight", "V D -> D V"),
+    TensorRow("embed", "model.embed_tokens.weight", "V D -> V D"),
+    TensorRow("norm", "model.norm.weight", "D -> D"),
+    TensorRow("unembed", "lm_head.weight", "V D -> D V"),
 )
 # Tensors of a file that are no weights, or are one of the others again (lm_head beside a tied embedding).
 IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
@@ -64,7 +64,7 @@ class Family:
     optional: flags that a model of it may use beyond LLaMA's; writes: keys that transformers wants to see besides."""
 
     model_type: str
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
     fixed: dict[str, Any] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
@@ -287,6 +287,6 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
     return settings
 
 
-def rows_for(family: Family, architecture: Architecture) -> tuple[Row, ...]:
+def rows_for(family: Family, architecture: Architecture) -> tuple[TensorRow, ...]:
     """The rows of a model's own tensors: a tied one has no lm_head."""
     return tuple(row for row in family.rows if row.ours != "unembed" or not architecture.tie_word_embeddings)

@@ -50,7 +50,7 @@ class Request:
     flag: str = "train_dataset"
     columns: tuple[str, ...] = ()
     shapes: tuple[str, ...] = LEARNT_AS_TEXT
-    taker: str = "--objective=sft"
+    taker: str = "training on text"
 
     @property
     def group(self) -> str:

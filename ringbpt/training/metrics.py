@@ -16,7 +16,7 @@ from ringbpt import hardware
 from ringbpt.config import Config, UserError, to_dict
 from ringbpt.model.flops import forward_flops
 
-Row = dict[str, float | int]
+MetricsRow = dict[str, float | int]
 
 # How the terminal shows a row, in this order: key, label before, format, unit after.
 SHOWN = (
@@ -66,7 +66,7 @@ class MetricsWriter:
         rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
         rewritten.replace(self.path)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Append one row, `{"step": 100, "loss": ...}`; on the disk when this returns.
 
         Evaluation rows are the same but for their keys, `eval_loss` and so on. NaN and infinities, which JSON
@@ -87,7 +87,7 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
-    def progress(self, step: int, row: Row) -> None:
+    def progress(self, step: int, row: MetricsRow) -> None:
         """Show a row: on a terminal a bar that moves, elsewhere a plain line. Steps count up to total_steps."""
         if not self._is_main:
             return
@@ -207,7 +207,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def format_row(row: Row, keys: Iterable[str] | None = None) -> str:
+def format_row(row: MetricsRow, keys: Iterable[str] | None = None) -> str:
     """The shown values of a row, with or without `eval_` (of `keys` alone, if given), in columns of fixed width."""
     parts = []
     for key, label, number, unit in SHOWN:

@@ -8,7 +8,7 @@ import pytest
 from ringbpt.checkpoint.original import ROWS
 from ringbpt.checkpoint.tensors import Conversion, conversions
 from ringbpt.config import Architecture
-from ringbpt.config.families import FAMILIES, Row
+from ringbpt.config.families import FAMILIES, TensorRow
 
 SIZES = Architecture(
     vocab_size=6, hidden_size=8, intermediate_size=10, num_hidden_layers=2, num_attention_heads=4,
@@ -64,6 +64,6 @@ def test_a_box_is_read_from_a_box(name):
 
 
 def test_a_head_cannot_be_split():
-    (conversion,) = conversions([Row("x", "x", "(N H) D -> D N H")], SIZES)
+    (conversion,) = conversions([TensorRow("x", "x", "(N H) D -> D N H")], SIZES)
     with pytest.raises(AssertionError, match=r"'N', 'H'.* is sharded"):
         conversion.read((slice(0, 8), slice(0, 4), slice(0, 3)), np.float32, lambda name, box: np.zeros(1))

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.tree_util import keystr
 
 from ringbpt.config import Config, OptimizerConfig
@@ -32,10 +31,9 @@ def test_a_tree_is_divided_and_merged_again():
     assert merge({"w_q": {"a": 1, "b": 2}}, {"w_q": {"base": 3}}) == {"w_q": {"a": 1, "b": 2, "base": 3}}
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_is_frozen_stays_and_the_rest_takes_the_same_step(count):
-    config = Config(dtype="fp32", optimizer=OptimizerConfig(accumulate_gradient_steps=count), **llama_flags(**LLAMA))
-    model = Model.of(config, make_mesh((1, 2, 1, 2)))
+def test_what_is_frozen_stays_and_the_rest_takes_the_same_step():
+    config = Config(dtype="fp32", optimizer=OptimizerConfig(accumulate_gradient_steps=2), **llama_flags(**LLAMA))
+    model = Model.of(config, make_mesh((1, 2, 1, 1)))
     optimizer, schedule = make_optimizer(config.optimizer)
     host = batch_of([32, 20, 32, 7], [30, 20, 8, 7])
     batch = put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), (4, 32), model.mesh, "contiguous")
