@@ -74,6 +74,48 @@ CASES = (
     Case("one token", T=1, S=1, heads=(1, 1)),
 )
 
+# For interpreters that take a second for each block of a head: whatever several of CASES ask, in few blocks.
+SMALL = (
+    Case("a carry", T=128, S=256, heads=(2, 1), documents=2, padding=20, split=128, mask=MaskSpec(causal=False)),
+    Case("a small hop", T=64, S=64, batch=2, hop=("zigzag", 2, 1, 0), mask=MaskSpec(causal=False, window=40)),
+    Case("small odd heads", T=64, S=64, head_dim=96, heads=(1, 1)),
+    Case("small heads of 128", T=64, S=64, head_dim=128, heads=(1, 1), documents=2),
+)
+# Of CASES, what is run in `make test`: together they ask all that CASES ask one by one; the others are slow.
+COVERING = (
+    "packed, grouped, padded", "window over documents", "window, both sides", "zigzag hop", "nothing visible",
+    "odd lengths", "odd heads", "wide heads", "bf16", "one token",
+)  # fmt: skip
+COVERING_WITH_SMALL = ("window over documents", "nothing visible", "odd lengths", "wide heads", "one token")
+
+
+def features(case: Case) -> set[str]:
+    """What a case asks of a kernel, one by one."""
+    mask, T, S = case.mask, case.T, case.S
+    asked = {
+        "a carry": case.split > 0,
+        "documents": case.documents > 1,
+        "padding": case.padding > 0,
+        "rows": case.batch > 1,
+        "grouped heads": case.heads[0] > case.heads[1],
+        "a hop": case.hop is not None,
+        "no key to see": case.strangers is not None or case.name == "nothing visible",
+        "more keys than queries": S > T,
+        "several blocks": T > 128,
+        "lengths that no block divides": bool(T % 64 or S % 64),
+    }
+    window = f", window {mask.window is not None}"
+    return {name for name, is_asked in asked.items() if is_asked} | {
+        f"heads of {case.head_dim}", f"causal {mask.causal}{window}"
+    }  # fmt: skip
+
+
+def cases(small: bool = False) -> list:
+    """CASES as parameters, those outside the covering set marked slow; small: SMALL first, for slow interpreters."""
+    quick = COVERING_WITH_SMALL if small else COVERING
+    marked = [case if case.name in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    return [*SMALL, *marked] if small else marked
+
 
 def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: int, padding: int = 0) -> TokenMeta:
     """Rows of `documents` documents of random lengths, and `padding` padded places at the end."""

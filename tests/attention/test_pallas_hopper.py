@@ -12,23 +12,21 @@ from ringbpt.attention.local.pallas_hopper import make_interpreted, make_pallas_
 from ringbpt.types import TokenMeta
 from tests.attention import suite
 from tests.attention.gpu_programs import kernels, train_like
-from tests.attention.suite import CASES, Case
+from tests.attention.suite import SMALL
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
 REFUSED = {"wide heads"}  # of 256
-# A carry, two documents, padding, two query heads, four visits to two stages.
-QUICK = Case("quick", T=128, S=256, heads=(2, 1), documents=2, padding=20, split=128, mask=MaskSpec(causal=False))
 
 
-@pytest.mark.parametrize("case", [QUICK, *CASES], ids=str)
+@pytest.mark.parametrize("case", suite.cases(small=True), ids=str)
 def test_the_kernels_pass_the_suite(case):
     suite.check(make_interpreted(jax.devices()[0], None, None), replace(case, dtype="bfloat16"), refuses=REFUSED)
 
 
 def test_heads_of_128():
     """dq is shared otherwise between the warpgroups than where heads are of 64."""
-    case = replace(QUICK, head_dim=128, mask=MaskSpec(window=150), dtype="bfloat16", name="heads of 128")
+    case = replace(SMALL[0], head_dim=128, mask=MaskSpec(window=150), dtype="bfloat16", name="heads of 128")
     suite.check(make_interpreted(jax.devices()[0], None, None), case)
 
 

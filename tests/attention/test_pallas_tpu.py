@@ -16,7 +16,7 @@ from ringbpt.attention.local.pallas_tpu import make_pallas_tpu
 from ringbpt.planning.overlap import ring_hops
 from ringbpt.types import TokenMeta
 from tests.attention import suite
-from tests.attention.suite import CASES, Case
+from tests.attention.suite import Case
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
@@ -36,7 +36,7 @@ def interpreted(blocks=(128, 128), **params):
     return make_pallas_tpu(jax.devices()[0], *blocks, interpret=interpret)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", suite.cases(), ids=str)
 def test_the_kernels_pass_the_suite(case, capfd):
     suite.check(interpreted(), case)
     assert "RACE" not in capfd.readouterr().out

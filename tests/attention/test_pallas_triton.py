@@ -11,14 +11,13 @@ from ringbpt.attention.local.pallas_triton import make_interpreted, make_pallas_
 from ringbpt.types import TokenMeta
 from tests.attention import suite
 from tests.attention.gpu_programs import kernels, train_like
-from tests.attention.suite import CASES
 from tests.planning.test_overlap import check as check_overlap
 from tests.planning.test_overlap import compiler, program
 
 REFUSED = {"wide heads"}  # of 256, in float32
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", suite.cases(), ids=str)
 def test_the_kernels_pass_the_suite(case):
     suite.check(make_interpreted(jax.devices()[0], 64, 64), case, refuses=REFUSED)
 
