@@ -83,11 +83,8 @@ def given_variant(config: Config) -> Variant:
 
 def plainest(config: Config) -> Variant:
     """One device, dense attention, a Python loop over layers, nothing in blocks but the loss."""
-    chunk = config.execution.loss_chunk_size
-    execution = Execution(
-        attention_type="standard", sequence_layout="contiguous", scan_layers=False, loss_chunk_size=chunk
-    )
-    return Variant(MeshShape(), execution)
+    plain: dict[str, Any] = {"attention_type": "standard", "sequence_layout": "contiguous", "scan_layers": False}
+    return Variant(MeshShape(), Execution(**plain, loss_chunk_size=config.execution.loss_chunk_size))
 
 
 def variants(config: Config, device_count: int) -> list[Variant]:

@@ -27,10 +27,7 @@ SCOPE = "attention"
 
 
 # What `auto` tries, the fastest first; elsewhere blockwise. Of GPUs by what others have measured: docs/benchmarks.md.
-FASTEST = {
-    "tpu": ("pallas_tpu", "blockwise"),
-    "gpu": ("cudnn", "pallas_hopper", "pallas_triton", "blockwise"),
-}
+FASTEST = {"tpu": ("pallas_tpu", "blockwise"), "gpu": ("cudnn", "pallas_hopper", "pallas_triton", "blockwise")}
 
 
 @cache

@@ -31,6 +31,7 @@ from ringbpt.config.fields import (
     OptimizerConfig,
     PalmConfig,
     PythonDatasetConfig,
+    ScheduledConfig,
     TextProcessorConfig,
     TfdsDatasetConfig,
     TokenizerConfig,

@@ -79,61 +79,59 @@ class TextProcessorConfig:
 
 
 @dataclass(frozen=True)
-class JsonDatasetConfig:
-    path: str = flag("", ".jsonl or .json, also .gz and .zst; a glob; a list a:0.7,b:0.3", shown="data")
+class SequencesConfig:
+    """What every data set says of the sequences that are made of it."""
+
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
+
+
+@dataclass(frozen=True)
+class TextsConfig(SequencesConfig):
+    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
+    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
+
+
+@dataclass(frozen=True)
+class JsonDatasetConfig(TextsConfig):
     seq_length: int = flag(1024, "tokens of a sequence", at_least=1, shown="data")
     batch_size: int = flag(8, "sequences of the global batch", at_least=1, shown="data")
-    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
+    path: str = flag("", ".jsonl or .json, also .gz and .zst; a glob; a list a:0.7,b:0.3", shown="data")
     start_seek_loc: int = flag(0, "the byte of the file to start from", at_least=0)
     example_index_at_start: int = flag(0, at_least=0)
     tokens_count_at_start: int = flag(0, at_least=0)
-    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
     tokenizer_parallel_chunk_size: int = flag(32, at_least=1)
     tokenizer_parallel_batch_size: int = flag(1024, at_least=1)
     throughput_average_window_size: int = flag(200, at_least=1)
 
 
 @dataclass(frozen=True)
-class HuggingfaceDatasetConfig:
+class HuggingfaceDatasetConfig(TextsConfig):
     path: str = flag("c4", "a data set of the hub")
     name: str = flag("en", "its configuration")
     split: str = "train"
     streaming: bool = flag(False, "with max_samples: that many rows are read once and kept")
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
-    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
-class FilesDatasetConfig:
+class FilesDatasetConfig(TextsConfig):
     path: str = flag("", "files of any format, by their endings; a glob, a folder, a list a,b or a:0.7,b:0.3")
     split: str = flag("train", "of a folder that save_to_disk wrote with several")
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
-    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
-class TfdsDatasetConfig:
+class TfdsDatasetConfig(TextsConfig):
     name: str = flag("", "name, or name/config:version")
     split: str = "train"
     data_dir: str = flag("", "empty: TFDS's own")
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
-    always_start_with_bos: bool = flag(False, "the first token of each row becomes bos")
-    tokenizer_processes: int = flag(1, "worker processes; 0 and 1: this one", at_least=0)
 
 
 @dataclass(frozen=True)
-class PythonDatasetConfig:
+class PythonDatasetConfig(SequencesConfig):
     """The source files of the running Python's standard library: real text that is on every machine."""
 
     path: str = flag("", "a folder of .py files; empty: the standard library")
     split: str = flag("train", "heldout: one file in 20, by its name", choices=("train", "heldout", "all"))
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
 
 
 # What a dataset's type reads; those of the second line go by the group files_dataset.
@@ -165,10 +163,8 @@ class DatasetConfig:
         return "files_dataset" if self.type in FILE_FORMATS else f"{self.type}_dataset"
 
     @property
-    def source(
-        self,
-    ) -> JsonDatasetConfig | HuggingfaceDatasetConfig | FilesDatasetConfig | TfdsDatasetConfig | PythonDatasetConfig:
-        """The group that `type` names."""
+    def source(self) -> Any:
+        """The group that `type` names, a SequencesConfig."""
         return getattr(self, self.group)
 
     @property
@@ -181,18 +177,43 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
+class ScheduledConfig:
+    """What every optimizer has whose rate rises, falls, and stays."""
+
     init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
-    end_lr: float = flag(0.001, "the rate that the decay ends at", at_least=0)
-    lr: float = flag(0.01, "peak; also end_lr, lr_warmup_steps, weight_decay, ...", at_least=0, shown="training")
+    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
+    lr: float = flag(1e-4, "peak rate", at_least=0)
     lr_warmup_steps: int = flag(2000, at_least=0)
     lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
+    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
+    weight_decay: float = flag(0.0, at_least=0)
+
+
+@dataclass(frozen=True)
+class AdamWConfig(ScheduledConfig):
+    end_lr: float = flag(0.001, "the rate that the decay ends at", at_least=0)
+    lr: float = flag(0.01, "peak; also end_lr, lr_warmup_steps, weight_decay, ...", at_least=0, shown="training")
     b1: float = flag(0.9, at_least=0, below=1)
     b2: float = flag(0.95, at_least=0, below=1)
-    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
     weight_decay: float = flag(1e-4, at_least=0)
     bf16_momentum: bool = False
     multiply_by_parameter_scale: bool = flag(False, "steps in units of each weight's RMS")
+
+
+@dataclass(frozen=True)
+class LionConfig(ScheduledConfig):
+    b1: float = flag(0.9, at_least=0, below=1)
+    b2: float = flag(0.99, at_least=0, below=1)
+    weight_decay: float = flag(1e-3, at_least=0)
+    bf16_momentum: bool = False
+
+
+@dataclass(frozen=True)
+class MuonConfig(ScheduledConfig):
+    # Above 0: adam's rate is a share of muon's.
+    lr: float = flag(0.02, "of the matrices; vectors, embedding and unembedding take adam_lr", above=0)
+    adam_lr: float = flag(3e-4, at_least=0)
+    beta: float = flag(0.95, at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -206,34 +227,6 @@ class PalmConfig:
     clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
     weight_decay: float = flag(1e-4, at_least=0)
     bf16_momentum: bool = False
-
-
-@dataclass(frozen=True)
-class LionConfig:
-    init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
-    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
-    lr: float = flag(1e-4, "peak rate", at_least=0)
-    lr_warmup_steps: int = flag(2000, at_least=0)
-    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
-    b1: float = flag(0.9, at_least=0, below=1)
-    b2: float = flag(0.99, at_least=0, below=1)
-    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
-    weight_decay: float = flag(1e-3, at_least=0)
-    bf16_momentum: bool = False
-
-
-@dataclass(frozen=True)
-class MuonConfig:
-    init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
-    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
-    # Above 0: adam's rate is a share of muon's.
-    lr: float = flag(0.02, "of the matrices; vectors, embedding and unembedding take adam_lr", above=0)
-    adam_lr: float = flag(3e-4, at_least=0)
-    lr_warmup_steps: int = flag(2000, at_least=0)
-    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
-    beta: float = flag(0.95, at_least=0, below=1)
-    clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
-    weight_decay: float = flag(0.0, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -257,9 +250,14 @@ class OptimizerConfig:
         return f"{self.type}_optimizer"
 
     @property
-    def chosen(self) -> AdamWConfig | PalmConfig | LionConfig | MuonConfig:
+    def chosen(self) -> ScheduledConfig | PalmConfig:
         """The group that `type` names."""
         return getattr(self, self.group)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether anything that the update reads is in the host's memory."""
+        return self.offload_params or self.offload_state
 
     @property
     def is_layerwise(self) -> bool:

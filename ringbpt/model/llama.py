@@ -48,12 +48,7 @@ REMAT_POLICIES = {
 
 # attention_type -> local implementation, where attention_kernel names none; those called ring_* let shares meet over
 # sp, as sequence_parallel says.
-ATTENTION_TYPES = {
-    "standard": "reference",
-    "blockwise": "auto",
-    "ring_standard": "reference",
-    "ring_blockwise": "auto",
-}
+ATTENTION_TYPES = {"standard": "reference", "blockwise": "auto", "ring_standard": "reference", "ring_blockwise": "auto"}
 
 
 def make_dims(config: Architecture) -> Dims:

@@ -39,9 +39,8 @@ class Objective:
 
         The statistics are NaN meanwhile: a weight that looked at them would be NaN, and not quietly wrong.
         """
-        unknown_BT = jnp.full(batch.token_BT.shape, jnp.nan)
-        unknown_BTE = jnp.full((*batch.token_BT.shape, config.architecture.num_experts), jnp.nan)
-        stats = TokenStats(unknown_BT, unknown_BT, unknown_BT, unknown_BTE, unknown_BTE)
+        shape_BT, E = batch.token_BT.shape, config.architecture.num_experts
+        stats = TokenStats(*(jnp.full(shape, jnp.nan) for shape in (shape_BT,) * 3 + ((*shape_BT, E),) * 2))
         means = self.function(self.knowing_whole(stats, batch, config), batch, config)
         return {name: means[name].weight for name in self.parts(config)}
 
@@ -64,9 +63,7 @@ class Objective:
     def values(self, means: Means, config: Config) -> dict[str, Array]:
         """The means' values, and "loss", the sum of its parts, where no single part is called so; float32 []."""
         values = {name: mean.value() for name, mean in means.items()}
-        if "loss" not in values:
-            values["loss"] = sum(coefficient * values[name] for name, coefficient in self.parts(config).items())
-        return values
+        return {"loss": sum(scale * values[name] for name, scale in self.parts(config).items()), **values}
 
 
 def _or_one(weight: Array) -> Array:

@@ -16,8 +16,7 @@ from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
 from ringbpt.planning.topologies import Topology
-from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import TrainState, abstract_state, host_leaves
+from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import make_train_step
 from ringbpt.types import ALWAYS, COLUMNS, Batch
 
@@ -57,13 +56,12 @@ def step_and_arguments(
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length)
-    optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
-    step = make_train_step(config, model, objective_of(config), optimizer, schedule)
+    layout = StateLayout(config, model)
+    step = make_train_step(layout, objective_of(config))
     shape_BT = (config.train_dataset.batch_size, config.train_dataset.seq_length)
     sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))  # as put_batch gives it
     columns = {name: jax.ShapeDtypeStruct(shape_BT, COLUMNS[name].dtype, sharding=sharding) for name in ALWAYS}
-    arguments = abstract_state(config, model, optimizer), Batch.of(columns)
-    return step, arguments, host_leaves(config, model, optimizer)
+    return step, (layout.abstract, Batch.of(columns)), layout.on_host
 
 
 def compile_program(config: Config, machine: Topology) -> Program:

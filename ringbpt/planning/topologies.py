@@ -99,16 +99,17 @@ class Topology:
 @contextmanager
 def _uncached() -> Iterator[None]:
     """No program comes from jax's compilation cache meanwhile: a cached one is not compiled, and dumps no files."""
-    if not jax.config.jax_enable_compilation_cache:
-        yield
-        return
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # which would not look at the flag again
+
+    def enable(cached: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()  # which would not look at the flag again
+
+    before = jax.config.jax_enable_compilation_cache
+    enable(False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-        compilation_cache.reset_cache()
+        enable(before)
 
 
 def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:

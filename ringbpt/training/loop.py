@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -13,18 +12,17 @@ from ringbpt.config import Config
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
-from ringbpt.evaluation.probe import Probe, make_probe
+from ringbpt.evaluation.probe import make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
-from ringbpt.training.optimizer import make_optimizer
 from ringbpt.training.run import Run, open_run
-from ringbpt.training.state import TrainState
+from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
-from ringbpt.types import Batch, Means
+from ringbpt.types import Batch
 
 
 def train(config: Config) -> Path:
@@ -39,17 +37,19 @@ def train(config: Config) -> Path:
     loader = loader_of(config, tokenizer)
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length)
-    optimizer, schedule = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
-    evaluate = _evaluation(config, model, objective, tokenizer, run.folder) if config.eval_steps else None
-    state = run.first_state(model, optimizer, loader.fingerprint)
-    say(_describe(config, run, loader, evaluate))
+    layout = StateLayout(config, model)
+    evaluate, held_out = None, None
+    if config.eval_steps:
+        evaluate, held_out = _evaluation(config, model, objective, tokenizer, run.folder)
+    state = run.first_state(layout, loader.fingerprint)
+    say(_describe(config, run, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
         writer.write(row)
         writer.progress(int(row["step"]), row)
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
-    train_step = make_train_step(config, model, objective, optimizer, schedule)
+    train_step = make_train_step(layout, objective)
     source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
     clock = Clock(config, loader.bytes_per_token, source.take_waited)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
@@ -93,42 +93,30 @@ def _put(model: Model, loader: Loader, step: int) -> Batch:
     return put_batch(partial(loader.rows, step), shape, model.mesh, model.execution.sequence_layout)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured on held-out data: the objective over its first eval_batches batches, and what is probed."""
-
-    model: Model
-    objective: Objective
-    config: Config
-    loader: Loader
-    step: Callable[[TrainState, Batch], Means]
-    probe: Probe | None
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
-        """A row of metrics, `eval_loss` and so on, of the state after so many steps."""
-        loader = self.loader
-        numbers = range(min(self.config.eval_batches, loader.steps_per_epoch))
-        sums = [self.step(state, _put(self.model, loader, i)) for i in numbers]
-        means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
-        values = {f"eval_{name}": float(value) for name, value in self.objective.values(means, self.config).items()}
-        if self.probe:
-            # Text is made with all weights on the device, wherever training keeps them.
-            params = jax.device_put(merge(state.trained, state.frozen), self.model.shardings)
-            values |= self.probe(params, (_put(self.model, loader, i) for i in numbers))
-        return {
-            "step": step,
-            **values,
-            "eval_bits_per_byte": bits_per_byte(values["eval_loss"], loader.bytes_per_token),
-        }
-
-
-def _evaluation(config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path) -> Evaluation:
+def _evaluation(
+    config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path
+) -> tuple[Callable[[TrainState, int], dict[str, float]], Loader]:
+    """(evaluate, the held-out data): evaluate(state, step) measures the objective over the first eval_batches batches,
+    and what is probed, as a row of metrics.
+    """
     loader = loader_of(config, tokenizer, "eval_dataset")
-    step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
-    return Evaluation(model, objective, config, loader, step, probe)
+    eval_step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
+    numbers = range(min(config.eval_batches, loader.steps_per_epoch))
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
+        means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
+        row = {f"eval_{name}": float(value) for name, value in objective.values(means, config).items()}
+        if probe:
+            # Text is made with all weights on the device, wherever training keeps them.
+            params = jax.device_put(merge(state.trained, state.frozen), model.shardings)
+            row |= probe(params, (_put(model, loader, i) for i in numbers))
+        return {"step": step, **row, "eval_bits_per_byte": bits_per_byte(row["eval_loss"], loader.bytes_per_token)}
+
+    return evaluate, loader
 
 
-def _describe(config: Config, run: Run, loader: Loader, evaluation: Evaluation | None) -> str:
+def _describe(config: Config, run: Run, loader: Loader, held_out: Loader | None) -> str:
     execution = config.execution
     mesh = ",".join(map(str, config.mesh_shape))
     lines = [
@@ -138,4 +126,4 @@ def _describe(config: Config, run: Run, loader: Loader, evaluation: Evaluation |
         f"data   {loader.describe()}",
         describe(config, jax.devices()[0].device_kind),
     ]
-    return "\n".join(lines + ([f"eval   {evaluation.loader.describe()}"] if evaluation else []))
+    return "\n".join(lines + ([f"eval   {held_out.describe()}"] if held_out else []))

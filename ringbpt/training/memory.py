@@ -17,8 +17,7 @@ from ringbpt.config import Config
 from ringbpt.dims import AXES
 from ringbpt.hardware import find
 from ringbpt.model.llama import COMPUTE_DTYPES, Model, make_dims
-from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import TrainState, abstract_state
+from ringbpt.training.state import StateLayout, TrainState
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,8 @@ def _stored(config: Config) -> dict[str, int]:
 
 
 def _abstract_state(config: Config) -> TrainState:
-    model = Model(
-        config.architecture,
-        config.execution,
-        AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES)),
-    )
-    optimizer, _ = make_optimizer(config.optimizer, config.architecture.param_scan_axis)
-    return abstract_state(config, model, optimizer)
+    mesh = AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return StateLayout(config, Model.of(config, mesh)).abstract
 
 
 def _shard_bytes(tree: Any) -> int:

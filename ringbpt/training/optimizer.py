@@ -8,7 +8,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.tree_util import DictKey, tree_flatten_with_path, tree_map_with_path
 
-from ringbpt.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, PalmConfig
+from ringbpt.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, PalmConfig, ScheduledConfig
 from ringbpt.types import Params, PyTree
 
 Schedule = Callable[[int | jax.Array], jax.Array]
@@ -93,15 +93,14 @@ def _momentum_dtype(bf16_momentum: bool) -> jnp.dtype:
 # ---------------------------------------------------------------------------------------------- schedules
 
 
-def _schedule(config: OptimizerConfig, group: AdamWConfig | LionConfig | MuonConfig) -> Schedule:
+def _schedule(config: OptimizerConfig, group: ScheduledConfig) -> Schedule:
     """init_lr -> lr over lr_warmup_steps, then down to end_lr at lr_decay_steps (counted from step 0), then flat."""
     warmup, end = group.lr_warmup_steps, group.lr_decay_steps
     if config.schedule == "warmup_cosine":
         return optax.warmup_cosine_decay_schedule(group.init_lr, group.lr, warmup, end, group.end_lr)
-    decay_start = {
-        "warmup_linear": warmup,
-        "wsd": max(warmup, end - round(config.wsd_decay_fraction * end)),
-    }[config.schedule]
+    decay_start = {"warmup_linear": warmup, "wsd": max(warmup, end - round(config.wsd_decay_fraction * end))}[
+        config.schedule
+    ]
     rise = optax.linear_schedule(group.init_lr, group.lr, warmup)
     fall = optax.linear_schedule(group.lr, group.end_lr, end - decay_start)
     return optax.join_schedules([rise, optax.constant_schedule(group.lr), fall], [warmup, decay_start])

@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
 from ringbpt.checkpoint.load import find_checkpoint, load_checkpoint
 from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, read_object
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
-from ringbpt.model.llama import COMPUTE_DTYPES, Model
+from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.training.metrics import MetricsWriter, say
-from ringbpt.training.state import TrainState, abstract_state, start_state
+from ringbpt.training.state import StateLayout, TrainState
 
 
 @dataclass
@@ -35,13 +34,13 @@ class Run:
     data_step: int = 0
     start: int = 0
 
-    def first_state(self, model: Model, optimizer: optax.GradientTransformation, fingerprint: str) -> TrainState:
+    def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:
         """The state of the run's own newest checkpoint, of another's, or a fresh one; nothing is written.
 
         Raises UserError where the checkpoint was trained on other data, or as far as total_steps already.
         """
         config, self.fingerprint = self.config, fingerprint
-        abstract = abstract_state(config, model, optimizer)
+        abstract = layout.abstract
         wanted = {"params": Wanted(abstract.trained), "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT)}
         found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
         latest = self.checkpointer.latest_step() if config.autoresume else None
@@ -54,11 +53,11 @@ class Run:
             if note:
                 say(note)
         else:
-            found["params"] = model.init(jax.random.key(config.seed))
+            found["params"] = layout.model.init(jax.random.key(config.seed))
         params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
         if meta is None:
             self.data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
-            return start_state(config, model, optimizer, params)
+            return layout.start(params)
         if meta["data"]["fingerprint"] != fingerprint:
             raise UserError(
                 f"{where}: the training data, its order or its packing is not what step {meta['step']} was trained "
@@ -73,7 +72,7 @@ class Run:
         if opt_state is None:
             say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
         self.start, self.data_step = meta["step"], meta["data"]["step"]
-        return start_state(config, model, optimizer, params, self.start, opt_state)
+        return layout.start(params, self.start, opt_state)
 
     def start_writing(self) -> MetricsWriter:
         """Makes the folder, with its config.json; the metrics go on after step `start`."""

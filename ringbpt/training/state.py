@@ -6,6 +6,7 @@ optimizer state, offload and checkpoints know the former alone, and the two are 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,15 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.config import Config
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
-from ringbpt.training.optimizer import state_specs
+from ringbpt.training.optimizer import make_optimizer, state_specs
 from ringbpt.types import Array, Params, PyTree
 
-IsFrozen = Callable[[str], bool]  # of a weight's dotted name, "layers.w_q"
-
-
-def nothing_frozen(name: str) -> bool:
-    """All weights are trained."""
-    return False
+IS_SPEC = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
 
 
 @jax.tree_util.register_dataclass
@@ -40,89 +36,75 @@ class TrainState:
     frozen: Params = field(default_factory=dict)
 
 
-def divide(params: PyTree, is_frozen: IsFrozen, prefix: str = "") -> tuple[PyTree, PyTree]:
-    """(trained, frozen): a nested dict of weights, or of what belongs to them, as two that hold a part each."""
+def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -> tuple[PyTree, PyTree]:
+    """(trained, frozen): nested dicts of weights, or of what belongs to them, by their dotted names ("layers.w_q")."""
     parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for name, value in params.items():
         if isinstance(value, dict):
-            inner = divide(value, is_frozen, f"{prefix}{name}.")
+            for part, inner in zip(parts, divide(value, is_frozen, f"{prefix}{name}."), strict=True):
+                part |= {name: inner} if inner else {}
         else:
-            frozen = is_frozen(prefix + name)
-            inner = ({} if frozen else value, value if frozen else {})
-        for part, of_it in zip(parts, inner, strict=True):
-            if not isinstance(of_it, dict) or of_it:
-                part[name] = of_it
+            parts[is_frozen(prefix + name)][name] = value
     return parts
 
 
-def state_shardings(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, is_frozen: IsFrozen = nothing_frozen
-) -> TrainState:
-    """Optimizer state that mirrors a weight is sharded like it; the rest is on every device."""
+@dataclass(frozen=True)
+class StateLayout:
+    """Which weights a run trains, by which optimizer, and where each leaf of its TrainState lives.
 
-    def leaf(spec: PartitionSpec, away: bool) -> NamedSharding:
-        sharding = NamedSharding(model.mesh, spec)
-        return sharding.with_memory_kind("pinned_host") if away else sharding
+    is_frozen(dotted name) says of a weight that it stays as it is. Nothing is allocated but by `start`.
+    """
 
-    specs, offloaded = _specs(model, optimizer, is_frozen), host_leaves(config, model, optimizer, is_frozen)
-    return jax.tree.map(leaf, specs, offloaded, is_leaf=_is_spec)
+    config: Config
+    model: Model
+    is_frozen: Callable[[str], bool] = lambda name: False
 
+    @cached_property
+    def made(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer, and its schedule: step -> learning rate."""
+        return make_optimizer(self.config.optimizer, self.config.architecture.param_scan_axis)
 
-def host_leaves(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, is_frozen: IsFrozen = nothing_frozen
-) -> TrainState:
-    """True for each leaf of a TrainState that lives in the host's memory, by optimizer.offload_params and _state."""
-    specs = _specs(model, optimizer, is_frozen)
+    @cached_property
+    def _specs(self) -> TrainState:
+        trained, frozen = divide(self.model.specs, self.is_frozen)
+        abstract, _ = divide(self.model.abstract_params, self.is_frozen)
+        return TrainState(PartitionSpec(), trained, state_specs(self.made[0], abstract, trained), frozen)
 
-    def away(tree: PyTree, asked: bool) -> PyTree:
-        # Only what is large, and that is what is or mirrors a matrix.
-        return jax.tree.map(lambda spec: asked and any(spec), tree, is_leaf=_is_spec)
+    @cached_property
+    def on_host(self) -> TrainState:
+        """True for each leaf in the host's memory: what is or mirrors a matrix, where that is asked for."""
 
-    return TrainState(
-        step=False,
-        trained=away(specs.trained, config.optimizer.offload_params),
-        opt_state=away(specs.opt_state, config.optimizer.offload_state),
-        frozen=away(specs.frozen, config.optimizer.offload_params),
-    )
+        def away(tree: PyTree, asked: bool) -> PyTree:
+            return jax.tree.map(lambda spec: asked and any(spec), tree, is_leaf=IS_SPEC)
 
+        specs, config = self._specs, self.config.optimizer
+        trained, frozen = away((specs.trained, specs.frozen), config.offload_params)
+        return TrainState(False, trained, away(specs.opt_state, config.offload_state), frozen)
 
-def _specs(model: Model, optimizer: optax.GradientTransformation, is_frozen: IsFrozen) -> TrainState:
-    trained, frozen = divide(model.specs, is_frozen)
-    abstract, _ = divide(model.abstract_params, is_frozen)
-    opt_state = state_specs(optimizer, abstract, trained)
-    return TrainState(step=PartitionSpec(), trained=trained, opt_state=opt_state, frozen=frozen)
+    @cached_property
+    def shardings(self) -> TrainState:
+        """Optimizer state that mirrors a weight is sharded like it; the rest is on every device."""
 
+        def leaf(spec: PartitionSpec, away: bool) -> NamedSharding:
+            sharding = NamedSharding(self.model.mesh, spec)
+            return sharding.with_memory_kind("pinned_host") if away else sharding
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
+        return jax.tree.map(leaf, self._specs, self.on_host, is_leaf=IS_SPEC)
 
+    @cached_property
+    def abstract(self) -> TrainState:
+        """The state as ShapeDtypeStructs with shardings."""
+        trained, frozen = divide(self.model.abstract_params, self.is_frozen)
+        opt_state = jax.eval_shape(self.made[0].init, trained)
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
-def abstract_state(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, is_frozen: IsFrozen = nothing_frozen
-) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings; nothing is allocated."""
-    trained, frozen = divide(model.abstract_params, is_frozen)
-    opt_state = jax.eval_shape(optimizer.init, trained)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen)
-    shardings = state_shardings(config, model, optimizer, is_frozen)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def start_state(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    step: int = 0,
-    opt_state: Any = None,
-    is_frozen: IsFrozen = nothing_frozen,
-) -> TrainState:
-    """The state for these params, all of the model's; opt_state None starts the optimizer afresh."""
-    shardings = state_shardings(config, model, optimizer, is_frozen)
-    trained, frozen = divide(params, is_frozen)
-    trained, frozen = jax.device_put((trained, frozen), (shardings.trained, shardings.frozen))
-    if opt_state is None and (config.optimizer.offload_params or config.optimizer.offload_state):
-        opt_state = offload.init(optimizer, trained, shardings.opt_state)
-    elif opt_state is None:
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trained)
-    return TrainState(jax.device_put(jnp.int32(step), shardings.step), trained, opt_state, frozen)
+    def start(self, params: Params, step: int = 0, opt_state: Any = None) -> TrainState:
+        """The state for all of the model's params; opt_state None starts the optimizer afresh."""
+        shardings = self.shardings
+        trained, frozen = jax.device_put(divide(params, self.is_frozen), (shardings.trained, shardings.frozen))
+        if opt_state is None and self.config.optimizer.is_offloaded:
+            opt_state = offload.init(self.made[0], trained, shardings.opt_state)
+        elif opt_state is None:
+            opt_state = jax.jit(self.made[0].init, out_shardings=shardings.opt_state)(trained)
+        return TrainState(jax.device_put(jnp.int32(step), shardings.step), trained, opt_state, frozen)

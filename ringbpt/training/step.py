@@ -15,7 +15,7 @@ from ringbpt.objectives import Objective
 from ringbpt.objectives.objective import stopped
 from ringbpt.training import offload
 from ringbpt.training.optimizer import clip_factor
-from ringbpt.training.state import IsFrozen, TrainState, host_leaves, nothing_frozen, state_shardings
+from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
 
 # So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
@@ -57,10 +57,6 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
     def statistics(trained: Params, frozen: Params, batch: Batch) -> TokenStats:
         return model.token_stats(merge(trained, frozen), batch, objective.head)
 
-    def measure(trained: Params, frozen: Params, batch: Batch) -> Means:
-        """What the objective needs of the whole step, of these rows."""
-        return objective.whole(statistics(trained, frozen, batch), batch, config) if objective.whole else {}
-
     def total_loss(trained: Params, frozen: Params, batch: Batch, scales: Whole, whole: Whole | None) -> tuple:
         stats = statistics(trained, frozen, batch)
         stats = objective.knowing_whole(stats, batch, config) if whole is None else replace(stats, whole=whole)
@@ -78,10 +74,11 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
         micros = micro_batches(batch, count)
         one = jax.tree.map(lambda x: x[0], micros)
         whole: Whole = {}
-        if objective.whole:
-            nothing = _zeros(jax.eval_shape(measure, trained, frozen, one))
-            add_means = lambda sums, micro: (jax.tree.map(jnp.add, sums, measure(trained, frozen, micro)), None)  # noqa: E731
-            whole = stopped(jax.lax.scan(add_means, nothing, micros)[0])
+        if measure := objective.whole:
+            part = lambda micro: measure(statistics(trained, frozen, micro), micro, config)  # noqa: E731
+            nothing = _zeros(jax.eval_shape(part, one))
+            sums, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, part(x)), None), nothing, micros)
+            whole = stopped(sums)
 
         def add(sums: tuple[Params, Means], micro: Batch) -> tuple[tuple[Params, Means], None]:
             grads, means = gradient(trained, frozen, micro, scales, whole)
@@ -118,25 +115,19 @@ def make_gradients(
 
 
 def make_train_step(
-    config: Config,
-    model: Model,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    is_frozen: IsFrozen = nothing_frozen,
+    layout: StateLayout, objective: Objective
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """step(state, batch) -> (state, metrics), jitted; the old state is donated.
 
     A batch without any weight changes nothing but what the optimizer does on a zero gradient.
     """
+    config, model, (optimizer, schedule) = layout.config, layout.model, layout.made
     totals = make_totals(config, model, objective)
-    shardings = state_shardings(config, model, optimizer, is_frozen)
-    offloaded = host_leaves(config, model, optimizer, is_frozen)
     by_layer = config.architecture.param_scan_axis == 0 and config.optimizer.is_layerwise
 
     def update(grads: Params, state: TrainState, divisor: jax.Array) -> tuple[Params, PyTree, dict[str, jax.Array]]:
         """(trained, opt_state, {the norms of the gradients and of the trained weights})."""
-        if config.optimizer.offload_params or config.optimizer.offload_state:
+        if config.optimizer.is_offloaded:
             norm = offload.norm(grads) / divisor
             factor = clip_factor(config.optimizer, norm) / divisor
             trained, opt_state, param_norm = offload.update(
@@ -152,7 +143,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
-        state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, offloaded)
+        state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, layout.on_host)
         grads, divisor, means = totals(state.trained, state.frozen, batch)
         trained, opt_state, norms = update(grads, state, divisor)
         facts = {name: means.pop(name).total for name in FACTS}
@@ -162,7 +153,9 @@ def make_train_step(
 
     options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.
-    return jax.jit(step, donate_argnums=0, keep_unused=True, out_shardings=(shardings, None), compiler_options=options)
+    return jax.jit(
+        step, donate_argnums=0, keep_unused=True, out_shardings=(layout.shardings, None), compiler_options=options
+    )
 
 
 def make_eval_step(config: Config, model: Model, objective: Objective) -> Callable[[TrainState, Batch], Means]:

@@ -11,8 +11,7 @@ from ringbpt.config import AdamWConfig, Config, OptimizerConfig
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
-from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import abstract_state
+from ringbpt.training.state import StateLayout
 from ringbpt.training.step import make_train_step
 from ringbpt.types import Batch
 from tests.flags import llama_flags
@@ -29,10 +28,10 @@ def compile_step(mesh_shape, llama: dict, rows: int, length: int, dtype="fp32"):
         optimizer=OptimizerConfig(adamw_optimizer=AdamWConfig(lr_warmup_steps=1)),
     )
     model = Model.of(config, make_mesh(mesh_shape))
-    optimizer, schedule = make_optimizer(config.optimizer)
-    step = make_train_step(config, model, OBJECTIVES["sft"], optimizer, schedule)
+    layout = StateLayout(config, model)
+    step = make_train_step(layout, OBJECTIVES["sft"])
     ints, floats = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    return step.lower(abstract_state(config, model, optimizer), Batch(ints, ints, floats, ints, ints)).compile()
+    return step.lower(layout.abstract, Batch(ints, ints, floats, ints, ints)).compile()
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
 from ringbpt.training.memory import account
-from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import start_state
+from ringbpt.training.state import StateLayout
 from ringbpt.training.step import make_train_step
 from ringbpt.types import Batch
 
@@ -38,9 +37,9 @@ def steps(*flags: str) -> tuple[list[float], object]:
     """(the losses of three steps, the state after them)."""
     config = parse(parse_args([*FLAGS, *flags]), 8)
     model = Model.of(config, make_mesh(config.mesh_shape))
-    optimizer, schedule = make_optimizer(config.optimizer)
-    state = start_state(config, model, optimizer, model.init(jax.random.key(0)))
-    step = make_train_step(config, model, OBJECTIVES["sft"], optimizer, schedule)
+    layout = StateLayout(config, model)
+    state = layout.start(model.init(jax.random.key(0)))
+    step = make_train_step(layout, OBJECTIVES["sft"])
     token = np.random.default_rng(0).integers(0, 256, (2, 129)).astype(np.int32)
     ones, place = np.ones((2, 128), np.int32), np.tile(np.arange(128, dtype=np.int32), (2, 1))
     batch = Batch(token[:, :-1], token[:, 1:], ones.astype(np.float32), place, ones)

@@ -10,8 +10,7 @@ from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge, part_of
 from ringbpt.objectives import OBJECTIVES
-from ringbpt.training.optimizer import make_optimizer
-from ringbpt.training.state import abstract_state, divide, start_state, state_shardings
+from ringbpt.training.state import StateLayout, divide
 from ringbpt.training.step import make_train_step
 from tests.flags import llama_flags
 from tests.model.helpers import LLAMA
@@ -34,18 +33,19 @@ def test_a_tree_is_divided_and_merged_again():
 def test_what_is_frozen_stays_and_the_rest_takes_the_same_step():
     config = Config(dtype="fp32", optimizer=OptimizerConfig(accumulate_gradient_steps=2), **llama_flags(**LLAMA))
     model = Model.of(config, make_mesh((1, 2, 1, 1)))
-    optimizer, schedule = make_optimizer(config.optimizer)
     host = batch_of([32, 20, 32, 7], [30, 20, 8, 7])
     batch = put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), (4, 32), model.mesh, "contiguous")
     params = jax.tree.map(np.asarray, model.init(jax.random.key(0)))
     after = {}
     for is_frozen in (FROZEN.__contains__, lambda name: False):
-        state = start_state(config, model, optimizer, params, is_frozen=is_frozen)
-        abstract = abstract_state(config, model, optimizer, is_frozen)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        step = make_train_step(config, model, OBJECTIVES["sft"], optimizer, schedule, is_frozen)
+        layout = StateLayout(config, model, is_frozen)
+        state = layout.start(params)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), layout.abstract) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        step = make_train_step(layout, OBJECTIVES["sft"])
         state, metrics = step(state, batch)
-        assert jax.tree.map(lambda x: x.sharding, state) == state_shardings(config, model, optimizer, is_frozen)
+        assert jax.tree.map(lambda x: x.sharding, state) == layout.shardings
         after[bool(state.frozen)] = state, float(metrics["loss"])
     (part, part_loss), (whole, whole_loss) = after[True], after[False]
     assert part_loss == whole_loss

@@ -12,11 +12,7 @@ _made: Any = None
 
 
 def each(
-    task: Callable[..., Any],
-    items: Sequence[tuple],
-    start: Callable[[], Any],
-    here: Callable[[], Any],
-    processes: int,
+    task: Callable[..., Any], items: Sequence[tuple], start: Callable[[], Any], here: Callable[[], Any], processes: int
 ) -> Iterator[Any]:
     """task(made, *item) of each item, in order.
 
