@@ -98,9 +98,8 @@ def _schedule(config: OptimizerConfig, group: ScheduledConfig) -> Schedule:
     warmup, end = group.lr_warmup_steps, group.lr_decay_steps
     if config.schedule == "warmup_cosine":
         return optax.warmup_cosine_decay_schedule(group.init_lr, group.lr, warmup, end, group.end_lr)
-    decay_start = {"warmup_linear": warmup, "wsd": max(warmup, end - round(config.wsd_decay_fraction * end))}[
-        config.schedule
-    ]
+    starts = {"warmup_linear": warmup, "wsd": max(warmup, end - round(config.wsd_decay_fraction * end))}
+    decay_start = starts[config.schedule]
     rise = optax.linear_schedule(group.init_lr, group.lr, warmup)
     fall = optax.linear_schedule(group.lr, group.end_lr, end - decay_start)
     return optax.join_schedules([rise, optax.constant_schedule(group.lr), fall], [warmup, decay_start])
