@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
         from ringbpt.generation.chat import chat
 
         return chat(generator, tokenizer, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
-    chats = make_chat_encoder(tokenizer) if any("prompt" not in row for row in rows) else None
+    chats = None if all(isinstance(row.get("prompt"), str) for row in rows) else make_chat_encoder(tokenizer)
     prompts = [
         chats(row["messages"], row.get("tools"), f"{flags['prompts']}, prompt {number}")
-        if chats and "prompt" not in row
+        if chats and not isinstance(row.get("prompt"), str)
         else tokenizer.encode_prompt(row["prompt"])
         for number, row in enumerate(rows, 1)
     ]

@@ -76,11 +76,6 @@ class Variant:
         return config
 
 
-def given_variant(config: Config) -> Variant:
-    """The configuration as it was asked for."""
-    return Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
-
-
 def plainest(config: Config) -> Variant:
     """One device, dense attention, a Python loop over layers, nothing in blocks but the loss."""
     plain: dict[str, Any] = {"attention_type": "standard", "sequence_layout": "contiguous", "scan_layers": False}
@@ -94,7 +89,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
     from ringbpt.attention.api import FASTEST, OVER_SP
     from ringbpt.layouts import LAYOUTS
 
-    given = given_variant(config)
+    given = Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
     ring, kind = given.execution.attention_type.rpartition("ring_")[1:]
 
     def over_sp(strategy: str) -> dict[str, Any]:
@@ -105,10 +100,10 @@ def variants(config: Config, device_count: int) -> list[Variant]:
             "heads_k_stride": None,
         }
 
-    n = device_count
+    n, parallel = device_count, given.execution.sequence_parallel if ring else "ring"
     meshes = [(1, 1, 1, n), (1, n, 1, 1), (n, 1, 1, 1), (1, 2, 2, n // 4), (2, 2, 1, n // 4), (2, 1, 1, n // 2)]
     elsewhere = [
-        given.but(**dict(zip(AXES, mesh, strict=True)), sequence_layout=layout, **({} if ring else over_sp("ring")))
+        given.but(**dict(zip(AXES, mesh, strict=True)), sequence_layout=layout, **over_sp(parallel))
         for mesh, layout in product(meshes, LAYOUTS)
         if math.prod(mesh) <= n and 0 not in mesh and (mesh[3] > 1 or layout == "contiguous")
     ]

@@ -31,7 +31,7 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "cache"))
     flags = [*FLAGS, f"--train_dataset.python_dataset.path={folder}", "--train_dataset.python_dataset.split=all"]
     config = parse(parse_args(flags), device_count=2)
-    given = verify.given_variant(config)
+    given = verify.Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
     some = [given, given.but(sp=1), given.but(sequence_parallel="all_gather"), given.but(packing="alone")]
     monkeypatch.setattr(verify, "variants", lambda config, device_count: some)
     return config
@@ -133,3 +133,16 @@ def test_a_flag_of_its_own_with_a_slip_is_named(capsys):
 def test_no_flag_of_train_is_taken_for_one_of_an_entrys_own(entry):
     words = [f"--{name}=1" for name in (*RUN_FLAGS, *ALIASES, *ENTRY_FLAGS)]
     assert split_flags(words, entry.FLAGS)[1] == [word for word in words if word[2:-2] not in entry.FLAGS]
+
+
+@pytest.mark.parametrize(
+    "flags", [("ulysses_ring", "--llama.ulysses_degree=4"), ("all_gather", "--llama.heads_k_stride=4")], ids=str
+)
+def test_other_meshes_are_tried_with_every_strategy(flags):
+    strategy, option = flags
+    given = ["--config=configs/debug.py", "--llama.num_attention_heads=8", "--llama.num_key_value_heads=8"]
+    config = parse(parse_args([*given, f"--llama.sequence_parallel={strategy}", option]), device_count=8)
+    found = verify.variants(config, 8)
+    elsewhere = [variant for variant in found if variant.mesh != config.mesh_shape]
+    assert (found[0].mesh, found[0].execution) == (config.mesh_shape, config.execution)
+    assert {variant.mesh.sp for variant in elsewhere} >= {2, 4} and len(elsewhere) >= 10

@@ -49,10 +49,11 @@ def to_huggingface(
         found = describe_checkpoint(spec)
         base, vocab_file = base or found.folder, Path(found.vocab_file)
         step = newest_step(path, f"--load_checkpoint={spec}")
-        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes)
+        more = {}
         if base is None and (found.vocab_file == "bytes" or vocab_file.exists()):
-            ends = make_tokenizer(TokenizerConfig(found.vocab_file)).ends  # what training has placed
-            settings |= {"bos_token_id": ends.bos, "eos_token_id": ends.eos}
+            ends = make_tokenizer(TokenizerConfig(found.vocab_file)).ends  # as training placed them
+            more = {"bos_token_id": ends.bos, "eos_token_id": ends.eos}
+        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes) | more
         if base is None and vocab_file.exists():
             carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
     if base:

@@ -129,6 +129,8 @@ class StoredStep:
         self.trees, self.objects = (
             {path.parent.name for path in folder.glob(f"*/{file}")} for file in ("_METADATA", "metadata")
         )
+        for entry in {path.name for path in folder.iterdir() if path.is_dir()} - self.trees - self.objects:
+            raise UserError(f"{self._where}: its entry {entry} is damaged: a file is missing", code=4)
 
     def restore(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
         """The wanted entries and "meta" by name, each array placed and cast as its abstract one says.

@@ -415,7 +415,7 @@ class Config:
     dtype: str = flag("bf16", "of the computation", choices=tuple(DTYPES), shown="devices")
     objective: str = flag("sft", "what is learnt", choices=("sft",))
     total_steps: int = flag(10000, "optimizer steps", at_least=1, shown="training")
-    load_llama_config: str = flag("", "sizes of the model", choices=("", *PRESETS), shown="start from")
+    load_llama_config: str = flag("", f"sizes of the model ({', '.join(PRESETS)})", shown="start from")
     update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
     load_checkpoint: str = flag(
         "",

@@ -56,7 +56,6 @@ class Run:
             found["params"] = layout.model.init(jax.random.key(config.seed))
         params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
         if meta is None:
-            self.data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
             return layout.start(params)
         if meta["data"]["fingerprint"] != fingerprint:
             raise UserError(
@@ -123,7 +122,9 @@ def open_run(config: Config) -> Run:
         )
     if config.load_checkpoint:
         find_checkpoint(config.load_checkpoint)
-    return Run(config, folder, Checkpointer(folder / "checkpoints"))
+    data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
+    data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
+    return Run(config, folder, Checkpointer(folder / "checkpoints"), data_step=data_step)
 
 
 def _dataset_step(path: str) -> int:

@@ -1,6 +1,7 @@
 """Our own checkpoints: saved and restored exactly, on any mesh; what is wrong with one said in one line."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,19 @@ def test_entries_that_nobody_has_heard_of_are_saved_and_read_by_their_rules(tmp_
         same(found["adapter"], adapter)
     if "guard" in expected:
         assert found["guard"] == guard
+
+
+def test_an_entry_whose_description_is_missing_is_damaged_and_not_absent(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "7" / "opt_state" / "_METADATA").unlink()
+    params = params_like()
+    wanted = {
+        "params": Wanted(abstract(params)),
+        "opt_state": Wanted(abstract(opt_state_like(params)), Rule.FRESH_IF_ABSENT),
+    }
+    with pytest.raises(UserError, match="its entry opt_state is damaged") as error:
+        Checkpointer(tmp_path / "checkpoints").restore(7, wanted)
+    assert error.value.code == 4
 
 
 def test_a_leaf_is_read_by_its_name(saved):

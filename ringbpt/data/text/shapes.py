@@ -26,7 +26,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 AS_TEXT = {
     "preference": "output_key=chosen learns the chosen answers",
     "kto": "output_key=completion learns all completions",
-    "rl": "a prompt alone has nothing to learn: output_key names the answer",
+    "rl": "output_key=KEY names the answer: a prompt alone has nothing to learn",
 }
 LEARNT_AS_TEXT = tuple(shape for shape in SHAPES if shape not in AS_TEXT)
 # ShareGPT's speakers by their role; who is none of them is a role of that name.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -259,9 +260,9 @@ def _find_ends(path: Path, bos: int | None, eos: int | None) -> Ends:
     """bos, eos, and what eos_token_id is in the files of a model beside the tokenizer: one token, several, or none."""
     others: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        if (file := path.parent / name).is_file():
-            found = read_json(file).get("eos_token_id")
-            others |= set(found if isinstance(found, list) else [found]) - {None}
+        with suppress(UserError):  # who reads the model says what is wrong with it, if it is a model's at all
+            found = read_json(path.parent / name).get("eos_token_id") if (path.parent / name).is_file() else None
+            others |= {token for token in (found if isinstance(found, list) else [found]) if type(token) is int}
     return Ends(bos, eos, frozenset(others))
 
 
