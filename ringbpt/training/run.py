@@ -123,7 +123,6 @@ def open_run(config: Config) -> Run:
     if config.load_checkpoint:
         find_checkpoint(config.load_checkpoint)
     data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
-    data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
     return Run(config, folder, Checkpointer(folder / "checkpoints"), data_step=data_step)
 
 

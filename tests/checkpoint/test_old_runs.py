@@ -6,9 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from ringbpt.config import parse, parse_args, run_main
 from ringbpt.training import loop
@@ -16,18 +14,10 @@ from tests.golden.make_run import FILE, GOES_ON, ROOT, SCRIPTS, TRAIN, digest, l
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+def expected(compiled_once):
     """What is in expected.json; the cases share a compilation cache."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     with zipfile.ZipFile(FILE) as archive:
-        yield json.loads(archive.read("expected.json"))
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        return json.loads(archive.read("expected.json"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.data.text.tokenizers import Ends, Tokenizer, _find_ends, make_tokenizer
 
 CORPUS = ["the ring carries the keys and the values", "a block of queries stays where it is"] * 40
 
@@ -138,3 +138,15 @@ def test_corrupt_files(folder, tmp_path):
     for content in (b"", b"IQ== 0\nIg== 1\n"):
         (tmp_path / "other").write_bytes(content)
         assert "is no tokenizer that is known here" in error(tmp_path / "other")
+
+
+def test_a_config_json_beside_a_tokenizer_may_be_anybodys_but_not_a_generation_config(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    (tmp_path / "config.json").write_text("[1, 2]")
+    assert _find_ends(file, 1, 2) == Ends(1, 2, frozenset())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert _find_ends(file, 1, 2).stop == {2, 3, 4}
+    (tmp_path / "generation_config.json").write_text("[3")
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        _find_ends(file, 1, 2)

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from ringbpt.checkpoint.load import load_checkpoint
 from ringbpt.checkpoint.original import ROWS
@@ -44,19 +43,7 @@ TINY = (
 EVALUATED = ("--eval_steps=3",)
 FULL = ("--checkpointer.save_optimizer_state",)
 STEPS = 7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +115,7 @@ class Compiled(list):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
+def whole(compiled_once, tmp_path_factory, data):
     """A run of seven steps with evaluation, accumulation and every kind of save; and what it compiled."""
     compiled = Compiled()
     jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -260,7 +260,8 @@ def _find_ends(path: Path, bos: int | None, eos: int | None) -> Ends:
     """bos, eos, and what eos_token_id is in the files of a model beside the tokenizer: one token, several, or none."""
     others: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        with suppress(UserError):  # who reads the model says what is wrong with it, if it is a model's at all
+        # A config.json may be anybody's: who reads the model says what is wrong with its own.
+        with suppress(UserError) if name == "config.json" else nullcontext():
             found = read_json(path.parent / name).get("eos_token_id") if (path.parent / name).is_file() else None
             others |= {token for token in (found if isinstance(found, list) else [found]) if type(token) is int}
     return Ends(bos, eos, frozenset(others))
