@@ -19,7 +19,7 @@ from ringbpt.config.fields import (
     PalmConfig,
     flag_values,
 )
-from ringbpt.config.values import UserError, check_value, parse_mesh_dim
+from ringbpt.config.values import UserError, check_value, parse_mesh_dim, read_literals
 from ringbpt.dims import MeshShape
 
 
@@ -333,6 +333,7 @@ def check_examples(split: str, dataset: DatasetConfig) -> None:
         )
     if not all(role.strip() for role in processor.roles_to_train.split(",")):
         raise UserError(f"{group}.roles_to_train={processor.roles_to_train!r} has an empty name: try assistant")
+    read_literals(f"{group}.chat_template_kwargs", processor.chat_template_kwargs)
     if dataset.type == "tfds" and not dataset.tfds_dataset.name:
         raise UserError(f"--{split}.tfds_dataset.name is empty: give the name of a prepared TFDS data set")
 

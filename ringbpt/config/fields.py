@@ -72,6 +72,7 @@ class TextProcessorConfig:
     input_template: str = flag("", "around a prompt that is text, as 'User: {}\\nAssistant: '")
     apply_chat_template: bool = flag(False, "also to prompts and completions that are text")
     chat_template: str = flag("", "of conversations: a .jinja file, chatml; empty: the tokenizer's", shown="data")
+    chat_template_kwargs: str = flag("", "for the chat template: 'dict(enable_thinking=False)'; a row's own go before")
     roles_to_train: str = flag("assistant", "whose turns take loss, a,b")
     train_on_eos: str = flag(
         "turn", "which ends of turns take loss: turn (of a trained one)", choices=("turn", "all", "last", "none")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.text.chat import CHATML, TODAY, ChatTemplate, find_template, unmark
+from ringbpt.data.text.chat import CHATML, ChatTemplate, find_template
+from ringbpt.data.text.template import TODAY
 from ringbpt.data.text.text_processor import TextProcessor
 from ringbpt.data.text.tokenizers import BytesTokenizer, Tokenizer, make_tokenizer
 
@@ -77,15 +78,14 @@ def test_all_templates_of_trl_render_and_mask_as_in_transformers(theirs):
     seen = {True: 0, False: 0}
     for path in templates():
         template = ChatTemplate(path.read_text(), NAMES, "x")
-        text, spans = template.spans(CHAT, None, ("assistant",), "data.jsonl:1")
+        ((text, spans),) = template.learnt(CHAT, [1, 3], None, "data.jsonl:1")
         chat = parts(CHAT) if template._parts else CHAT
         marks = {"return_assistant_tokens_mask": template.marked}
         texts, marked = theirs([chat], chat_template=path.read_text(), **marks, **NAMES)
         assert text == texts[0], path.name
         if template.marked:
             assert characters(spans) == characters(marked[0]), path.name
-        answers = [text[begin:end] for begin, end in spans]
-        assert len(answers) == 2, path.name
+        answers = [text[begin:end] for begin, end in spans[:2]]
         for answer, said in zip(answers, (CHAT[1]["content"], CHAT[3]["content"]), strict=True):
             assert said in answer and "What" not in answer and "3+3" not in answer, path.name
         seen[template.marked] += 1
@@ -134,23 +134,29 @@ def test_roles_to_train(tokenizer, template):
     document = process(
         tokenizer, {"messages": CHAT}, roles_to_train="user,assistant", train_on_eos="none", chat_template=template
     )
-    assert shown(tokenizer, document)[0] == "What is 2+2?It is 4.And 3+3?Six,\nI think."
+    assert shown(tokenizer, document)[0] == "What is 2+2?It is 4.And 3+3? Six,\nI think."
     document = process(tokenizer, {"messages": CHAT}, roles_to_train="user", chat_template=template)
     learnt = tokenizer._tokenizer.decode(document.token[document.mask > 0].tolist(), skip_special_tokens=False)
-    assert learnt == "What is 2+2?<|im_end|>And 3+3?"  # its last blank, not learnt, stands between
+    assert learnt == "What is 2+2?<|im_end|>And 3+3? <|im_end|>"
 
 
 def test_a_template_that_drops_what_was_thought(tokenizer):
-    """The text doesn't grow turn by turn, as with Qwen3's; the words are followed through it."""
+    """Each turn is learnt once, in the text that still has all of it; one text where nothing was dropped."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if not loop.last %}{{ m.content.split('</think>')[-1] }}"
         "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     )
-    learnt, rest = shown(tokenizer, process(tokenizer, {"messages": CHAT}, chat_template=template))
+    processor = TextProcessor(TextProcessorConfig(chat_template=template), tokenizer, "train_dataset", "messages")
+    (whole,) = processor.documents({"messages": CHAT}, "data.jsonl:7")
+    learnt, rest = shown(tokenizer, whole)
     assert learnt == "It is 4.Six,\nI think." and "And 3+3? " in rest
     thought = [*CHAT[:1], {"role": "assistant", "content": "<think>a</think>b"}, *CHAT[2:]]
-    with pytest.raises(UserError, match=r"data.jsonl:7: the chat template rewrites what was said.*generation"):
-        process(tokenizer, {"messages": thought}, chat_template=template)
+    documents = processor.documents({"messages": thought}, "data.jsonl:7")
+    assert [shown(tokenizer, document)[0] for document in documents] == ["<think>a</think>b", "Six,\nI think."]
+    pair = {"prompt": CHAT[:1], "chosen": thought[1:], "rejected": CHAT[1:]}
+    processor = TextProcessor(TextProcessorConfig(chat_template=template), tokenizer, "train_dataset", "preference")
+    with pytest.raises(UserError, match=r"data.jsonl:7: the chat template drops what earlier turns.*have thought"):
+        processor.documents(pair, "data.jsonl:7")
 
 
 def test_sharegpt_tools_and_nulls(tokenizer):
@@ -218,11 +224,6 @@ def test_offsets_of_every_tokenizer(tokenizer, tmp_path):
         assert "é" in some.decode(places.ids[inside])
 
 
-def test_marks_are_found_and_taken_out():
-    assert unmark("a\ufdd0b\ufdd1c\ufdd0\ufdd1") == ("abc", [(1, 2)])
-    assert all(begin > end for _, spans in (unmark("a\ufdd1b"), unmark("a\ufdd0")) for begin, end in spans)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -240,9 +241,9 @@ def test_templates_that_fail():
         ChatTemplate("a\n{% whatever %}", {}, "t.chat_template")
     refusing = ChatTemplate("{{ raise_exception('roles must\nalternate') }}", {}, "t.chat_template")
     with pytest.raises(UserError, match=r"f:1: the chat template refuses the conversation: roles must alternate"):
-        refusing.spans(CHAT, None, ("assistant",), "f:1")
+        refusing.learnt(CHAT, [1], None, "f:1")
     escaping = ChatTemplate("{{ messages.__class__.__mro__ }}", {}, "t.chat_template")
     with pytest.raises(UserError, match="refuses"):
-        escaping.spans(CHAT, None, ("assistant",), "f:1")
+        escaping.learnt(CHAT, [1], None, "f:1")
     with pytest.raises(UserError, match="noncharacter"):
-        ChatTemplate(PLAIN, {}, "t").spans([{"role": "user", "content": "\ufdd0"}], None, ("assistant",), "f:1")
+        ChatTemplate(PLAIN, {}, "t").learnt([{"role": "user", "content": "\ufdd0"}], [], None, "f:1")

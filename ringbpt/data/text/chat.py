@@ -1,34 +1,40 @@
-"""Conversations to text, and which characters of it take loss: a chat template rendered once, to be tokenised once.
+"""Conversations to text, and which characters of it take loss: everything that a template writes for a trained turn.
 
-Where the template marks what the model said ({% generation %}), the marks decide. Where it doesn't, a turn is what
-the text grows by when the turn is added; where the template rewrites earlier turns, the messages' own texts are
-followed through it. Nothing is ever tokenised apart from what it stands in.
+The loss of a turn begins where the model would begin: behind what the template writes to open an answer. It ends with
+what ends the turn. Where the template marks what the model said ({% generation %}), the marks decide. A template that
+drops what earlier turns have thought makes several documents of a conversation, so that each turn is learnt once, in
+the text in which the model would have said it. Nothing is ever tokenised apart from what it stands in.
 """
 
-import datetime
 import json
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringbpt.config import UserError
-from ringbpt.data.reading.files import nearest_path, optional
+from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.text.shapes import Message, check_messages
+from ringbpt.data.text.template import NONCHARACTERS, Rendered, Span, Template, merged
 from ringbpt.data.text.tokenizers import Tokenizer
-
-Span = tuple[int, int]
 
 CHATML = "".join(map(str.strip, Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8").splitlines()))
 NAMED = {"chatml": CHATML}
-# Unicode's noncharacters mark where something begins and ends; they are taken out of what is rendered.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-OURS = ("\ufdd2", "\ufdd3")  # put into messages, to be followed through a template that may have marks of its own
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
-# Templates that write the date would give other tokens tomorrow: they get this one, always.
-TODAY = datetime.datetime(2024, 7, 26)
+# Names of what a model thought before it answered; a template knows one of them.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = re.compile("</?think>")
+# A word that no template writes, and the same as what is said: to see what a template makes of it.
+PROBE = "\ufdd8probe"
+OURS = ("weight", "train")  # what a message says to us, not to a template
+
+
+class Learnt(NamedTuple):
+    """A text, and its parts [begin, end) that take loss, in order: those of its trained turns."""
+
+    text: str
+    spans: list[Span]
 
 
 def find_template(text: str, own: str | None, flag: str) -> str:
@@ -60,171 +66,307 @@ def find_template(text: str, own: str | None, flag: str) -> str:
 class ChatTemplate:
     """A template, and the names that it may use besides the messages (bos_token, ...)."""
 
-    def __init__(self, template: str, names: dict[str, str], flag: str):
-        """flag: the flag that gave it, for messages. Raises UserError for what is no template."""
-        jinja2 = optional("jinja2", f"--{flag}")
-        self._names, self._errors = names, (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
-        self.marked = bool(MARKED.search(template))
-        try:
-            self._template = _environment().from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"--{flag}: line {error.lineno}: {error.message}") from None
-        self._parts = not self._takes("probe") and self._takes(_parts("probe"))
+    def __init__(self, template: str, names: dict[str, str], flag: str, settings: Mapping[str, Any] | None = None):
+        """flag: the flag that gave it, for messages. settings: further names, that a row's own go before.
 
-    @staticmethod
-    def of(tokenizer: Tokenizer, text: str, flag: str) -> "ChatTemplate":
-        """The template that the flag's text names (see find_template), with the tokenizer's own special tokens."""
-        names = {"bos_token": "", "eos_token": ""} | tokenizer.special_names
-        return ChatTemplate(find_template(text, tokenizer.chat_template, flag), names, flag)
-
-    def _takes(self, probe: Any) -> bool:
-        """Whether a message whose content is text (or, as some templates want it, a list of parts) leaves a trace."""
-        try:
-            return "probe" in self.render([{"role": "user", "content": probe}])
-        except self._errors:
-            return False
-
-    def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """The text, with OPEN and CLOSE around what {% generation %} marks. prompt: up to the answer's begin."""
-        return self._template.render(
-            messages=list(messages), tools=tools, documents=None, add_generation_prompt=prompt, **self._names
+        Raises UserError for what is no template.
+        """
+        self._template, self._names = Template(template, flag), names | dict(settings or {})
+        self.source, self.marked = template, bool(MARKED.search(template))
+        self._parts = not self._leaves("probe", _user("probe")) and self._leaves("probe", _user(_parts("probe")))
+        self._known = [name for name in REASONING if re.search(rf"[.'\"]{name}\b", template)]
+        # Some templates join a call's arguments to text, and want them as JSON; the others want what the JSON means.
+        self._json = not self._leaves('"?probe"?', *_calling({"probe": 1})) and self._leaves(
+            '"probe"', *_calling('{"probe": 1}')
         )
 
-    def prompt(self, messages: list[Message], tools: Any, where: Any) -> str:
-        """The text of a conversation up to where the next answer begins, as training renders what comes before it."""
-        messages = self._checked(check_messages(messages, "messages", where), tools, where)
+    @staticmethod
+    def of(tokenizer: Tokenizer, text: str, flag: str, settings: Mapping[str, Any] | None = None) -> "ChatTemplate":
+        """The template that the flag's text names (see find_template), with the tokenizer's own special tokens."""
+        names = {"bos_token": "", "eos_token": ""} | tokenizer.special_names
+        return ChatTemplate(find_template(text, tokenizer.chat_template, flag), names, flag, settings)
+
+    def _leaves(self, pattern: str, *messages: Message) -> bool:
+        """Whether the messages' text has the pattern, with no other quotes around it; False where it is refused."""
         try:
-            return unmark(self.render(messages, tools, prompt=True))[0]
-        except self._errors as error:
+            return bool(re.search(f"(?<!'){pattern}(?!')", self.render(messages).text))
+        except self._template.errors:
+            return False
+
+    def render(
+        self, messages: Sequence[Message], tools: Any = None, settings: Mapping[str, Any] | None = None
+    ) -> Rendered:
+        """The conversation's text, with what each message wrote."""
+        return self._template.render(messages, **self._given(tools, settings, False))
+
+    def _prompt(self, messages: Sequence[Message], tools: Any, settings: Mapping[str, Any] | None) -> str:
+        """The text up to where the next answer begins."""
+        return self._template.text(messages, **self._given(tools, settings, True))
+
+    def _given(self, tools: Any, settings: Mapping[str, Any] | None, prompt: bool) -> dict[str, Any]:
+        return {
+            **{"documents": None, **self._names},
+            **(settings or {}),
+            **{"tools": tools, "add_generation_prompt": prompt},
+        }
+
+    def prompt(self, messages: list[Message], tools: Any, where: Any, settings: Mapping[str, Any] | None = None) -> str:
+        """The text of a conversation up to where the next answer begins, as training renders what comes before it."""
+        messages = self._as_taken(check_messages(messages, "messages", where), tools, where)
+        try:
+            return self._prompt(messages, tools, settings)
+        except self._template.errors as error:
             raise _refused(where, error) from None
 
-    def _checked(self, messages: list[Message], tools: Any, where: Any) -> list[Message]:
-        """The messages as the template takes them. Raises UserError where there is one of our marks in them."""
+    def learnt(
+        self,
+        messages: list[Message],
+        trained: Sequence[int],
+        tools: Any,
+        where: Any,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[Learnt]:
+        """The texts of a conversation, in each of which some of the trained messages (by number) take loss, each once.
+
+        One text, unless the template drops something of a trained turn once others follow: then the turn is learnt in
+        the text that ends with it, or with a later one that leaves it whole. Raises UserError where nobody knows what
+        takes loss.
+        """
+        messages = self._as_taken(messages, tools, where)
+        try:
+            return _Conversation(self, messages, tools, settings, where).learnt(trained)
+        except self._template.errors as error:
+            raise _refused(where, error) from None
+
+    def _as_taken(self, messages: list[Message], tools: Any, where: Any) -> list[Message]:
+        """The messages as the template takes them. Raises UserError for what has no place in a text."""
         if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
             raise UserError(f"{where}: a noncharacter (U+FDD0 to U+FDD3), which is no text")
-        if not self._parts:
-            return messages
-        return [message | {"content": _parts(message["content"])} for message in messages]
+        return [self._message(message, number, where) for number, message in enumerate(messages)]
 
-    def spans(self, messages: list[Message], tools: Any, roles: tuple[str, ...], where: Any) -> tuple[str, list[Span]]:
-        """The text of a conversation, and its parts [begin, end) that take loss: the turns of the `roles`, in order."""
-        messages = self._checked(messages, tools, where)
+    def _message(self, message: Message, number: int, where: Any) -> Message:
+        content = message["content"]
+        if self._parts:
+            content = _parts(content)
+        elif isinstance(content, list):
+            content = "".join(_text_of(part, f"{where}: message {number}") for part in content)
+        taken = {key: value for key, value in message.items() if key not in OURS} | {"content": content}
+        if calls := message.get("tool_calls"):
+            taken["tool_calls"] = [self._call(call) for call in calls]
+        thought = next((name for name in REASONING if message.get(name)), None)
+        if thought and thought not in self._known:
+            taken |= dict.fromkeys(self._known[:1], message[thought])
+        return taken
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(call.get("function"), dict):
+            return call | {"function": self._call(call["function"])}
+        arguments = call.get("arguments")
+        if self._json and isinstance(arguments, dict):
+            return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+        return call
+
+    def errors(self) -> tuple[type[Exception], ...]:
+        return self._template.errors
+
+    def turn_end(self, tokenizer: Tokenizer) -> int | None:
+        """The special token with which the template ends what the model says, None where there is none."""
         try:
-            text, spans = unmark(self.render(messages, tools))
-            if roles == ("assistant",):
-                found = _merged(spans) if self.marked else self._grown(text, messages, tools)
-                if found is not None:
-                    return text, found
-            marked = [m | {"content": _marked(m["content"])} if m["role"] in roles else m for m in messages]
-            followed, spans = unmark(unmark(self.render(marked, tools))[0], *OURS)
-        except self._errors as error:
-            raise _refused(where, error) from None
-        if followed != text or any(begin > end for begin, end in spans):
-            raise UserError(
-                f"{where}: the chat template rewrites what was said, so that nobody knows what takes loss: "
-                "put {% generation %} and {% endgeneration %} around it in the template"
-            )
-        return text, spans
+            text, spans = self.learnt([_user("q"), {"role": "assistant", "content": "a"}], [1], None, "")[0]
+        except UserError:
+            return None
+        places = tokenizer.encode_places(text, special=True)
+        end = len(text[: spans[-1][1]].rstrip()) if spans else 0
+        found = [int(token) for token, at in zip(places.ids, places.end, strict=True) if at == end]
+        return found[-1] if found and found[-1] in tokenizer.special_ids else None
 
-    def _grown(self, text: str, messages: list[Message], tools: Any) -> list[Span] | None:
-        """What the text grows by with each answer; None where it doesn't simply grow, or by more than the answer."""
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+
+class _Conversation:
+    """One conversation under a template: what of its texts each turn has written, and how much of that is said."""
+
+    def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any, settings: Any, where: Any):
+        self._template, self._messages, self._where = template, messages, where
+        self._given = tools, settings
+        self._texts: dict[int, Rendered] = {}
+        self._prompts: dict[int, str | None] = {}
+
+    def learnt(self, trained: Sequence[int]) -> list[Learnt]:
+        if not trained:
+            return [Learnt(self._text(len(self._messages)).text, [])]
+        found: list[Learnt] = []
+        left, end = list(trained), len(self._messages)
+        while left:
+            spans = {number: self._spans(number, end) for number in left}
+            taken = {number: some for number, some in spans.items() if some is not None}
+            if taken:
+                found.append(Learnt(self._text(end).text, sum(taken.values(), [])))
+                left = [number for number in left if number not in taken]
+            elif end == left[-1] + 1:
+                raise self._unknown()
+            end = left[-1] + 1 if left else 0
+        return found[::-1]
+
+    def _unknown(self) -> UserError:
+        return UserError(
+            f"{self._where}: the chat template rewrites what was said, so that nobody knows what takes loss: "
+            "put {% generation %} and {% endgeneration %} around it in the template"
+        )
+
+    def _text(self, end: int) -> Rendered:
+        """The first `end` messages."""
+        if end not in self._texts:
+            self._texts[end] = self._template.render(self._messages[:end], *self._given)
+        return self._texts[end]
+
+    def _try_text(self, end: int) -> Rendered | None:
+        try:
+            return self._text(end)
+        except self._template.errors():  # some refuse a conversation that ends here
+            return None
+
+    def _prompt(self, end: int) -> str | None:
+        """The first `end` messages and the begin of an answer; None where the template knows of no such begin."""
+        if end not in self._prompts:
             try:
-                before = unmark(self.render(messages[:number], tools, prompt=True))[0]
-                if before == unmark(self.render(messages[:number], tools))[0]:  # it knows of no answer's begin
+                prompt = self._template._prompt(self._messages[:end], *self._given)
+                before = self._try_text(end)
+                self._prompts[end] = None if before and before.text == prompt else prompt
+            except self._template.errors():
+                self._prompts[end] = None
+        return self._prompts[end]
+
+    def _turn(self, number: int, end: int) -> Span | None:
+        """What message `number` has written in the text of the first `end` ones."""
+        whole = self._text(end)
+        if (turn := whole.turns.get(number)) is not None:
+            return turn
+        before, own = self._try_text(number), self._try_text(number + 1)  # by how much the text grows with it
+        if before and own and own.text.startswith(before.text) and whole.text.startswith(own.text):
+            return len(before.text), len(own.text)
+        return None
+
+    def _spans(self, number: int, end: int) -> list[Span] | None:
+        """What of message `number` takes loss in the text of the first `end` ones; None: it isn't all there."""
+        turn, text = self._turn(number, end), self._text(end).text
+        if turn is None:
+            return None
+        message, written = self._messages[number], text[slice(*turn)]
+        own_text, own_turn = self._try_text(number + 1), None
+        if own_text is not None:
+            own_turn = self._turn(number, number + 1)
+        if own_text is None or own_turn is None:  # it can only be seen with others behind it
+            own_text, own_turn = self._text(end), turn
+        elif end > number + 1:
+            own = own_text.text[slice(*own_turn)]
+            if self._strangers(number, end, own, written):  # what answers a call may be written into the call's turn
+                if not written.startswith(own.rstrip()):
                     return None
-                after = unmark(self.render(messages[: number + 1], tools))[0]
-            except self._errors:  # some refuse a conversation that ends here
+                turn, written = (turn[0], turn[0] + len(own.rstrip())), own.rstrip()
+            elif _lacks(message, own, written):
                 return None
-            if not (text.startswith(after) and after.startswith(before)):
-                return None
-            said = after[len(before) :].rstrip()  # what stands between two turns is nobody's
-            spans.append((len(before), len(before) + len(said)))
-        return spans
+        for call in message.get("tool_calls") or []:
+            name = (call.get("function") or call).get("name")
+            if isinstance(name, str) and name not in written:
+                raise UserError(f"{self._where}: the chat template writes nothing of the call of {name!r}")
+        if self._template.marked and message["role"] == "assistant":
+            others = [begin for begin, _ in self._text(end).turns.values() if begin > turn[0]]
+            following = min(others, default=len(text))  # an end may be marked behind the loop
+            return merged([span for span in self._text(end).marked if turn[0] <= span[0] < following])
+        prompt = self._prompt(number) if message["role"] == "assistant" else None
+        begin = turn[0] + self._opening(number, end, written, prompt, own_text.text, own_turn[0])
+        stop = turn[0] + len(written.rstrip())
+        if tail := own_text.text[own_turn[1] :].strip():  # an end that is written behind the last turn alone
+            behind = text[turn[1] :]
+            if not (prompt or "").rstrip().endswith(tail) and behind.lstrip().startswith(tail):
+                stop = turn[1] + behind.index(tail) + len(tail)
+        return [(begin, stop)] if begin < stop else []
+
+    def _strangers(self, number: int, end: int, own: str, written: str) -> bool:
+        """Whether what is written for a message says more of what later ones say than where it is the last."""
+        rest = written[len(commonprefix([own, written])) :]
+        if not any(text.strip() in rest for later in self._messages[number + 1 : end] for text in _said(later)):
+            return False
+        told = [
+            message | {"content": message["content"] + PROBE} if isinstance(message["content"], str) else message
+            for message in self._messages[number + 1 : end]
+        ]
+        rendered = self._template.render([*self._messages[: number + 1], *told], *self._given)
+        return number not in rendered.turns or PROBE in rendered.text[slice(*rendered.turns[number])]
+
+    def _opening(self, number: int, end: int, written: str, prompt: str | None, own: str, begin: int) -> int:
+        """How many characters of what is written for a message only open it: what isn't the model's to say."""
+        if prompt is not None and prompt[:begin] == own[:begin]:
+            opening = prompt[begin:]
+            if written.startswith(opening):
+                return len(opening)
+            return len(commonprefix([written, opening, *self._probed(number, end)]))
+        return len(commonprefix([written, *self._probed(number, end)]))
+
+    def _probed(self, number: int, end: int) -> list[str]:
+        """What the template writes where the message has said something else."""
+        found = []
+        said = ("content", "tool_calls", *REASONING)
+        rest = {key: value for key, value in self._messages[number].items() if key not in said}
+        content = _parts(PROBE) if self._template._parts else PROBE
+        for more in ({}, dict.fromkeys(self._template._known[:1], PROBE)):
+            other = rest | {"content": content} | more
+            messages = [*self._messages[:number], other, *self._messages[number + 1 : end]]
+            try:
+                rendered = self._template.render(messages, *self._given)
+            except self._template.errors():
+                continue
+            turn, before = rendered.turns.get(number), self._try_text(number)
+            if turn is not None:
+                found.append(rendered.text[slice(*turn)])
+            elif before and rendered.text.startswith(before.text):
+                found.append(rendered.text[len(before.text) :])
+        if not found:
+            raise self._unknown()
+        return found
 
 
 def _refused(where: Any, error: Exception) -> UserError:
     return UserError(f"{where}: the chat template refuses the conversation: {' '.join(str(error).split())}")
 
 
-def _merged(spans: list[Span]) -> list[Span]:
-    """Spans that touch as one: a template may mark a turn piece by piece."""
-    found: list[Span] = []
-    for begin, end in spans:
-        if found and found[-1][1] == begin:
-            begin = found.pop()[0]
-        found.append((begin, end))
-    return found
+def _lacks(message: Message, own: str, written: str) -> bool:
+    """Whether something that the message says stands in its own text more often than in what is written of it."""
+    if own.strip() == written.strip():
+        return False
+    said = [piece.strip() for text in _said(message) for piece in THOUGHTS.split(text)]
+    return any(own.count(piece) > written.count(piece) for piece in said if piece)
+
+
+def _said(message: Message) -> list[str]:
+    """All text that a message says: its content, its reasoning, the arguments of its calls."""
+    calls = [(call.get("function") or call).get("arguments") for call in message.get("tool_calls") or []]
+    return [text for text in _texts([message["content"], *map(message.get, REASONING), calls]) if text.strip()]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _user(content: Any) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _calling(arguments: Any) -> tuple[Message, Message]:
+    call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": arguments}}
+    return _user("q"), {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _marked(content: Any) -> Any:
-    """Content with marks around its own words."""
-    if isinstance(content, dict):  # a part of a list
-        return content | {"text": _marked(content["text"])} if isinstance(content.get("text"), str) else content
-    if isinstance(content, list):
-        return [_marked(part) if isinstance(part, dict) else part for part in content]
-    words = content.strip()  # templates trim
-    if not words:
-        return content
-    before, _, after = content.partition(words)
-    return f"{before}{OURS[0]}{words}{OURS[1]}{after}"
-
-
-def unmark(text: str, opens: str = OPEN, closes: str = CLOSE) -> tuple[str, list[Span]]:
-    """The text without its marks, and what they were around. A mark without its other half gives begin > end."""
-    plain, spans, length, begin = [], [], 0, None
-    for piece in re.split(f"([{opens}{closes}])", text):
-        if piece == opens:
-            if begin is not None:
-                spans.append((length + 1, length))
-            begin = length
-        elif piece == closes:
-            spans.append((length + 1, length) if begin is None else (begin, length))
-            begin = None
-        else:
-            plain.append(piece)
-            length += len(piece)
-    if begin is not None:
-        spans.append((length + 1, length))
-    return "".join(plain), [span for span in spans if span[0] != span[1]]
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Any:
-    """Jinja2 as the templates of Hugging Face's tokenizers expect it, in a sandbox: they are somebody's programs."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}...{% endgeneration %}: marks around what is inside."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return f"{OPEN}{caller()}{CLOSE}"
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
-    return environment
+def _text_of(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise UserError(f"{where} has a part of type {kind!r}, and the chat template takes text alone")
+    return text

@@ -3,13 +3,14 @@
 Nothing here tokenises. Shapes are told by the keys alone: see SHAPES.
 """
 
+import json
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ringbpt.config import TextProcessorConfig, UserError
 from ringbpt.data.reading.files import json_type
 
-Message = dict[str, Any]  # role, content, and what a template may know: tool_calls, name, ...
+Message = dict[str, Any]  # role, content, and what a template may know: tool_calls, name, ...; weight and train
 
 # Told apart in this order: the first whose keys an example has all of.
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -86,11 +87,7 @@ def conversation(example: dict[str, Any], shape: str, config: TextProcessorConfi
     """A "messages" or "sharegpt" example as messages with role and content."""
     if shape == "sharegpt":
         turns = _list(example, "conversations", where)
-        found = []
-        for turn in turns:
-            if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-                raise UserError(f"{where}: a turn of 'conversations' without 'from' and 'value'")
-            found.append({"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]})
+        found = [_sharegpt_turn(turn, number, where) for number, turn in enumerate(turns)]
         if isinstance(example.get("system"), str) and example["system"] and found[0]["role"] != "system":
             found.insert(0, {"role": "system", "content": example["system"]})
         return check_messages(found, "conversations", where)
@@ -98,18 +95,115 @@ def conversation(example: dict[str, Any], shape: str, config: TextProcessorConfi
     return check_messages(_list(example, key, where), key, where)
 
 
+def _sharegpt_turn(turn: Any, number: int, where: Any) -> Message:
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise UserError(f"{where}: a turn of 'conversations' without 'from' and 'value'")
+    speaker, value = turn["from"], turn["value"]
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    message = rest | {"role": ROLES.get(speaker, speaker), "content": value}
+    if speaker == "function_call":
+        call = _parsed(value, f"{where}: turn {number} of 'conversations', a function_call,")
+        message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
+    return message
+
+
 def check_messages(messages: list[Any], key: str, where: Any) -> list[Message]:
-    """Messages whose roles are text, without the keys that are null (tables fill rows up with them)."""
+    """Messages whose roles and contents are text, and whose tool calls' arguments are objects.
+
+    Tables fill rows up with nulls, which are taken off wherever they name nothing: keys of a message, of its parts, its
+    calls and their arguments. Raises UserError for what is no message.
+    """
     checked = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"{where}: message {number} of {key!r} has no 'role'")
-        message = {name: value for name, value in message.items() if value is not None}
+        message = without_nulls(message)
         content = message.setdefault("content", "")
         if not isinstance(content, str | list):
             raise UserError(f"{where}: the content of message {number} of {key!r} is {json_type(content)}, not text")
+        if message.get("function_call"):  # one call, as they once were
+            message.setdefault("tool_calls", [{"type": "function", "function": message.pop("function_call")}])
+        if "tool_calls" in message:
+            message["tool_calls"] = _calls(message["tool_calls"], f"{where}: message {number} of {key!r}")
         checked.append(message)
     return checked
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without the keys of objects that are null, at any depth: a table cannot tell them from missing ones."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """What JSON text means; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise UserError(f"{where} is text that is no JSON: {value[:40]!r}") from None
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls, each {"name", "arguments"} or that as its "function", with an object as arguments."""
+    calls = _parsed(calls, f"{where}: tool_calls") or []
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: tool_calls is {json_type(calls)}, not an array")
+    found = []
+    for call in calls:
+        call = _parsed(call, f"{where}: a tool call")
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise UserError(f"{where}: a tool call without a name")
+        arguments = inner.get("arguments")
+        arguments = _parsed(arguments, f"{where}: the arguments of {inner['name']!r}") if arguments else {}
+        if not isinstance(arguments, dict):
+            kind = json_type(arguments)
+            raise UserError(f"{where}: the arguments of {inner['name']!r} are {kind}; they must be an object")
+        inner = inner | {"arguments": arguments}
+        found.append(call | {"function": inner} if "function" in call else inner)
+    return found
+
+
+def tools_of(example: dict[str, Any], where: Any) -> list[Any] | None:
+    """The tools of an example, whose `tools` may be JSON text, as may each of them; None where there are none."""
+    tools = _parsed(example.get("tools") or None, f"{where}: field 'tools'")
+    if isinstance(tools, dict):
+        tools = [tools]
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"{where}: field 'tools' is {json_type(tools)}; it must be a list of tools")
+    found = [_parsed(tool, f"{where}: a tool") for tool in without_nulls(tools or [])]
+    if wrong := [tool for tool in found if not isinstance(tool, dict)]:
+        raise UserError(f"{where}: a tool is {json_type(wrong[0])}; it must be an object")
+    return found or None
+
+
+def settings_of(example: dict[str, Any], where: Any) -> dict[str, Any]:
+    """What an example hands to its chat template besides messages and tools: its `chat_template_kwargs`."""
+    settings = _parsed(example.get("chat_template_kwargs") or None, f"{where}: field 'chat_template_kwargs'")
+    if settings is not None and not isinstance(settings, dict):
+        raise UserError(f"{where}: field 'chat_template_kwargs' is {json_type(settings)}; it must be an object")
+    return without_nulls(settings or {})
+
+
+def trained(messages: list[Message], roles: tuple[str, ...], where: Any) -> list[int]:
+    """The numbers of the messages that take loss: of these roles, unless `weight: 0` or `train: false` says no."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if _takes_loss(message, f"{where}: message {number}") and message["role"] in roles
+    ]
+
+
+def _takes_loss(message: Message, where: str) -> bool:
+    weight, train = message.get("weight", 1), message.get("train", True)
+    if weight not in (0, 1):
+        raise UserError(f"{where} has weight {weight!r}: a turn takes loss (1) or none (0)")
+    if train not in (True, False):
+        raise UserError(f"{where} has train {train!r}: it must be true or false")
+    return bool(weight) and bool(train)
 
 
 def _list(example: dict[str, Any], key: str, where: Any) -> list[Any]:

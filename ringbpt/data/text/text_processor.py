@@ -9,10 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringbpt.config import TextProcessorConfig, UserError
+from ringbpt.config import TextProcessorConfig, UserError, read_literals
 from ringbpt.data.reading.files import json_type
-from ringbpt.data.text.chat import ChatTemplate, Span
-from ringbpt.data.text.shapes import Message, Pair, conversation, preference, prompt_and_completion
+from ringbpt.data.text.chat import ChatTemplate
+from ringbpt.data.text.shapes import (
+    Message,
+    Pair,
+    conversation,
+    preference,
+    prompt_and_completion,
+    settings_of,
+    tools_of,
+    trained,
+)
+from ringbpt.data.text.template import Span
 from ringbpt.data.text.tokenizers import Places, Tokenizer
 
 
@@ -60,14 +70,35 @@ class TextProcessor:
             self._groups(config.fields, f"{self._flag}.fields={config.fields!r}")
 
     def __call__(self, example: dict[str, Any], location: Any) -> Document:
-        """location: anything whose text is `file:line`.
+        """The only document of an example, or the last of several; arguments and errors as of `documents`."""
+        return self.documents(example, location)[-1]
 
-        Raises UserError that begins with it where a field is missing, no string, or all of them empty.
+    def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
+        """The documents of an example: of a "preference" one the chosen and the rejected; of a conversation one for
+        each text in which some of its turns are learnt (see ChatTemplate.learnt); of another shape one.
+
+        location: anything whose text is `file:line`. Raises UserError that begins with it where a field is missing, no
+        string, or all of them empty.
         """
         if self._shape in CONVERSATIONS:
             return self._chat(conversation(example, self._shape, self._config, location), example, location)
+        if self._shape == "preference":
+            chosen, rejected, _ = preference(example, self._config, location)
+            return [self._whole(self._pair(pair, example, location), location) for pair in (chosen, rejected)]
         if self._shape:
             return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
+        return [self._joined(example, location)]
+
+    def _whole(self, documents: list[Document], location: Any) -> Document:
+        if len(documents) > 1:
+            raise UserError(
+                f"{location}: the chat template drops what earlier turns of the completion have thought: compare the "
+                "last turn alone, and move the others into the prompt"
+            )
+        return documents[0]
+
+    def _joined(self, example: dict[str, Any], location: Any) -> Document:
+        """A document of the `fields`."""
         config = self._config
         parts: list[tuple[Any, int]] = [(self._bos, 0)] if self._bos else []  # ids, and whether they take loss
         prepend, characters, loss_bytes = config.prepend_text, 0, 0
@@ -96,36 +127,35 @@ class TextProcessor:
         loss = np.array([loss for _, loss in parts], np.uint8)
         return Document(token, np.repeat(loss, [len(ids) for ids, _ in parts]), loss_bytes)
 
-    def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
-        """The documents of an example: of a "preference" one the chosen and the rejected, of another shape one."""
-        if self._shape != "preference":
-            return [self(example, location)]
-        chosen, rejected, _ = preference(example, self._config, location)
-        return [self._pair(pair, example, location) for pair in (chosen, rejected)]
-
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate.of(self.tokenizer, self._config.chat_template, f"{self._flag[2:]}.chat_template")
+        flag = f"{self._flag[2:]}.chat_template"
+        settings = read_literals(f"{self._flag}.chat_template_kwargs", self._config.chat_template_kwargs)
+        return ChatTemplate.of(self.tokenizer, self._config.chat_template, flag, settings)
 
-    def _chat(self, messages: list[Message], example: dict[str, Any], location: Any, last: int = 0) -> Document:
-        """A conversation; last: how many of the trained turns, counted from the end, take loss (0: all)."""
-        config = self._config
-        roles = tuple(role.strip() for role in config.roles_to_train.split(","))
-        text, spans = self._template.spans(messages, example.get("tools"), roles, location)
+    def _chat(
+        self, messages: list[Message], example: dict[str, Any], location: Any, first: int = 0
+    ) -> list[Document]:
+        """A conversation, of which the trained messages from the number `first` on take loss."""
+        roles = tuple(role.strip() for role in self._config.roles_to_train.split(","))
+        numbers = [number for number in trained(messages, roles, location) if number >= first]
+        tools, settings = tools_of(example, location), settings_of(example, location)
+        learnt = self._template.learnt(messages, numbers, tools, location, settings)
+        return [self._learnt(text, spans, location) for text, spans in learnt]
+
+    def _learnt(self, text: str, spans: list[Span], location: Any) -> Document:
         places = self._encode(text, True, location)
-        turns = spans[-last:]
         mask = np.zeros(len(places.ids), np.uint8)
-        for span in turns:
+        for span in spans:
             mask |= _covers(places, span)
         if self.tokenizer.special_ids:
-            return Document(places.ids, self._ends(places, text, spans, last, mask), _bytes_of(text, turns))
-        return self._framed(places.ids, mask, _bytes_of(text, turns))
+            return Document(places.ids, self._ends(places, text, spans, mask), _bytes_of(text, spans))
+        return self._framed(places.ids, mask, _bytes_of(text, spans))
 
-    def _ends(self, places: Places, text: str, spans: list[Span], last: int, mask: np.ndarray) -> np.ndarray:
-        """The mask with the special token that ends each of the last turns in it or not, as train_on_eos says."""
+    def _ends(self, places: Places, text: str, spans: list[Span], mask: np.ndarray) -> np.ndarray:
+        """The mask with the special tokens that end turns in it or not, as train_on_eos says."""
         special = np.isin(places.ids, list(self.tokenizer.special_ids))
-        ends = [self._end_of(places, text, span, special) for span in spans]
-        found = [place for place in ends[-last:] if place is not None]
+        found = [end for span in spans if (end := self._end_of(places, text, span, special)) is not None]
         match self._config.train_on_eos:
             case "turn":
                 mask[found] = 1
@@ -135,32 +165,29 @@ class TextProcessor:
                 mask[found] = 0
                 mask[found[-1:]] = 1
             case "all":
-                ids = [places.ids[place] for place in ends if place is not None]
-                mask[np.isin(places.ids, ids)] = 1
+                mask[np.isin(places.ids, places.ids[found])] = 1
         return mask
 
     def _end_of(self, places: Places, text: str, span: Span, special: np.ndarray) -> int | None:
-        """Where the special token is that ends a turn: the last one inside, or the one that follows at once."""
+        """Where the special token is that ends a turn: the last one inside, or the one that follows its marks at once."""
         inside = np.flatnonzero(_covers(places, span) & special)
         if len(inside) and not text[places.end[inside[-1]] : span[1]].strip():
             return int(inside[-1])
-        after = np.flatnonzero(special & (places.begin == span[1]))
+        after = np.flatnonzero(special & (places.begin == span[1])) if self._template.marked else ()
         return int(after[0]) if len(after) and not text[span[1] - 1].isspace() else None
 
-    def _pair(self, pair: Pair, example: dict[str, Any], location: Any) -> Document:
+    def _pair(self, pair: Pair, example: dict[str, Any], location: Any) -> list[Document]:
         prompt, completion = pair
         if isinstance(prompt, str) and self._config.apply_chat_template:
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
         if not isinstance(prompt, str):
-            roles = self._config.roles_to_train.split(",")
-            last = sum(message["role"] in roles for message in completion)
-            return self._chat([*prompt, *completion], example, location, last)
+            return self._chat([*prompt, *completion], example, location, len(prompt))
         if self._config.input_template:
             prompt = self._config.input_template.replace("\\n", "\n").replace("{}", prompt)
         text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
         places = self._encode(text, False, location)
-        return self._framed(places.ids, _covers(places, span).astype(np.uint8), _bytes_of(text, [span]))
+        return [self._framed(places.ids, _covers(places, span).astype(np.uint8), _bytes_of(text, [span]))]
 
     def _encode(self, text: str, special: bool, location: Any) -> Places:
         try:
