@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     if not any(flags[name] for name in ("perplexity", "passkey", "choices")):
         raise UserError("give at least one of --perplexity=FILE, --passkey=LENGTHS and --choices=FILE")
     lengths = read_lengths(flags["passkey"]) if flags["passkey"] else []
+    from ringbpt.checkpoint.load import describe_checkpoint
     from ringbpt.evaluation.choices import read_choices, report_choices
     from ringbpt.evaluation.passkey import report_passkeys
     from ringbpt.evaluation.perplexity import report_perplexity
@@ -49,8 +50,9 @@ def main(argv: list[str]) -> int:
     from ringbpt.generation.text import find_tokenizer
 
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
-    found, model, params = start_model(flags)
-    encode = find_tokenizer(found, flags["tokenizer"]).encode_prompt
+    found = describe_checkpoint(flags["load_checkpoint"])
+    encode = find_tokenizer(found, flags["tokenizer"], flags["chat_template"]).encode_prompt
+    model, params = start_model(flags)
     scorer = Scorer(model, flags["batch_size"])
     output = Path(flags["output"])
     output.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ MODEL_FLAGS = {
         prefixes=RUN_FLAGS["load_checkpoint"].prefixes,
         required=True,
     ),
+    "chat_template": Flag(str, "", "of conversations: chatml, a .jinja file; empty: the tokenizer's own"),
     "tokenizer": Flag(str, "", "bytes, a .model file or a Hugging Face folder; empty: what the checkpoint came with"),
     "mesh_dim": Flag(str, "1,1,1,-1", "dp,fsdp,tp,sp: sp splits prompts and cache, tp the heads, dp the batch"),
     "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator"),
@@ -74,28 +75,28 @@ def main(argv: list[str]) -> int:
     if sum(bool(flags[name]) for name in ("prompt", "prompts", "chat")) != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
     rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
+    if flags["chat"]:
+        rows = []
     from ringbpt.generation.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: flags[name] for name in names})
+    from ringbpt.checkpoint.load import describe_checkpoint
     from ringbpt.generation.generator import Generator
     from ringbpt.generation.text import complete, find_tokenizer, make_chat_encoder
 
-    found, model, params = start_model(flags)
-    tokenizer = find_tokenizer(found, flags["tokenizer"])
+    found = describe_checkpoint(flags["load_checkpoint"])
+    tokenizer = find_tokenizer(found, flags["tokenizer"], flags["chat_template"])
+    chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
+    encode: Any = make_chat_encoder(tokenizer) if chats else None
+    prompts = [_encoded(row, tokenizer, encode, f"{flags['prompts']}, prompt {n}") for n, row in enumerate(rows, 1)]
+    model, params = start_model(flags)
     generator = Generator(model, params)
     del params
     if flags["chat"]:
         from ringbpt.generation.chat import chat
 
-        return chat(generator, tokenizer, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
-    chats = None if all(isinstance(row.get("prompt"), str) for row in rows) else make_chat_encoder(tokenizer)
-    prompts = [
-        chats(row["messages"], row.get("tools"), f"{flags['prompts']}, prompt {number}")
-        if chats and not isinstance(row.get("prompt"), str)
-        else tokenizer.encode_prompt(row["prompt"])
-        for number, row in enumerate(rows, 1)
-    ]
+        return chat(generator, tokenizer, encode, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
     done = dict(
         complete(generator, tokenizer, prompts, sampling, flags["max_new_tokens"], flags["batch_size"], flags["stop"])
     )
@@ -115,18 +116,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def start_model(flags: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(what the checkpoint says of itself, the model, its params) for MODEL_FLAGS."""
-    from ringbpt.checkpoint.load import describe_checkpoint, load_model
+def _encoded(row: dict[str, Any], tokenizer: Any, encode: Any, where: str) -> Any:
+    """The tokens of a prompt, or of a conversation up to its next answer, as training renders them."""
+    from ringbpt.data.text.shapes import settings_of, tools_of
+
+    if isinstance(row.get("prompt"), str):
+        return tokenizer.encode_prompt(row["prompt"])
+    return encode(row["messages"], tools_of(row, where), where, settings_of(row, where))
+
+
+def start_model(flags: dict[str, Any]) -> tuple[Any, Any]:
+    """(the model, its params) for MODEL_FLAGS."""
+    from ringbpt.checkpoint.load import load_model
     from ringbpt.mesh import start_jax
 
-    found = describe_checkpoint(flags["load_checkpoint"])
     tree = default_config()
     tree.num_cpu_devices = flags["num_cpu_devices"]
     mesh_shape, _ = parse_mesh_dim(flags["mesh_dim"], start_jax(tree))
     longest = {"max_sequence_length": flags["max_sequence_length"]} if flags["max_sequence_length"] else {}
     model, params = load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], **longest)
-    return found, model, params
+    return model, params
 
 
 if __name__ == "__main__":

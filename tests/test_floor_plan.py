@@ -132,7 +132,10 @@ def test_the_check_sees_arrows_and_cycles():
 
 # --- a file fits one sitting, a function one screen, and the house does not grow by itself ---
 
-LONGEST_FILE, LONGEST_FUNCTION, WHOLE = 520, 80, 17_500
+LONGEST_FILE, LONGEST_FUNCTION = 520, 80
+# The house as it was made ready had 17,498 lines. What is added since is written here, so that it is meant:
+# +1,600 what a user means by chats, tools, ends, weights and files.
+WHOLE = 17_500 + 1_600
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

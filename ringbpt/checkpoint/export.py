@@ -10,7 +10,6 @@ import numpy as np
 from ringbpt.checkpoint.huggingface import (
     CARRIED,
     MAX_SHARD_BYTES,
-    TOKENIZER_FILES,
     carry,
     is_own,
     open_folder,
@@ -22,7 +21,7 @@ from ringbpt.checkpoint.store import StoredStep, newest_step
 from ringbpt.checkpoint.tensors import conversions, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError
 from ringbpt.config.families import find_family, hf_settings, read_json, rows_for
-from ringbpt.data.text.tokenizers import make_tokenizer
+from ringbpt.data.text.tokenizers import keep_tokenizer, make_tokenizer
 from ringbpt.layouts import inverse, permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
@@ -49,15 +48,17 @@ def to_huggingface(
         found = describe_checkpoint(spec)
         base, vocab_file = base or found.folder, Path(found.vocab_file)
         step = newest_step(path, f"--load_checkpoint={spec}")
-        more = {}
-        if base is None and (found.vocab_file == "bytes" or vocab_file.exists()):
-            ends = make_tokenizer(TokenizerConfig(found.vocab_file)).ends  # as training placed them
-            more = {"bos_token_id": ends.bos, "eos_token_id": ends.eos}
-        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes) | more
-        if base is None and vocab_file.exists():
-            carry(vocab_file if vocab_file.is_dir() else vocab_file.parent, output, TOKENIZER_FILES)
-    if base:
-        carry(base, output)
+        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes)
+        if base:
+            carry(base, output)
+        if found.vocab_file == "bytes" or vocab_file.exists():  # as training placed them
+            tokenizer = make_tokenizer(TokenizerConfig(found.vocab_file))
+            keep_tokenizer(tokenizer, output)
+            ends = {"bos_token_id": tokenizer.ends.bos, "eos_token_id": tokenizer.ends.eos}
+            settings |= {name: token for name, token in ends.items() if not isinstance(settings.get(name), list)}
+        write_settings(output, settings)
+        return
+    carry(base, output)
     write_settings(output, settings)
 
 

@@ -17,16 +17,13 @@ from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
 from ringbpt.config import Architecture, UserError, complete
 from ringbpt.config.families import IGNORED, TensorRow, find_family, llama_fields, read_json, rows_for
+from ringbpt.data.text.tokenizers import TOKENIZER_FILES
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Params
 
 STEM = "params"  # of our own folders' files
 CARRIED = "huggingface"  # where such a folder keeps what came with the model
 # What belongs to a model and is no weight: copied along, both ways.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 MAX_SHARD_BYTES = 5 << 30
 

@@ -17,11 +17,13 @@ from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params
 
+TOKENIZER = "tokenizer"  # the folder in a run's that keeps its tokenizer
+
 
 @dataclass(frozen=True)
 class Found:
     """What a --load_checkpoint says about itself. folder: what came with the model (config.json, tokenizer), if
-    anything did; vocab_file: what a run's own --tokenizer.vocab_file was."""
+    anything did; vocab_file: the tokenizer that a run has kept, or what its --tokenizer.vocab_file was."""
 
     architecture: Architecture
     folder: Path | None
@@ -51,7 +53,9 @@ def describe_checkpoint(spec: str) -> Found:
     architecture = Architecture(**{name: value for name, value in tree["llama"].items() if name in known})
     origin = tree.get("load_checkpoint", "")
     folder = Path(origin.removeprefix("huggingface::")) if origin.startswith("huggingface::") else None
-    return Found(architecture, folder if folder and folder.is_dir() else None, tree["tokenizer"]["vocab_file"])
+    kept = run / TOKENIZER
+    vocab_file = str(kept) if kept.is_dir() else tree["tokenizer"]["vocab_file"]
+    return Found(architecture, folder if folder and folder.is_dir() else None, vocab_file)
 
 
 def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Architecture) -> tuple[dict[str, Any], str]:

@@ -55,7 +55,7 @@ class TextProcessorConfig:
     fields_from_example: str = flag("", "the key of the example whose value is the `fields` string")
     fields: str = flag("", "'text', or '[prompt],answer': [..] takes no loss; empty: by the shape", shown="data")
     subfield_separator: str = flag(" ", "between the keys joined by + in `fields`")
-    add_bos_token: bool = flag(True, "before each example")
+    add_bos_token: bool = flag(True, "before each text, where the tokenizer itself puts one")
     add_eos_token: bool = flag(True, "after each example")
     prepend_text: str = flag("", "before the text of each example")
     shape: str = flag(

@@ -24,7 +24,7 @@ from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.rows import open_rows
 from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
-from ringbpt.data.stored.tokens import COUNTED, FORMAT, Joined, TokenStore, open_megatron, open_store
+from ringbpt.data.stored.tokens import COUNTED, FORMAT, FORMAT_OF_SHAPES, Joined, TokenStore, open_megatron, open_store
 from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS, Batch
@@ -135,7 +135,9 @@ class Loader:
         summary, dropped = self._data.summary, self.tokens_dropped
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
         repeated = self.tokens_in - summary["tokens"]
-        bad = f" ({summary['bad']:,} bad examples left out)" if summary["bad"] else ""
+        said = {"bad": "bad examples left out", "split": "conversations split", "without_loss": "without loss"}
+        counts = ", ".join(f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name))
+        bad = f" ({counts})" if counts else ""
         return (
             f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
             + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
@@ -212,7 +214,9 @@ def _tokenised(request: Request, part: Part) -> TokenStore:
     source = make_source(dataset, part, cache_dir, flag)
     allowed = bad_lines_allowed(dataset.on_bad_line, f"--{flag}.on_bad_line")
     bad = f"skip {allowed}" if allowed else ""
-    parts = [FORMAT, source.fingerprint(), tokenizer.fingerprint(), json.dumps(asdict(processor)), bad]
+    how = {name: value for name, value in asdict(processor).items() if value or name != "chat_template_kwargs"}
+    version = FORMAT if processor.fields or processor.fields_from_example else FORMAT_OF_SHAPES
+    parts = [version, source.fingerprint(), tokenizer.fingerprint(), json.dumps(how), bad]
     key = digest_of(parts)
     folder = cache_dir / f"tokens-{key[:32]}"
     if (store := open_store(folder, key)) is not None:  # without a look at the source
@@ -263,7 +267,7 @@ def _joined(stores: list[TokenStore]) -> TokenStore:
     totals = [store.summary["tokens"] for store in stores]
     before = np.cumsum([0, *totals]).tolist()
     offset = np.concatenate([np.zeros(1, np.int64), *(s.offset[1:] + b for s, b in zip(stores, before, strict=False))])
-    summary = {name: sum(store.summary[name] for store in stores) for name in COUNTED}
+    summary = {name: sum(store.summary.get(name, 0) for store in stores) for name in COUNTED}
     largest = [store.summary["max_token"] for store in stores]
     summary["max_token"] = -1 if -1 in largest else max(largest)
     values = {name: Joined([store.values[name] for store in stores], totals) for name in stores[0].values}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from ringbpt.config import Config
 from ringbpt.data.text.tokenizers import Tokenizer
@@ -28,10 +27,6 @@ def make_probe(config: Config, model: Model, tokenizer: Tokenizer, folder: Path)
         return None
     measure = make_loss_by_position(model, config.eval_dataset.seq_length) if config.eval_by_position else None
     scorer = Scorer(model)
-    first = [] if tokenizer.ends.bos is None else [tokenizer.ends.bos]
-
-    def encode(text: str) -> np.ndarray:
-        return np.array([*first, *tokenizer.encode(text)], np.int32)
 
     def probe(params: Params, batches: Iterable[Batch]) -> dict[str, float]:
         found, draws = {}, jax.process_index() == 0
@@ -40,7 +35,7 @@ def make_probe(config: Config, model: Model, tokenizer: Tokenizer, folder: Path)
             if draws:
                 draw_curve(folder / "perplexity.png", curve, "held-out data")
         if lengths:
-            grid = passkey_grid(scorer, params, encode, lengths, DEPTHS, SAMPLES)
+            grid = passkey_grid(scorer, params, tokenizer.encode_prompt, lengths, DEPTHS, SAMPLES)
             found = {f"eval_passkey_{n}": float(row.mean()) for n, row in zip(lengths, grid, strict=True)}
             if draws:
                 draw_grid(folder / "passkey.png", grid, lengths, DEPTHS, f"{SAMPLES} keys a cell")

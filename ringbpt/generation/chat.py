@@ -1,28 +1,30 @@
 """A conversation in the terminal: each turn's tokens shown as they come."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import BatchShape, Generator
 from ringbpt.generation.sampling import Sampling
-from ringbpt.generation.text import Text, make_chat_encoder
+from ringbpt.generation.text import BEFORE, Text
 from ringbpt.layouts import row_length
 
 
 def chat(
     generator: Generator,
     tokenizer: Tokenizer,
+    encode: Callable[..., np.ndarray],
     sampling: Sampling,
     max_new_tokens: int,
     stops: Sequence[str],
     system: str,
 ) -> int:
-    """Until an empty line or the end of the input. The whole conversation is the prompt of each turn.
+    """Until an empty line or the end of the input. The whole conversation, by `encode`, is the prompt of each turn.
 
     Prompt lengths are rounded up to powers of two, so that few programs are compiled.
     """
-    encode = make_chat_encoder(tokenizer)
     mesh, architecture = generator.model.mesh.shape, generator.model.architecture
     messages = [{"role": "system", "content": system}] if system else []
     print("an empty line ends the conversation", file=sys.stderr)
@@ -41,7 +43,7 @@ def chat(
             1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], generator.model.execution.scan_mlp_chunk_size
         )
         shape = BatchShape(mesh["dp"] * mesh["fsdp"], length, 1, max_new_tokens)
-        text = Text(tokenizer, stops)
+        text = Text(tokenizer, stops, prompt[-BEFORE:])
         for tokens in generator.tokens([prompt], shape, [[0]], sampling):
             print(text.add(tokens[0].id), end="", flush=True)
             if text.finished or len(text.tokens) >= longest:

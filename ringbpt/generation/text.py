@@ -2,38 +2,45 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ringbpt.checkpoint.load import Found
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.data.text.chat import ChatTemplate
+from ringbpt.data.text.chat import ChatTemplate, set_chat_template
 from ringbpt.data.text.tokenizers import FLAG, Tokenizer, make_tokenizer
 from ringbpt.generation.generator import Generator, check_vocabulary, plan_batches
 from ringbpt.generation.sampling import Sampling
 
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+BEFORE = 8  # tokens of a prompt that may change how the first of its completion reads
 
 
-def find_tokenizer(found: Found, vocab_file: str) -> Tokenizer:
-    """The tokenizer asked for, or the one that came with the checkpoint. Raises UserError where there is none."""
+def find_tokenizer(found: Found, vocab_file: str, chat_template: str = "") -> Tokenizer:
+    """The tokenizer asked for, or the one that came with the checkpoint, with its own chat template or another.
+
+    Raises UserError where there is none.
+    """
     try:
-        return make_tokenizer(TokenizerConfig(vocab_file or found.vocab_file))
+        tokenizer = make_tokenizer(TokenizerConfig(vocab_file or found.vocab_file))
     except UserError as error:
         raise UserError(str(error).replace(FLAG, "--tokenizer")) from None
+    set_chat_template(tokenizer, chat_template, "chat_template")
+    return tokenizer
 
 
-def make_chat_encoder(tokenizer: Tokenizer) -> Callable[[Any, Any, Any], np.ndarray]:
-    """encode(messages, tools, where) -> the tokens of a conversation, int32, up to where the next answer begins.
+def make_chat_encoder(tokenizer: Tokenizer) -> Callable[..., np.ndarray]:
+    """encode(messages, tools, where, settings) -> the tokens of a conversation up to where the next answer begins.
 
-    By the tokenizer's own template, as in training; tools: for it, or None. Raises UserError where there is no
-    template; encode does, and begins with `where`, for what is no conversation and for one that the template refuses.
+    int32 [tokens], by the tokenizer's template, as in training; tools and settings (see ChatTemplate): for it, or None.
+    Raises UserError where there is no template; encode does, and begins with `where`, for what is no conversation and
+    for one that the template refuses.
     """
     if not tokenizer.chat_template:
         raise UserError(
-            "this model's tokenizer has no chat template: give it plain prompts, or --tokenizer=<a Hugging Face folder "
-            "that has one>"
+            "this model's tokenizer has no chat template: give it plain prompts, --chat_template=chatml (or a .jinja "
+            "file), or --tokenizer=<a Hugging Face folder that has one>"
         )
     template = ChatTemplate.of(tokenizer, "", "tokenizer")
     return lambda *conversation: tokenizer.encode_places(template.prompt(*conversation), special=True).ids
@@ -53,10 +60,15 @@ class Completion(NamedTuple):
 
 @dataclass
 class Text:
-    """One text under way. New characters are handed out as soon as no stop string can begin in them."""
+    """One text under way. New characters are handed out as soon as no stop string can begin in them.
+
+    before: the last tokens of its prompt: what a token looks like may depend on what it follows. text: what is shown,
+    without special tokens; stop strings are looked for with them.
+    """
 
     tokenizer: Tokenizer
     stops: Sequence[str]
+    before: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finished: bool = False
@@ -70,18 +82,32 @@ class Text:
         if token in self.tokenizer.ends.stop:
             self.finished = True
             return self._show(len(self.text))
-        self.text = self.tokenizer.decode(self.tokens)
-        places = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
+        named = self._decoded(len(self.tokens), special=True)
+        places = [place for stop in self.stops if (place := named.find(stop)) >= 0]
         if places:
-            self.text, self.finished = self.text[: min(places)], True
+            self.text, self.finished = self._until(min(places)), True
             return self._show(len(self.text))
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        self.text = self._decoded(len(self.tokens))
+        held = max((n for stop in self.stops for n in range(1, len(stop)) if named.endswith(stop[:n])), default=0)
         certain = len(self.text.rstrip(REPLACEMENT)) if self.text.endswith(REPLACEMENT) else len(self.text)
         return self._show(min(certain, len(self.text) - held))
 
     def rest(self) -> str:
         """What was held back, once no token follows."""
         return self._show(len(self.text))
+
+    def _decoded(self, count: int, special: bool = False) -> str:
+        """The first tokens as they read behind the prompt."""
+        before = self.tokenizer.decode(self.before, special)
+        whole = self.tokenizer.decode([*self.before, *self.tokens[:count]], special)
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(self.tokens[:count], special)
+
+    def _until(self, place: int) -> str:
+        """What is shown of the text before this place among the characters with special tokens."""
+        whole = max(n for n in range(len(self.tokens)) if len(self._decoded(n, special=True)) <= place)
+        token, begun = self.tokens[whole], self._decoded(whole, special=True)
+        rest = "" if token in self.tokenizer.special_ids else self._decoded(whole + 1, special=True)[len(begun) : place]
+        return self._decoded(whole) + rest
 
     def _show(self, end: int) -> str:
         start, self.shown = self.shown, max(end, self.shown)
@@ -106,7 +132,7 @@ def complete(
     check_vocabulary(prompts, generator.model.architecture.vocab_size)
     shape, batches = plan_batches([len(prompt) for prompt in prompts], generator.model, batch_size, max_new_tokens)
     for batch in batches:
-        texts = {number: Text(tokenizer, stops) for row in batch for number in row}
+        texts = {number: Text(tokenizer, stops, prompts[number][-BEFORE:]) for row in batch for number in row}
         logps: dict[int, list[float]] = {number: [] for number in texts}
         for new in generator.tokens(prompts, shape, batch, sampling):
             for number, token in new.items():

@@ -11,7 +11,8 @@ import jax
 from ringbpt.config import Config
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
-from ringbpt.data.text.tokenizers import Tokenizer, make_tokenizer
+from ringbpt.data.text.chat import set_chat_template
+from ringbpt.data.text.tokenizers import Tokenizer, describe_ends, make_tokenizer
 from ringbpt.evaluation.probe import make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
@@ -42,7 +43,9 @@ def train(config: Config) -> Path:
     if config.eval_steps:
         evaluate, held_out = _evaluation(config, model, objective, tokenizer, run.folder)
     state = run.first_state(layout, loader.fingerprint)
-    say(_describe(config, run, loader, held_out))
+    processor = "train_dataset.text_processor"
+    set_chat_template(tokenizer, config.train_dataset.text_processor.chat_template, f"{processor}.chat_template")
+    say(_describe(config, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
         writer.write(row)
@@ -53,7 +56,7 @@ def train(config: Config) -> Path:
     source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
     clock = Clock(config, loader.bytes_per_token, source.take_waited)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
-    with closing(run.start_writing()) as writer, closing(run.checkpointer), closing(source):
+    with closing(run.start_writing(tokenizer)) as writer, closing(run.checkpointer), closing(source):
         if evaluate and run.start == 0:
             log(evaluate(state, 0))
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
@@ -116,13 +119,14 @@ def _evaluation(
     return evaluate, loader
 
 
-def _describe(config: Config, run: Run, loader: Loader, held_out: Loader | None) -> str:
+def _describe(config: Config, run: Run, tokenizer: Tokenizer, loader: Loader, held_out: Loader | None) -> str:
     execution = config.execution
     mesh = ",".join(map(str, config.mesh_shape))
     lines = [
         f"run    {run.folder}" + (f", from step {run.start}" if run.start else ""),
         f"mesh   dp,fsdp,tp,sp = {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}, "
         f"{execution.attention_type}, {execution.sequence_layout} layout, {config.dtype}",
+        f"tokens {tokenizer.describe()}, {describe_ends(tokenizer)}",
         f"data   {loader.describe()}",
         describe(config, jax.devices()[0].device_kind),
     ]

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ringbpt.checkpoint.load import find_checkpoint, load_checkpoint
+from ringbpt.checkpoint.load import TOKENIZER, find_checkpoint, load_checkpoint
 from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, read_object
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
+from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.training.metrics import MetricsWriter, say
 from ringbpt.training.state import StateLayout, TrainState
@@ -73,13 +74,15 @@ class Run:
         self.start, self.data_step = meta["step"], meta["data"]["step"]
         return layout.start(params, self.start, opt_state)
 
-    def start_writing(self) -> MetricsWriter:
-        """Makes the folder, with its config.json; the metrics go on after step `start`."""
+    def start_writing(self, tokenizer: Tokenizer) -> MetricsWriter:
+        """Makes the folder, with its config.json and its tokenizer; the metrics go on after step `start`."""
         is_main = jax.process_index() == 0
         writer = MetricsWriter(self.folder, self.config, is_main)
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+            begins = self.config.train_dataset.text_processor.add_bos_token
+            keep_tokenizer(tokenizer, self.folder / TOKENIZER, begins)
         writer.resume_from(self.start)
         return writer
 

@@ -144,9 +144,9 @@ def test_a_config_json_beside_a_tokenizer_may_be_anybodys_but_not_a_generation_c
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
     (tmp_path / "config.json").write_text("[1, 2]")
-    assert _find_ends(file, 1, 2) == Ends(1, 2, frozenset())
+    assert _find_ends(file, 1, 2, True) == Ends(1, 2)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert _find_ends(file, 1, 2).stop == {2, 3, 4}
+    assert _find_ends(file, 1, 2, True).stop == {2, 3, 4}
     (tmp_path / "generation_config.json").write_text("[3")
     with pytest.raises(UserError, match=r"generation_config\.json"):
-        _find_ends(file, 1, 2)
+        _find_ends(file, 1, 2, True)

@@ -67,7 +67,7 @@ def prepare(
         "seed": seed,
         "shuffle": dataset.shuffle,
         "tokenizer": make_tokenizer(tokenizer).fingerprint(),
-        **{name: loader.summary[name] for name in (*COUNTED, "max_token")},
+        **{name: loader.summary.get(name, 0) for name in (*COUNTED, "max_token")},
         "dropped": loader.packing_dropped,
         "shards": [{key: part[key] for key in ("file", "rows", "bytes", "sha256")} for part in parts],
     }

@@ -115,7 +115,7 @@ def open_rows(
         if not file.is_file() or file.stat().st_size != shard["bytes"]:
             raise UserError(f"{file}:1: missing, or not of {shard['bytes']} bytes; copy it again", code=4)
     key = digest_of(["rows", hashlib.sha256(content).hexdigest()])
-    summary = {name: manifest[name] for name in (*COUNTED, "max_token")}
+    summary = {name: manifest.get(name, 0) for name in (*COUNTED, "max_token")}
     offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
     return TokenStore({}, offset, summary, key), PackedRows(
         folder, manifest, columns, seed if dataset.shuffle else None

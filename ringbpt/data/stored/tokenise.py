@@ -162,14 +162,17 @@ def _make_shard(
         try:
             for index in range(start, stop):
                 try:
-                    document = processor(job.source[index], Where(job.source, index))
+                    documents = processor.documents(job.source[index], Where(job.source, index))
                 except UserError as error:
                     if not job.allowed:
                         raise
                     count, lines = writer.add_bad(str(error))
                     _check_bad(count, job, lines)
                     continue
-                writer.add(document.token, document.mask, document.loss_bytes)
+                if len(documents) > 1:
+                    writer.add_split()
+                for document in documents:
+                    writer.add(document.token, document.mask, document.loss_bytes)
             return writer.close()
         finally:
             writer.abandon()

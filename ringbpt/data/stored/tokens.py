@@ -21,10 +21,13 @@ from ringbpt.config import UserError
 from ringbpt.data.documents import Values
 from ringbpt.data.reading.files import digest_of, file_digest, find_files, replacing, write_whole
 
-FORMAT = "2"  # part of every key; raise it when the same inputs give other files
+# Part of every key; raised when the same inputs give other files.
+FORMAT, FORMAT_OF_SHAPES = "2", "3"
 WRITTEN_TOKENS = 1 << 18  # at a time
 BLOCK_BYTES = 1 << 16  # checked as one when first read
-COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad")
+# Of a store; one of an older version lacks the last two. without_loss: documents of which no token is learnt; split:
+# conversations that make several documents.
+COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad", "without_loss", "split")
 
 
 class Joined:
@@ -124,6 +127,7 @@ class ShardWriter:
 
     def add(self, token: np.ndarray, mask: np.ndarray, loss_bytes: int) -> None:
         self._waiting.append((token, mask))
+        self._counts["without_loss"] += not mask[1:].any()
         self._waiting_tokens += len(token)
         self._lengths.append(len(token))
         self._counts["loss_bytes"] += loss_bytes
@@ -145,6 +149,10 @@ class ShardWriter:
         self._mask.write(mask)
         self._counts["tokens"] += len(token)
         self._counts["loss_tokens"] += int(np.count_nonzero(mask))
+
+    def add_split(self) -> None:
+        """The documents that come next are of one conversation."""
+        self._counts["split"] += 1
 
     def add_bad(self, message: str) -> tuple[int, list[str]]:
         """An example that is left out: a document of no tokens. Returns how many there are, and what the first were."""
@@ -199,7 +207,7 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
     with replacing(folder / "offset.npy") as file:
         np.save(file, offset)
     checks = [np.fromfile(folder / f"{shard:05d}.check", np.uint32) for shard in range(shards)]
-    totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries) for name in COUNTED}
+    totals: dict[str, Any] = {name: sum(summary.get(name, 0) for summary in summaries) for name in COUNTED}
     totals["max_token"] = max(summary["max_token"] for summary in summaries)
     totals["bad_lines"] = [line for summary in summaries for line in summary["bad_lines"]][:3]
     kept = ("documents", "tokens", "dtype", "sha256")

@@ -9,7 +9,6 @@ the text in which the model would have said it. Nothing is ever tokenised apart 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +180,26 @@ class ChatTemplate:
         return found[-1] if found and found[-1] in tokenizer.special_ids else None
 
 
+def set_chat_template(tokenizer: Tokenizer, text: str, flag: str) -> None:
+    """Gives a tokenizer the template that a flag's text names, or (empty) leaves it its own; what ends a turn by it is
+    one of the tokenizer's ends from then on, since a model that was taught conversations ends a text with it.
+
+    Raises UserError for a text that names none.
+    """
+    if text:
+        tokenizer.chat_template = find_template(text, None, flag)
+    if not tokenizer.chat_template:
+        return
+    try:
+        end = ChatTemplate.of(tokenizer, "", flag).turn_end(tokenizer)
+    except UserError:
+        if text:
+            raise
+        return  # said where the tokenizer's own is asked for
+    if end is not None:
+        tokenizer.ends = tokenizer.ends._replace(others=tokenizer.ends.others | {end})
+
+
 class _Conversation:
     """One conversation under a template: what of its texts each turn has written, and how much of that is said."""
 
@@ -199,7 +218,7 @@ class _Conversation:
             spans = {number: self._spans(number, end) for number in left}
             taken = {number: some for number, some in spans.items() if some is not None}
             if taken:
-                found.append(Learnt(self._text(end).text, sum(taken.values(), [])))
+                found.append(Learnt(self._text(end).text, [span for some in taken.values() for span in some]))
                 left = [number for number in left if number not in taken]
             elif end == left[-1] + 1:
                 raise self._unknown()
@@ -283,7 +302,7 @@ class _Conversation:
 
     def _strangers(self, number: int, end: int, own: str, written: str) -> bool:
         """Whether what is written for a message says more of what later ones say than where it is the last."""
-        rest = written[len(commonprefix([own, written])) :]
+        rest = written[len(_common([own, written])) :]
         if not any(text.strip() in rest for later in self._messages[number + 1 : end] for text in _said(later)):
             return False
         told = [
@@ -299,8 +318,8 @@ class _Conversation:
             opening = prompt[begin:]
             if written.startswith(opening):
                 return len(opening)
-            return len(commonprefix([written, opening, *self._probed(number, end)]))
-        return len(commonprefix([written, *self._probed(number, end)]))
+            return len(_common([written, opening, *self._probed(number, end)]))
+        return len(_common([written, *self._probed(number, end)]))
 
     def _probed(self, number: int, end: int) -> list[str]:
         """What the template writes where the message has said something else."""
@@ -323,6 +342,12 @@ class _Conversation:
         if not found:
             raise self._unknown()
         return found
+
+
+def _common(texts: Sequence[str]) -> str:
+    """What all of the texts begin with."""
+    shortest = min(texts, key=len)
+    return shortest[: next((at for at, signs in enumerate(zip(*texts, strict=False)) if len(set(signs)) > 1), None)]
 
 
 def _refused(where: Any, error: Exception) -> UserError:

@@ -64,7 +64,10 @@ class TextProcessor:
         self._groups = lru_cache(maxsize=1024)(self._parse)
         if self._shape in CONVERSATIONS or config.apply_chat_template:
             self._template  # noqa: B018  (what is wrong with it is said before the first example)
-        self._bos = (self._special("bos", f"{self._flag}.add_bos_token=True"),) if config.add_bos_token else ()
+        self._bos: tuple[int, ...] = ()
+        if config.add_bos_token:  # where the tokenizer itself begins a text with it, as a prompt does
+            bos = self._special("bos", f"{self._flag}.add_bos_token=True")
+            self._bos = (bos,) if tokenizer.ends.begins else ()
         self._eos = (self._special("eos", f"{self._flag}.add_eos_token=True"),) if config.add_eos_token else ()
         if not config.fields_from_example and not self._shape:
             self._groups(config.fields, f"{self._flag}.fields={config.fields!r}")
@@ -133,9 +136,7 @@ class TextProcessor:
         settings = read_literals(f"{self._flag}.chat_template_kwargs", self._config.chat_template_kwargs)
         return ChatTemplate.of(self.tokenizer, self._config.chat_template, flag, settings)
 
-    def _chat(
-        self, messages: list[Message], example: dict[str, Any], location: Any, first: int = 0
-    ) -> list[Document]:
+    def _chat(self, messages: list[Message], example: dict[str, Any], location: Any, first: int = 0) -> list[Document]:
         """A conversation, of which the trained messages from the number `first` on take loss."""
         roles = tuple(role.strip() for role in self._config.roles_to_train.split(","))
         numbers = [number for number in trained(messages, roles, location) if number >= first]
@@ -169,11 +170,13 @@ class TextProcessor:
         return mask
 
     def _end_of(self, places: Places, text: str, span: Span, special: np.ndarray) -> int | None:
-        """Where the special token is that ends a turn: the last one inside, or the one that follows its marks at once."""
+        """Where the special token is that ends a turn: the last one inside, or one that follows its marks at once."""
         inside = np.flatnonzero(_covers(places, span) & special)
         if len(inside) and not text[places.end[inside[-1]] : span[1]].strip():
             return int(inside[-1])
-        after = np.flatnonzero(special & (places.begin == span[1])) if self._template.marked else ()
+        if not self._template.marked:
+            return None
+        after = np.flatnonzero(special & (places.begin == span[1]))
         return int(after[0]) if len(after) and not text[span[1] - 1].isspace() else None
 
     def _pair(self, pair: Pair, example: dict[str, Any], location: Any) -> list[Document]:

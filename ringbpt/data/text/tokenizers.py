@@ -1,6 +1,7 @@
 """Text to token ids and back: bytes, SentencePiece models and Hugging Face's tokenizer.json, behind one interface."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -14,6 +15,11 @@ from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.reading.wire import fields_of
 
 FLAG = "--tokenizer.vocab_file"
+# What a tokenizer consists of, beside a model's weights.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
 # Names by which a tokenizer.json without a tokenizer_config.json beside it is asked for its special tokens.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
@@ -29,19 +35,27 @@ class Places(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Which tokens begin and end a text. bos, eos: those that training places; None where the tokenizer has none.
+    """Which tokens begin and end a text. bos, eos: None where the tokenizer's files declare none.
 
-    others: further ones after which a generated text is over, those that end a turn among them.
+    begins: whether a text begins with bos, a prompt and a document of training alike: as the tokenizer puts it there
+    itself. others: further ones after which a generated text is over, those that end a turn among them.
     """
 
     bos: int | None
     eos: int | None
+    begins: bool = True
     others: frozenset[int] = frozenset()
 
     @property
     def stop(self) -> frozenset[int]:
         """All tokens after which a generated text is over."""
         return self.others if self.eos is None else self.others | {self.eos}
+
+    @property
+    def in_order(self) -> int | list[int] | None:
+        """The same as a generation_config.json has them: eos first, a list where there are several."""
+        found = sorted(self.stop, key=lambda token: (token != self.eos, token))
+        return found if len(found) > 1 else found[0] if found else None
 
 
 class Tokenizer(Protocol):
@@ -68,8 +82,8 @@ class Tokenizer(Protocol):
     def encode_places(self, text: str, special: bool) -> Places:
         """The tokens and which characters each stands for. special: read special tokens out of the text."""
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text, in which special tokens leave no trace."""
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
+        """The text, in which special tokens leave no trace, or (special) stand by their names."""
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the ids."""
@@ -102,7 +116,7 @@ class PlainTokenizer(Tokenizer):
     """A tokenizer without special tokens that could be written as text; a prompt begins with bos."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        first = [] if self.ends.bos is None else [self.ends.bos]
+        first = [self.ends.bos] if self.ends.begins and self.ends.bos is not None else []
         return np.array([*first, *self.encode(text)], np.int32)
 
 
@@ -123,8 +137,8 @@ class BytesTokenizer(PlainTokenizer):
         begin = np.cumsum((ids & 0xC0) != 0x80) - 1  # bytes 10xxxxxx go on with a character
         return Places(ids, begin, begin + 1)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """bos and eos leave no trace; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
+        """bos and eos have no names and leave no trace; bytes that are no UTF-8 become U+FFFD."""
         return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
 
     def fingerprint(self) -> str:
@@ -141,7 +155,7 @@ class SentencePieceTokenizer(PlainTokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self.config = config
-        self._path, self._digest = path, hashlib.sha256(content).hexdigest()
+        self.path, self._digest = path, hashlib.sha256(content).hexdigest()
         self._processor: Any = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
@@ -151,7 +165,8 @@ class SentencePieceTokenizer(PlainTokenizer):
         if not self.vocab_size:
             raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is empty; copy it again")
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.ends = _find_ends(path, bos if bos >= 0 else None, eos if eos >= 0 else None)
+        begins = _settings(path).get("add_bos_token") is not False
+        self.ends = _find_ends(path, bos if bos >= 0 else None, eos if eos >= 0 else None, begins)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), np.int32)
@@ -166,14 +181,14 @@ class SentencePieceTokenizer(PlainTokenizer):
         begin, end = characters_before[numbers[:, 1:]].T
         return Places(numbers[:, 0].astype(np.int32), begin, end)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         return self._processor.decode([int(token) for token in ids])
 
     def fingerprint(self) -> str:
         return f"sentencepiece {self._digest}"
 
     def describe(self) -> str:
-        return f"SentencePiece {self._path.name}, {self.vocab_size:,} pieces"
+        return f"SentencePiece {self.path.name}, {self.vocab_size:,} pieces"
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -183,7 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as FastTokenizer
 
         self.config = config
-        self._path, self._digest = path, hashlib.sha256(content).hexdigest()
+        self.path, self._digest = path, hashlib.sha256(content).hexdigest()
         try:
             self._tokenizer = FastTokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
@@ -197,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
         settings = _settings(path)
         bos = _special_token(settings, "bos_token", BOS_NAMES, ids)
         eos = _special_token(settings, "eos_token", EOS_NAMES, ids)
-        self.ends = _find_ends(path, bos, eos)
+        self.ends = _find_ends(path, bos, eos, bos is not None and bos in self._encode("", True, True).ids)
         named = {"bos_token": bos, "eos_token": eos}
         names = {token: name for name, token in ids.items()}
         self.special_names = {key: names[token] for key, token in named.items() if token is not None}
@@ -224,15 +239,60 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = not special  # as text, as "<|endoftext|>" inside a document is
         return self._tokenizer.encode(text, add_special_tokens=framed)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tokenizer.decode([int(token) for token in ids])
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
 
     def fingerprint(self) -> str:
         template = hashlib.sha256((self.chat_template or "").encode()).hexdigest()
         return f"tokenizer.json {self._digest} {sorted(self.special_names.items())} template {template}"
 
     def describe(self) -> str:
-        return f"{self._path.parent.name}/{self._path.name}, {self.vocab_size:,} tokens"
+        return f"{self.path.parent.name}/{self.path.name}, {self.vocab_size:,} tokens"
+
+
+def describe_ends(tokenizer: Tokenizer) -> str:
+    """What begins and what ends a text, for people: names and ids."""
+    ends = tokenizer.ends
+
+    def named(token: int) -> str:
+        name = tokenizer.decode([token], special=True) if token < tokenizer.vocab_size else ""
+        return f"{name} ({token})".strip()
+
+    begin = f"begins with {named(ends.bos)}" if ends.begins and ends.bos is not None else "begins with no bos"
+    return f"a text {begin}, ends with {', '.join(map(named, sorted(ends.stop))) or 'nothing'}"
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path, begins: bool = True) -> None:
+    """Writes what makes the same tokenizer again, with its chat template and its ends, for us and for transformers.
+
+    begins: whether texts were trained with the bos that the tokenizer puts before them. Nothing is written of one that
+    has no files. Raises OSError.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer | SentencePieceTokenizer):
+        return
+    ends, source = tokenizer.ends, tokenizer.path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source.parent / name).is_file() and not (folder / name).exists():
+            (folder / name).write_bytes((source.parent / name).read_bytes())
+    settings = _settings(source)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        whole = json.loads(source.read_bytes())
+        if ends.begins and not begins:
+            whole["post_processor"] = None
+        (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokenizer.special_names | settings
+    else:
+        (folder / "tokenizer.model").write_bytes(source.read_bytes())
+        settings = settings | ({} if begins else {"add_bos_token": False})
+    if settings:
+        settings.pop("chat_template", None)  # it has a file of its own
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    beside = source.parent / "generation_config.json"
+    said = (read_json(beside) if beside.is_file() else {}) | {"bos_token_id": ends.bos, "eos_token_id": ends.in_order}
+    (folder / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -256,7 +316,7 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{FLAG}={str(path)!r}: {error.strerror}") from None
 
 
-def _find_ends(path: Path, bos: int | None, eos: int | None) -> Ends:
+def _find_ends(path: Path, bos: int | None, eos: int | None, begins: bool) -> Ends:
     """bos, eos, and what eos_token_id is in the files of a model beside the tokenizer: one token, several, or none."""
     others: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -264,7 +324,7 @@ def _find_ends(path: Path, bos: int | None, eos: int | None) -> Ends:
         with suppress(UserError) if name == "config.json" else nullcontext():
             found = read_json(path.parent / name).get("eos_token_id") if (path.parent / name).is_file() else None
             others |= {token for token in (found if isinstance(found, list) else [found]) if type(token) is int}
-    return Ends(bos, eos, frozenset(others))
+    return Ends(bos, eos, begins, frozenset(others))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -284,8 +344,8 @@ def _named(settings: dict[str, Any], key: str) -> str | None:
 
 
 def _special_token(settings: dict[str, Any], key: str, names: tuple[str, ...], ids: dict[str, int]) -> int | None:
-    """The id of bos or eos: as the settings say (null: there is none), else the first known name there is."""
-    if key in settings:
+    """The id of bos or eos: as the settings name it (they may name none); without settings the first known name."""
+    if settings:
         return ids.get(_named(settings, key) or "")
     return next((ids[name] for name in names if name in ids), None)
 
