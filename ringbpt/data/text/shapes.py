@@ -103,7 +103,8 @@ def _sharegpt_turn(turn: Any, number: int, where: Any) -> Message:
     message = rest | {"role": ROLES.get(speaker, speaker), "content": value}
     if speaker == "function_call":
         call = _parsed(value, f"{where}: turn {number} of 'conversations', a function_call,")
-        message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
+        calls = call if isinstance(call, list) else [call]
+        message |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     return message
 
 

@@ -15,6 +15,7 @@ from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.reading.wire import fields_of
 
 FLAG = "--tokenizer.vocab_file"
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # beside a tokenizer.json; the last one's word counts
 # What a tokenizer consists of, beside a model's weights.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -165,7 +166,9 @@ class SentencePieceTokenizer(PlainTokenizer):
         if not self.vocab_size:
             raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is empty; copy it again")
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        begins = _settings(path).get("add_bos_token") is not False
+        settings = _settings(path)
+        self.chat_template = _own_template(path, settings)
+        begins = settings.get("add_bos_token") is not False
         self.ends = _find_ends(path, bos if bos >= 0 else None, eos if eos >= 0 else None, begins)
 
     def encode(self, text: str) -> np.ndarray:
@@ -205,13 +208,14 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{FLAG}={str(path)!r} is no tokenizer.json: {' '.join(str(error).split())}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        settings = _settings(path)
+        _declare(self._tokenizer, settings, path.parent / "tokenizer_config.json")
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
         self.vocab_size = max(ids.values()) + 1
-        settings = _settings(path)
-        bos = _special_token(settings, "bos_token", BOS_NAMES, ids)
-        eos = _special_token(settings, "eos_token", EOS_NAMES, ids)
+        bos = _special_token(settings, "bos_token", BOS_NAMES, ids, path)
+        eos = _special_token(settings, "eos_token", EOS_NAMES, ids, path)
         self.ends = _find_ends(path, bos, eos, bos is not None and bos in self._encode("", True, True).ids)
         named = {"bos_token": bos, "eos_token": eos}
         names = {token: name for name, token in ids.items()}
@@ -246,6 +250,10 @@ class HuggingFaceTokenizer(Tokenizer):
         template = hashlib.sha256((self.chat_template or "").encode()).hexdigest()
         return f"tokenizer.json {self._digest} {sorted(self.special_names.items())} template {template}"
 
+    def to_json(self) -> str:
+        """A tokenizer.json, with the tokens that only the settings beside it declared."""
+        return self._tokenizer.to_str()
+
     def describe(self) -> str:
         return f"{self.path.parent.name}/{self.path.name}, {self.vocab_size:,} tokens"
 
@@ -277,7 +285,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path, begins: bool = True) -> N
             (folder / name).write_bytes((source.parent / name).read_bytes())
     settings = _settings(source)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        whole = json.loads(source.read_bytes())
+        whole = json.loads(tokenizer.to_json())
         if ends.begins and not begins:
             whole["post_processor"] = None
         (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
@@ -328,9 +336,9 @@ def _find_ends(path: Path, bos: int | None, eos: int | None, begins: bool) -> En
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What the files beside tokenizer.json say, the first file's word before the second's."""
+    """What the files beside a tokenizer say."""
     found: dict[str, Any] = {}
-    for beside in ("special_tokens_map.json", "tokenizer_config.json"):
+    for beside in SETTINGS:
         file = path.parent / beside
         if file.is_file():
             found |= read_json(file)
@@ -343,11 +351,39 @@ def _named(settings: dict[str, Any], key: str) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _special_token(settings: dict[str, Any], key: str, names: tuple[str, ...], ids: dict[str, int]) -> int | None:
-    """The id of bos or eos: as the settings name it (they may name none); without settings the first known name."""
-    if settings:
-        return ids.get(_named(settings, key) or "")
-    return next((ids[name] for name in names if name in ids), None)
+def _declare(tokenizer: Any, settings: dict[str, Any], where: Path) -> None:
+    """Adds the tokens that only the settings declare, at the ids they have there, as transformers does.
+
+    Raises UserError for an id that the tokenizer cannot give them.
+    """
+    from tokenizers import AddedToken
+
+    declared = settings.get("added_tokens_decoder") or {}
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    for token, about in sorted(declared.items(), key=lambda item: int(item[0])) if isinstance(declared, dict) else ():
+        if about["content"] in known:
+            continue
+        flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+        tokenizer.add_tokens([AddedToken(about["content"], **{name: about.get(name, False) for name in flags})])
+        if tokenizer.token_to_id(about["content"]) != int(token):
+            found = tokenizer.token_to_id(about["content"])
+            raise UserError(f"{where}: {about['content']!r} is declared as token {token}, and would be {found}")
+
+
+def _special_token(
+    settings: dict[str, Any], key: str, names: tuple[str, ...], ids: dict[str, int], path: Path
+) -> int | None:
+    """The id of bos or eos: as the settings name it (they may name none); without settings the first known name.
+
+    Raises UserError for a name that is no token.
+    """
+    if not any((path.parent / beside).is_file() for beside in SETTINGS):
+        return next((ids[name] for name in names if name in ids), None)
+    name = _named(settings, key)
+    if name and name not in ids:
+        where = path.parent / "tokenizer_config.json"
+        raise UserError(f"{where}: {key} {name!r} is not in {path.name}: copy both files again")
+    return ids[name] if name else None
 
 
 def _own_template(path: Path, settings: dict[str, Any]) -> str | None:
