@@ -94,7 +94,6 @@ PAIRS = [
     (["--mesh_dim=1,1,8,1"], ["num_attention_heads=4", "tp=8", "tp=4"], ["--llama.num_attention_heads=8"]),
     (["--mesh_dim=1,2,4,1", "--llama.num_key_value_heads=2"], ["tp=4", "tp=2"], ["--llama.num_key_value_heads=4"]),
     (["--mesh_dim=1,2,4,1", "--llama.intermediate_size=254"], ["tp=2"], ["--llama.intermediate_size=252"]),
-    (["--mesh_dim=1,2,4,1", "--llama.vocab_size=257"], ["tp=1"], ["--llama.vocab_size=260"]),
     (["--llama.heads_k_stride=2"], ["sequence_parallel=ring"], ["--llama.sequence_parallel=all_gather"]),
     (["--llama.ulysses_degree=4"], ["sp=8"], ["--llama.sequence_parallel=ulysses_ring"]),
     (["--llama.sequence_parallel=ulysses"], ["4 query and 4 key/value heads"], ["--llama.sequence_parallel=ring"]),

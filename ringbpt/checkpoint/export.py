@@ -78,7 +78,7 @@ def _write_step(
     plan = [Planned(name, cast, conversion.their_shape) for _, name, conversion in sorted(named, key=lambda x: x[0])]
     with FolderWriter(output, plan, max_shard_bytes) as writer:
         for conversion in table:
-            whole = step.read("params", conversion.ours)
+            whole = conversion.cut(step.read("params", conversion.ours))
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
     return settings
@@ -99,7 +99,7 @@ def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
     meta = TokenMeta(position_BT, np.ones_like(position_BT))
     hidden_BTD = jax.jit(model.hidden)(params, token_BT[:, order], meta)
     hidden_BTD = np.asarray(hidden_BTD, np.float32)[:, inverse(order)]
-    return hidden_BTD @ np.asarray(model.unembed(params), np.float32)
+    return hidden_BTD @ np.asarray(model.unembed(params), np.float32)[:, : model.architecture.vocab_size]
 
 
 def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict[str, float]:

@@ -126,7 +126,7 @@ def load_model(
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[dtype], sharding=x.sharding), model.abstract_params
     )
-    entries, _ = load_checkpoint(spec, {"params": Wanted(wanted)}, architecture)
+    entries, _ = load_checkpoint(spec, {"params": Wanted(wanted, tables=model.tables)}, architecture)
     return model, entries["params"]
 
 

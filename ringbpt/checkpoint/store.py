@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -42,10 +43,15 @@ class Rule(Enum):
 
 
 class Wanted(NamedTuple):
-    """An entry to be read. abstract: a tree's ShapeDtypeStructs, whose shardings say where each array goes."""
+    """An entry to be read. abstract: a tree's ShapeDtypeStructs, whose shardings say where each array goes.
+
+    tables: last names of leaves that may be stored with more or fewer rows than are wanted -> (axis, how many there
+    are at least); what is more is zero, and cut or made (see Model.tables).
+    """
 
     abstract: PyTree = None
     rule: Rule = Rule.REQUIRED
+    tables: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
 class Checkpointer:
@@ -142,8 +148,8 @@ class StoredStep:
         wanted, stored = {"meta": Wanted(), **wanted}, self.trees | self.objects
         for name in sorted(stored - wanted.keys()):
             raise UserError(f"{self._where}: its entry {name} has no place here; give the flags it was saved with")
-        for name, (_, rule) in wanted.items():
-            if rule is Rule.REQUIRED and name not in stored:
+        for name, want in wanted.items():
+            if want.rule is Rule.REQUIRED and name not in stored:
                 raise UserError(f"{self._where}: it holds no {name}; give the flags it was saved with")
         found: dict[str, Any] = dict.fromkeys(wanted)
         wanted = {name: want for name, want in wanted.items() if want.rule is not Rule.IGNORED}
@@ -154,9 +160,13 @@ class StoredStep:
             args = {}
             for name, abstract in trees.items():
                 # Orbax itself would pad, cut or cast without a word.
-                _check(self._where, WHAT.get(name, name), flatten(saved[name].tree), flatten(abstract))
-                tree = fill(saved[name].tree, flatten(abstract))
+                leaves, tables = flatten(abstract), wanted[name].tables
+                _check(self._where, WHAT.get(name, name), flatten(saved[name].tree), leaves, tables)
+                tree = fill(saved[name].tree, leaves)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+                for leaf, args_of in flatten(restore_args).items():
+                    if leaf.rpartition(".")[2] in tables:
+                        args_of.strict = False
                 args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
             with _storage_errors(self.folder):
                 restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
@@ -210,6 +220,10 @@ def _to_save(entry: Entry) -> ocp.args.PyTreeSave:
     return ocp.args.PyTreeSave(entry.tree, save_args=jax.tree.map(save_args, entry.tree))
 
 
+def _but(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
 def _is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"))
 
@@ -229,14 +243,18 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise UserError(f"checkpoint {path}: {lines[0]}", code=4) from error
 
 
-def _check(where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check(
+    where: str, what: str, saved: dict[str, Any], wanted: dict[str, Any], tables: Mapping[str, tuple[int, int]]
+) -> None:
     """Raise UserError for the first leaf that is missing, has another shape or kind of dtype, or isn't wanted."""
     advice = "give the flags it was saved with"
     for name, leaf in wanted.items():
         if name not in saved:
             raise UserError(f"{where}: {what} {name} is not in the checkpoint; {advice}")
         there, here = tuple(saved[name].shape), tuple(leaf.shape)
-        if there != here:
+        axis, rows = tables.get(name.rpartition(".")[2], (0, 0))
+        same = there == here or (rows and len(there) == len(here) and _but(axis, there) == _but(axis, here))
+        if not same or (there != here and min(there[axis], here[axis]) < rows):
             raise UserError(f"{where}: {what} {name} has shape {there} in the checkpoint and {here} here; {advice}")
         floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (saved[name].dtype, leaf.dtype)]
         if saved[name].dtype != leaf.dtype and not all(floats):

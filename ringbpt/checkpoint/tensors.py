@@ -45,6 +45,19 @@ class Conversion:
         self.has_experts = "{E}" in row.theirs
         self._counts = (dims.L if "{L}" in row.theirs else 1, dims.E if self.has_experts else 1)
 
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """Of our weight; a stored table may have more rows, so that tp divides them."""
+        shape = [prod(self._sizes[letter] for letter in group) for group in self._our_groups]
+        shape = [self._counts[1], *shape] if self.has_experts else shape
+        if self.layer_axis is not None:
+            shape.insert(self.layer_axis, self._counts[0])
+        return tuple(shape)
+
+    def cut(self, array: np.ndarray) -> np.ndarray:
+        """A stored weight without such rows."""
+        return array[tuple(map(slice, self.our_shape))]
+
     def name(self, layer: int | str = 0, expert: int = 0) -> str:
         """Of one of their tensors."""
         return self.theirs.replace("{L}", str(layer)).replace("{E}", str(expert))
@@ -131,6 +144,7 @@ def fill(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 def place(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read) -> jax.Array:
     """Our weight on the devices as `abstract` says (shape, dtype, sharding), each box read for its devices once.
 
+    Rows that a table has besides those of its tokens are zero.
     Nothing is whole on the host, unless a device holds it whole.
     """
     boxes: dict[tuple, np.ndarray] = {}
@@ -138,7 +152,10 @@ def place(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read) ->
     def shard(index: Box) -> np.ndarray:
         key = tuple(part.indices(size)[:2] for part, size in zip(index, abstract.shape, strict=True))
         if key not in boxes:
-            boxes[key] = conversion.read(tuple(slice(*part) for part in key), abstract.dtype, read)
+            inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(key, conversion.our_shape, strict=True))
+            box = conversion.read(inside, abstract.dtype, read)
+            missing = [(0, b - a - n) for (a, b), n in zip(key, box.shape, strict=True)]
+            boxes[key] = np.pad(box, missing) if any(count for _, count in missing) else box
         return boxes[key]
 
     sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -191,14 +191,17 @@ def check_same_mesh(config: Config, mesh_shape: MeshShape, device_count: int) ->
 
 
 def check_mesh(config: Config) -> None:
-    """What the mesh splits: heads, feedforward and vocabulary over tp, the weights' model dim over fsdp and sp."""
+    """What the mesh splits: heads and feedforward over tp, the weights' model dim over fsdp and sp.
+
+    The vocabulary need not be divisible: its tables get rows that are no tokens. What looks at a whole table would see
+    them, and is refused.
+    """
     architecture, execution = config.architecture, config.execution
     _, fsdp, tp, sp = config.mesh_shape
     for name, size in (
         ("num_attention_heads", architecture.num_attention_heads),
         ("num_key_value_heads", architecture.kv_heads),
         ("intermediate_size", architecture.intermediate_size),
-        ("vocab_size", architecture.vocab_size),
     ):
         if size % tp:
             raise UserError(
@@ -209,6 +212,16 @@ def check_mesh(config: Config) -> None:
         raise UserError(
             f"--llama.hidden_size={architecture.hidden_size} is not divisible by fsdp*sp={fsdp}*{sp} of --mesh_dim, "
             f"which split the weights: {_weights_fit(architecture.hidden_size, fsdp, sp)}"
+        )
+    optimizer = config.optimizer
+    if architecture.vocab_size % tp and (
+        optimizer.type == "palm"
+        or (optimizer.type == "adamw" and optimizer.adamw_optimizer.multiply_by_parameter_scale)
+    ):
+        raise UserError(
+            f"--llama.vocab_size={architecture.vocab_size} is not divisible by tp={tp} of --mesh_dim, and an optimizer "
+            "that looks at the scale of a whole table would see the rows that are added: --optimizer.type=adamw "
+            f"without multiply_by_parameter_scale, or {either('tp', nearest_divisors(architecture.vocab_size, tp))}"
         )
     check_sequence_parallel(config)
     check_offload(config)

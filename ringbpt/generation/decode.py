@@ -202,7 +202,7 @@ def make_decode(model: Model, prompt_share: int):
             for whole, fresh_ones in zip((cache.k, cache.v), zip(*new, strict=True), strict=True)
         )
         meta = jax.tree.map(lambda old, new: write(old, new, place, 1), cache.meta, kept)
-        return _logits(weights["unembed"], x_BQD), Cache(ks, vs, meta)
+        return _logits(weights["unembed"], x_BQD)[..., : architecture.vocab_size], Cache(ks, vs, meta)
 
     def decode(weights, cache, token_BQ, q_meta, step):
         L = architecture.num_hidden_layers
@@ -224,7 +224,8 @@ def make_last_logits(model: Model):
 
     def last_logits(norm_D, unembed_DV, x_BTD, place_BQ):
         x_BQD = jnp.take_along_axis(x_BTD, place_BQ[..., None], axis=1)
-        return head(unembed_DV, rms_norm(x_BQD, norm_D, model.architecture.rms_norm_eps))
+        logits_BQV = head(unembed_DV, rms_norm(x_BQD, norm_D, model.architecture.rms_norm_eps))
+        return logits_BQV[..., : model.architecture.vocab_size]
 
     return last_logits
 

@@ -114,7 +114,23 @@ class Model:
         return jax.jit(self._init, out_shardings=self.shardings)(key)
 
     def _init(self, key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.architecture), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.architecture), nnx.Param))
+        for name, (axis, size) in self.tables.items():
+            if name in params and self.table_rows > size:
+                widths = [(0, self.table_rows - size if dim == axis else 0) for dim in range(params[name].ndim)]
+                params[name] = jnp.pad(params[name], widths)
+        return params
+
+    @property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """The weights with a row for each token of the vocabulary: name -> (axis, how many there are)."""
+        return {"embed": (0, self.architecture.vocab_size), "unembed": (1, self.architecture.vocab_size)}
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of those as they are stored, which tp divides; those behind the vocabulary's are zero, and stay it."""
+        tp = self.mesh.shape["tp"]
+        return -(-self.architecture.vocab_size // tp) * tp
 
     @cached_property
     def _declared(self) -> nnx.State:
@@ -143,6 +159,12 @@ class Model:
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
+    def describe_tables(self) -> str:
+        """What is to be said where the tables have more rows than the vocabulary; else empty."""
+        size, rows = self.architecture.vocab_size, self.table_rows
+        tp = self.mesh.shape["tp"]
+        return f"{size:,} tokens in tables of {rows:,} rows, which tp={tp} divides" if rows > size else ""
+
     def token_stats(self, params: Params, batch: Batch, head: str = "unembed") -> TokenStats:
         """What the model predicts at each place of a batch in layout order; head "": without the vocabulary's part."""
         hidden_BTD, routing = self._hidden(params, batch.token_BT, batch.meta)
@@ -153,7 +175,7 @@ class Model:
         return replace(stats, chosen_BTE=routing.chosen_BTE / layers, router_BTE=routing.probability_BTE / layers)
 
     def unembed(self, params: Params) -> jax.Array:
-        """The unembedding, [D, V]: the embedding's own table where they are tied."""
+        """The unembedding, [D, table_rows]: the embedding's own table where they are tied."""
         return fetch(params["embed"]).T if self.architecture.tie_word_embeddings else fetch(params["unembed"])
 
     def hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> jax.Array:
@@ -276,4 +298,4 @@ class Model:
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
-        return make_token_stats(self.mesh, self.execution.loss_chunk_size)
+        return make_token_stats(self.mesh, self.execution.loss_chunk_size, self.architecture.vocab_size)

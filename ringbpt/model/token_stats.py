@@ -16,20 +16,25 @@ from ringbpt.model.feedforward import join_chunks, split_chunks
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
 from ringbpt.types import TokenStats
 
+# The logit of what is no token: its probability is zero, and zero times it is zero.
+NO_TOKEN = -1e30
 
-def make_token_stats(mesh: Mesh, chunk_size: int) -> Callable[..., TokenStats]:
+
+def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[..., TokenStats]:
     """token_stats(hidden_BTD, unembed_DV, target_BT) -> TokenStats; logp and entropy are differentiable.
 
-    chunk_size divides the local length or exceeds it. A target outside [0, V) has logp = -lse, and is for the
-    loss mask to leave out.
+    chunk_size divides the local length or exceeds it. Columns of unembed from vocab_size on, there for tp to divide
+    them, are no tokens. A target outside [0, vocab_size) has logp = -lse, and is for the loss mask to leave out.
     """
     hidden_spec, token_spec, w_spec = spec("B T D", ACTIVATION_AXES), spec("B T", ACTIVATION_AXES), weight_spec("D V")
 
     def logits_and_hits(hidden, whole_DV, target):
         """This device's part of the vocabulary: logits float32, and where the target stands in it."""
         logits = dot("BTD,DV->BTV", hidden, whole_DV, jnp.float32)
-        first = lax.axis_index("tp") * whole_DV.shape[1]
-        return logits, (target - first)[..., None] == jnp.arange(whole_DV.shape[1])[None, None]
+        token = (lax.axis_index("tp") * whole_DV.shape[1] + jnp.arange(whole_DV.shape[1]))[None, None]
+        if whole_DV.shape[1] * mesh.shape["tp"] > vocab_size:
+            logits = jnp.where(token < vocab_size, logits, NO_TOKEN)
+        return logits, target[..., None] == token
 
     def chunk_stats(hidden, target, whole_DV):
         logits, hits = logits_and_hits(hidden, whole_DV, target)

@@ -45,7 +45,7 @@ def train(config: Config) -> Path:
     state = run.first_state(layout, loader.fingerprint)
     processor = "train_dataset.text_processor"
     set_chat_template(tokenizer, config.train_dataset.text_processor.chat_template, f"{processor}.chat_template")
-    say(_describe(config, run, tokenizer, loader, held_out))
+    say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
         writer.write(row)
@@ -119,13 +119,16 @@ def _evaluation(
     return evaluate, loader
 
 
-def _describe(config: Config, run: Run, tokenizer: Tokenizer, loader: Loader, held_out: Loader | None) -> str:
+def _describe(
+    config: Config, model: Model, run: Run, tokenizer: Tokenizer, loader: Loader, held_out: Loader | None
+) -> str:
     execution = config.execution
     mesh = ",".join(map(str, config.mesh_shape))
     lines = [
         f"run    {run.folder}" + (f", from step {run.start}" if run.start else ""),
         f"mesh   dp,fsdp,tp,sp = {mesh} on {jax.device_count()} x {jax.devices()[0].device_kind}, "
         f"{execution.attention_type}, {execution.sequence_layout} layout, {config.dtype}",
+        *([f"vocab  {padded}"] if (padded := model.describe_tables()) else []),
         f"tokens {tokenizer.describe()}, {describe_ends(tokenizer)}",
         f"data   {loader.describe()}",
         describe(config, jax.devices()[0].device_kind),

@@ -191,7 +191,7 @@ def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> 
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * d.V // tp * (gathered + 4),
+        "unembedding": d.D * -(-d.V // tp) * (gathered + 4),
         "loss chunk": 0,
         "layer weights": weights,
         "layer activations": b * t * a_token + chunk,
@@ -210,8 +210,8 @@ def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     d = make_dims(config.architecture)
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * d.V // tp * (size + UNEMBEDDING_SUMS * 4),
-        "loss chunk": b * min(config.execution.loss_chunk_size, t) * d.V // tp * 4,
+        "unembedding": d.D * -(-d.V // tp) * (size + UNEMBEDDING_SUMS * 4),
+        "loss chunk": b * min(config.execution.loss_chunk_size, t) * -(-d.V // tp) * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
     }

@@ -42,7 +42,11 @@ class Run:
         """
         config, self.fingerprint = self.config, fingerprint
         abstract = layout.abstract
-        wanted = {"params": Wanted(abstract.trained), "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT)}
+        tables = layout.model.tables
+        wanted = {
+            "params": Wanted(abstract.trained, tables=tables),
+            "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT, tables),
+        }
         found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
         latest = self.checkpointer.latest_step() if config.autoresume else None
         if latest is not None:
