@@ -9,6 +9,7 @@ the text in which the model would have said it. Nothing is ever tokenised apart 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 THOUGHTS = re.compile("</?think>")
 # A word that no template writes, and the same as what is said: to see what a template makes of it.
 PROBE = "\ufdd8probe"
+NOTHING = "\ufdd9"
+CERTAIN = 8  # characters of what a message says that stand in a text for no other reason
 OURS = ("weight", "train")  # what a message says to us, not to a template
 
 
@@ -165,6 +168,15 @@ class ChatTemplate:
             return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
         return call
 
+    @cached_property
+    def writes_behind(self) -> bool:
+        """Whether something may stand behind a turn of the last message that belongs to it."""
+        try:
+            text, turns, _ = self.render([_user("q"), {"role": "assistant", "content": "a"}])
+        except self._template.errors:
+            return True
+        return 1 not in turns or bool(text[turns[1][1] :].strip())
+
     def errors(self) -> tuple[type[Exception], ...]:
         return self._template.errors
 
@@ -244,12 +256,10 @@ class _Conversation:
             return None
 
     def _prompt(self, end: int) -> str | None:
-        """The first `end` messages and the begin of an answer; None where the template knows of no such begin."""
+        """The first `end` messages and the begin of an answer; None where the template refuses that."""
         if end not in self._prompts:
             try:
-                prompt = self._template._prompt(self._messages[:end], *self._given)
-                before = self._try_text(end)
-                self._prompts[end] = None if before and before.text == prompt else prompt
+                self._prompts[end] = self._template._prompt(self._messages[:end], *self._given)
             except self._template.errors():
                 self._prompts[end] = None
         return self._prompts[end]
@@ -270,12 +280,13 @@ class _Conversation:
         if turn is None:
             return None
         message, written = self._messages[number], text[slice(*turn)]
-        own_text, own_turn = self._try_text(number + 1), None
-        if own_text is not None:
-            own_turn = self._turn(number, number + 1)
-        if own_text is None or own_turn is None:  # it can only be seen with others behind it
+        own_text, own_turn = None, None
+        if end > number + 1 and not self._is_all_there(number, end, written):
+            own_text = self._try_text(number + 1)
+            own_turn = self._turn(number, number + 1) if own_text is not None else None
+        if own_text is None or own_turn is None:  # nothing more would be seen, or only with others behind it
             own_text, own_turn = self._text(end), turn
-        elif end > number + 1:
+        else:
             own = own_text.text[slice(*own_turn)]
             if self._strangers(number, end, own, written):  # what answers a call may be written into the call's turn
                 if not written.startswith(own.rstrip()):
@@ -294,11 +305,26 @@ class _Conversation:
         prompt = self._prompt(number) if message["role"] == "assistant" else None
         begin = turn[0] + self._opening(number, end, written, prompt, own_text.text, own_turn[0])
         stop = turn[0] + len(written.rstrip())
-        if tail := own_text.text[own_turn[1] :].strip():  # an end that is written behind the last turn alone
+        tail = "" if own_turn == turn and end > number + 1 else own_text.text[own_turn[1] :].strip()
+        if tail:  # an end that is written behind the last turn alone
             behind = text[turn[1] :]
             if not (prompt or "").rstrip().endswith(tail) and behind.lstrip().startswith(tail):
                 stop = turn[1] + behind.index(tail) + len(tail)
         return [(begin, stop)] if begin < stop else []
+
+    def _is_all_there(self, number: int, end: int, written: str) -> bool:
+        """Whether what is written for a message plainly has all that it says and nothing that later ones say, with a
+        template that writes nothing behind a turn: then its text needs no look at where it is the last."""
+        if self._template.writes_behind:
+            return False
+        if any(text.strip() in written for later in self._messages[number + 1 : end] for text in _said(later)):
+            return False
+        for piece in sorted(_pieces(self._messages[number]), key=len, reverse=True):
+            before, found, after = written.partition(piece)
+            if not found or len(piece) < CERTAIN or piece in self._template.source:
+                return False
+            written = f"{before}{NOTHING}{after}"
+        return True
 
     def _strangers(self, number: int, end: int, own: str, written: str) -> bool:
         """Whether what is written for a message says more of what later ones say than where it is the last."""
@@ -316,9 +342,11 @@ class _Conversation:
         """How many characters of what is written for a message only open it: what isn't the model's to say."""
         if prompt is not None and prompt[:begin] == own[:begin]:
             opening = prompt[begin:]
-            if written.startswith(opening):
+            if opening and written.startswith(opening):
                 return len(opening)
-            return len(_common([written, opening, *self._probed(number, end)]))
+            before = self._try_text(number)
+            if before is None or before.text != prompt:  # else the template knows of no begin of an answer
+                return len(_common([written, opening, *self._probed(number, end)])) if opening else 0
         return len(_common([written, *self._probed(number, end)]))
 
     def _probed(self, number: int, end: int) -> list[str]:
@@ -358,8 +386,13 @@ def _lacks(message: Message, own: str, written: str) -> bool:
     """Whether something that the message says stands in its own text more often than in what is written of it."""
     if own.strip() == written.strip():
         return False
+    return any(own.count(piece) > written.count(piece) for piece in _pieces(message))
+
+
+def _pieces(message: Message) -> list[str]:
+    """What a message says, its thoughts apart."""
     said = [piece.strip() for text in _said(message) for piece in THOUGHTS.split(text)]
-    return any(own.count(piece) > written.count(piece) for piece in said if piece)
+    return [piece for piece in said if piece]
 
 
 def _said(message: Message) -> list[str]:
