@@ -59,6 +59,19 @@ WRITTEN = {
     "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]"
     "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]{% elif m.tool_calls %}"
     "[TOOL_CALLS] CALLS{{ eos_token }}{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "Llama 2": "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'tool' %}{{ bos_token }}[INST] result: {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}CALLS {{ eos_token }}{% endif %}{% endfor %}",
+    "SmolLM3": "<|im_start|>system\n{% for t in tools or [] %}{{ t | string }}\n{% endfor %}<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}"
+    "{{ m.content }}CALLS<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    + BEGIN,
+    "drops all thoughts but of the last question": "{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "<|{{ m.role }}|>{% if m.role == 'assistant' and loop.index0 > ns.last and m.reasoning_content %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}CALLS{% if m.role == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
 }  # fmt: skip
 
 
