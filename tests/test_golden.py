@@ -9,23 +9,24 @@ from itertools import product
 
 import pytest
 
-from tests.golden.make_losses import FILE, losses
+from tests.golden.make_losses import FILE, STEPS, losses
 
 MESHES = ((1, 1, 1, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 1, 2), (1, 8, 1, 1))
-# mesh, layout, scan_layers, accumulate: each value of each, and the pairs that differ most; the product is slow.
-CASES = [
-    ((1, 1, 1, 1), "contiguous", True, 4),
-    ((1, 1, 1, 8), "zigzag", True, 1),
-    ((1, 2, 2, 2), "striped", False, 4),
-    ((2, 2, 1, 2), "contiguous", True, 1),
-    ((1, 8, 1, 1), "zigzag", False, 4),
-]
+# (mesh, layout, scan_layers, accumulate): steps. Each axis and each value of each, the recipe's own to the end, others
+# as far as the weights have changed: no loss depends on how many steps are to come. The product is slow.
+CASES = {
+    ((1, 1, 1, 8), "zigzag", True, 1): STEPS,
+    ((1, 2, 2, 2), "striped", False, 4): 6,
+    ((2, 2, 1, 2), "contiguous", True, 1): 6,
+}
 PRODUCT = [
-    case for case in product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4)) if case not in CASES
+    case
+    for case in product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4))
+    if CASES.get(case) != STEPS
 ]
 
 
-def check(mesh, layout, scan_layers, accumulate, tmp_path):
+def check(mesh, layout, scan_layers, accumulate, tmp_path, steps=STEPS):
     got = losses(
         mesh,
         [
@@ -34,15 +35,16 @@ def check(mesh, layout, scan_layers, accumulate, tmp_path):
             f"--optimizer.accumulate_gradient_steps={accumulate}",
         ],
         tmp_path,
+        steps,
     )
-    want = json.loads(FILE.read_text())
+    want = json.loads(FILE.read_text())[:steps]
     worst = max(abs(a - b) for a, b in zip(got, want, strict=True))
     assert worst <= 1e-5, (worst, got)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_losses(case, tmp_path):
-    check(*case, tmp_path)
+    check(*case, tmp_path, CASES[case])
 
 
 @pytest.mark.slow
@@ -54,4 +56,4 @@ def test_same_losses_product(case, tmp_path):
 def test_the_losses_fall():
     """A golden file of a model that learns nothing would prove nothing."""
     want = json.loads(FILE.read_text())
-    assert len(want) == 20 and want[-1] < want[0] - 1.5
+    assert len(want) == STEPS and want[-1] < want[0] - 1.5

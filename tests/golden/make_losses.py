@@ -41,14 +41,14 @@ def write_text(folder: Path) -> None:
         (folder / f"{number:03}.py").write_text(text)
 
 
-def losses(mesh: tuple[int, int, int, int], flags: list[str], folder: str | Path) -> list[float]:
+def losses(mesh: tuple[int, int, int, int], flags: list[str], folder: str | Path, steps: int = STEPS) -> list[float]:
     """The losses of the debug recipe's first steps on `mesh`, changed by `flags`: the command as a user runs it."""
     text = Path(folder) / "text"
     write_text(text)
     command = [
         *(sys.executable, "-m", "ringbpt.train", "--config=configs/debug.py", *flags),
         *(f"--mesh_dim={','.join(map(str, mesh))}", f"--num_cpu_devices={math.prod(mesh)}"),
-        *(f"--total_steps={STEPS}", "--log_freq=1", "--eval_steps=0", "--nosave_final"),
+        *(f"--total_steps={steps}", "--log_freq=1", "--eval_steps=0", "--nosave_final"),
         *(f"--train_dataset.python_dataset.path={text}", "--train_dataset.python_dataset.split=all"),
         *(f"--logger.output_dir={folder}", "--logger.experiment_id=golden"),
     ]
