@@ -131,7 +131,7 @@ def test_an_old_cudnn_is_refused(monkeypatch):
         cudnn._check_version()
 
 
-@pytest.mark.parametrize("name", ["h200", "a100"])
+@pytest.mark.parametrize("name", ["h200", pytest.param("a100", marks=pytest.mark.slow)])
 def test_its_calls_compile(name, tmp_path):
     machine = compiler(name)
     text = train_like(machine, cudnn.make_cudnn(machine.devices[0], None, None), 128, "bfloat16", dump=tmp_path)

@@ -23,7 +23,7 @@ def results(local: Local, q, k, v, d_out, q_meta, kv_meta, mask):
     return suite.results(local, 0, q, k, v, d_out, q_meta, kv_meta, mask, whole)
 
 
-@pytest.mark.parametrize("case", suite.CASES, ids=str)
+@pytest.mark.parametrize("case", suite.cases(), ids=str)
 def test_blockwise_passes_the_suite(case):
     suite.check(blockwise.make_blockwise(128, 64), case)
 
@@ -116,8 +116,12 @@ def test_in_one_text_no_block_is_visited_in_vain(mask):
         assert (every <= seen.all((1, 3))).all()
 
 
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])  # shrinking would compile for minutes
-@given(
+def examples(count: int) -> settings:
+    """Without shrinking, which would compile for minutes."""
+    return settings(max_examples=count, deadline=None, phases=[Phase.explicit, Phase.generate])
+
+
+ANY_SHAPE = given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
     length=st.integers(1, 40),
@@ -128,12 +132,27 @@ def test_in_one_text_no_block_is_visited_in_vain(mask):
     causal=st.booleans(),
     window=st.none() | st.integers(1, 40),
 )
-def test_any_shape(seed, batch, length, documents, kv_heads, group, chunks, causal, window):
+
+
+def check_shape(seed, batch, length, documents, kv_heads, group, chunks, causal, window):
     rng = np.random.default_rng(seed)
     q, k, v, d_out = arrays(rng, batch, length, length, kv_heads * group, kv_heads, 4)
     meta = packed_meta(rng, batch, length, documents, padding=int(rng.integers(0, length)))
     args = (q, k, v, d_out, meta, meta, MaskSpec(causal, window))
     assert_close(results(blockwise.make_blockwise(*chunks), *args), results(REFERENCE, *args))
+
+
+@examples(4)
+@ANY_SHAPE
+def test_any_shape(**drawn):
+    check_shape(**drawn)
+
+
+@pytest.mark.slow
+@examples(16)
+@ANY_SHAPE
+def test_many_shapes(**drawn):
+    check_shape(**drawn)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -65,7 +65,7 @@ def test_a_race_is_detected(capfd, monkeypatch):
 
 
 def test_what_nobody_sees_is_no_step_of_the_grid():
-    """Four documents of two blocks: three visits each, and the same going back; per head."""
+    """Four documents of two blocks: three visits each, and the same going back."""
     points = []
 
     def record(*args):  # ([a token,] grid point, core); a token is handed back
@@ -74,16 +74,16 @@ def test_what_nobody_sees_is_no_step_of_the_grid():
 
     local = interpreted(grid_point_recorder=record)
     meta = TokenMeta(np.arange(1024, dtype=np.int32)[None] % 256, np.arange(1024, dtype=np.int32)[None] // 256 + 1)
-    x = jnp.ones((1, 1024, 2, 8))
+    x = jnp.ones((1, 1024, 1, 8))
     part = local.attend(x, x, x, meta, meta, MaskSpec())
-    assert len(set(points)) == len(points) == 2 * 4 * 3
+    assert len(set(points)) == len(points) == 4 * 3
     points.clear()
     local.attend_bwd(x, x, x, part.out_BTNH, part.lse_BTN, x, meta, meta, MaskSpec())
-    assert len(set(points)) == len(points) == 2 * 4 * 3
+    assert len(set(points)) == len(points) == 4 * 3
 
 
 def test_a_ring_over_the_kernels_is_dense_attention():
-    suite.check_ring("pallas_tpu_interpreted", 512, 128)
+    suite.check_ring("pallas_tpu_interpreted", 512, 128, heads=(1, 1))
 
 
 def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
@@ -137,7 +137,9 @@ def test_lse_is_one_number_a_lane():
     assert re.search(r"f32\[1,8,1,4096\]\{3,2,1,0:T\(1,128\)", call), call[:300]
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    "name", [name if name == "v5p-8" else pytest.param(name, marks=pytest.mark.slow) for name in MACHINES]
+)
 def test_a_ring_over_the_kernels_hides_every_hop(name):
     """Behind a kernel each, at a length where a hop's computation is longer than its transfer."""
     text = program(name, length=4096, local="pallas_tpu", query_chunk_size=256, key_chunk_size=256)
