@@ -18,6 +18,8 @@ FLAGS = [
     "--eval_steps=0",
     "--llama.num_hidden_layers=1",
     "--llama.intermediate_size=64",
+    "--llama.scan_mlp=False",  # less to compile, several times a test
+    "--llama.remat_block=",
     "--mesh_dim=1,1,1,2",
 ]
 

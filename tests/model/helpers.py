@@ -29,6 +29,8 @@ LLAMA = {
     "sequence_layout": "contiguous",
     "initializer_range": 0.2,  # large enough for every part to matter
 }
+# For a test of neither attention nor chunks: less than half of the program to compile.
+CHEAP = {"attention_type": "standard", "scan_mlp": False, "loss_chunk_size": 32}
 
 
 def make_model(mesh_shape=(1, 1, 1, 1), dtype="fp32", **llama) -> Model:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from ringbpt.config import UserError, choices
 from ringbpt.dims import WEIGHT_AXES, spec
 from ringbpt.model.llama import REMAT_POLICIES
-from tests.model.helpers import assert_same, loss_and_grads, make_batch, make_model
+from tests.model.helpers import CHEAP, assert_same, loss_and_grads, make_batch, make_model
 
 PLAIN = {"attention_type": "standard", "scan_layers": False, "scan_mlp": False, "loss_chunk_size": 1000}
 
@@ -85,10 +85,10 @@ def test_param_scan_axis_moves_the_layers():
 
 
 def test_tied_embeddings_share_one_table():
-    model = make_model(tie_word_embeddings=True)
+    model = make_model(tie_word_embeddings=True, **CHEAP)
     params = model.init(jax.random.key(0))
     assert "unembed" not in params
-    untied = make_model()
+    untied = make_model(**CHEAP)
     batch = make_batch(model)
     loss, grads = loss_and_grads(model, params, batch)
     want, want_grads = loss_and_grads(untied, {**params, "unembed": params["embed"].T}, batch)
