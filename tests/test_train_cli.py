@@ -89,7 +89,10 @@ def test_the_manual_has_both_commands():
     ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=["BPT", "Ring Attention"])
+# Both go the same way but for the ring: one is slow.
+@pytest.mark.parametrize(
+    "command", [pytest.param(COMMANDS[0], marks=pytest.mark.slow), COMMANDS[1]], ids=["BPT", "Ring Attention"]
+)
 def test_an_originals_command_trains(files, tmp_path, command):
     for full, small in SMALLER.items():
         command = command.replace(full, small)

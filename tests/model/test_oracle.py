@@ -84,8 +84,16 @@ PLAIN = {"attention_type": "standard", "scan_layers": False, "scan_mlp": False, 
 PROGRAMS = {"one device": ((1, 1, 1, 1), "contiguous", PLAIN), "tp=2, sp=2": ((1, 1, 2, 2), "zigzag", {})}
 
 
-@pytest.mark.parametrize(("mesh", "layout", "program"), PROGRAMS.values(), ids=PROGRAMS.keys())
-@pytest.mark.parametrize("case", CASES)
+# For `make test`: every model once, every program twice.
+COVER = {("mha", "one device"), ("gqa_tied", "tp=2, sp=2"), ("llama3", "tp=2, sp=2"), ("linear", "one device")}
+PAIRS = [
+    pytest.param(case, *how, id=f"{case}-{name}", marks=[] if (case, name) in COVER else pytest.mark.slow)
+    for case in CASES
+    for name, how in PROGRAMS.items()
+]
+
+
+@pytest.mark.parametrize(("case", "mesh", "layout", "program"), PAIRS)
 def test_same_as_transformers(case, mesh, layout, program):
     with np.load(FILE) as file:
         want = {name: file[f"{case}/{name}"] for name in ("logits", *GRADIENTS)}

@@ -181,7 +181,8 @@ def test_accumulation_is_one_program_and_the_same_losses(whole, tmp_path, data):
     ("mesh", "more"),
     [
         ("1,8,1,1", ()),  # attention_type left at its default
-        ("1,2,1,2", ("--llama.attention_type=ring_blockwise",)),  # and no mesh_dim inside the model's flags
+        # And no mesh_dim inside the model's flags.
+        pytest.param("1,2,1,2", ("--llama.attention_type=ring_blockwise",), marks=pytest.mark.slow),
     ],
 )
 def test_meshes_that_crashed_the_original_give_the_same_losses(whole, tmp_path, data, mesh, more):

@@ -49,7 +49,12 @@ def check(mesh, rows, length, tolerance=0.1, dtype="fp32", **llama):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "rows", "length"), [((1, 1, 1, 8), 1, 16384), ((1, 1, 1, 8), 1, 65536), ((1, 2, 2, 2), 2, 16384)], ids=str
+    ("mesh", "rows", "length"),
+    [
+        *(pytest.param((1, 1, 1, 8), 1, length, marks=pytest.mark.slow) for length in (16384, 65536)),
+        ((1, 2, 2, 2), 2, 16384),
+    ],
+    ids=str,
 )
 def test_the_1b_step_is_accounted_for(mesh, rows, length):
     check(mesh, rows, length)
