@@ -11,14 +11,14 @@ from ringbpt.config.families import FAMILIES
 from ringbpt.generation.generator import Generator, plan_batches
 from ringbpt.generation.sampling import Sampling
 from tests.flags import llama_flags
-from tests.model.helpers import LLAMA, assert_same, loss_and_grads, make_batch, make_model
+from tests.model.helpers import CHEAP, LLAMA, assert_same, loss_and_grads, make_batch, make_model
 
 SIZE = 63
 MESHES = {1: (1, 1, 1, 1), 2: (1, 1, 2, 1), 4: (1, 1, 4, 1)}
-HEADS = {"num_key_value_heads": 4, "num_hidden_layers": 1}
+HEADS = CHEAP | {"num_key_value_heads": 4, "num_hidden_layers": 1}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def models(request):
     return {
         tp: make_model(mesh, vocab_size=SIZE, tie_word_embeddings=request.param, **HEADS) for tp, mesh in MESHES.items()
