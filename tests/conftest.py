@@ -8,8 +8,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANDB_MODE"] = "disabled"
 # The tests compile far longer than they run: the least optimised code takes half the time to make, and loops that are
 # emitted straight as LLVM's, not through MLIR, half of that again. Later compilers refuse to start with that flag.
-OLD_LOOPS = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + OLD_LOOPS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
+)
 # What one test has compiled, in whatever process, no other compiles again, nor the next run of the tests.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
