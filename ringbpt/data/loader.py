@@ -32,6 +32,9 @@ from ringbpt.types import ALWAYS, COLUMNS, Batch
 PLAN_FORMAT = "2"  # part of a kept plan's key
 KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
 SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
+# Rows are counted that take no loss: all of them where they are few, else in a sample, which a start has time for.
+COUNTED_ROWS, COUNTED_TOKENS, SAMPLED_ROWS = 4096, 1 << 22, 256
+WARNED_SHARE = 0.1  # of documents, or of rows, that may take no loss without a warning
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,19 @@ class Loader:
     def lengths(self) -> np.ndarray:
         return np.diff(self._data.offset)
 
+    @cached_property
+    def rows_without_loss(self) -> tuple[int, int]:
+        """(those in which no token takes loss, how many were looked at), of the first epoch's: all, or a sample."""
+        rows = self.steps_per_epoch * self.batch_size
+        looked: Any = range(rows)
+        if rows > COUNTED_ROWS or rows * self.seq_length > COUNTED_TOKENS:
+            count = max(8, min(SAMPLED_ROWS, COUNTED_TOKENS // self.seq_length))
+            looked = np.unique(np.random.Philox(self._request.seed).random_raw(count) % np.uint64(rows)).tolist()
+        # Only weights are looked at, so that tokens need not be read.
+        values = dict.fromkeys(self._data.values, self._data.values.get("mask"))
+        found = sum(not self._plan.row(0, row, values)["weight"].any() for row in looked)
+        return found, len(looked)
+
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop of the global batch `step` (from 0): numpy arrays [stop - start, T]."""
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -138,14 +154,34 @@ class Loader:
         said = {"bad": "bad examples left out", "split": "conversations split", "without_loss": "without loss"}
         counts = ", ".join(f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name))
         bad = f" ({counts})" if counts else ""
+        bytes_per_token = self.bytes_per_token
+        said_bytes = "no text takes loss" if math.isinf(bytes_per_token) else f"{bytes_per_token:.2f} bytes a token"
         return (
             f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
             + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
-            + f", {self.bytes_per_token:.2f} bytes a token; {self._request.dataset.packing}: "
+            + f", {said_bytes}; {self._request.dataset.packing}: "
             f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.seq_length:,} an epoch, "
             f"{self.utilisation:.1%} of the places filled, {sum(dropped.values()):,} tokens dropped"
             + (f" ({reasons})" if reasons else "")
+            + self._without_loss()
         )
+
+    def _without_loss(self) -> str:
+        """What is said of rows, and of many documents, that teach nothing; "" where there are none."""
+        (found, looked), documents = self.rows_without_loss, self.summary.get("without_loss", 0)
+        rows = self.steps_per_epoch * self.batch_size
+        what = f"{found:,} of {rows:,} rows"
+        if looked < rows:
+            what = f"{found:,} of the {looked:,} rows looked at (of {rows:,})"
+        too_many = [what] if found > WARNED_SHARE * looked else []
+        if documents > WARNED_SHARE * self.summary["documents"]:
+            too_many.append(f"{documents:,} of {self.summary['documents']:,} documents")
+        if not too_many:
+            return f", {what} without loss" if found else ""
+        longest, works = int(self.lengths.max()), "python -m ringbpt.inspect with these flags shows what does"
+        if longest > self.seq_length and found:
+            works = f"documents are cut, and {self._request.group}.seq_length={longest} would keep the longest whole"
+        return f"; WARNING: nothing takes loss in {' and '.join(too_many)}: {works}"
 
 
 def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Loader:

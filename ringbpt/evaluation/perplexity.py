@@ -19,7 +19,7 @@ from ringbpt.types import Batch, Params
 
 
 class Curve(NamedTuple):
-    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; tokens 0 where nothing was there."""
+    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; NaN where tokens is 0: nothing was there."""
 
     edges: np.ndarray
     loss: np.ndarray
@@ -41,7 +41,7 @@ def make_loss_by_position(model: Model, length: int, buckets: int = 32) -> Calla
     def measure(params: Params, batches: Iterable[Batch]) -> Curve:
         total = sum(np.asarray(sums(params, batch), np.float64) for batch in batches)
         loss, tokens = np.asarray(total)
-        return Curve(edges, loss / np.maximum(tokens, 1), tokens)
+        return Curve(edges, np.where(tokens > 0, loss / np.maximum(tokens, 1), np.nan), tokens)
 
     return measure
 
@@ -90,10 +90,11 @@ def report_perplexity(
         raise UserError(f"--perplexity={file} holds no text of two tokens or more")
     measure = make_loss_by_position(scorer.model, limit, buckets)
     curve = measure(params, (batch for batch, _ in scorer.batches(items, length)))
-    tokens = curve.tokens.sum()
+    tokens, seen = curve.tokens.sum(), curve.tokens > 0
     draw_curve(output / "perplexity.png", curve, f"{file}, {int(tokens):,} tokens")
-    loss = float((curve.loss * curve.tokens).sum() / tokens)
+    loss = float((curve.loss * curve.tokens)[seen].sum() / tokens)
     print(f"perplexity {np.exp(loss):.3f} (loss {loss:.4f} nats a token, {int(tokens):,} tokens)")
-    columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "loss": curve.loss, "tokens": curve.tokens}
+    columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "tokens": curve.tokens}
     by_position = {name: column.tolist() for name, column in columns.items()}
+    by_position["loss"] = np.where(seen, curve.loss, None).tolist()
     return {"loss": loss, "perplexity": float(np.exp(loss)), "by_position": by_position}

@@ -32,7 +32,7 @@ def make_probe(config: Config, model: Model, tokenizer: Tokenizer, folder: Path)
         found, draws = {}, jax.process_index() == 0
         if measure:
             curve = measure(params, batches)
-            if draws:
+            if draws and curve.tokens.any():
                 draw_curve(folder / "perplexity.png", curve, "held-out data")
         if lengths:
             grid = passkey_grid(scorer, params, tokenizer.encode_prompt, lengths, DEPTHS, SAMPLES)

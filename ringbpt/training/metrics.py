@@ -15,6 +15,9 @@ import jax
 from ringbpt import hardware
 from ringbpt.config import Config, UserError, to_dict
 from ringbpt.model.flops import forward_flops
+from ringbpt.objectives import Objective
+from ringbpt.training.step import Metrics
+from ringbpt.types import Mean, Means
 
 MetricsRow = dict[str, float | int]
 
@@ -47,7 +50,7 @@ class MetricsWriter:
         self.path = run_dir / ".".join(filter(None, ("metrics", worker, "jsonl")))
         self._run_dir = run_dir
         self._tensorboard_dir = run_dir / "tensorboard" / worker
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._purge_step: int | None = None
         self._wandb = _start_wandb(run_dir, config, worker) if self._writes and config.logger.online else None
         self._bar: Any = None
@@ -67,7 +70,7 @@ class MetricsWriter:
         rewritten.replace(self.path)
 
     def write(self, row: MetricsRow) -> None:
-        """Append one row, `{"step": 100, "loss": ...}`; on the disk when this returns.
+        """Append one row, `{"step": 100, "loss": ...}`; on the disk when this returns, in TensorBoard's file too.
 
         Evaluation rows are the same but for their keys, `eval_loss` and so on. NaN and infinities, which JSON
         doesn't have, become null.
@@ -81,9 +84,8 @@ class MetricsWriter:
         step = int(plain["step"])
         finite = {key: value for key, value in valid.items() if key != "step" and value is not None}
         if self._tensorboard is None:
-            self._tensorboard = self._open_tensorboard()
-        for key, value in finite.items():
-            self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard = TensorBoard(self._tensorboard_dir, self._purge_step)
+        self._tensorboard.write(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -134,22 +136,50 @@ class MetricsWriter:
         self._bar_task = self._bar.add_task("", total=self._config.total_steps, line="")
         self._bar.start()
 
-    def _open_tensorboard(self) -> Any:
-        from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+class TensorBoard:
+    """A file of TensorBoard's events in `folder`, to which a row at a time is written, and is then on the disk.
+
+    The library's own SummaryWriter hands events on through a queue and a thread: a run that is killed loses what was
+    logged in the two minutes before. purge_step: from here on TensorBoard leaves out what older files hold.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files are told apart, and read in the order of, their names: by the second, and then by this.
+        self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        if purge_step is not None:
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=log))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=x) for key, x in values.items()])
+        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclasses.dataclass
 class Clock:
-    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded.
+    """Turns the metrics of the steps since the last row into a row, and the steps into speeds, compile excluded.
 
-    take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`.
+    The objective's means are those of all these steps, each weighed by what it was taken over, so that the loss is the
+    mean of the tokens; `loss_step` is the last step's own, and so is all that is no mean (the learning rate, norms).
+    take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`. means:
+    the sums since the last row, for a checkpoint between two rows.
     """
 
     config: Config
+    objective: Objective
     bytes_per_token: float
     take_waited: Callable[[], float] = lambda: 0.0
+    means: Means = dataclasses.field(default_factory=dict)
     _since: float | None = None
     _steps: int = 0
     _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
@@ -159,20 +189,27 @@ class Clock:
         self.take_waited()
         self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
 
-    def tick(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
+    def tick(self, step: int, metrics: Metrics) -> dict[str, float] | None:
         """Waits for a step's metrics; the row to log if this step is one of log_freq (or the last), else None."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        own = {name: float(value) for name, value in found.own.items()}
+        last = {name: Mean(float(mean.total), float(mean.weight)) for name, mean in found.means.items()}
+        self.means = {name: self.means.get(name, Mean(0.0, 0.0)) + mean for name, mean in last.items()}
         compiled_just_now = self._since is None
         if not compiled_just_now:
             self._steps += 1
-            self._counts = {name: total + values[name] for name, total in self._counts.items()}
-        tokens, pairs = values.pop("tokens"), values.pop("pairs")
+            self._counts = {name: total + own[name] for name, total in self._counts.items()}
+        tokens, pairs = own.pop("tokens"), own.pop("pairs")
         row = None
         if due(step, self.config.log_freq) or step == self.config.total_steps:
-            row = {"step": step, **values, "bits_per_byte": bits_per_byte(values["loss"], self.bytes_per_token)}
+            values = self.objective.values(self.means, self.config)
+            row = {"step": step, **values, **bits_per_byte(values, self.bytes_per_token)}
+            step_values = self.objective.values(last, self.config)
+            row |= ({"loss_step": step_values["loss"]} if "loss" in step_values else {}) | own
             if self._since is not None and self._steps:
                 row |= self._speeds(time.perf_counter() - self._since)
             row |= {"tokens": tokens, "visible_pairs": pairs} | _device_memory()
+            self.means = {}
         if compiled_just_now or row:
             self.restart()
         return row
@@ -187,12 +224,15 @@ class Clock:
         return speeds
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def due(step: int, every: int | None) -> bool:
+    return every is not None and every > 0 and step % every == 0
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    return nats_per_token / math.log(2) / bytes_per_token
+def bits_per_byte(values: dict[str, float], bytes_per_token: float) -> dict[str, float]:
+    """{"bits_per_byte": ...} of a loss in nats a token; {} where there is no loss, or no text behind it."""
+    if "loss" not in values or math.isinf(bytes_per_token):
+        return {}
+    return {"bits_per_byte": values["loss"] / math.log(2) / bytes_per_token}
 
 
 def _device_memory() -> dict[str, float]:

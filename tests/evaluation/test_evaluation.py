@@ -74,6 +74,8 @@ def test_loss_by_position_is_the_loss(loaded, items_and_logp):
         mine = [loss for place, loss in lost if bucket * 8 <= place < bucket * 8 + 8]
         assert curve.tokens[bucket] == len(mine)
         assert curve.loss[bucket] == pytest.approx(np.mean(mine), rel=1e-5)
+    none = measure(params, [jax.tree.map(lambda x: x * 0, next(scorer.batches(items, 32))[0])])
+    assert np.isnan(none.loss).all() and not none.tokens.any()  # no number where there is nothing, not a perfect 0
 
 
 def test_passkey_texts():
@@ -169,6 +171,9 @@ def test_the_verb(loaded, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert np.array(results["passkey"]["found"]).shape == (1, 2)
     assert results["mesh"] == [1, 1, 1, 8]
+    by_position = results["perplexity"]["by_position"]
+    losses, seen = by_position["loss"], by_position["tokens"]
+    assert [loss is None for loss in losses] == [tokens == 0 for tokens in seen] and None in losses
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "results.json", "choices.jsonl", "passkey.png", "perplexity.png",
     }  # fmt: skip

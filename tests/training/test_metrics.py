@@ -3,13 +3,21 @@
 import io
 import json
 import math
+import signal
+import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ringbpt.config import Config, LoggerConfig, UserError
-from ringbpt.training.metrics import MetricsWriter, format_row, read_rows
+from ringbpt.objectives import OBJECTIVES
+from ringbpt.objectives.objective import Objective
+from ringbpt.training.metrics import Clock, MetricsWriter, format_row, read_rows
+from ringbpt.training.step import Metrics
+from ringbpt.types import Mean
 
 CONFIG = Config(total_steps=1000)
 ROW = {
@@ -54,19 +62,101 @@ def test_a_resumed_run_drops_the_rows_it_will_repeat_and_a_line_cut_off_by_a_kil
     assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 
-def test_tensorboard_gets_the_finite_values(tmp_path):
+def events_of(path: Path) -> list:
     from tensorboardX.proto.event_pb2 import Event
 
-    metrics = writer(tmp_path)
-    metrics.write({"step": 7, "loss": 2.5, "gradient_norm": math.nan})
-    metrics.close()
-    [path] = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
     while data:  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum
         size = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
-    assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [(7, "loss", 2.5)]
+    return events
+
+
+def test_tensorboard_gets_the_finite_values(tmp_path):
+    for number in (1, 2):  # a run, and one that goes on after step 6: in the same second, and yet a file of its own
+        metrics = writer(tmp_path)
+        metrics.resume_from(6) if number == 2 else None
+        metrics.write({"step": 7, "loss": 2.5 * number, "gradient_norm": math.nan})
+        metrics.close()
+    first, second = map(events_of, sorted((tmp_path / "tensorboard").iterdir()))
+    scalars = [[(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] for events in (first, second)]
+    assert scalars == [[(7, "loss", 2.5)], [(7, "loss", 5.0)]]
+    assert [(e.step, e.session_log.status) for e in second if e.HasField("session_log")] == [(7, 1)]  # START: purges
+    assert all(e.wall_time for e in first + second)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ringbpt.config import Config
+from ringbpt.training.metrics import MetricsWriter
+writer = MetricsWriter(Path(sys.argv[1]), Config(), True)
+for step in range(1, 26):
+    writer.write({"step": step, "loss": 1.0 / step, "accuracy": 0.5})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_is_killed_has_lost_no_row(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    steps = list(range(1, 26))
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == steps
+    [path] = (tmp_path / "tensorboard").iterdir()
+    assert [e.step for e in events_of(path) for v in e.summary.value if v.tag == "loss"] == steps
+
+
+# --- steps to rows ---
+
+
+def step_metrics(**means: tuple[float, float]) -> Metrics:
+    own = {"tokens": 64.0, "pairs": 100.0, "learning_rate": 0.1, "gradient_norm": 2.0}
+    arrays = {name: Mean(np.float32(total), np.float32(weight)) for name, (total, weight) in means.items()}
+    return Metrics(arrays, {name: np.float32(value) for name, value in own.items()})
+
+
+def clock_of(log_freq: int, objective: Objective = OBJECTIVES["sft"], bytes_per_token: float = 2.0) -> Clock:
+    return Clock(Config(log_freq=log_freq, total_steps=100), objective, bytes_per_token)
+
+
+def test_a_row_is_the_mean_of_the_tokens_since_the_last_one():
+    clock = clock_of(3)
+    steps = [{"loss": (10.0, 10), "accuracy": (1.0, 10)}, {"loss": (90.0, 30), "accuracy": (30.0, 30)}]
+    assert clock.tick(1, step_metrics(**steps[0])) is None
+    clock.restart()  # a save: no step's time, but the steps' loss
+    assert clock.tick(2, step_metrics(**steps[1])) is None
+    row = clock.tick(3, step_metrics(loss=(8.0, 2), accuracy=(0.0, 2)))
+    assert (row["loss"], row["loss_step"], row["accuracy"]) == (pytest.approx(108 / 42), 4.0, pytest.approx(31 / 42))
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) / 2)
+    assert (row["gradient_norm"], row["tokens"]) == (2.0, 64.0)  # of the step
+    assert clock.tick(4, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1))) is None
+    clock.tick(5, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1)))
+    assert clock.tick(6, step_metrics(loss=(1.0, 2), accuracy=(1.0, 1)))["loss"] == 0.75  # nothing of the first three
+
+
+def test_what_nothing_was_weighed_for_is_no_number():
+    nothing = {"loss": (0.0, 0), "accuracy": (0.0, 0)}
+    clock, names = clock_of(2), {"loss", "loss_step", "accuracy", "bits_per_byte"}
+    clock.tick(1, step_metrics(**nothing))
+    row = clock.tick(2, step_metrics(**nothing))
+    assert not names & set(row) and row["gradient_norm"] == 2.0
+    assert "loss" not in format_row(row) and "0.0000" not in format_row(row)
+    clock.tick(3, step_metrics(loss=(6.0, 3), accuracy=(3.0, 3)))
+    row = clock.tick(4, step_metrics(**nothing))
+    assert (row["loss"], row["accuracy"]) == (2.0, 1.0) and "loss_step" not in row
+    # No text behind what takes loss (special tokens alone): there is a loss, and no bits per byte.
+    row = clock_of(1, bytes_per_token=math.inf).tick(1, step_metrics(loss=(6.0, 3), accuracy=(3.0, 3)))
+    assert row["loss"] == 2.0 and "bits_per_byte" not in row
+
+
+def test_a_loss_of_several_parts_is_the_sum_of_those_that_were_weighed():
+    parts = Objective(lambda *_: {}, lambda config: {"nll": 1.0, "marks": -0.5}, ())
+    row = clock_of(1, parts).tick(1, step_metrics(nll=(6.0, 3), marks=(0.0, 0), other=(1.0, 4)))
+    assert (row["loss"], row["loss_step"], row["nll"], row["other"]) == (2.0, 2.0, 2.0, 0.25) and "marks" not in row
+    row = clock_of(1, parts).tick(1, step_metrics(nll=(0.0, 0), marks=(0.0, 0), other=(1.0, 4)))
+    assert row["other"] == 0.25 and not {"loss", "nll", "marks", "loss_step"} & set(row)
+    assert math.isnan(clock_of(1, parts).tick(1, step_metrics(nll=(math.nan, 3), marks=(1.0, 1)))["loss"])
 
 
 def test_only_the_main_process_writes_unless_all_workers_are_logged(tmp_path, capsys):
