@@ -148,6 +148,7 @@ class DatasetConfig:
     packing: str = flag(
         "concat", "documents cut, or whole, into rows", choices=("concat", "first_fit", "best_fit"), shown="data"
     )
+    weights_by: str = flag("documents", "what a path's shares a:0.7,b:0.3 are of", choices=("documents", "tokens"))
     long_documents: str = flag("split", "longer than seq_length", choices=("split", "drop", "refuse"))
     on_bad_line: str = flag("stop", "stop, or skip:N, which leaves out N bad examples at most", shown="data")
     max_samples: int = flag(0, "only the first so many examples; 0: all", at_least=0)
