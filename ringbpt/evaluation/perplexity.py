@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import UserError
 from ringbpt.data.reading.files import read_rows
+from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.evaluation.score import Encode, Item, Scorer
 from ringbpt.evaluation.texts import python_texts
 from ringbpt.model.llama import Model
@@ -58,7 +59,9 @@ def draw_curve(file: Path, curve: Curve, title: str) -> None:
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("perplexity")
     axes.set_yscale("log")
-    axes.set_title(title)
+    thousands(axes.xaxis)
+    plain_log(axes.yaxis)
+    set_title(axes, title)
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, metadata={"Software": None})  # the same picture, the same bytes
@@ -72,8 +75,9 @@ def read_texts(file: str) -> list[str]:
 
 
 def report_perplexity(
-    scorer: Scorer, params: Params, encode: Encode, file: str, limit: int, batches: int, buckets: int, output: Path
-) -> dict[str, Any]:
+    scorer: Scorer, params: Params, encode: Encode, file: str, limit: int, batches: int, buckets: int, output: Path,
+    model: str,
+) -> dict[str, Any]:  # fmt: skip
     """Draws perplexity.png, prints and returns the loss, of texts cut at `limit` tokens, packed into rows.
 
     Each document counts from its own first token on, and no more texts are taken than fill so many `batches`.
@@ -91,7 +95,7 @@ def report_perplexity(
     measure = make_loss_by_position(scorer.model, limit, buckets)
     curve = measure(params, (batch for batch, _ in scorer.batches(items, length)))
     tokens, seen = curve.tokens.sum(), curve.tokens > 0
-    draw_curve(output / "perplexity.png", curve, f"{file}, {int(tokens):,} tokens")
+    draw_curve(output / "perplexity.png", curve, f"{model}\n{file}, {int(tokens):,} tokens")
     loss = float((curve.loss * curve.tokens)[seen].sum() / tokens)
     print(f"perplexity {np.exp(loss):.3f} (loss {loss:.4f} nats a token, {int(tokens):,} tokens)")
     columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "tokens": curve.tokens}

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ import jax
 
 from ringbpt import hardware
 from ringbpt.config import Config, UserError, to_dict
+from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.model.flops import forward_flops
 from ringbpt.objectives import Objective
 from ringbpt.training.step import Metrics
@@ -115,7 +117,7 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish()
         if self._is_main and self.path.exists():
-            draw(read_rows(self.path), self._run_dir / "loss.png")
+            draw(read_rows(self.path), self._run_dir / "loss.png", self._run_dir.name)
 
     def _step_label(self, step: int) -> str:
         total = str(self._config.total_steps)
@@ -138,28 +140,34 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """A file of TensorBoard's events in `folder`, to which a row at a time is written, and is then on the disk.
+    """A file of TensorBoard's events in `folder`; a row is handed to the system when it is written, as one record.
 
-    The library's own SummaryWriter hands events on through a queue and a thread: a run that is killed loses what was
-    logged in the two minutes before. purge_step: from here on TensorBoard leaves out what older files hold.
+    The library's own SummaryWriter has a queue, a thread and a buffer: a run that is killed loses two minutes of rows.
+    purge_step: from here on TensorBoard leaves out what older files hold.
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        folder.mkdir(parents=True, exist_ok=True)
-        # Files are told apart, and read in the order of, their names: by the second, and then by this.
-        self._file = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names, and no two of a run, however short, may have one name.
+        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}", "wb", buffering=0)  # noqa: SIM115
+        self._append(file_version="brain.Event:2")
         if purge_step is not None:
-            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=log))
+            self._append(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        summary = self._summary(value=[self._summary.Value(tag=key, simple_value=x) for key, x in values.items()])
-        self._file.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-        self._file.flush()
+        scalars = [self._summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._append(step=step, summary=self._summary(value=scalars))
+
+    def _append(self, **event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **event).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (size, data)]
+        self._file.write(size + checks[0] + data + checks[1])
 
     def close(self) -> None:
         self._file.close()
@@ -270,33 +278,63 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and below it bits per byte, against the step: training and held-out in the same axes."""
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss against the step, training and held-out in the same axes, and on the right what it is in bits per byte.
+
+    A training row is the mean of the steps since the one before; pale behind it are the steps' own.
+    """
     # Not pyplot: that would choose a window system, and keep the figure for ever.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [
-        (key, title)
-        for key, title in (("loss", "loss (nats per token)"), ("bits_per_byte", "bits per byte"))
-        if any(row.get(prefix + key) is not None for row in rows for prefix in ("", "eval_"))
-    ]
-    if not panels:
+    curves = {key: _curve(rows, key) for key in ("loss", "eval_loss", "loss_step")}
+    losses = [value for key in ("loss", "eval_loss") for value in curves[key][1]]
+    if not losses:
         return
-    figure = Figure(figsize=(8, 4 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for prefix, label, style in (("", "training", "-"), ("eval_", "held-out", "o-")):
-            points = [(row["step"], row[prefix + key]) for row in rows if row.get(prefix + key) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, style, label=f"{label} (last: {values[-1]:.3f})", linewidth=1.2, markersize=4)
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[-1].set_xlabel("step")
+    axis = figure.subplots()
+    if curves["loss_step"][1] and curves["loss_step"] != curves["loss"]:
+        axis.plot(*curves["loss_step"], color="C0", alpha=0.3, linewidth=0.8, label="single steps")
+    for prefix, name, color in (("", "training", "C0"), ("eval_", "held-out", "C1")):
+        steps, values = curves[f"{prefix}loss"]
+        if values:
+            bits = _curve(rows, f"{prefix}bits_per_byte")[1][-1:]
+            last = ", ".join([f"{values[-1]:.3f}", *(f"{each:.3f} bits per byte" for each in bits)])
+            marker = "o" if prefix or len(values) == 1 else ""
+            label = f"{name} (last: {last})"
+            axis.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.2, label=label)
+    steep, rates, shown = 0 < 2 * min(losses) < max(losses), _bits_a_nat(rows, ""), [axis]
+    if steep:  # else the first steps would leave no room for the others
+        axis.set_ylim(0.97 * min(losses), 1.03 * max(losses))
+    if rates:
+        shown.append(axis.twinx())
+        shown[1].set_ylim(*(limit * rates[0] for limit in axis.get_ylim()))
+        others = any(abs(rate / rates[0] - 1) > 0.005 for rate in _bits_a_nat(rows, "eval_"))
+        shown[1].set_ylabel("bits per byte of the training data" if others else "bits per byte")
+    if steep:
+        for each in shown:
+            each.set_yscale("log")
+            plain_log(each.yaxis)
+    set_title(axis, title)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss (nats a token)")
+    thousands(axis.xaxis)
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def _bits_a_nat(rows: list[dict[str, Any]], prefix: str) -> list[float]:
+    """What a nat a token is in bits per byte, by the rows that have both; one number, but for rounding."""
+    pairs = [(row.get(f"{prefix}bits_per_byte"), row.get(f"{prefix}loss")) for row in rows]
+    return [bits / loss for bits, loss in pairs if bits and loss]
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps that have a number of this name, and the numbers."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:

@@ -18,6 +18,7 @@ from ringbpt.objectives.objective import Objective
 from ringbpt.training.metrics import Clock, MetricsWriter, format_row, read_rows
 from ringbpt.training.step import Metrics
 from ringbpt.types import Mean
+from tests.pictures import cut_off, drawn
 
 CONFIG = Config(total_steps=1000)
 ROW = {
@@ -211,25 +212,46 @@ def test_on_a_terminal_a_bar_moves_and_held_out_results_stay_above_it(tmp_path, 
     assert "held-out" in shown
 
 
-def test_loss_png_shows_both_curves_of_the_whole_run(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append((figure, path)))
-    first = writer(tmp_path)
-    first.write({"step": 10, "loss": 4.0, "bits_per_byte": 6.0})
-    first.write({"step": 20, "loss": 9.0, "bits_per_byte": 9.0})
-    second = writer(tmp_path)
-    second.resume_from(10)
-    second.write({"step": 20, "loss": 3.0, "bits_per_byte": 5.0})
-    second.write({"step": 20, "eval_loss": 3.5, "eval_bits_per_byte": 5.5})
+def test_loss_png_shows_the_whole_run_in_one_panel(tmp_path, monkeypatch):
+    pictures, folder = drawn(monkeypatch), tmp_path / ("run-" * 40)
+    folder.mkdir()
+    first = writer(folder)
+    first.write({"step": 1000, "loss": 8.0, "loss_step": 7.0, "bits_per_byte": 12.0})
+    first.write({"step": 2000, "loss": 9.0, "loss_step": 9.0, "bits_per_byte": 13.5})
+    second = writer(folder)
+    second.resume_from(1000)
+    second.write({"step": 2000, "loss": 3.0, "loss_step": 2.5, "bits_per_byte": 4.5})
+    second.write({"step": 2000, "eval_loss": 3.5, "eval_bits_per_byte": 6.0})
     second.close()
-    [(figure, path)] = drawn
-    assert path == tmp_path / "loss.png"
-    lines = [[list(line.get_xydata().ravel()) for line in axis.lines] for axis in figure.axes]
-    assert lines == [[[10, 4, 20, 3], [20, 3.5]], [[10, 6, 20, 5], [20, 5.5]]]
-    assert all(axis.get_legend() and axis.get_ylabel() for axis in figure.axes)
-    assert figure.axes[-1].get_xlabel() == "step"
+    [(figure, path)] = pictures
+    assert path == folder / "loss.png" and cut_off(figure) == []
+    loss, bits = figure.axes
+    assert loss.get_title().replace("\n", "") == folder.name
+    curves = {line.get_label().split(" (")[0]: line.get_xydata().ravel().tolist() for line in loss.lines}
+    assert curves == {
+        "single steps": [1000, 7, 2000, 2.5], "training": [1000, 8, 2000, 3], "held-out": [2000, 3.5],
+    }  # fmt: skip
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert "training (last: 3.000, 4.500 bits per byte)" in labels
+    # The right axis is the left one in another unit, that of the training data: those held out have other bytes.
+    assert bits.get_ylim() == pytest.approx(np.array(loss.get_ylim()) * 1.5)
+    assert (bits.get_ylabel(), bits.get_yscale()) == ("bits per byte of the training data", loss.get_yscale())
+    assert loss.get_yscale() == "log" and loss.get_xlabel() == "step"
+    assert "1,500" in [label.get_text() for label in loss.get_xticklabels()]
+    numbers = [label.get_text() for axis in (loss, bits) for label in axis.get_yticklabels()]
+    assert numbers and all(float(number) > 0 for number in numbers)  # 3 and 2.5, and no 10^0
+
+
+def test_a_curve_of_means_that_are_single_steps_is_drawn_once(tmp_path, monkeypatch):
+    pictures, metrics = drawn(monkeypatch), writer(tmp_path)
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 2.0 + step / 10, "loss_step": 2.0 + step / 10})
+    metrics.write({"step": 3, "gradient_norm": 0.0})  # nothing took loss
+    metrics.close()
+    [(figure, _)] = pictures
+    [axis] = figure.axes  # and no bits per byte, where there are none
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 2.1], [2, 2.2]]]
+    assert axis.get_yscale() == "linear"
 
 
 def test_loss_png_is_a_picture_and_an_empty_run_draws_none(tmp_path):
