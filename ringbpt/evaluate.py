@@ -54,15 +54,15 @@ def main(argv: list[str]) -> int:
     encode = find_tokenizer(found, flags["tokenizer"], flags["chat_template"]).encode_prompt
     model, params = start_model(flags)
     scorer = Scorer(model, flags["batch_size"])
-    output = Path(flags["output"])
+    output, name = Path(flags["output"]), flags["load_checkpoint"].rpartition("::")[2]
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
     if flags["perplexity"]:
         texts, limit, batches, buckets = (flags[name] for name in ("perplexity", "seq_length", "batches", "buckets"))
-        results["perplexity"] = report_perplexity(scorer, params, encode, texts, limit, batches, buckets, output)
+        results["perplexity"] = report_perplexity(scorer, params, encode, texts, limit, batches, buckets, output, name)
     if lengths:
         depths, samples, seed = (flags[name] for name in ("depths", "samples", "seed"))
-        results["passkey"] = report_passkeys(scorer, params, encode, lengths, depths, samples, seed, output)
+        results["passkey"] = report_passkeys(scorer, params, encode, lengths, depths, samples, seed, output, name)
     if rows:
         results["choices"] = report_choices(scorer, params, encode, rows, output)
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,8 +1,20 @@
 """`python -m ringbpt.train`: trains a model; `--help` lists the flags."""
 
+import shlex
 import sys
 
-from ringbpt.config import ENTRY_FLAGS, format_config, parse, parse_args, printed_help, run_main, split_flags
+from ringbpt.config import (
+    DEFAULT_RECIPE,
+    ENTRY_FLAGS,
+    RUN_FLAGS,
+    format_config,
+    parse,
+    parse_args,
+    printed_help,
+    run_main,
+    scan,
+    split_flags,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -16,10 +28,22 @@ def main(argv: list[str]) -> int:
     if asked["print_config"]:
         print(format_config(config))
         return 0
+    from ringbpt.training.agreement import Interrupted
     from ringbpt.training.loop import train
 
-    train(config)
+    try:
+        train(config)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"go on with {goes_on(argv, stop.experiment_id)}") from None
     return 0
+
+
+def goes_on(argv: list[str], experiment_id: str) -> str:
+    """The command that goes on with a run of these flags, for a shell."""
+    names = ("autoresume", "logger.experiment_id")
+    _, words = scan(argv, {name: RUN_FLAGS[name] for name in names})
+    more = ["--autoresume", f"--logger.experiment_id={experiment_id}"]
+    return shlex.join(["python", "-m", "ringbpt.train", *(words or [f"--config={DEFAULT_RECIPE}"]), *more])
 
 
 if __name__ == "__main__":

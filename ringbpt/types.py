@@ -120,9 +120,16 @@ class Mean:
         return Mean(total=self.total + other.total, weight=self.weight + other.weight)
 
     def value(self) -> Array:
-        """total / weight, and 0 where nothing was weighed."""
+        """total / weight, and 0 where nothing was weighed: for a program that goes on computing with it.
+
+        What is shown or logged is a number of `number`.
+        """
         empty = self.weight == 0
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))
+
+    def number(self) -> float | None:
+        """total / weight of a mean that is on the host; None where nothing was weighed, for then there is no mean."""
+        return float(self.total) / float(self.weight) if self.weight else None
 
 
 Means = dict[str, Mean]

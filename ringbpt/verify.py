@@ -32,6 +32,7 @@ from ringbpt.config import (
 from ringbpt.dims import AXES, MeshShape
 
 if TYPE_CHECKING:
+    from ringbpt.data.loader import Loader
     from ringbpt.types import Batch
 
 GROUPS = {
@@ -146,6 +147,15 @@ def alone(batch: "Batch", rows: int) -> "Batch":
     return make_batch(documents, shape, tuple(batch.by_name()))
 
 
+def first_batch(loader: "Loader") -> "Batch":
+    """The first host batch in which some token takes loss. Raises UserError where an epoch has none."""
+    for step in range(loader.steps_per_epoch):
+        batch = loader.rows(step, 0, loader.batch_size)
+        if batch.weight_BT.any():
+            return batch
+    raise UserError("no batch of an epoch has a token that takes loss: there is nothing to compare")
+
+
 def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     """{"loss": float, group: the gradients of its weights as one float64 vector} of one step."""
     import jax
@@ -160,8 +170,9 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     model.check_kernel(config.train_dataset.seq_length)
     batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     params = model.init(jax.random.key(seed))
-    grads, values = jax.jit(make_gradients(config, model, objective_of(config)))(params, batch)
-    numbers: dict[str, Any] = {"loss": float(values["loss"])}
+    objective = objective_of(config)
+    grads, means = jax.jit(make_gradients(config, model, objective))(params, batch)
+    numbers: dict[str, Any] = {"loss": objective.values(jax.device_get(means), config)["loss"]}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
     for group, names in GROUPS.items():
@@ -204,7 +215,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
     from ringbpt.training.loop import loader_of
 
     loader = loader_of(config, make_tokenizer(config.tokenizer))
-    host = loader.rows(0, 0, loader.batch_size)
+    host = first_batch(loader)
     plain = plainest(config)
     todo = variants(config, device_count)
     say(f"{len(todo)} variants against the plainest; tolerance {tolerance:g}; {loader.describe()}")

@@ -176,11 +176,10 @@ def test_processes_that_cannot_meet_are_one_line(tmp_path, flag):
 # ---------------------------------------------------------------------------------------------- Ctrl-C
 
 
-def test_ctrl_c_is_one_line_and_leaves_the_curve(files, tmp_path):
-    flags = (*SMALL.format(files=files).split(), "--total_steps=1000000", "--log_freq=1", "--num_cpu_devices=1")
-    folder = f"--logger.output_dir={tmp_path}", "--logger.experiment_id=stopped"
+def interrupted(tmp_path: Path, command: list[str], steps: int) -> tuple[str, str]:
+    """(stdout up to so many lines of steps, stderr) of a command that is then told Ctrl-C."""
     process = subprocess.Popen(
-        [*TRAIN, *flags, *folder],
+        command,
         cwd=ROOT,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
@@ -191,16 +190,37 @@ def test_ctrl_c_is_one_line_and_leaves_the_curve(files, tmp_path):
     )
     try:
         assert process.stdout is not None
+        said = []
         for line in process.stdout:
-            if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
+            said.append(line)
+            if len([line for line in said if line.startswith("step")]) >= steps:
                 break
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert (process.returncode, stderr) == (130, "interrupted\n")
-    assert len(read_rows(tmp_path / "stopped" / "metrics.jsonl")) >= 3
-    assert (tmp_path / "stopped" / "loss.png").exists()
+    assert process.returncode == 130
+    return "".join(said), stderr
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on_and_nothing_is_lost(files, tmp_path):
+    flags = (*SMALL.format(files=files).split(), "--total_steps=1000000", "--log_freq=1", "--num_cpu_devices=1")
+    run_dir = tmp_path / "with a space" / "stopped"
+    folder = f"--logger.output_dir={run_dir.parent}", "--logger.experiment_id=stopped"
+    _, stderr = interrupted(tmp_path, [*TRAIN, *flags, *folder], 3)
+    begin = "interrupted: go on with python -m ringbpt.train "
+    assert stderr.startswith(begin) and stderr.count("\n") == 1
+    rows = read_rows(run_dir / "metrics.jsonl")
+    last = len(rows)
+    assert [row["step"] for row in rows] == list(range(1, last + 1)) and last >= 3
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [str(last)]
+    assert StoredStep(run_dir / "checkpoints" / str(last)).trees == {"params", "opt_state"}
+    assert (run_dir / "loss.png").exists()
+    said, stderr = interrupted(tmp_path, [*TRAIN, *shlex.split(stderr.removeprefix(begin))], 2)
+    assert f"{run_dir}, from step {last}\n" in said and stderr.startswith(begin)
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > last + 1
+    assert shlex.split(stderr.removeprefix(begin)).count("--autoresume") == 1
 
 
 # ---------------------------------------------------------------------------------------------- two processes
@@ -239,7 +259,7 @@ def test_two_processes_are_one_run(tmp_path):
         *(f"--{split}.{size}" for split in splits for size in ("seq_length=64", "batch_size=4")),
         *(f"--{split}.path={Path(json.__file__).parent}" for split in splits),  # a few files of the library
         *("--eval_dataset.python_dataset.split=all", "--llama.remat_block=", "--llama.attention_type=ring_standard"),
-        *("--save_model_freq=2", "--checkpointer.save_optimizer_state"),
+        *("--save_model_freq=2", "--save_minutes=1e-9", "--checkpointer.save_optimizer_state"),
     ]
     together = [
         *debug,

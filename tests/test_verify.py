@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ringbpt import inspect, mesh, plan, verify
 from ringbpt.attention.parallel import ring
-from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, parse, parse_args, run_main, split_flags
+from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, UserError, parse, parse_args, run_main, split_flags
 from ringbpt.config.families import FAMILIES
 
 FLAGS = [
@@ -47,6 +48,16 @@ def test_nothing_parts(config):
     report = run(config)
     assert report["ok"] and report["parting"] == []
     assert [row["worst"] < 2e-6 for row in report["rows"]] == [True] * 4
+
+
+def test_the_first_batch_that_takes_loss_is_compared():
+    batches = [np.zeros((2, 4)), np.zeros((2, 4)), np.eye(2, 4)]
+    loader = SimpleNamespace(
+        steps_per_epoch=3, batch_size=2, rows=lambda step, *_: SimpleNamespace(weight_BT=batches[step])
+    )
+    assert verify.first_batch(loader).weight_BT.any()
+    with pytest.raises(UserError, match="nothing to compare"):
+        verify.first_batch(SimpleNamespace(**vars(loader) | {"steps_per_epoch": 2}))
 
 
 def test_a_hop_that_never_arrives(config, monkeypatch):

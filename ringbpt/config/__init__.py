@@ -10,6 +10,7 @@ from ringbpt.config.entry import (
     printed_help,
     read_flags,
     run_main,
+    scan,
     split_flags,
 )
 from ringbpt.config.fields import (
@@ -38,5 +39,5 @@ from ringbpt.config.fields import (
     choices,
     to_dict,
 )
-from ringbpt.config.parse import ROOT, default_config, format_config, load_recipe, parse, parse_args
+from ringbpt.config.parse import DEFAULT_RECIPE, ROOT, default_config, format_config, load_recipe, parse, parse_args
 from ringbpt.config.values import Flag, UserError, check_value, nearest_name, parse_mesh_dim, read_literals

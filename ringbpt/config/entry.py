@@ -165,8 +165,8 @@ class _Printed(logging.Handler):
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
-    A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
-    traceback.
+    A UserError is one line on stderr and its own code, Ctrl-C is 130, with what its exception says; whatever else is a
+    fault of ours and keeps its traceback.
     """
     log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
     log.addHandler(printed)
@@ -177,8 +177,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(filter(None, ("interrupted", str(stop)))), file=sys.stderr)
         return 130
     finally:
         log.removeHandler(printed)

@@ -30,6 +30,8 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
     return dict(zip(names, (hidden, intermediate, layers, heads), strict=True))
 
 
+SAVE_MINUTES = 10.0  # a run that says nothing of checkpoints loses no more
+
 # The sizes of the original's models.
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": _sizes(128, 256, 2, 4),
@@ -146,6 +148,7 @@ class DatasetConfig:
     packing: str = flag(
         "concat", "documents cut, or whole, into rows", choices=("concat", "first_fit", "best_fit"), shown="data"
     )
+    weights_by: str = flag("documents", "what a path's shares a:0.7,b:0.3 are of", choices=("documents", "tokens"))
     long_documents: str = flag("split", "longer than seq_length", choices=("split", "drop", "refuse"))
     on_bad_line: str = flag("stop", "stop, or skip:N, which leaves out N bad examples at most", shown="data")
     max_samples: int = flag(0, "only the first so many examples; 0: all", at_least=0)
@@ -426,9 +429,17 @@ class Config:
     )
     load_dataset_state: str = flag("", "go on in the data from here: runs/<run>/checkpoints/<step>")
     log_freq: int = flag(50, "steps between two lines of metrics", at_least=1, shown="the run")
-    save_model_freq: int = flag(0, "steps between two checkpoints; 0: only at the end", at_least=0, shown="the run")
+    save_model_freq: int | None = flag(
+        None, "steps between two checkpoints; None: by time; 0: only at the end", at_least=0, shown="the run"
+    )
+    save_minutes: float | None = flag(
+        None,
+        f"between two checkpoints; None: {SAVE_MINUTES:g}, or with save_model_freq 0: none by time",
+        at_least=0,
+        shown="the run",
+    )
     save_milestone_freq: int = flag(0, "between two that are kept; 0: none", at_least=0, shown="the run")
-    save_final: bool = flag(True, "a checkpoint at the end")
+    save_final: bool = flag(True, "a checkpoint at the end, and at Ctrl-C")
     eval_steps: int = flag(0, "steps between two evaluations; 0: never", at_least=0, shown="the run")
     eval_batches: int = flag(8, "of each evaluation", at_least=1)
     eval_by_position: bool = flag(False, "with each evaluation, perplexity by position: perplexity.png")

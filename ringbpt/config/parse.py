@@ -18,10 +18,21 @@ from ringbpt.config.aliases import ALIASES, MEANINGS
 from ringbpt.config.checks import check, check_datasets, check_same_mesh, check_values, complete
 from ringbpt.config.entry import ENTRY_FLAGS, scan
 from ringbpt.config.families import llama_fields, read_json
-from ringbpt.config.fields import DTYPES, PRESETS, RUN_FLAGS, Architecture, Config, flag_values, group_name, to_dict
+from ringbpt.config.fields import (
+    DTYPES,
+    PRESETS,
+    RUN_FLAGS,
+    SAVE_MINUTES,
+    Architecture,
+    Config,
+    flag_values,
+    group_name,
+    to_dict,
+)
 from ringbpt.config.values import UserError, nearest_name, parse_mesh_dim, read_literals, read_value
 
 ROOT = Path(__file__).resolve().parents[2]  # where configs/ is, in a clone
+DEFAULT_RECIPE = "configs/debug.py"
 UPDATE = "update_llama_config"
 HUGGINGFACE = "huggingface::"  # before a --load_checkpoint
 
@@ -91,7 +102,7 @@ def _update_llama(tree: ConfigDict, text: str) -> None:
 # --- the command line ---
 
 
-def parse_args(argv: list[str], default_recipe: str = "configs/debug.py") -> ConfigDict:
+def parse_args(argv: list[str], default_recipe: str = DEFAULT_RECIPE) -> ConfigDict:
     """The tree that a command line (without the program's name) asks for; `parse` checks and freezes it.
 
     In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the config.json of a
@@ -192,9 +203,9 @@ def _recipes() -> str:
 def parse(tree: ConfigDict, device_count: int) -> Config:
     """The frozen Config for a mesh over `device_count` devices: every value checked, everything derived filled in.
 
-    Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.sequence_layout (never "auto"), and the
-    short names of dtypes. `tree` is left as it is. Raises UserError for the first value, or pair of values, that
-    cannot work.
+    Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.sequence_layout (never "auto"), the short
+    names of dtypes, and save_minutes and save_model_freq (0, where nothing is saved by them). `tree` is left as it is.
+    Raises UserError for the first value, or pair of values, that cannot work.
     """
     config = _build(tree)
     check_values(config)
@@ -205,8 +216,11 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         datasets = [config.train_dataset, *([config.eval_dataset] if config.eval_steps > 0 else [])]
         balanced = sp > 1 and all(dataset.seq_length % (2 * sp) == 0 for dataset in datasets)
         execution = replace(execution, sequence_layout="zigzag" if balanced else "contiguous")
+    minutes = SAVE_MINUTES if config.save_model_freq is None else 0.0
     config = replace(
         config,
+        save_model_freq=config.save_model_freq or 0,
+        save_minutes=minutes if config.save_minutes is None else config.save_minutes,
         dtype=DTYPES[config.dtype],
         checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
         architecture=complete(config.architecture),

@@ -7,11 +7,12 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,17 @@ from ringbpt.types import ALWAYS, COLUMNS, Batch
 PLAN_FORMAT = "2"  # part of a kept plan's key
 KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
 SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
+# Rows are counted that take no loss: all of them where they are few, else in a sample, which a start has time for.
+COUNTED_ROWS, COUNTED_TOKENS, SAMPLED_ROWS = 4096, 1 << 22, 256
+WARNED_SHARE = 0.1  # of documents, or of rows, that may take no loss without a warning
+
+
+class Taken(NamedTuple):
+    """What an epoch takes of one part of a list: documents and tokens, as often as they are taken."""
+
+    path: str
+    documents: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,12 @@ class Loader:
     as often as an epoch has them; tokens_used, tokens_dropped (by reason) of the first epoch add up to it.
     utilisation: the share of the places of its batches that hold a token. fingerprint: of the batches, whatever the
     step. lengths: tokens of each document, int64. epoch_rows: with those that fill no batch; packing_dropped: what
-    stands in none of them. summary: see TokenStore. columns: of its batches.
+    stands in none of them. summary: see TokenStore. columns: of its batches. taken: of each part of a list.
     """
 
-    def __init__(self, data: TokenStore, plan: Packing, request: Request, identity: str):
+    def __init__(self, data: TokenStore, plan: Packing, request: Request, identity: str, taken: Sequence[Taken] = ()):
         dataset = request.dataset
-        self.columns = (*ALWAYS, *request.columns)
+        self.columns, self.taken = (*ALWAYS, *request.columns), taken
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
         self.bytes_per_token = (data.summary["loss_bytes"] or math.inf) / data.summary["loss_tokens"]
@@ -101,6 +113,19 @@ class Loader:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self._data.offset)
+
+    @cached_property
+    def rows_without_loss(self) -> tuple[int, int]:
+        """(those in which no token takes loss, how many were looked at), of the first epoch's: all, or a sample."""
+        rows = self.steps_per_epoch * self.batch_size
+        looked: Any = range(rows)
+        if rows > COUNTED_ROWS or rows * self.seq_length > COUNTED_TOKENS:
+            count = max(8, min(SAMPLED_ROWS, COUNTED_TOKENS // self.seq_length))
+            looked = np.unique(np.random.Philox(self._request.seed).random_raw(count) % np.uint64(rows)).tolist()
+        # Only weights are looked at, so that tokens need not be read.
+        values = dict.fromkeys(self._data.values, self._data.values.get("mask"))
+        found = sum(not self._plan.row(0, row, values)["weight"].any() for row in looked)
+        return found, len(looked)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop of the global batch `step` (from 0): numpy arrays [stop - start, T]."""
@@ -138,14 +163,46 @@ class Loader:
         said = {"bad": "bad examples left out", "split": "conversations split", "without_loss": "without loss"}
         counts = ", ".join(f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name))
         bad = f" ({counts})" if counts else ""
+        bytes_per_token = self.bytes_per_token
+        said_bytes = "no text takes loss" if math.isinf(bytes_per_token) else f"{bytes_per_token:.2f} bytes a token"
         return (
             f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
             + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
-            + f", {self.bytes_per_token:.2f} bytes a token; {self._request.dataset.packing}: "
+            + f", {said_bytes}; {self._request.dataset.packing}: "
             f"{self.steps_per_epoch:,} steps of {self.batch_size} x {self.seq_length:,} an epoch, "
             f"{self.utilisation:.1%} of the places filled, {sum(dropped.values()):,} tokens dropped"
             + (f" ({reasons})" if reasons else "")
+            + self._shares()
+            + self._without_loss()
         )
+
+    def _shares(self) -> str:
+        """What is said of a list: what an epoch really takes of each part."""
+        if not self.taken:
+            return ""
+        tokens, documents = (sum(part.tokens for part in self.taken), sum(part.documents for part in self.taken))
+        shares = (
+            f"{part.path} {part.tokens / tokens:.1%} of the tokens, {part.documents / documents:.1%} of the documents"
+            for part in self.taken
+        )
+        return f"; taken in an epoch: {'; '.join(shares)}"
+
+    def _without_loss(self) -> str:
+        """What is said of rows, and of many documents, that teach nothing; "" where there are none."""
+        (found, looked), documents = self.rows_without_loss, self.summary.get("without_loss", 0)
+        rows = self.steps_per_epoch * self.batch_size
+        what = f"{found:,} of {rows:,} rows"
+        if looked < rows:
+            what = f"{found:,} of the {looked:,} rows looked at (of {rows:,})"
+        too_many = [what] if found > WARNED_SHARE * looked else []
+        if documents > WARNED_SHARE * self.summary["documents"]:
+            too_many.append(f"{documents:,} of {self.summary['documents']:,} documents")
+        if not too_many:
+            return f", {what} without loss" if found else ""
+        longest, works = int(self.lengths.max()), "python -m ringbpt.inspect with these flags shows what does"
+        if longest > self.seq_length and found:
+            works = f"documents are cut, and {self._request.group}.seq_length={longest} would keep the longest whole"
+        return f"; WARNING: nothing takes loss in {' and '.join(too_many)}: {works}"
 
 
 def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Loader:
@@ -157,7 +214,13 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     request = Request(dataset, tokenizer, **rest)
     bos, flag, seed, vocab_size = request.bos_token_id, request.flag, request.seed, request.vocab_size
     plan: Packing
+    taken: list[Taken] = []
     parts = parts_of(dataset, flag)
+    if dataset.weights_by == "tokens" and parts[0].weight is None:
+        raise UserError(
+            f"--{flag}.weights_by=tokens: {request.group}.path has no shares; it is a list with some, as "
+            f"{request.group}.path=a.jsonl:0.7,b.jsonl:0.3"
+        )
     order = f"shuffled {seed}" if dataset.shuffle else "in order"
     every = (*ALWAYS, *request.columns)
     if parts[0].kind == "tokens" and (packed := open_rows(parts[0].path, dataset, tokenizer, seed, flag, every)):
@@ -169,13 +232,11 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     else:
         stores = [_store(request, part) for part in parts]
         data = _joined(stores)
-        weights = [part.weight for part in parts]
-        plan = _plan(request, stores, weights, data)
-        shares = "" if weights[0] is None else f" {weights}"
+        plan, shares, taken = _plan(request, stores, parts, data)
         dropping = "" if dataset.long_documents == "split" else f" {dataset.long_documents}"
         identity = f"{dataset.packing} {dataset.seq_length} {dataset.batch_size} {order}{shares}{dropping}"
     _check_size(plan, data, request)
-    return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]))
+    return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]), taken)
 
 
 def cache_folder(dataset: DatasetConfig) -> Path:
@@ -287,42 +348,75 @@ def _units_in(store: TokenStore) -> int:
 # --- the plan ---
 
 
-def _plan(request: Request, stores: list[TokenStore], weights: list[float | None], data: TokenStore) -> Packing:
+def _plan(
+    request: Request, stores: list[TokenStore], parts: list[Part], data: TokenStore
+) -> tuple[Packing, str, list[Taken]]:
+    """(the plan, what its mixture adds to the data's identity, what it takes of each part of a list)."""
     dataset, flag, seq_length = request.dataset, request.flag, request.dataset.seq_length
-    seed = request.seed if dataset.shuffle else None
+    seed, weights = request.seed if dataset.shuffle else None, [part.weight for part in parts]
     corpus = Corpus(data.offset[:-1], data.offset[1:], seq_length, seed, units=data.units)
-    dropped: dict[str, int] = {}
     if corpus.units is not None and dataset.packing == "concat":
         raise UserError(
             f"--{flag}.packing=concat: some documents must share a row: --{flag}.packing=best_fit keeps them"
         )
-    if weights[0] is not None:
-        times = list(mix(list(map(_units_in, stores)), [weight or 0.0 for weight in weights], seed))
-        left_out = np.concatenate(times) == 0
-        dropped["left out by the weights"] = int(corpus.unit_lengths()[left_out].sum())
-        corpus = corpus.take(interleave(times))
-    if dataset.long_documents != "split" or corpus.units is not None:
-        lengths = corpus.unit_lengths()
-        fits = lengths <= seq_length
-        if dataset.long_documents == "split":
-            fits |= np.bincount(corpus.units) == 1
-        long = np.flatnonzero(~fits)
-        if dataset.long_documents != "drop" and len(long):
-            what, works = ("document", "split or =drop") if corpus.units is None else ("packing unit", "drop")
-            raise UserError(
-                f"--{flag}.long_documents={dataset.long_documents}: {len(long)} {what}s are longer than "
-                f"{request.group}.seq_length={seq_length}, the first of them {what} {int(long[0]) + 1} with "
-                f"{int(lengths[long[0]])} tokens: --{flag}.long_documents={works}, or seq_length={int(lengths.max())}"
-            )
-        dropped["documents longer than seq_length"] = int(lengths[long].sum())
-        corpus = corpus.take(np.flatnonzero(fits))
+    dropped, mixture, taken = dict[str, int](), "", list[Taken]()
+    if len(parts) > 1 or corpus.units is not None or dataset.long_documents != "split":
+        corpus, dropped, mixture, taken = _choose(corpus, request, stores, parts)
     shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
-    key = digest_of([PLAN_FORMAT, data.key, shares])
+    key = digest_of([PLAN_FORMAT, data.key, shares + mixture])
     if len(corpus.starts) >= KEPT_DOCUMENTS:
         corpus = replace(corpus, store=partial(_kept, cache_folder(dataset), key, flag))
     plan = PACKINGS[dataset.packing](corpus)
     plan.dropped |= dropped
-    return plan
+    return plan, ("" if weights[0] is None else f" {weights}") + mixture, taken
+
+
+def _choose(
+    corpus: Corpus, request: Request, stores: list[TokenStore], parts: list[Part]
+) -> tuple[Corpus, dict[str, int], str, list[Taken]]:
+    """(what is packed of the joined stores, the tokens that are left out, by reason, how they were mixed where it was
+    in another way than by documents and in their order, what is taken of each part of a list).
+    """
+    dataset, weights, seed = request.dataset, [part.weight for part in parts], corpus.seed
+    lengths, fits, edges = corpus.unit_lengths(), _fits(corpus, request), np.cumsum([0, *map(_units_in, stores)])
+    order, dropped, mixture, taken = np.arange(len(lengths)), dict[str, int](), "", list[Taken]()
+    if weights[0] is not None:
+        by_tokens = dataset.weights_by == "tokens"
+        # What is left out for its length counts for no tokens.
+        own = np.split(lengths * fits if by_tokens else lengths, edges[1:-1])
+        times = list(mix(own, [weight or 0.0 for weight in weights], seed, by_tokens))
+        dropped["left out by the weights"] = int(lengths[np.concatenate(times) == 0].sum())
+        order = interleave(times, own if by_tokens else None)
+        repeats = max(int(each.max(initial=0)) for each in times) > 1
+        mixture = " by tokens" * by_tokens + " apart" * (repeats and dataset.packing == "best_fit")
+    if not fits.all():
+        dropped["documents longer than seq_length"] = int(lengths[order[~fits[order]]].sum())
+        order = order[fits[order]]
+    if len(parts) > 1:
+        part_of = np.searchsorted(edges, order, side="right") - 1
+        documents = np.ones(len(lengths)) if corpus.units is None else np.bincount(corpus.units)
+        counts = [np.bincount(part_of, each[order], len(parts)).astype(int).tolist() for each in (documents, lengths)]
+        taken = [Taken(part.path, *of_part) for part, *of_part in zip(parts, *counts, strict=True)]
+    return corpus.take(order), dropped, mixture, taken
+
+
+def _fits(corpus: Corpus, request: Request) -> np.ndarray:
+    """Which units are packed, bool: those that are split, and those that are no longer than a row.
+
+    Raises UserError where there are others, unless these are to be dropped.
+    """
+    dataset, flag, lengths = request.dataset, request.flag, corpus.unit_lengths()
+    alone = np.ones(len(lengths), bool) if corpus.units is None else np.bincount(corpus.units) == 1
+    fits = (lengths <= dataset.seq_length) | (alone & (dataset.long_documents == "split"))
+    long = np.flatnonzero(~fits)
+    if dataset.long_documents != "drop" and len(long):
+        what, works = ("document", "split or =drop") if corpus.units is None else ("packing unit", "drop")
+        raise UserError(
+            f"--{flag}.long_documents={dataset.long_documents}: {len(long)} {what}s are longer than "
+            f"{request.group}.seq_length={dataset.seq_length}, the first of them {what} {int(long[0]) + 1} with "
+            f"{int(lengths[long[0]])} tokens: --{flag}.long_documents={works}, or seq_length={int(lengths.max())}"
+        )
+    return fits
 
 
 def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # type: ignore[no-untyped-def]

@@ -5,9 +5,11 @@ epoch has the same number of rows. So the place in the data is one integer, for 
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +17,16 @@ import numpy as np
 from ringbpt.data.documents import Piece, Row, Values, columns_of, make_row
 
 OPEN_ROWS = 16  # first_fit looks for room in this many rows at most, which keeps it linear in the documents
+# Where documents stand several times in an epoch: how many rows best_fit compares for a copy, among how many the next
+# row is looked for (for all rows together, and at least), and how far from each other rows with copies are put at most.
+COMPARED_ROWS, AHEAD_IN_ALL, AHEAD, FARTHEST = 64, 1 << 22, 16, 16
 
 Arrays = dict[str, np.ndarray]
 # Makes the named arrays, or finds them where an earlier run has left them.
 Store = Callable[[str, Callable[[], Arrays]], Arrays]
-# The row of each item, and the number of rows, from the items' lengths and the room of a row.
-Fit = Callable[[np.ndarray, int], tuple[np.ndarray, int]]
+# The row of each item, and the number of rows, from the items' lengths, the room of a row and, where there are several
+# of one, the number int64 [items] that copies share, -1 of what stands there once.
+Fit = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, int]]
 
 
 @dataclass(frozen=True)
@@ -67,31 +73,44 @@ class Packing(Protocol):
         """How many tokens stand in the first `rows` rows of an epoch."""
 
 
-def mix(counts: list[int], weights: list[float], seed: int | None) -> Iterator[np.ndarray]:
-    """How often each document of each source stands in an epoch of the mixture: int64 [counts[i]] of each.
+def mix(
+    lengths: Sequence[np.ndarray], weights: Sequence[float], seed: int | None, by_tokens: bool = False
+) -> Iterator[np.ndarray]:
+    """How often each document of each source stands in an epoch of the mixture: int64 [documents] of each.
 
-    An epoch has as many documents as the sources together, and of source i the share weights[i] of them: a source
-    with a larger share than its own goes round, one with a smaller share loses the rest, chosen by the seed (without
-    one, its last).
+    lengths: tokens of each source's documents. An epoch has as many documents (or tokens) as the sources together, and
+    of source i the share weights[i] of them, of tokens to within half a document: a source with a larger share than its
+    own goes round, one with a smaller share loses the rest, chosen by the seed (without one, its last).
     """
     total = sum(weights)
-    for number, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        take = max(1, round(sum(counts) * weight / total))
-        times = np.full(count, take // count, np.int64)
-        order = np.arange(count) if seed is None else shuffled(count, seed, 1 << 32, number)
-        times[order[: take % count]] += 1
+    for number, (own, weight) in enumerate(zip(lengths, weights, strict=True)):
+        order = np.arange(len(own)) if seed is None else shuffled(len(own), seed, 1 << 32, number)
+        if by_tokens:
+            ends = np.cumsum(own[order])
+            rounds, rest = divmod(sum(int(each.sum()) for each in lengths) * weight / total, max(1, int(ends[-1])))
+            more = int(np.argmin(np.abs(np.concatenate([[0], ends]) - rest)))
+        else:
+            rounds, more = divmod(max(1, round(sum(map(len, lengths)) * weight / total)), len(own))
+        times = np.full(len(own), int(rounds), np.int64)
+        times[order[:more]] += 1
+        if not times.any():
+            times[order[:1]] = 1
         yield times
 
 
-def interleave(times: Iterable[np.ndarray]) -> np.ndarray:
-    """Documents, numbered on through the sources, so that any stretch holds each source's share: int64."""
+def interleave(times: Sequence[np.ndarray], lengths: Sequence[np.ndarray] | None = None) -> np.ndarray:
+    """Documents, numbered on through the sources, so that any stretch holds each source's share: int64.
+
+    The share is of the documents, or of the tokens where `lengths`, of each source's documents, are given.
+    """
     documents, places, first = [], [], 0
-    for counts in times:
-        repeated = first + np.concatenate(
-            [np.flatnonzero(counts > number) for number in range(int(counts.max(initial=0)))] or [np.arange(0)]
+    for number, counts in enumerate(times):
+        repeated = np.concatenate(
+            [np.flatnonzero(counts > each) for each in range(int(counts.max(initial=0)))] or [np.arange(0)]
         )
-        documents.append(repeated)
-        places.append((np.arange(len(repeated)) + 0.5) / max(1, len(repeated)))
+        documents.append(first + repeated)
+        sizes = np.ones(len(repeated)) if lengths is None else lengths[number][repeated]
+        places.append((np.cumsum(sizes) - 0.5 * sizes) / max(1, sizes.sum()))
         first += len(counts)
     return np.concatenate(documents)[np.argsort(np.concatenate(places), kind="stable")]
 
@@ -165,14 +184,16 @@ class WholeDocuments:
     predict: weight 0. A document longer than a row is split into pieces of T tokens, each a segment of its own, and
     the last token of a piece predicts the document's next one. With a seed the documents are packed in one shuffled
     order, and the rows come in another order each epoch. The documents of a unit of several stand in one row, side by
-    side, in their order, those of one token too.
+    side, in their order, those of one token too. spreads: what an epoch has several times, `fit` lays into different
+    rows, and those rows don't follow each other.
     """
 
-    def __init__(self, corpus: Corpus, fit: Fit):
+    def __init__(self, corpus: Corpus, fit: Fit, spreads: bool = False):
         self._seq_length, self._seed, self._store = corpus.seq_length, corpus.seed, corpus.store
-        packed = self._store("rows", lambda: self._pack(corpus, fit))
+        packed = self._store("rows", lambda: self._pack(corpus, fit, spreads))
         self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
         self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
+        self._copies = packed.get("copy")
         self.rows = len(self._row_ends)
         tokens, lone = packed["counts"].tolist()
         self.dropped = {
@@ -181,7 +202,7 @@ class WholeDocuments:
         }
         self._order = lru_cache(maxsize=2)(self._make_order)
 
-    def _pack(self, corpus: Corpus, fit: Fit) -> Arrays:
+    def _pack(self, corpus: Corpus, fit: Fit, spreads: bool) -> Arrays:
         """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
         if self._seed is not None:
             corpus = corpus.take(shuffled(len(corpus.unit_lengths()), self._seed))
@@ -195,11 +216,12 @@ class WholeDocuments:
         sizes = np.bincount(item, weights=lengths).astype(np.int64)
         if sizes.max(initial=0) > self._seq_length:
             raise ValueError(f"a unit of {sizes.max()} tokens, and rows of {self._seq_length}")
-        row_of_item, rows = fit(sizes, self._seq_length)
+        copies = copies_of(start[np.flatnonzero(np.diff(item, prepend=-1))]) if spreads else None
+        row_of_item, rows = fit(sizes, self._seq_length, copies)
         row_of_piece = row_of_item[item]
         by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
         lone = (stops - starts == 1) & ~together
-        return {
+        return ({} if copies is None else {"copy": copies[item][by_row]}) | {
             "counts": np.array([np.sum(stops - starts), np.sum(lone)], np.int64),
             "start": start[by_row],
             "stop": stop[by_row],
@@ -209,10 +231,13 @@ class WholeDocuments:
         }
 
     def _make_order(self, epoch: int) -> np.ndarray:
-        if self._seed is None:
-            return np.arange(self.rows)
-        seed = self._seed
-        return self._store(f"order {epoch}", lambda: {"row": shuffled(self.rows, seed, 1 + epoch)})["row"]
+        seed, copies = self._seed, self._copies
+
+        def make() -> Arrays:
+            order = np.arange(self.rows) if seed is None else shuffled(self.rows, seed, 1 + epoch)
+            return {"row": order if copies is None else apart(order, copies, self._row_ends)}
+
+        return make()["row"] if seed is None and copies is None else self._store(f"order {epoch}", make)["row"]
 
     def _pieces(self, epoch: int, row: int) -> range:
         row = int(self._order(0 if self._seed is None else epoch)[row])
@@ -249,10 +274,47 @@ def split_documents(
     return start, np.minimum(start + seq_length, stops[document]), document
 
 
-def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+def copies_of(starts: np.ndarray) -> np.ndarray | None:
+    """The number that items with one start share, int64 [items], -1 of what stands there once; None without copies."""
+    _, number, times = np.unique(starts, return_inverse=True, return_counts=True)
+    return np.where(times[number] > 1, number, -1) if (times > 1).any() else None
+
+
+def apart(order: np.ndarray, copies: np.ndarray, row_ends: np.ndarray) -> np.ndarray:
+    """Rows in nearly this order, int64, such that rows with copies of one piece don't follow each other, if it can be.
+
+    copies: the number of each piece, -1 of what stands there once; row r has those up to row_ends[r]. Each next row is
+    the first to come of whose pieces no copy has just been there. That is done once more from the end, for the last
+    rows had none to choose from.
+    """
+    count, held = len(order), [set(part.tolist()) - {-1} for part in np.split(copies, row_ends[:-1])]
+    times = Counter(copy for row in held for copy in row)
+    distance = {copy: min(FARTHEST, max(2, count // (2 * rows))) for copy, rows in times.items()}
+    for _ in range(2):
+        seen: dict[int, int] = {}  # when a piece has been there last
+        found, coming = [], iter(order.tolist())
+        ahead = list(islice(coming, max(AHEAD, AHEAD_IN_ALL // max(1, count))))
+        for now in range(count):
+            best, most = 0, -count
+            for place, row in enumerate(ahead):
+                slack = min((now - seen[copy] - distance[copy] for copy in held[row] if copy in seen), default=0)
+                if slack > most:
+                    best, most = place, slack
+                if slack >= 0:
+                    break
+            row = ahead.pop(best)
+            found.append(row)
+            seen.update(dict.fromkeys(held[row], now))
+            ahead.extend(islice(coming, 1))
+        order = np.array(found[::-1], np.int64)
+    return order
+
+
+def first_fit(lengths: np.ndarray, capacity: int, copies: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """The row of each piece, int64, and the number of rows: the first of the open rows with room, else a new one.
 
-    At most OPEN_ROWS rows are open; the fullest one is closed to make place for another.
+    At most OPEN_ROWS rows are open; the fullest one is closed to make place for another. Copies are not looked at: they
+    lie as far from each other as their order has them.
     """
     rows: list[int] = []
     open_rows: list[int] = []
@@ -278,27 +340,33 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return np.array(rows, np.int64), count
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+def best_fit(lengths: np.ndarray, capacity: int, copies: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """The row of each piece, int64, and the number of rows: longest first, each into the fullest row with room.
 
-    Rows are numbered by their first piece. Ref: arXiv:2404.10830, best-fit-decreasing.
+    Copies, which would all lie side by side, being of one length, go each into the fullest of those rows that hold the
+    fewest of its like, or into a new row as long as there must be more anyway; before all that is shorter than half a
+    row, as long as there are such rows. Rows are numbered by their first piece. Ref: arXiv:2404.10830,
+    best-fit-decreasing.
     """
     row_of_piece = np.zeros(len(lengths), np.int64)
     rows_by_room: dict[int, list[int]] = {}  # room -> rows that have it
     rooms: list[int] = []  # its keys, sorted
-    count = 0
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[piece])
-        place = bisect_left(rooms, length)
+    count, needed, held = 0, -(-int(lengths.sum()) // capacity), Counter[tuple[int, int]]()
+    rank = lengths if copies is None else np.where(copies < 0, lengths, np.maximum(lengths, capacity // 2))
+    for piece in np.lexsort((-lengths, -rank)).tolist():
+        length, copy = int(lengths[piece]), -1 if copies is None else int(copies[piece])
+        place, room, row = bisect_left(rooms, length), capacity, count
         if place < len(rooms):
-            room = rooms[place]
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                del rows_by_room[room], rooms[place]
-        else:
-            room, row = capacity, count
-            count += 1
+            others, at, index = (0, place, -1) if copy < 0 else _fewest(copy, held, rooms, rows_by_room, place)
+            if not others or count >= needed:
+                room = rooms[at]
+                row = rows_by_room[room].pop(index)
+                if not rows_by_room[room]:
+                    del rows_by_room[room], rooms[at]
+        count += row == count
         row_of_piece[piece] = row
+        if copy >= 0:
+            held[row, copy] += 1
         room -= length
         if room >= 2:  # no piece is shorter
             if room not in rows_by_room:
@@ -311,8 +379,26 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     return number[row_of_piece], count
 
 
+def _fewest(
+    copy: int, held: Counter[tuple[int, int]], rooms: list[int], rows_by_room: dict[int, list[int]], place: int
+) -> tuple[int, int, int]:
+    """(copies there, its room's place in `rooms`, its index among the rows of that room), of the fullest such row.
+
+    Rows whose room is before `place` are too full; of the others COMPARED_ROWS are looked at, the fullest first.
+    """
+    places = ((at, -1 - i) for at in range(place, len(rooms)) for i in range(len(rows_by_room[rooms[at]])))
+    best = len(held) + 1, place, -1
+    for at, index in islice(places, COMPARED_ROWS):
+        others = held[rows_by_room[rooms[at]][index], copy]
+        if others < best[0]:
+            best = others, at, index
+        if not others:
+            break
+    return best
+
+
 PACKINGS: dict[str, Callable[[Corpus], Packing]] = {
     "concat": Concat,
     "first_fit": partial(WholeDocuments, fit=first_fit),
-    "best_fit": partial(WholeDocuments, fit=best_fit),
+    "best_fit": partial(WholeDocuments, fit=best_fit, spreads=True),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ringbpt.evaluation.pictures import set_title
 from ringbpt.evaluation.score import Encode, Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey
 from ringbpt.types import Params
@@ -48,7 +49,7 @@ def draw_grid(file: Path, grid: np.ndarray, lengths: Sequence[int], depths: Sequ
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("depth of the key")
-    axes.set_title(title)
+    set_title(axes, title)
     for (i, j), share in np.ndenumerate(grid):
         axes.text(i, j, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="keys found")
@@ -58,13 +59,13 @@ def draw_grid(file: Path, grid: np.ndarray, lengths: Sequence[int], depths: Sequ
 
 def report_passkeys(
     scorer: Scorer, params: Params, encode: Encode, lengths: list[int], depth_count: int, samples: int, seed: int,
-    output: Path,
+    output: Path, model: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Draws passkey.png, prints the share found at each length, and returns the grid."""
     depths = [float(depth) for depth in np.linspace(0, 1, depth_count)]
     grid = passkey_grid(scorer, params, encode, lengths, depths, samples, seed)
     mesh = ",".join(map(str, scorer.model.mesh.shape.values()))
-    draw_grid(output / "passkey.png", grid, lengths, depths, f"{samples} keys a cell, mesh {mesh}")
+    draw_grid(output / "passkey.png", grid, lengths, depths, f"{model}\n{samples} keys a cell, mesh {mesh}")
     for length, row in zip(lengths, grid, strict=True):
         print(f"passkey {length:>8,} tokens: {100 * row.mean():.1f} % found")
     return {"lengths": lengths, "depths": depths, "samples": samples, "found": grid.tolist()}

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import UserError
 from ringbpt.data.reading.files import read_rows
+from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.evaluation.score import Encode, Item, Scorer
 from ringbpt.evaluation.texts import python_texts
 from ringbpt.model.llama import Model
@@ -19,7 +20,7 @@ from ringbpt.types import Batch, Params
 
 
 class Curve(NamedTuple):
-    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; tokens 0 where nothing was there."""
+    """Loss in nats a token, over positions edges[i] <= p < edges[i + 1]; NaN where tokens is 0: nothing was there."""
 
     edges: np.ndarray
     loss: np.ndarray
@@ -41,7 +42,7 @@ def make_loss_by_position(model: Model, length: int, buckets: int = 32) -> Calla
     def measure(params: Params, batches: Iterable[Batch]) -> Curve:
         total = sum(np.asarray(sums(params, batch), np.float64) for batch in batches)
         loss, tokens = np.asarray(total)
-        return Curve(edges, loss / np.maximum(tokens, 1), tokens)
+        return Curve(edges, np.where(tokens > 0, loss / np.maximum(tokens, 1), np.nan), tokens)
 
     return measure
 
@@ -58,7 +59,9 @@ def draw_curve(file: Path, curve: Curve, title: str) -> None:
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("perplexity")
     axes.set_yscale("log")
-    axes.set_title(title)
+    thousands(axes.xaxis)
+    plain_log(axes.yaxis)
+    set_title(axes, title)
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120, metadata={"Software": None})  # the same picture, the same bytes
@@ -72,8 +75,9 @@ def read_texts(file: str) -> list[str]:
 
 
 def report_perplexity(
-    scorer: Scorer, params: Params, encode: Encode, file: str, limit: int, batches: int, buckets: int, output: Path
-) -> dict[str, Any]:
+    scorer: Scorer, params: Params, encode: Encode, file: str, limit: int, batches: int, buckets: int, output: Path,
+    model: str,
+) -> dict[str, Any]:  # fmt: skip
     """Draws perplexity.png, prints and returns the loss, of texts cut at `limit` tokens, packed into rows.
 
     Each document counts from its own first token on, and no more texts are taken than fill so many `batches`.
@@ -90,10 +94,11 @@ def report_perplexity(
         raise UserError(f"--perplexity={file} holds no text of two tokens or more")
     measure = make_loss_by_position(scorer.model, limit, buckets)
     curve = measure(params, (batch for batch, _ in scorer.batches(items, length)))
-    tokens = curve.tokens.sum()
-    draw_curve(output / "perplexity.png", curve, f"{file}, {int(tokens):,} tokens")
-    loss = float((curve.loss * curve.tokens).sum() / tokens)
+    tokens, seen = curve.tokens.sum(), curve.tokens > 0
+    draw_curve(output / "perplexity.png", curve, f"{model}\n{file}, {int(tokens):,} tokens")
+    loss = float((curve.loss * curve.tokens)[seen].sum() / tokens)
     print(f"perplexity {np.exp(loss):.3f} (loss {loss:.4f} nats a token, {int(tokens):,} tokens)")
-    columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "loss": curve.loss, "tokens": curve.tokens}
+    columns = {"from": curve.edges[:-1], "to": curve.edges[1:], "tokens": curve.tokens}
     by_position = {name: column.tolist() for name, column in columns.items()}
+    by_position["loss"] = np.where(seen, curve.loss, None).tolist()
     return {"loss": loss, "perplexity": float(np.exp(loss)), "by_position": by_position}

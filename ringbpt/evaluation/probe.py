@@ -32,13 +32,13 @@ def make_probe(config: Config, model: Model, tokenizer: Tokenizer, folder: Path)
         found, draws = {}, jax.process_index() == 0
         if measure:
             curve = measure(params, batches)
-            if draws:
-                draw_curve(folder / "perplexity.png", curve, "held-out data")
+            if draws and curve.tokens.any():
+                draw_curve(folder / "perplexity.png", curve, f"{folder.name}\nheld-out data")
         if lengths:
             grid = passkey_grid(scorer, params, tokenizer.encode_prompt, lengths, DEPTHS, SAMPLES)
             found = {f"eval_passkey_{n}": float(row.mean()) for n, row in zip(lengths, grid, strict=True)}
             if draws:
-                draw_grid(folder / "passkey.png", grid, lengths, DEPTHS, f"{SAMPLES} keys a cell")
+                draw_grid(folder / "passkey.png", grid, lengths, DEPTHS, f"{folder.name}\n{SAMPLES} keys a cell")
         return found
 
     return probe

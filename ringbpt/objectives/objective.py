@@ -60,10 +60,15 @@ class Objective:
             for name, coefficient in self.parts(config).items()
         }, divisor
 
-    def values(self, means: Means, config: Config) -> dict[str, Array]:
-        """The means' values, and "loss", the sum of its parts, where no single part is called so; float32 []."""
-        values = {name: mean.value() for name, mean in means.items()}
-        return {"loss": sum(scale * values[name] for name, scale in self.parts(config).items()), **values}
+    def values(self, means: Means, config: Config) -> dict[str, float]:
+        """The values of means that are on the host, and "loss", the sum of its parts, where no single one is called so.
+
+        What nothing was weighed for has no value and no name here; nor has a loss none of whose parts was weighed.
+        """
+        numbers = {name: mean.number() for name, mean in means.items()}
+        values = {name: number for name, number in numbers.items() if number is not None}
+        weighed = [scale * values[name] for name, scale in self.parts(config).items() if name in values]
+        return ({"loss": sum(weighed)} if weighed else {}) | values
 
 
 def _or_one(weight: Array) -> Array:

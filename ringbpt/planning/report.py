@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ringbpt.config import Config
+from ringbpt.evaluation.pictures import set_title
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import estimate, step_flops
 from ringbpt.planning.hlo import parse
@@ -35,6 +36,7 @@ class Plan:
         config, machine, program = self.config, self.machine, self.program
         flops = step_flops(config)
         report: dict[str, Any] = {
+            "model": model_name(config),
             "topology": machine.name,
             "devices": len(machine.devices),
             "mesh": config.mesh_shape._asdict(),
@@ -77,6 +79,13 @@ class Plan:
         }
 
 
+def model_name(config: Config) -> str:
+    """What the run's flags call the model, and its sizes: "7b, 32 layers of 4,096"."""
+    architecture, path = config.architecture, config.load_checkpoint.rpartition("::")[2]
+    name = path.rstrip("/").rpartition("/")[2] or config.load_llama_config
+    return ", ".join(filter(None, (name, f"{architecture.num_hidden_layers} layers of {architecture.hidden_size:,}")))
+
+
 def make_plan(config: Config, machine: Topology) -> Plan:
     return Plan(config, machine, compile_program(config, machine))
 
@@ -107,6 +116,7 @@ def table(report: dict[str, Any]) -> str:
     sizes, mesh = report["bytes"], ",".join(str(n) for n in report["mesh"].values())
     limit = sizes["limit"]
     lines = [
+        f"model   {report['model']}",
         f"plan    {report['rows']} x {report['seq_length']:,} tokens a step on {report['topology']} "
         f"({report['devices']} devices), mesh dp,fsdp,tp,sp = {mesh}",
         "",
@@ -175,7 +185,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     sizes, named = report["bytes"], {name: count for name, count in _temporaries(report).items() if count}
     scale = sizes["temporaries"] / sum(named.values()) if named else 0
     scaled = {name: count * scale for name, count in named.items()} or {"temporaries": sizes["temporaries"]}
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     left = 0.0
     for name, count in (report["arguments"] | scaled).items():
@@ -185,6 +195,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.axvline(sizes["limit"] / GIB, color="black", linestyle="--", label=f"limit {size(sizes['limit'])}")
     axes.set_yticks([])
     axes.set_xlabel("GiB of one device")
-    axes.set_title(f"{report['topology']}, {report['rows']} x {report['seq_length']:,} tokens")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, fontsize=7, frameon=False)
+    mesh = ",".join(str(n) for n in report["mesh"].values())
+    set_title(
+        axes,
+        f"{report['model']}: {report['rows']} x {report['seq_length']:,} tokens\n"
+        f"{report['topology']}, mesh dp,fsdp,tp,sp = {mesh}: {size(sizes['total'])}",
+    )
+    # Outside of the axes, where the layout makes room for it, however many lines it has.
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)

@@ -18,6 +18,7 @@ from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
+from ringbpt.training.agreement import Agreement, Wish, ctrl_c
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
 from ringbpt.training.run import Run, open_run
@@ -29,7 +30,7 @@ from ringbpt.types import Batch
 def train(config: Config) -> Path:
     """Trains as the config says and returns the run's folder; what is wrong with the data or a checkpoint is a
     UserError before anything is written. Stopped by an exception, it leaves the metrics, their picture and whole
-    checkpoints behind.
+    checkpoints behind; Ctrl-C ends it after a step, with a checkpoint of that step, by Interrupted.
     """
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
     run = open_run(config)
@@ -48,15 +49,22 @@ def train(config: Config) -> Path:
     say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
-        writer.write(row)
-        writer.progress(int(row["step"]), row)
+        if len(row) > 1:  # held-out data of which nothing takes loss gives no number
+            writer.write(row)
+            writer.progress(int(row["step"]), row)
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_train_step(layout, objective)
     source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
-    clock = Clock(config, loader.bytes_per_token, source.take_waited)
+    clock = Clock(config, objective, loader.bytes_per_token, source.take_waited, run.means)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
-    with closing(run.start_writing(tokenizer)) as writer, closing(run.checkpointer), closing(source):
+    with (
+        ctrl_c(run.folder.name) as pressed,
+        closing(run.start_writing(tokenizer)) as writer,
+        closing(run.checkpointer),
+        closing(source),
+    ):
+        agreement = Agreement(config.save_minutes or 0.0, pressed)
         if evaluate and run.start == 0:
             log(evaluate(state, 0))
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
@@ -66,19 +74,24 @@ def train(config: Config) -> Path:
             if pending is not None and (row := clock.tick(*pending)):
                 log(row)
             pending = (done, metrics)
+            last, wish = done == config.total_steps, agreement.after(done)
             evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
             milestone = due(done, config.save_milestone_freq)
-            if done == config.total_steps or evaluates or saves or milestone:
+            if last or evaluates or saves or milestone or wish:
                 if row := clock.tick(*pending):
                     log(row)
                 pending = None
-                if evaluate and (evaluates or done == config.total_steps):
+                if evaluate and (last or (evaluates and wish is not Wish.STOP)):
                     log(evaluate(state, done))
-                if saves or milestone:
-                    run.save(done, state, milestone)
+                ends = (last or wish is Wish.STOP) and config.save_final
+                if saves or milestone or ends or (wish is Wish.SAVE and not last):
+                    whole = bool(wish) and not last  # a step to go on from
+                    run.save(done, state, milestone, clock.means, whole)
+                    if whole or config.checkpointer.save_optimizer_state:
+                        agreement.saved()
                 clock.restart()  # what was just done is no step's time
-        if config.save_final:
-            run.save(config.total_steps, state, due(config.total_steps, config.save_milestone_freq))
+                if wish is Wish.STOP and not last:
+                    raise KeyboardInterrupt
     say(f"done: {run.folder}")
     return run.folder
 
@@ -109,12 +122,14 @@ def _evaluation(
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
         means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
-        row = {f"eval_{name}": float(value) for name, value in objective.values(means, config).items()}
+        values = objective.values(jax.device_get(means), config)
+        values |= bits_per_byte(values, loader.bytes_per_token)
+        row = {f"eval_{name}": value for name, value in values.items()}
         if probe:
             # Text is made with all weights on the device, wherever training keeps them.
             params = jax.device_put(merge(state.trained, state.frozen), model.shardings)
             row |= probe(params, (_put(model, loader, i) for i in numbers))
-        return {"step": step, **row, "eval_bits_per_byte": bits_per_byte(row["eval_loss"], loader.bytes_per_token)}
+        return {"step": step, **row}
 
     return evaluate, loader
 

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import math
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,11 @@ import jax
 
 from ringbpt import hardware
 from ringbpt.config import Config, UserError, to_dict
+from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.model.flops import forward_flops
+from ringbpt.objectives import Objective
+from ringbpt.training.step import Metrics
+from ringbpt.types import Mean, Means
 
 MetricsRow = dict[str, float | int]
 
@@ -47,7 +52,7 @@ class MetricsWriter:
         self.path = run_dir / ".".join(filter(None, ("metrics", worker, "jsonl")))
         self._run_dir = run_dir
         self._tensorboard_dir = run_dir / "tensorboard" / worker
-        self._tensorboard: Any = None
+        self._tensorboard: TensorBoard | None = None
         self._purge_step: int | None = None
         self._wandb = _start_wandb(run_dir, config, worker) if self._writes and config.logger.online else None
         self._bar: Any = None
@@ -67,7 +72,7 @@ class MetricsWriter:
         rewritten.replace(self.path)
 
     def write(self, row: MetricsRow) -> None:
-        """Append one row, `{"step": 100, "loss": ...}`; on the disk when this returns.
+        """Append one row, `{"step": 100, "loss": ...}`; on the disk when this returns, in TensorBoard's file too.
 
         Evaluation rows are the same but for their keys, `eval_loss` and so on. NaN and infinities, which JSON
         doesn't have, become null.
@@ -81,9 +86,8 @@ class MetricsWriter:
         step = int(plain["step"])
         finite = {key: value for key, value in valid.items() if key != "step" and value is not None}
         if self._tensorboard is None:
-            self._tensorboard = self._open_tensorboard()
-        for key, value in finite.items():
-            self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard = TensorBoard(self._tensorboard_dir, self._purge_step)
+        self._tensorboard.write(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -113,7 +117,7 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish()
         if self._is_main and self.path.exists():
-            draw(read_rows(self.path), self._run_dir / "loss.png")
+            draw(read_rows(self.path), self._run_dir / "loss.png", self._run_dir.name)
 
     def _step_label(self, step: int) -> str:
         total = str(self._config.total_steps)
@@ -134,22 +138,56 @@ class MetricsWriter:
         self._bar_task = self._bar.add_task("", total=self._config.total_steps, line="")
         self._bar.start()
 
-    def _open_tensorboard(self) -> Any:
-        from tensorboardX import SummaryWriter
 
-        return SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+class TensorBoard:
+    """A file of TensorBoard's events in `folder`; a row is handed to the system when it is written, as one record.
+
+    The library's own SummaryWriter has a queue, a thread and a buffer: a run that is killed loses two minutes of rows.
+    purge_step: from here on TensorBoard leaves out what older files hold.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names, and no two of a run, however short, may have one name.
+        self._file = open(folder / f"events.out.tfevents.{time.time_ns()}", "wb", buffering=0)  # noqa: SIM115
+        self._append(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._append(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._append(step=step, summary=self._summary(value=scalars))
+
+    def _append(self, **event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **event).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (size, data)]
+        self._file.write(size + checks[0] + data + checks[1])
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclasses.dataclass
 class Clock:
-    """Turns a step's metrics into a row, and steps into speeds: over the steps since the last row, compile excluded.
+    """Turns the metrics of the steps since the last row into a row, and the steps into speeds, compile excluded.
 
-    take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`.
+    The objective's means are those of all these steps, each weighed by what it was taken over, so that the loss is the
+    mean of the tokens; `loss_step` is the last step's own, and so is all that is no mean (the learning rate, norms).
+    take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`. means:
+    the sums since the last row, for a checkpoint between two rows.
     """
 
     config: Config
+    objective: Objective
     bytes_per_token: float
     take_waited: Callable[[], float] = lambda: 0.0
+    means: Means = dataclasses.field(default_factory=dict)
     _since: float | None = None
     _steps: int = 0
     _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
@@ -159,20 +197,27 @@ class Clock:
         self.take_waited()
         self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
 
-    def tick(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
+    def tick(self, step: int, metrics: Metrics) -> dict[str, float] | None:
         """Waits for a step's metrics; the row to log if this step is one of log_freq (or the last), else None."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        own = {name: float(value) for name, value in found.own.items()}
+        last = {name: Mean(float(mean.total), float(mean.weight)) for name, mean in found.means.items()}
+        self.means = {name: self.means.get(name, Mean(0.0, 0.0)) + mean for name, mean in last.items()}
         compiled_just_now = self._since is None
         if not compiled_just_now:
             self._steps += 1
-            self._counts = {name: total + values[name] for name, total in self._counts.items()}
-        tokens, pairs = values.pop("tokens"), values.pop("pairs")
+            self._counts = {name: total + own[name] for name, total in self._counts.items()}
+        tokens, pairs = own.pop("tokens"), own.pop("pairs")
         row = None
         if due(step, self.config.log_freq) or step == self.config.total_steps:
-            row = {"step": step, **values, "bits_per_byte": bits_per_byte(values["loss"], self.bytes_per_token)}
+            values = self.objective.values(self.means, self.config)
+            row = {"step": step, **values, **bits_per_byte(values, self.bytes_per_token)}
+            step_values = self.objective.values(last, self.config)
+            row |= ({"loss_step": step_values["loss"]} if "loss" in step_values else {}) | own
             if self._since is not None and self._steps:
                 row |= self._speeds(time.perf_counter() - self._since)
             row |= {"tokens": tokens, "visible_pairs": pairs} | _device_memory()
+            self.means = {}
         if compiled_just_now or row:
             self.restart()
         return row
@@ -187,12 +232,15 @@ class Clock:
         return speeds
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def due(step: int, every: int | None) -> bool:
+    return every is not None and every > 0 and step % every == 0
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    return nats_per_token / math.log(2) / bytes_per_token
+def bits_per_byte(values: dict[str, float], bytes_per_token: float) -> dict[str, float]:
+    """{"bits_per_byte": ...} of a loss in nats a token; {} where there is no loss, or no text behind it."""
+    if "loss" not in values or math.isinf(bytes_per_token):
+        return {}
+    return {"bits_per_byte": values["loss"] / math.log(2) / bytes_per_token}
 
 
 def _device_memory() -> dict[str, float]:
@@ -230,33 +278,63 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and below it bits per byte, against the step: training and held-out in the same axes."""
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss against the step, training and held-out in the same axes, and on the right what it is in bits per byte.
+
+    A training row is the mean of the steps since the one before; pale behind it are the steps' own.
+    """
     # Not pyplot: that would choose a window system, and keep the figure for ever.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [
-        (key, title)
-        for key, title in (("loss", "loss (nats per token)"), ("bits_per_byte", "bits per byte"))
-        if any(row.get(prefix + key) is not None for row in rows for prefix in ("", "eval_"))
-    ]
-    if not panels:
+    curves = {key: _curve(rows, key) for key in ("loss", "eval_loss", "loss_step")}
+    losses = [value for key in ("loss", "eval_loss") for value in curves[key][1]]
+    if not losses:
         return
-    figure = Figure(figsize=(8, 4 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for prefix, label, style in (("", "training", "-"), ("eval_", "held-out", "o-")):
-            points = [(row["step"], row[prefix + key]) for row in rows if row.get(prefix + key) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, style, label=f"{label} (last: {values[-1]:.3f})", linewidth=1.2, markersize=4)
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[-1].set_xlabel("step")
+    axis = figure.subplots()
+    if curves["loss_step"][1] and curves["loss_step"] != curves["loss"]:
+        axis.plot(*curves["loss_step"], color="C0", alpha=0.3, linewidth=0.8, label="single steps")
+    for prefix, name, color in (("", "training", "C0"), ("eval_", "held-out", "C1")):
+        steps, values = curves[f"{prefix}loss"]
+        if values:
+            bits = _curve(rows, f"{prefix}bits_per_byte")[1][-1:]
+            last = ", ".join([f"{values[-1]:.3f}", *(f"{each:.3f} bits per byte" for each in bits)])
+            marker = "o" if prefix or len(values) == 1 else ""
+            label = f"{name} (last: {last})"
+            axis.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.2, label=label)
+    steep, rates, shown = 0 < 2 * min(losses) < max(losses), _bits_a_nat(rows, ""), [axis]
+    if steep:  # else the first steps would leave no room for the others
+        axis.set_ylim(0.97 * min(losses), 1.03 * max(losses))
+    if rates:
+        shown.append(axis.twinx())
+        shown[1].set_ylim(*(limit * rates[0] for limit in axis.get_ylim()))
+        others = any(abs(rate / rates[0] - 1) > 0.005 for rate in _bits_a_nat(rows, "eval_"))
+        shown[1].set_ylabel("bits per byte of the training data" if others else "bits per byte")
+    if steep:
+        for each in shown:
+            each.set_yscale("log")
+            plain_log(each.yaxis)
+    set_title(axis, title)
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss (nats a token)")
+    thousands(axis.xaxis)
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def _bits_a_nat(rows: list[dict[str, Any]], prefix: str) -> list[float]:
+    """What a nat a token is in bits per byte, by the rows that have both; one number, but for rounding."""
+    pairs = [(row.get(f"{prefix}bits_per_byte"), row.get(f"{prefix}loss")) for row in rows]
+    return [bits / loss for bits, loss in pairs if bits and loss]
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps that have a number of this name, and the numbers."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:

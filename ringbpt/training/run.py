@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.training.metrics import MetricsWriter, say
 from ringbpt.training.state import StateLayout, TrainState
+from ringbpt.types import Mean, Means
 
 
 @dataclass
 class Run:
     """One training run. data_step, start: the step of the data, and of the run, with which it begins.
 
-    fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from.
+    fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from. means:
+    of the steps before `start` that no row of metrics holds yet.
     """
 
     config: Config
@@ -34,6 +36,7 @@ class Run:
     fingerprint: str = ""
     data_step: int = 0
     start: int = 0
+    means: Means = field(default_factory=dict)
 
     def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:
         """The state of the run's own newest checkpoint, of another's, or a fresh one; nothing is written.
@@ -76,6 +79,7 @@ class Run:
         if opt_state is None:
             say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
         self.start, self.data_step = meta["step"], meta["data"]["step"]
+        self.means = {name: Mean(*sums) for name, sums in meta.get("means", {}).items()}
         return layout.start(params, self.start, opt_state)
 
     def start_writing(self, tokenizer: Tokenizer) -> MetricsWriter:
@@ -94,10 +98,17 @@ class Run:
         """The step of the data that the run's step `step` is trained on."""
         return self.data_step + step - self.start
 
-    def save(self, step: int, state: TrainState, milestone: bool) -> None:
-        """Begins to save the state after `step` steps."""
-        meta = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
-        self.checkpointer.save(step, {**entries(state, self.config.checkpointer), "meta": meta}, milestone)
+    def save(self, step: int, state: TrainState, milestone: bool, means: Means, whole: bool) -> None:
+        """Begins to save the state after `step` steps, and the sums of the means that no row of metrics holds yet.
+
+        whole: the optimizer's state too, whatever the flags say: a run is to go on from here as if nothing had been.
+        """
+        meta: dict[str, Any] = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
+        if means:
+            meta["means"] = {name: [mean.total, mean.weight] for name, mean in means.items()}
+        config = self.config.checkpointer
+        config = replace(config, save_optimizer_state=config.save_optimizer_state or whole)
+        self.checkpointer.save(step, {**entries(state, config), "meta": meta}, milestone)
 
 
 def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:

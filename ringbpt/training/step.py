@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,17 @@ GPU_OPTIONS = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
 }
 
-Metrics = dict[str, jax.Array]
 Whole = dict[str, jax.Array]  # values over a whole optimizer step, by name
+
+
+class Metrics(NamedTuple):
+    """What a step says of itself. means: the objective's, not divided yet, so that those of several steps add up.
+
+    own: what is of this step alone, float32 []: FACTS, the learning rate, and the norms of gradients and weights.
+    """
+
+    means: Means
+    own: dict[str, jax.Array]
 
 
 FACTS = ("tokens", "pairs")
@@ -99,17 +109,17 @@ def _zeros(shapes: PyTree) -> PyTree:
 
 def make_gradients(
     config: Config, model: Model, objective: Objective
-) -> Callable[[Params, Batch], tuple[Params, dict[str, jax.Array]]]:
-    """gradients(params, batch) -> (gradients of the loss, the objective's values); to be jitted by the caller.
+) -> Callable[[Params, Batch], tuple[Params, Means]]:
+    """gradients(params, batch) -> (gradients of the loss, the objective's means); to be jitted by the caller.
 
     Without any weight the gradients are zero. Params, all of them trained, are on the device.
     """
     totals = make_totals(config, model, objective)
 
-    def gradients(params: Params, batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+    def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
         grads, divisor, means = totals(params, {}, batch)
         own = {name: mean for name, mean in means.items() if name not in FACTS}
-        return jax.tree.map(lambda g: g / divisor, grads), objective.values(own, config)
+        return jax.tree.map(lambda g: g / divisor, grads), own
 
     return gradients
 
@@ -146,10 +156,10 @@ def make_train_step(
         state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, layout.on_host)
         grads, divisor, means = totals(state.trained, state.frozen, batch)
         trained, opt_state, norms = update(grads, state, divisor)
-        facts = {name: means.pop(name).total for name in FACTS}
-        metrics = objective.values(means, config) | facts
-        metrics |= {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), **norms}
-        return replace(state, step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+        own = {name: means.pop(name).total for name in FACTS}
+        own |= {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), **norms}
+        after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
+        return after, Metrics(means, own)
 
     options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.

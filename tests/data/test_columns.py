@@ -129,10 +129,10 @@ def test_from_disk_to_an_objective(folders, tmp_path, gradients, packing, mixed)
     _, found = numbers(params, batch)
     weighted = host.weight_BT > 0
     target, real = host.target_BT[weighted], host.segment_BT > 0
-    assert float(found["reference"]) == pytest.approx((LOGP[target] * target).mean(), rel=1e-6)
-    assert float(found["rank"]) == pytest.approx((RANK[host.token_BT] * host.position_BT)[real].mean(), rel=1e-6)
+    assert found["reference"].value() == pytest.approx((LOGP[target] * target).mean(), rel=1e-6)
+    assert found["rank"].value() == pytest.approx((RANK[host.token_BT] * host.position_BT)[real].mean(), rel=1e-6)
     plain = replace(batch, columns={"toy_logp": batch.columns["toy_logp"] * 0, "toy_rank": batch.columns["toy_rank"]})
-    difference = found["loss"] - numbers(params, plain)[1]["loss"]
+    difference = found["loss"].value() - numbers(params, plain)[1]["loss"].value()
     assert float(difference) == pytest.approx(LOGP[target].mean(), rel=1e-4)
 
 

@@ -326,8 +326,41 @@ def test_a_mixture_of_formats_by_weight(tmp_path):
     assert (text.count("a"), text.count("b")) == (10, 30) and "b09" in text and "a10" not in text
     assert loader.tokens_dropped["left out by the weights"] == 20 * 4
     assert loader.tokens_in + 0 == 40 * 4 + 20 * 4 and "80 repeated by the weights" in loader.describe()
+    assert loader.describe().endswith(
+        f"taken in an epoch: {tmp_path}/a.jsonl 25.0% of the tokens, 25.0% of the documents; "
+        f"{tmp_path}/b.jsonl.gz 75.0% of the tokens, 75.0% of the documents"
+    )
     unweighted = load(dataset(tmp_path, f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.gz", text_processor=bare))
     assert unweighted.tokens_in == 160 and unweighted.fingerprint != loader.fingerprint
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit"])
+@pytest.mark.parametrize("long_documents", ["split", "drop"])
+def test_a_mixture_by_tokens(tmp_path, packing, long_documents):
+    """Documents of 4 tokens, and of 12 and 40: a quarter of the tokens is not a quarter of the documents."""
+    write_jsonl(tmp_path / "a.jsonl", [f"a{number:02d}" for number in range(30)])
+    write_jsonl(tmp_path / "b.jsonl", ["b" * (39 if number % 10 == 0 else 11) for number in range(30)])
+    bare = TextProcessorConfig(fields="text", add_bos_token=False)
+    flags = {"text_processor": bare, "packing": packing, "shuffle": True, "long_documents": long_documents}
+    path = f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.jsonl:0.75"
+    loader = load(dataset(tmp_path, path, weights_by="tokens", **flags))
+    total = 30 * 4 + 27 * 12 + (3 * 40 if long_documents == "split" else 0)
+    assert [part.tokens for part in loader.taken] == pytest.approx([total / 4, total * 3 / 4], abs=20)
+    rows = [loader.row(0, number) for number in range(loader.epoch_rows)]
+    letters = "".join(TOKENIZER.decode(row["token"]) for row in rows)
+    share = letters.count("a") * 4 / sum(int((row["segment"] > 0).sum()) for row in rows)
+    assert share == pytest.approx(0.25, abs=0.04)
+    assert f"a.jsonl {loader.taken[0].tokens / sum(part.tokens for part in loader.taken):.1%} of" in loader.describe()
+    by_documents = load(dataset(tmp_path, path, **flags))
+    assert by_documents.fingerprint != loader.fingerprint
+    assert abs(by_documents.taken[0].tokens - total / 4) > 40
+
+
+def test_shares_of_tokens_that_are_no_shares(tmp_path):
+    one = dataset(tmp_path, write_jsonl(tmp_path / "a.jsonl"), weights_by="tokens")
+    path = "--train_dataset.files_dataset.path"
+    what = f"{path} has no shares; it is a list with some, as {path}=a.jsonl:0.7,b.jsonl:0.3"
+    assert error(load, one) == f"--train_dataset.weights_by=tokens: {what}"
 
 
 @pytest.mark.parametrize(

@@ -351,8 +351,61 @@ def test_labels_all_masked(dataset):
 
 def test_special_tokens_alone_take_loss(dataset):
     loader = load(replace(dataset, text_processor=TextProcessorConfig(fields="[text]")))
-    assert loader.bytes_per_token == float("inf")  # 0 bits per byte, and no division by zero
+    assert loader.bytes_per_token == float("inf") and "no text takes loss" in loader.describe()
     assert sum(arrays(loader, step)[2].sum() for step in range(loader.steps_per_epoch)) > 0
+
+
+def rows_in_which_nothing_takes_loss(loader: Loader) -> int:
+    return sum(int((arrays(loader, step)[2].sum(axis=1) == 0).sum()) for step in range(loader.steps_per_epoch))
+
+
+def with_prompts(dataset: DatasetConfig, lengths: list[tuple[int, int]], **values) -> DatasetConfig:
+    """Documents of so many bytes without loss, and with loss."""
+    rows = [{"prompt": "q" * without, "completion": "a" * learnt} for without, learnt in lengths]
+    Path(dataset.json_dataset.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return with_json(replace(dataset, text_processor=TextProcessorConfig(), packing="best_fit"), **values)
+
+
+def test_rows_without_loss_are_counted_and_many_of_them_warned_of(dataset):
+    """R29 of the reports: 8 prompts of 300 bytes and 3 bytes to learn, in rows of 64."""
+    long = with_prompts(dataset, [(300, 3)] * 8, seq_length=64)
+    loader = load(long)
+    assert loader.rows_without_loss == (32, 40) and rows_in_which_nothing_takes_loss(loader) == 32
+    said = loader.describe()
+    assert "WARNING: nothing takes loss in 32 of 40 rows: " in said and "\n" not in said
+    assert said.endswith("--train_dataset.json_dataset.seq_length=305 would keep the longest whole")
+    whole = load(with_json(long, seq_length=305))
+    assert whole.rows_without_loss == (0, 8) and "without loss" not in whole.describe()
+    assert "WARNING" not in whole.describe()
+    joined = load(replace(long, packing="concat"))
+    assert joined.rows_without_loss == (rows_in_which_nothing_takes_loss(joined), joined.epoch_rows // 4 * 4)
+    few = load(with_prompts(dataset, [(10, 3)] * 76 + [(64, 3)], seq_length=64, batch_size=1))
+    assert few.rows_without_loss == (1, few.epoch_rows) and "WARNING" not in few.describe()
+    assert f", 1 of {few.epoch_rows} rows without loss" in few.describe()
+
+
+def test_documents_without_loss_are_warned_of(dataset):
+    bare = TextProcessorConfig(fields="[prompt],completion", add_eos_token=False)
+    some = with_prompts(dataset, [(10, 3)] * 17 + [(10, 0)] * 3)
+    said = load(replace(some, text_processor=bare)).describe()
+    assert "3 without loss" in said and "WARNING: nothing takes loss in" in said and "3 of 20 documents" in said
+    assert said.endswith("python -m ringbpt.inspect with these flags shows what does")
+    fewer = with_prompts(dataset, [(10, 3)] * 18 + [(10, 0)] * 2, seq_length=64, batch_size=1)
+    said = load(replace(fewer, text_processor=bare)).describe()
+    assert "2 without loss" in said and "WARNING" not in said
+
+
+def test_of_many_rows_a_sample_is_looked_at_and_said_to_be_one(dataset, monkeypatch):
+    monkeypatch.setattr(module, "COUNTED_ROWS", 100)
+    monkeypatch.setattr(module, "SAMPLED_ROWS", 60)
+    many = with_prompts(dataset, [(60, 30)] * 400, seq_length=32)
+    loader = load(many)
+    found, looked = loader.rows_without_loss
+    assert loader.rows_without_loss == load(many).rows_without_loss and 50 <= looked <= 60 < loader.epoch_rows
+    share = rows_in_which_nothing_takes_loss(loader) / loader.epoch_rows
+    assert abs(found / looked - share) < 0.2
+    rows = loader.steps_per_epoch * 4
+    assert f"nothing takes loss in {found} of the {looked} rows looked at (of {rows:,})" in loader.describe()
 
 
 def test_the_shape_is_told_and_said_once(dataset, capsys):

@@ -1,7 +1,7 @@
 """Packing: every token is in one place or counted as dropped, and predicts what follows it in the text."""
 
 import time
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringbpt.data.documents import Row
-from ringbpt.data.packing import OPEN_ROWS, PACKINGS, Corpus, best_fit, first_fit, interleave, mix, shuffled
+from ringbpt.data.packing import (
+    OPEN_ROWS,
+    PACKINGS,
+    Corpus,
+    WholeDocuments,
+    apart,
+    best_fit,
+    first_fit,
+    interleave,
+    mix,
+    shuffled,
+)
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 lengths_of_rows = st.integers(1, 24)
@@ -199,13 +210,111 @@ def test_pieces_are_the_tokens_of_the_row():
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_mixture_has_its_shares(seed):
-    times = list(mix([100, 300, 600], [0.5, 0.3, 0.2], seed))
+    times = list(mix([np.ones(count, int) for count in (100, 300, 600)], [0.5, 0.3, 0.2], seed))
     assert [(int(t.sum()), int(t.min()), int(t.max())) for t in times] == [(500, 5, 5), (300, 1, 1), (200, 0, 1)]
     order = interleave(times)
     assert len(order) == 1000
     np.testing.assert_array_equal(np.bincount(order, minlength=1000), np.concatenate(times))
     first = np.sum(order[:100] < 100)
     assert 49 <= first <= 51  # any stretch has the shares
+
+
+sources = st.lists(
+    st.tuples(st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(any), st.floats(0.05, 1)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(sources, st.sampled_from([None, 3]))
+def test_a_mixture_by_tokens_has_its_shares_of_the_tokens(parts, seed):
+    lengths, weights = [np.array(own) for own, _ in parts], [weight for _, weight in parts]
+    times, again = (list(mix(lengths, weights, seed, by_tokens=True)) for _ in range(2))
+    total = sum(int(own.sum()) for own in lengths)
+    taken = [int((count * own).sum()) for count, own in zip(times, lengths, strict=True)]
+    for count, same, own, tokens, weight in zip(times, again, lengths, taken, weights, strict=True):
+        np.testing.assert_array_equal(count, same)
+        assert count.any() and count.max() - count.min() <= 1  # goes round, and no document is left behind twice
+        wanted = total * weight / sum(weights)
+        assert abs(tokens - wanted) <= own.max() / 2 or count.sum() == 1
+    order, every = interleave(times, lengths), np.concatenate(lengths)
+    np.testing.assert_array_equal(np.bincount(order, minlength=len(every)), np.concatenate(times))
+    source = np.repeat(np.arange(len(lengths)), list(map(len, lengths)))[order]
+    for number, (own, tokens) in enumerate(zip(lengths, taken, strict=True)):  # any stretch has its share
+        so_far, mine = np.cumsum(every[order]), np.cumsum(every[order] * (source == number))
+        room = own.max() + tokens / max(1, so_far[-1]) * sum(int(each.max()) for each in lengths)
+        assert np.abs(mine - so_far * tokens / max(1, so_far[-1])).max() <= room
+
+
+# --- documents that stand several times in an epoch ---
+
+
+def mixture(parts, seq_length: int, seed: int | None) -> Corpus:
+    lengths = [np.array(own) for own, _ in parts]
+    stops = np.cumsum(np.concatenate(lengths))
+    corpus = Corpus(stops - np.concatenate(lengths), stops, seq_length, seed)
+    return corpus.take(interleave(list(mix(lengths, [weight for _, weight in parts], seed))))
+
+
+def begins(plan, epoch: int = 0) -> list[list[int]]:
+    """Where the pieces of each row begin in the data: copies of one begin at one place."""
+    return [[piece.start for piece in plan.pieces(epoch, row)] for row in range(plan.rows)]
+
+
+def side_by_side(rows: list[list[int]]) -> tuple[int, int]:
+    """(copies in a row that holds another, pairs of neighbouring rows that hold copies of one piece)."""
+    return sum(len(row) - len(set(row)) for row in rows), sum(bool(set(a) & set(b)) for a, b in pairwise(rows))
+
+
+@settings(max_examples=150, deadline=None)
+@given(sources, st.integers(2, 40), st.sampled_from([None, 5]), st.integers(0, 2))
+def test_copies_are_packed_once_each_in_as_few_rows(parts, seq_length, seed, epoch):
+    corpus = mixture(parts, seq_length, seed)
+    plan, again = (PACKINGS["best_fit"](corpus) for _ in range(2))
+    plain = WholeDocuments(corpus, lambda lengths, capacity, copies: best_fit(lengths, capacity))
+    assert begins(plan, epoch) == begins(again, epoch)
+    assert sorted(chain(*begins(plan, epoch))) == sorted(chain(*begins(plain, epoch)))
+    assert plan.dropped == plain.dropped and plan.tokens_in(epoch, plan.rows) == plain.tokens_in(epoch, plain.rows)
+    for row in range(plan.rows):
+        assert sum(piece.stop - piece.start for piece in plan.pieces(epoch, row)) <= seq_length
+    assert plan.rows <= 1.1 * plain.rows + 1
+
+
+def test_copies_stand_apart():
+    """Small sets, a part of which goes round: rows, copies beside copies, and neighbours, without and with care."""
+    found = np.zeros((2, 3), int)
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        seq_length = int(rng.choice([64, 256, 1024]))
+        few, many = (rng.integers(2, int(seq_length * rng.choice([0.2, 0.5, 1.2])), n) for n in rng.integers(4, 100, 2))
+        corpus = mixture([(few[:8], 0.4), (many, 0.6)], seq_length, [None, 3][number % 2])
+        plain = WholeDocuments(corpus, lambda lengths, capacity, copies: best_fit(lengths, capacity))
+        for at, plan in enumerate((plain, PACKINGS["best_fit"](corpus))):
+            found[at] += plan.rows, *side_by_side(begins(plan))
+    (rows, beside, neighbours), (careful_rows, still_beside, still_neighbours) = found.tolist()
+    assert careful_rows <= 1.01 * rows
+    assert still_beside < beside / 4 and still_neighbours < neighbours / 2, found
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 1000))
+def test_rows_with_copies_do_not_follow_each_other_where_that_can_be(held, seed):
+    """Of R rows, n with a copy: 2 n - R - 1 pairs of neighbours at least."""
+    copies = np.array([0 if each else -1 for each in held])
+    order = apart(shuffled(len(held), seed), copies, np.arange(1, len(held) + 1))
+    assert sorted(order.tolist()) == list(range(len(held)))
+    neighbours = sum(held[a] and held[b] for a, b in pairwise(order.tolist()))
+    assert neighbours == max(0, 2 * sum(held) - len(held) - 1)
+
+
+def test_many_copies_are_packed_in_no_time():
+    rng = np.random.default_rng(0)
+    corpus = mixture([(rng.integers(20, 600, 4000), 0.3), (rng.integers(20, 400, 40_000), 0.7)], 2048, 3)
+    begin = time.process_time()
+    plan = PACKINGS["best_fit"](corpus)
+    beside, neighbours = side_by_side(begins(plan))
+    assert time.process_time() - begin < 10 and beside + neighbours < plan.rows / 100
 
 
 def test_a_kept_plan_is_made_once():

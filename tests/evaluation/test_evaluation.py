@@ -16,6 +16,7 @@ from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_positi
 from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
 from tests.golden.make_families import restore
+from tests.pictures import cut_off, drawn
 
 
 def encode(text: str) -> np.ndarray:
@@ -74,6 +75,8 @@ def test_loss_by_position_is_the_loss(loaded, items_and_logp):
         mine = [loss for place, loss in lost if bucket * 8 <= place < bucket * 8 + 8]
         assert curve.tokens[bucket] == len(mine)
         assert curve.loss[bucket] == pytest.approx(np.mean(mine), rel=1e-5)
+    none = measure(params, [jax.tree.map(lambda x: x * 0, next(scorer.batches(items, 32))[0])])
+    assert np.isnan(none.loss).all() and not none.tokens.any()  # no number where there is nothing, not a perfect 0
 
 
 def test_passkey_texts():
@@ -147,14 +150,24 @@ def test_texts_of_a_file(tmp_path):
         read_texts(str(tmp_path / "u.jsonl"))
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
+    curve = Curve(np.array([0, 4000, 8000]), np.array([1.0, np.nan]), np.array([3, 0]))
     draw_grid(tmp_path / "grid.png", np.array([[0.0, 1.0]]), [64], [0.0, 1.0], "title")
-    draw_curve(tmp_path / "curve.png", Curve(np.array([0, 4, 8]), np.array([1.0, 2.0]), np.array([3, 0])), "title")
+    draw_curve(tmp_path / "curve.png", curve, "title")
     for name in ("grid", "curve"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    pictures, title = drawn(monkeypatch), "/a/path/without/any/space/" * 5 + "\n8 keys a cell"
+    draw_grid(tmp_path / "grid.png", np.array([[0.0, 1.0]]), [64], [0.0, 1.0], title)
+    draw_curve(tmp_path / "curve.png", curve, title)
+    for figure, _ in pictures:
+        assert figure.axes[0].get_title().replace("\n", "") == title.replace("\n", "") and cut_off(figure) == []
+    axes = pictures[1][0].axes[0]
+    labels = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
+    assert "2,000" in labels and not any("10^" in label for label in labels)
 
 
-def test_the_verb(loaded, tmp_path, capsys):
+def test_the_verb(loaded, tmp_path, capsys, monkeypatch):
+    pictures = drawn(monkeypatch)
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
     texts = tmp_path / "t.jsonl"
@@ -169,6 +182,11 @@ def test_the_verb(loaded, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert np.array(results["passkey"]["found"]).shape == (1, 2)
     assert results["mesh"] == [1, 1, 1, 8]
+    titles = [figure.axes[0].get_title().replace("\n", "") for figure, _ in pictures]
+    assert [title.startswith(str(loaded[0])) for title in titles] == [True, True]
+    by_position = results["perplexity"]["by_position"]
+    losses, seen = by_position["loss"], by_position["tokens"]
+    assert [loss is None for loss in losses] == [tokens == 0 for tokens in seen] and None in losses
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "results.json", "choices.jsonl", "passkey.png", "perplexity.png",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """The planner: its program is the loop's own, its figures are the compiler's, and its command answers in one line."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -18,10 +19,11 @@ from ringbpt.planning.estimate import balance, step_flops, visible_pairs
 from ringbpt.planning.hlo import parse as parse_hlo
 from ringbpt.planning.hlo import shape_bytes
 from ringbpt.planning.program import Program, needed_bytes, read_assignment
-from ringbpt.planning.report import Plan, make_plan, suggestion, table
+from ringbpt.planning.report import Plan, draw, make_plan, suggestion, table
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training import loop
 from ringbpt.training.memory import account, host_traffic
+from tests.pictures import cut_off, drawn
 
 SIZES = "--train_dataset.python_dataset.seq_length={}", "--train_dataset.python_dataset.batch_size={}"
 MODEL = [
@@ -320,6 +322,20 @@ def test_suggestions_are_changes_that_the_model_and_the_mesh_allow(monkeypatch):
     assert len(planned) == len(flags) and planned[0].execution.remat_block == "save_attention"
     with_tp = parse_args([*SMALL, "--mesh_dim=1,1,2,4", "--llama.remat_block=nothing_saveable"])
     assert "--llama.residual_over_tp=True" in [flags for flags, _ in search.suggest(with_tp, MACHINE)]
+
+
+def test_the_picture_is_whole_and_says_of_what(tmp_path, monkeypatch):
+    pictures = drawn(monkeypatch)
+    program = Program({"parameters": 2**28, "optimizer state": 2**29, "batch": 9}, 2**31, 2**32, 0, [], "")
+    for number, config in enumerate((config_of(), replace(config_of(), load_checkpoint="huggingface::models/Some-7B"))):
+        report = Plan(config, MACHINE, program).as_dict()
+        draw(report, tmp_path / f"{number}.png")
+        assert f"model   {report['model']}\n" in table(report)
+    for (figure, file), name in zip(pictures, ("debug, 2 layers of 128", "Some-7B, 2 layers of 128"), strict=True):
+        title = figure.axes[0].get_title()
+        assert title.startswith(f"{name}: 4 x 512 tokens") and "mesh dp,fsdp,tp,sp = 1,1,1,8: 4.00 GiB" in title
+        assert cut_off(figure) == [] and len(figure.legends[0].get_texts()) > 6
+        assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_does_not_fit_is_a_report_too():

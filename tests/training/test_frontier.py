@@ -46,7 +46,7 @@ def steps(*flags: str) -> tuple[list[float], object]:
     losses = []
     for _ in range(3):  # the first step's rate is 0
         state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics.means["loss"].value()))
     return losses, state
 
 

@@ -47,7 +47,7 @@ def test_what_is_frozen_stays_and_the_rest_takes_the_same_step():
         step = make_train_step(layout, OBJECTIVES["sft"])
         state, metrics = step(state, batch)
         assert jax.tree.map(lambda x: x.sharding, state) == layout.shardings
-        after[bool(state.frozen)] = state, float(metrics["loss"])
+        after[bool(state.frozen)] = state, float(metrics.means["loss"].value())
     (part, part_loss), (whole, whole_loss) = after[True], after[False]
     assert part_loss == whole_loss
     names = {keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(part.frozen)}

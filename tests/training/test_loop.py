@@ -9,6 +9,9 @@ import inspect
 import itertools
 import json
 import math
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -151,7 +154,7 @@ def test_milestones_stay_and_of_the_others_only_the_last(whole):
 def test_the_rows(whole):
     rows = read_rows(whole[0] / "metrics.jsonl")
     measured = {"step", "loss", "accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "param_norm"}
-    measured |= {"tokens", "visible_pairs"}
+    measured |= {"tokens", "visible_pairs", "loss_step"}
     speeds = {"tokens_per_second", "step_seconds", "data_wait"}
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
@@ -159,6 +162,7 @@ def test_the_rows(whole):
     assert set(trained[1]) == measured | speeds
     for row in trained:
         assert all(math.isfinite(value) for value in row.values())
+        assert row["loss_step"] == row["loss"]  # one step a row
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.1)  # about a byte a token
     evaluated = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [0, 3, 6, 7]
@@ -290,6 +294,40 @@ def test_without_a_name_autoresume_finds_its_run_again(tmp_path, data, capsys):
     assert out[-1] == f"done: {timed}" and any(line.split() == ["run", str(timed)] for line in out)
 
 
+def test_a_row_that_a_stop_falls_into_is_the_same_row(whole, tmp_path, data):
+    """Steps 4 to 6 are one row, and step 4's checkpoint, which is gone on from, has the sums of step 4."""
+    given = (*data, *FULL, "--log_freq=3", "--total_steps=6", "--save_milestone_freq=4")
+    rows, steps = read_rows(train(tmp_path, *given) / "metrics.jsonl"), losses(whole[0])
+    assert [(row["step"], row["loss_step"]) for row in rows] == [(3, steps[3]), (6, steps[6])]
+    assert rows[1]["loss"] == pytest.approx(np.mean([steps[step] for step in (4, 5, 6)]), rel=1e-2)
+    assert rows[1]["loss"] != steps[6]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    again = read_rows(train(tmp_path, *given, "--autoresume") / "metrics.jsonl")
+    means = ("step", "loss", "loss_step", "accuracy", "bits_per_byte", "gradient_norm")
+    assert [[row[name] for name in means] for row in again] == [[row[name] for name in means] for row in rows]
+
+
+def test_steps_without_loss_give_no_number_and_harm_nothing(whole, tmp_path, data, capsys):
+    """Documents of ten rows, with loss in the last alone: none in the first and third batch of eight."""
+    (tmp_path / "long.jsonl").write_text('{"prompt": "%s", "completion": "aaa"}\n' % ("q" * 600) * 8)
+    names = ("train_dataset", "eval_dataset")
+    long = [f"--{name}.json_dataset.path={tmp_path / 'long.jsonl'}" for name in names]
+    long += [f"--{name}.packing=best_fit" for name in names] + [f"--{name}.text_processor.fields=" for name in names]
+    run_dir = train(tmp_path, *data, *long, *EVALUATED, "--eval_batches=1", *FULL)
+    out, rows = capsys.readouterr().out, read_rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]  # and no held-out row, for there is nothing to say
+    learnt = {"loss", "loss_step", "accuracy", "bits_per_byte"}
+    assert [learnt & set(row) for row in rows] == [set(), learnt, set()]
+    assert rows[0]["gradient_norm"] == 0 and rows[1]["loss"] > 1
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(np.isfinite(leaf).all() for leaf in weights(run_dir, 3).values())
+    assert "0.0000" not in out and " 0.000 bits" not in out and "held-out" not in out
+    assert out.count("WARNING: nothing takes loss in 68 of 72 rows") == 2
+
+
+# ---------------------------------------------------------------------------------------------- --load_checkpoint
+
+
 # ---------------------------------------------------------------------------------------------- --load_checkpoint
 
 
@@ -347,21 +385,47 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_any_data_is_read(tmp_p
 # ---------------------------------------------------------------------------------------------- stopped
 
 
-def test_an_interrupted_run_leaves_its_curve_and_whole_checkpoints(tmp_path, data, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_its_curve_and_its_last_step(whole, tmp_path, data, monkeypatch, capsys):
     rows, calls = Loader.rows, itertools.count()
 
     def interrupted(*args):
-        if next(calls) == 4:
-            raise KeyboardInterrupt
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
         return rows(*args)
 
     monkeypatch.setattr(Loader, "rows", interrupted)
-    given = (*data, "--total_steps=7", "--save_model_freq=3")
-    assert run_main(lambda argv: train(tmp_path, *given) and 0, []) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have put off
+    given = (*data, f"--total_steps={STEPS}", "--save_model_freq=2", "--autoresume")
+    try:
+        assert run_main(lambda argv: train(tmp_path, *given) and 0, []) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\n"
     run_dir = tmp_path / "run"
-    assert list(losses(run_dir)) == [1, 2, 3]
-    assert (run_dir / "loss.png").exists() and steps_of(run_dir) == ["3"]
+    done = max(losses(run_dir))
+    assert (run_dir / "loss.png").exists() and 2 <= done < STEPS
+    assert steps_of(run_dir) == [str(done)]
+    # It has the optimizer's state, though no flag asked for it: the run goes on as if nothing had been.
+    monkeypatch.undo()
+    train(tmp_path, *given)
+    assert losses(run_dir) == losses(whole[0])
+
+
+def test_what_saves_by_time_and_what_it_saves(tmp_path, data, monkeypatch):
+    saved = []
+    save = Checkpointer.save
+    spy = lambda self, step, entries, milestone: (
+        saved.append((step, set(entries))) or save(self, step, entries, milestone)
+    )
+    monkeypatch.setattr(Checkpointer, "save", spy)
+    run_dir = train(tmp_path, *data, "--save_minutes=1e-9")
+    whole_state = {"params", "opt_state", "meta"}
+    assert saved == [(1, whole_state), (2, whole_state), (3, {"params", "meta"})] and steps_of(run_dir) == ["3"]
+    times = lambda *given: (configured(*given).save_minutes, configured(*given).save_model_freq)
+    assert times() == (10, 0) and times("--save_milestone_freq=1000") == (10, 0)
+    assert times("--save_model_freq=0") == (0, 0) and times("--save_model_freq=5") == (0, 5)
+    assert times("--save_minutes=0") == (0, 0) and times("--save_model_freq=5", "--save_minutes=3") == (3, 5)
 
 
 def test_wandb_that_is_not_installed_is_said_before_anything_is_written(tmp_path, data, monkeypatch):

@@ -3,13 +3,22 @@
 import io
 import json
 import math
+import signal
+import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ringbpt.config import Config, LoggerConfig, UserError
-from ringbpt.training.metrics import MetricsWriter, format_row, read_rows
+from ringbpt.objectives import OBJECTIVES
+from ringbpt.objectives.objective import Objective
+from ringbpt.training.metrics import Clock, MetricsWriter, format_row, read_rows
+from ringbpt.training.step import Metrics
+from ringbpt.types import Mean
+from tests.pictures import cut_off, drawn
 
 CONFIG = Config(total_steps=1000)
 ROW = {
@@ -54,19 +63,101 @@ def test_a_resumed_run_drops_the_rows_it_will_repeat_and_a_line_cut_off_by_a_kil
     assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 
-def test_tensorboard_gets_the_finite_values(tmp_path):
+def events_of(path: Path) -> list:
     from tensorboardX.proto.event_pb2 import Event
 
-    metrics = writer(tmp_path)
-    metrics.write({"step": 7, "loss": 2.5, "gradient_norm": math.nan})
-    metrics.close()
-    [path] = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
     while data:  # a record: its length in 8 bytes, 4 of checksum, the event, 4 of checksum
         size = int.from_bytes(data[:8], "little")
         events.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
-    assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [(7, "loss", 2.5)]
+    return events
+
+
+def test_tensorboard_gets_the_finite_values(tmp_path):
+    for number in (1, 2):  # a run, and one that goes on after step 6: in the same second, and yet a file of its own
+        metrics = writer(tmp_path)
+        metrics.resume_from(6) if number == 2 else None
+        metrics.write({"step": 7, "loss": 2.5 * number, "gradient_norm": math.nan})
+        metrics.close()
+    first, second = map(events_of, sorted((tmp_path / "tensorboard").iterdir()))
+    scalars = [[(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] for events in (first, second)]
+    assert scalars == [[(7, "loss", 2.5)], [(7, "loss", 5.0)]]
+    assert [(e.step, e.session_log.status) for e in second if e.HasField("session_log")] == [(7, 1)]  # START: purges
+    assert all(e.wall_time for e in first + second)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ringbpt.config import Config
+from ringbpt.training.metrics import MetricsWriter
+writer = MetricsWriter(Path(sys.argv[1]), Config(), True)
+for step in range(1, 26):
+    writer.write({"step": step, "loss": 1.0 / step, "accuracy": 0.5})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_is_killed_has_lost_no_row(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    steps = list(range(1, 26))
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == steps
+    [path] = (tmp_path / "tensorboard").iterdir()
+    assert [e.step for e in events_of(path) for v in e.summary.value if v.tag == "loss"] == steps
+
+
+# --- steps to rows ---
+
+
+def step_metrics(**means: tuple[float, float]) -> Metrics:
+    own = {"tokens": 64.0, "pairs": 100.0, "learning_rate": 0.1, "gradient_norm": 2.0}
+    arrays = {name: Mean(np.float32(total), np.float32(weight)) for name, (total, weight) in means.items()}
+    return Metrics(arrays, {name: np.float32(value) for name, value in own.items()})
+
+
+def clock_of(log_freq: int, objective: Objective = OBJECTIVES["sft"], bytes_per_token: float = 2.0) -> Clock:
+    return Clock(Config(log_freq=log_freq, total_steps=100), objective, bytes_per_token)
+
+
+def test_a_row_is_the_mean_of_the_tokens_since_the_last_one():
+    clock = clock_of(3)
+    steps = [{"loss": (10.0, 10), "accuracy": (1.0, 10)}, {"loss": (90.0, 30), "accuracy": (30.0, 30)}]
+    assert clock.tick(1, step_metrics(**steps[0])) is None
+    clock.restart()  # a save: no step's time, but the steps' loss
+    assert clock.tick(2, step_metrics(**steps[1])) is None
+    row = clock.tick(3, step_metrics(loss=(8.0, 2), accuracy=(0.0, 2)))
+    assert (row["loss"], row["loss_step"], row["accuracy"]) == (pytest.approx(108 / 42), 4.0, pytest.approx(31 / 42))
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) / 2)
+    assert (row["gradient_norm"], row["tokens"]) == (2.0, 64.0)  # of the step
+    assert clock.tick(4, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1))) is None
+    clock.tick(5, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1)))
+    assert clock.tick(6, step_metrics(loss=(1.0, 2), accuracy=(1.0, 1)))["loss"] == 0.75  # nothing of the first three
+
+
+def test_what_nothing_was_weighed_for_is_no_number():
+    nothing = {"loss": (0.0, 0), "accuracy": (0.0, 0)}
+    clock, names = clock_of(2), {"loss", "loss_step", "accuracy", "bits_per_byte"}
+    clock.tick(1, step_metrics(**nothing))
+    row = clock.tick(2, step_metrics(**nothing))
+    assert not names & set(row) and row["gradient_norm"] == 2.0
+    assert "loss" not in format_row(row) and "0.0000" not in format_row(row)
+    clock.tick(3, step_metrics(loss=(6.0, 3), accuracy=(3.0, 3)))
+    row = clock.tick(4, step_metrics(**nothing))
+    assert (row["loss"], row["accuracy"]) == (2.0, 1.0) and "loss_step" not in row
+    # No text behind what takes loss (special tokens alone): there is a loss, and no bits per byte.
+    row = clock_of(1, bytes_per_token=math.inf).tick(1, step_metrics(loss=(6.0, 3), accuracy=(3.0, 3)))
+    assert row["loss"] == 2.0 and "bits_per_byte" not in row
+
+
+def test_a_loss_of_several_parts_is_the_sum_of_those_that_were_weighed():
+    parts = Objective(lambda *_: {}, lambda config: {"nll": 1.0, "marks": -0.5}, ())
+    row = clock_of(1, parts).tick(1, step_metrics(nll=(6.0, 3), marks=(0.0, 0), other=(1.0, 4)))
+    assert (row["loss"], row["loss_step"], row["nll"], row["other"]) == (2.0, 2.0, 2.0, 0.25) and "marks" not in row
+    row = clock_of(1, parts).tick(1, step_metrics(nll=(0.0, 0), marks=(0.0, 0), other=(1.0, 4)))
+    assert row["other"] == 0.25 and not {"loss", "nll", "marks", "loss_step"} & set(row)
+    assert math.isnan(clock_of(1, parts).tick(1, step_metrics(nll=(math.nan, 3), marks=(1.0, 1)))["loss"])
 
 
 def test_only_the_main_process_writes_unless_all_workers_are_logged(tmp_path, capsys):
@@ -121,25 +212,46 @@ def test_on_a_terminal_a_bar_moves_and_held_out_results_stay_above_it(tmp_path, 
     assert "held-out" in shown
 
 
-def test_loss_png_shows_both_curves_of_the_whole_run(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kwargs: drawn.append((figure, path)))
-    first = writer(tmp_path)
-    first.write({"step": 10, "loss": 4.0, "bits_per_byte": 6.0})
-    first.write({"step": 20, "loss": 9.0, "bits_per_byte": 9.0})
-    second = writer(tmp_path)
-    second.resume_from(10)
-    second.write({"step": 20, "loss": 3.0, "bits_per_byte": 5.0})
-    second.write({"step": 20, "eval_loss": 3.5, "eval_bits_per_byte": 5.5})
+def test_loss_png_shows_the_whole_run_in_one_panel(tmp_path, monkeypatch):
+    pictures, folder = drawn(monkeypatch), tmp_path / ("run-" * 40)
+    folder.mkdir()
+    first = writer(folder)
+    first.write({"step": 1000, "loss": 8.0, "loss_step": 7.0, "bits_per_byte": 12.0})
+    first.write({"step": 2000, "loss": 9.0, "loss_step": 9.0, "bits_per_byte": 13.5})
+    second = writer(folder)
+    second.resume_from(1000)
+    second.write({"step": 2000, "loss": 3.0, "loss_step": 2.5, "bits_per_byte": 4.5})
+    second.write({"step": 2000, "eval_loss": 3.5, "eval_bits_per_byte": 6.0})
     second.close()
-    [(figure, path)] = drawn
-    assert path == tmp_path / "loss.png"
-    lines = [[list(line.get_xydata().ravel()) for line in axis.lines] for axis in figure.axes]
-    assert lines == [[[10, 4, 20, 3], [20, 3.5]], [[10, 6, 20, 5], [20, 5.5]]]
-    assert all(axis.get_legend() and axis.get_ylabel() for axis in figure.axes)
-    assert figure.axes[-1].get_xlabel() == "step"
+    [(figure, path)] = pictures
+    assert path == folder / "loss.png" and cut_off(figure) == []
+    loss, bits = figure.axes
+    assert loss.get_title().replace("\n", "") == folder.name
+    curves = {line.get_label().split(" (")[0]: line.get_xydata().ravel().tolist() for line in loss.lines}
+    assert curves == {
+        "single steps": [1000, 7, 2000, 2.5], "training": [1000, 8, 2000, 3], "held-out": [2000, 3.5],
+    }  # fmt: skip
+    labels = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert "training (last: 3.000, 4.500 bits per byte)" in labels
+    # The right axis is the left one in another unit, that of the training data: those held out have other bytes.
+    assert bits.get_ylim() == pytest.approx(np.array(loss.get_ylim()) * 1.5)
+    assert (bits.get_ylabel(), bits.get_yscale()) == ("bits per byte of the training data", loss.get_yscale())
+    assert loss.get_yscale() == "log" and loss.get_xlabel() == "step"
+    assert "1,500" in [label.get_text() for label in loss.get_xticklabels()]
+    numbers = [label.get_text() for axis in (loss, bits) for label in axis.get_yticklabels()]
+    assert numbers and all(float(number) > 0 for number in numbers)  # 3 and 2.5, and no 10^0
+
+
+def test_a_curve_of_means_that_are_single_steps_is_drawn_once(tmp_path, monkeypatch):
+    pictures, metrics = drawn(monkeypatch), writer(tmp_path)
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 2.0 + step / 10, "loss_step": 2.0 + step / 10})
+    metrics.write({"step": 3, "gradient_norm": 0.0})  # nothing took loss
+    metrics.close()
+    [(figure, _)] = pictures
+    [axis] = figure.axes  # and no bits per byte, where there are none
+    assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 2.1], [2, 2.2]]]
+    assert axis.get_yscale() == "linear"
 
 
 def test_loss_png_is_a_picture_and_an_empty_run_draws_none(tmp_path):

@@ -29,7 +29,7 @@ SETTLED_SECONDS = 2.0
 
 
 def split_paths(path: str, flag: str) -> list[tuple[str, float | None]]:
-    """`"a,b"` or `"a:0.7,b:0.3"` -> [(path, weight)]; weights are shares of the examples, None where none is given.
+    """`"a,b"` or `"a:0.7,b:0.3"` -> [(path, weight)]; weights are shares, None where none is given.
 
     A path that exists as it is written is one path, whatever commas it has. Raises UserError.
     """
