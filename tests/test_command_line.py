@@ -129,6 +129,13 @@ def test_plan_and_verify_print_json_alone(monkeypatch, capsys):
     assert (shown := capsys.readouterr()) and json.loads(shown.out) == found and "1 of 1 variants" in shown.err
 
 
+def test_a_reader_that_has_had_enough_is_no_fault():
+    code = "import sys\nfrom ringbpt.config import run_main\nsys.exit(run_main(lambda argv: print('line\\n' * 99999)))"
+    command = f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "line\n", "")
+
+
 def test_every_report_can_be_json():
     for entry in (plan, verify, inspect, evaluate):
         assert entry.FLAGS["json"] is JSON
@@ -150,7 +157,7 @@ def test_a_models_name_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
     def download(name, allow_patterns, local_files_only):
-        asked.append((name, "*.safetensors" in allow_patterns, local_files_only))
+        asked.append((name, "model*.safetensors" in allow_patterns, local_files_only))
         if name.startswith("away/"):
             raise LocalEntryNotFoundError("a long story\nin many lines")
         if name.startswith("none/"):

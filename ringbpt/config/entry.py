@@ -5,6 +5,7 @@ An entry has flags of its own, {name: Flag}, or takes a training run's, or both.
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -200,21 +201,26 @@ class _Printed(logging.Handler):
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
-    A UserError is one line on stderr and its own code, Ctrl-C is 130; whatever else is a fault of ours and keeps its
-    traceback.
+    A UserError is one line on stderr and its own code, Ctrl-C is 130, a pipe that nobody reads 141; whatever else is a
+    fault of ours and keeps its traceback.
     """
     log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
     log.addHandler(printed)
     log.setLevel(logging.INFO)
     log.propagate = False  # a handler that some library gave to all logs would say each line again, on stderr
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     finally:
         log.removeHandler(printed)
         log.propagate = True

@@ -7,7 +7,7 @@ from ringbpt.config.values import UserError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What a model is and its tokenizer; and its weights.
-SETTINGS, WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model"), ("*.safetensors",)
+SETTINGS, WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model"), ("model*.safetensors",)
 
 
 def stop_asking_where_none_answers() -> bool:

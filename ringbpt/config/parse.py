@@ -31,7 +31,7 @@ HOME = PACKAGE if (PACKAGE / "configs").is_dir() else ROOT
 DEFAULT_RECIPE = "configs/debug.py"
 UPDATE = "update_llama_config"
 HUGGINGFACE = "huggingface::"  # before a --load_checkpoint
-MODEL_FLAGS = {f"llama.{item.name}" for item in fields(Architecture)}
+ARCHITECTURE_FLAGS = {f"llama.{item.name}" for item in fields(Architecture)}
 ADAMW = "optimizer.adamw_optimizer"
 APPLIED = "_applied_preset"  # a tree's attribute, no key: the preset whose sizes it was given
 
@@ -137,7 +137,7 @@ def parse_args(argv: list[str]) -> ConfigDict:
 def _says_what(name: str, value: Any) -> bool:
     """Whether a flag says something of what is trained: of a model, its data or its tokenizer; not of how."""
     group = name.partition(".")[0]
-    model = name in ("load_llama_config", "load_checkpoint", UPDATE) or name in MODEL_FLAGS
+    model = name in ("load_llama_config", "load_checkpoint", UPDATE) or name in ARCHITECTURE_FLAGS
     return value != "" and (model or name in OF_DATA or group in (*SPLITS, "tokenizer"))
 
 
