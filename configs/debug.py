@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
 
     config.llama.vocab_size = 288
     config.llama.max_sequence_length = 1024
-    config.llama.attention_type = "ring_blockwise"
     config.llama.scan_query_chunk_size = 32
     config.llama.scan_key_chunk_size = 32
     config.llama.scan_mlp = True

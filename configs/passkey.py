@@ -38,7 +38,6 @@ def get_config() -> ConfigDict:
     config.llama.head_dim = 32
     config.llama.theta = 1e6  # turns so slow that half of a head tells what a token is, at any distance here
     config.llama.max_sequence_length = 1024
-    config.llama.attention_type = "blockwise"
     config.llama.scan_query_chunk_size = 128
     config.llama.scan_key_chunk_size = 128
     config.llama.loss_chunk_size = 1024

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.config import JSON, Flag, UserError, check_folders, json_to, printed_help, read_flags, run_main
 from ringbpt.generate import MODEL_FLAGS, start_model
 
 FLAGS = MODEL_FLAGS | {
@@ -25,6 +25,7 @@ FLAGS = MODEL_FLAGS | {
     "batch_size": Flag(int, 8, "rows at a time", at_least=1),
     "seed": Flag(int, 0, "of the passkeys"),
     "output": Flag(str, "evaluation", "the folder for results.json, passkey.png, perplexity.png, choices.jsonl"),
+    "json": JSON,
 }
 
 
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     flags = read_flags(argv, FLAGS)
     if not any(flags[name] for name in ("perplexity", "passkey", "choices")):
         raise UserError("give at least one of --perplexity=FILE, --passkey=LENGTHS and --choices=FILE")
+    check_folders(flags, "json")
     lengths = read_lengths(flags["passkey"]) if flags["passkey"] else []
     from ringbpt.checkpoint.load import describe_checkpoint
     from ringbpt.evaluation.choices import read_choices, report_choices
@@ -52,21 +54,26 @@ def main(argv: list[str]) -> int:
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
     found = describe_checkpoint(flags["load_checkpoint"])
     encode = find_tokenizer(found, flags["tokenizer"], flags["chat_template"]).encode_prompt
-    model, params = start_model(flags)
-    scorer = Scorer(model, flags["batch_size"])
-    output, name = Path(flags["output"]), flags["load_checkpoint"].rpartition("::")[2]
-    output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
-    if flags["perplexity"]:
-        texts, limit, batches, buckets = (flags[name] for name in ("perplexity", "seq_length", "batches", "buckets"))
-        results["perplexity"] = report_perplexity(scorer, params, encode, texts, limit, batches, buckets, output, name)
-    if lengths:
-        depths, samples, seed = (flags[name] for name in ("depths", "samples", "seed"))
-        results["passkey"] = report_passkeys(scorer, params, encode, lengths, depths, samples, seed, output, name)
-    if rows:
-        results["choices"] = report_choices(scorer, params, encode, rows, output)
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {output}/results.json")
+    with json_to(flags["json"]) as write:
+        model, params = start_model(flags)
+        scorer = Scorer(model, flags["batch_size"])
+        output, name = Path(flags["output"]), flags["load_checkpoint"].rpartition("::")[2]
+        output.mkdir(parents=True, exist_ok=True)
+        results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
+        if flags["perplexity"]:
+            texts, limit, batches, buckets = (flags[x] for x in ("perplexity", "seq_length", "batches", "buckets"))
+            results["perplexity"] = report_perplexity(
+                scorer, params, encode, texts, limit, batches, buckets, output, name
+            )
+        if lengths:
+            depths, samples, seed = (flags[name] for name in ("depths", "samples", "seed"))
+            results["passkey"] = report_passkeys(scorer, params, encode, lengths, depths, samples, seed, output, name)
+        if rows:
+            results["choices"] = report_choices(scorer, params, encode, rows, output)
+        report = json.dumps(results, indent=1) + "\n"
+        (output / "results.json").write_text(report)
+        print(f"wrote {output}/results.json")
+        write(report)
     return 0
 
 

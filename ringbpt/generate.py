@@ -8,6 +8,7 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ MODEL_FLAGS = {
     "load_checkpoint": Flag(
         str,
         "",
-        "huggingface::DIR, or params::PATH of a run, a step, or scripts/hf2jax.py's output",
+        "huggingface::DIR (or a name on the hub), or params::PATH of a run, a step, or scripts/hf2jax.py's output",
         prefixes=RUN_FLAGS["load_checkpoint"].prefixes,
         required=True,
     ),
@@ -90,16 +91,17 @@ def main(argv: list[str]) -> int:
     chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
     encode: Any = make_chat_encoder(tokenizer) if chats else None
     prompts = [_encoded(row, tokenizer, encode, f"{flags['prompts']}, prompt {n}") for n, row in enumerate(rows, 1)]
-    model, params = start_model(flags)
-    generator = Generator(model, params)
-    del params
-    if flags["chat"]:
-        from ringbpt.generation.chat import chat
+    count, size, stops = (flags[name] for name in ("max_new_tokens", "batch_size", "stop"))
+    text = sys.stdout
+    with redirect_stdout(sys.stderr):  # standard output has the text alone
+        model, params = start_model(flags)
+        generator = Generator(model, params)
+        del params
+        if flags["chat"]:
+            from ringbpt.generation.chat import chat
 
-        return chat(generator, tokenizer, encode, sampling, flags["max_new_tokens"], flags["stop"], flags["system"])
-    done = dict(
-        complete(generator, tokenizer, prompts, sampling, flags["max_new_tokens"], flags["batch_size"], flags["stop"])
-    )
+            return chat(generator, tokenizer, encode, sampling, count, stops, flags["system"], text)
+        done = dict(complete(generator, tokenizer, prompts, sampling, count, size, stops))
     if flags["prompt"] and not flags["output"]:
         print(done[0].text)
         return 0
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
     output = Path(flags["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(lines), encoding="utf-8")
-    print(f"wrote {output}: {len(lines)} completions")
+    print(f"wrote {output}: {len(lines)} completions", file=sys.stderr)
     return 0
 
 

@@ -1,20 +1,45 @@
-"""`python -m ringbpt.inspect <flags of train>`: the first batches in the terminal and as a page, or their digest."""
+"""`python -m ringbpt.inspect <flags of train>`: the first batches in the terminal, as a page, or as JSON for programs.
 
+--json[=FILE] writes a line for each document, {"batch", "row", "document", "tokens": [id], "texts": [str],
+"loss": [0 or 1], "positions": [...]}: loss is 1 where that token is itself learnt. A document that a row's end cuts is
+told in its pieces. A token that the end of a row predicts stands last in the piece where it is learnt, and in the next
+piece, if there is one, first, without loss.
+"""
+
+import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import Flag, UserError, parse, parse_args, printed_help, run_main, split_flags
+from ringbpt.config import (
+    JSON,
+    STDOUT,
+    Config,
+    Flag,
+    UserError,
+    check_folders,
+    json_to,
+    parse,
+    parse_args,
+    printed_help,
+    run_main,
+    split_flags,
+)
 
+PAGE = "auto"
 FLAGS = {
     "digest": Flag(int, 0, "print only the sha256 of the first so many global batches, for two machines to compare"),
-    "html": Flag(str, "inspect.html", "the page; empty: none"),
+    "html": Flag(str, None, "the page; alone: inspect.html in the run or a temporary folder; empty: none", bare=PAGE),
+    "json": JSON,
     "batches": Flag(int, 2, "how many batches are shown", at_least=1),
-    "rows": Flag(int, 4, "how many rows of each", at_least=1),
-    "tokens": Flag(int, 1024, "how many places of a row", at_least=1),
+    "rows": Flag(int | None, None, "how many rows of each; None: 4, and in JSON all", at_least=1),
+    "tokens": Flag(int, 1024, "how many places of a row the page has", at_least=1),
     "split": Flag(str, "train_dataset", "train_dataset or eval_dataset"),
 }
 IN_TERMINAL = 160  # places of a row
+ROWS = 4
 
 
 def main(argv: list[str]) -> int:
@@ -23,6 +48,9 @@ def main(argv: list[str]) -> int:
     own, rest = split_flags(argv, FLAGS)
     if own["split"] not in ("train_dataset", "eval_dataset"):
         raise UserError(f"--split={own['split']} is none of train_dataset, eval_dataset: try --split=train_dataset")
+    check_folders(own, "json")
+    if own["html"] is None:
+        own["html"] = "" if own["json"] else PAGE
     tree = parse_args(rest)
     from ringbpt.mesh import start_jax
 
@@ -30,24 +58,40 @@ def main(argv: list[str]) -> int:
     from ringbpt.data.text.tokenizers import make_tokenizer
     from ringbpt.training.loop import loader_of
 
-    tokenizer = make_tokenizer(config.tokenizer)
-    loader = loader_of(config, tokenizer, own["split"])
-    if own["digest"]:
-        print(f"{loader.digest(own['digest'])}  the first {own['digest']} batches")
-        return 0
-    layout, sp = config.execution.sequence_layout, config.mesh_shape[3]
-    views = make_views(loader, own["batches"], own["rows"], layout, sp)
-    show(loader, tokenizer, views)
-    if own["html"]:
-        from ringbpt.data.page import page
+    with json_to(own["json"]) as write:
+        tokenizer = make_tokenizer(config.tokenizer)
+        loader = loader_of(config, tokenizer, own["split"])
+        if own["digest"]:
+            digest = loader.digest(own["digest"])
+            print(f"{digest}  the first {own['digest']} batches")
+            write(json.dumps({"digest": digest, "batches": own["digest"]}) + "\n")
+            return 0
+        layout, sp = config.execution.sequence_layout, config.mesh_shape.sp
+        if own["json"]:
+            told = make_views(loader, own["batches"], own["rows"] or loader.batch_size, layout, sp)
+            write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents(tokenizer, told)))
+        views = make_views(loader, own["batches"], own["rows"] or ROWS, layout, sp)
+        if own["json"] != STDOUT:
+            show(loader, tokenizer, views)
+        if own["html"]:
+            from ringbpt.data.page import page
 
-        path = Path(own["html"]).expanduser()
-        try:
-            path.write_text(page(loader, tokenizer, views, sp, layout, own["tokens"]), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--html={str(path)!r}: {error.strerror}; give another name", code=4) from None
-        print(f"page: {path}")
+            path = page_path(own["html"], config)
+            try:
+                path.write_text(page(loader, tokenizer, views, sp, layout, own["tokens"]), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--html={str(path)!r}: {error.strerror}; give another name", code=4) from None
+            print(f"page: {path}")
     return 0
+
+
+def page_path(name: str, config: Config) -> Path:
+    """Where the page goes: the file that was named, or one in the run's folder, if it is there, or a temporary one."""
+    if name != PAGE:
+        return Path(name).expanduser()
+    run = Path(config.logger.output_dir).expanduser() / config.logger.experiment_id
+    folder = run if config.logger.experiment_id and run.is_dir() else Path(tempfile.mkdtemp(prefix="ringbpt-"))
+    return folder / "inspect.html"
 
 
 def make_views(loader: Any, batches: int, rows: int, layout: str, sp: int) -> list[Any]:
@@ -57,30 +101,58 @@ def make_views(loader: Any, batches: int, rows: int, layout: str, sp: int) -> li
 
     place_T = inverse(permutation(layout, loader.seq_length, sp))
     shard_T = place_T // (loader.seq_length // sp)
-    shown = range(min(rows, loader.batch_size))
-    steps = range(min(batches, loader.steps_per_epoch))
-    return [View(step, [loader.row(0, step * loader.batch_size + row) for row in shown], shard_T) for step in steps]
+    views = []
+    for step in range(min(batches, loader.steps_per_epoch)):
+        columns = loader.rows(step, 0, min(rows, loader.batch_size)).by_name()
+        shown = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        views.append(View(step, shown, shard_T))
+    return views
+
+
+def documents(tokenizer: Any, views: list[Any]) -> Iterator[dict[str, Any]]:
+    """What --json tells, a document at a time."""
+    from ringbpt.data.documents import pieces_of
+    from ringbpt.data.text.tokenizers import reads_as
+
+    for view in views:
+        for number, row in enumerate(view.rows):
+            for document, (length, values) in enumerate(pieces_of(row), start=1):
+                loss = [int(weight > 0) for weight in values["mask"]]
+                # What the last place predicts stands in no place of this row.
+                count = length + loss[-1]
+                tokens = [int(token) for token in values["token"][:count]]
+                positions = [int(position) for position in values["position"]]
+                yield {
+                    "batch": view.step,
+                    "row": number,
+                    "document": document,
+                    "tokens": tokens,
+                    "texts": [reads_as(tokenizer, token) for token in tokens],
+                    "loss": loss[:count],
+                    "positions": [*positions, positions[-1] + 1][:count],
+                }
 
 
 def show(loader: Any, tokenizer: Any, views: list[Any]) -> None:
-    """The begin of each row in the terminal: green takes loss, a bar begins a document, dots are padding."""
+    """The begin of each row in the terminal."""
     from rich.console import Console
     from rich.text import Text
 
+    from ringbpt.data.documents import learnt
     from ringbpt.data.page import shown
 
     console = Console()
     console.print(loader.describe(), highlight=False)
-    console.print("green takes loss, a bar begins a document, dots are padding", style="dim")
+    console.print("green is learnt, a bar begins a document, dots are padding", style="dim")
     for view in views:
         for number, row in enumerate(view.rows):
-            line = Text(f"batch {view.step} row {number}  ", style="bold")
+            line, learnt_T = Text(f"batch {view.step} row {number}  ", style="bold"), learnt(row)
             for place in range(min(IN_TERMINAL, len(row["token"]))):
                 segment = int(row["segment"][place])
                 if segment and (place == 0 or segment != int(row["segment"][place - 1])):
                     line.append("│", style="bold red")
                 text = shown(tokenizer, int(row["token"][place])).replace("\n", "") if segment else "·"
-                line.append(text, style="green" if row["weight"][place] else "dim")
+                line.append(text, style="green" if learnt_T[place] else "dim")
             console.print(line)
 
 

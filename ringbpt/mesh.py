@@ -24,8 +24,7 @@ def start_jax(tree: ConfigDict) -> int:
     """
     if tree.num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", tree.num_cpu_devices)
-    if _only_compilers():
-        jax.config.update("jax_platforms", "cpu")
+    choose_platform()
     distributed = tree.jax_distributed
     if distributed.initialize_jax_distributed:
         ids = distributed.local_device_ids or ""
@@ -46,18 +45,17 @@ def start_jax(tree: ConfigDict) -> int:
     return jax.device_count()
 
 
-def _only_compilers() -> bool:
-    """True where jax would find a TPU's or an NVIDIA GPU's compiler (the aot extra) but this machine has neither.
+def choose_platform() -> None:
+    """Before anything touches a device: the CPU, where jax would find a TPU's or an NVIDIA GPU's compiler (the aot
+    extra) but this machine has neither.
 
     Asked for devices, they complain at length; told to leave it, jax takes the CPU as it would in the end.
     """
     plugins = {entry.name for entry in entry_points(group="jax_plugins")}
     devices = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg")
-    return (
-        jax.config.jax_platforms is None
-        and plugins <= {"xla_cuda12", "xla_cuda13"}
-        and not any(map(glob.glob, devices))
-    )
+    known = plugins <= {"xla_cuda12", "xla_cuda13"}
+    if jax.config.jax_platforms is None and known and not any(map(glob.glob, devices)):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:

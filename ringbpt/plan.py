@@ -8,13 +8,24 @@ import json
 import sys
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, check_folders, parse, parse_args, printed_help, run_main, split_flags
+from ringbpt.config import (
+    JSON,
+    Flag,
+    UserError,
+    check_folders,
+    json_to,
+    parse,
+    parse_args,
+    printed_help,
+    run_main,
+    split_flags,
+)
 
 FLAGS = {
     "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8"),
     "find": Flag(str, "", "the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)"),
     "suggest": Flag(bool, False, "a few changes that make it fit or go faster, each with its own compiled figures"),
-    "json": Flag(str, "", "the report as JSON"),
+    "json": JSON,
     "png": Flag(str, "", "a picture of the memory"),
 }
 
@@ -40,15 +51,15 @@ def main(argv: list[str]) -> int:
     machine = topology(own["topology"])
     config = parse(tree, len(machine.devices))
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    plan = find(tree, machine, own["find"], say) if own["find"] else make_plan(config, machine)
-    report = plan.as_dict()
-    print(table(report))
-    if own["suggest"]:
-        print("\nwith                                                      total    a step, s")
-        for flags, other in suggest(tree, machine):
-            print(suggestion(flags, other), flush=True)
-    if own["json"]:
-        Path(own["json"]).expanduser().write_text(json.dumps(report, indent=1) + "\n")
+    with json_to(own["json"]) as write:
+        plan = find(tree, machine, own["find"], say) if own["find"] else make_plan(config, machine)
+        report = plan.as_dict()
+        print(table(report))
+        if own["suggest"]:
+            print("\nwith                                                      total    a step, s")
+            for flags, other in suggest(tree, machine):
+                print(suggestion(flags, other), flush=True)
+        write(json.dumps(report, indent=1) + "\n")
     if own["png"]:
         draw(report, Path(own["png"]).expanduser())
     return 0 if plan.fits else 1

@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, combinations, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringbpt.config import (
+    JSON,
     Config,
     Execution,
     Flag,
     UserError,
     check,
     check_folders,
+    json_to,
     parse,
     parse_args,
     printed_help,
@@ -43,7 +44,7 @@ GROUPS = {
 }
 FLAGS = {
     "tolerance": Flag(float, 0.0, "the largest relative difference; 0: 1e-5 in float32, 2e-2 in bfloat16"),
-    "json": Flag(str, "", "the report as JSON"),
+    "json": JSON,
     "real_devices": Flag(bool, False, "on the devices at hand instead of 8 virtual CPU devices"),
 }
 
@@ -266,13 +267,13 @@ def main(argv: list[str]) -> int:
     device_count = start_jax(tree)
     config = parse(tree, device_count)
     tolerance = own["tolerance"] or (1e-5 if config.dtype == "fp32" else 2e-2)
-    report = verify(config, device_count, tolerance)
-    if own["json"]:
-        Path(own["json"]).expanduser().write_text(json.dumps(report, indent=1) + "\n")
-    bad = sum(not row["ok"] for row in report["rows"])
-    for line in report["parting"]:
-        print(f"the numbers part along {line}")
-    print(f"{len(report['rows']) - bad} of {len(report['rows'])} variants agree with the plainest to {tolerance:g}")
+    with json_to(own["json"]) as write:
+        report = verify(config, device_count, tolerance)
+        bad = sum(not row["ok"] for row in report["rows"])
+        for line in report["parting"]:
+            print(f"the numbers part along {line}")
+        print(f"{len(report['rows']) - bad} of {len(report['rows'])} variants agree with the plainest to {tolerance:g}")
+        write(json.dumps(report, indent=1) + "\n")
     return 1 if bad else 0
 
 

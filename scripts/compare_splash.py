@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from ringbpt.attention import MaskSpec, make_attention, permutation
 from ringbpt.attention.core import row_visibility
+from ringbpt.config import printed_help, run_main
 from ringbpt.mesh import make_mesh
 from ringbpt.planning.topologies import topology
 from ringbpt.types import TokenMeta
@@ -34,7 +35,10 @@ def visits(q_position, kv_position, segment_q, segment_kv) -> int:
     return int(row_visibility(*metas, MaskSpec(), BLOCK, BLOCK)[0].sum())
 
 
-def main(name: str = "v5e-4", tokens: str = "32768") -> None:
+def main(argv: list[str]) -> None:
+    if printed_help(argv, doc=__doc__):
+        return
+    name, tokens = (*argv, *("v5e-4", "32768")[len(argv) :])
     jax.config.update("jax_platforms", "cpu")  # whatever is here, nothing runs on it
     machine, T = topology(name), int(tokens)
     mesh = make_mesh((1, 1, 1, 1), devices=machine.devices[:1])
@@ -76,4 +80,4 @@ def main(name: str = "v5e-4", tokens: str = "32768") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_main(main))

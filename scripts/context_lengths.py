@@ -1,10 +1,9 @@
 """docs/context_lengths.md: the longest sequence that fits, by compiling ahead of time, beside what others published.
 
-    python scripts/context_lengths.py [--only=TEXT] [--times=1] [--close=1.1] [--most=3]
+    python scripts/context_lengths.py
 
 Every row that is computed is kept in docs/context_lengths.json, so that a run can be stopped and gone on with; the
-page is written from that file. A row begins at their length, or so many --times it, and ends --close to the limit or
-after --most compiles. --only: rows whose name contains the text.
+page is written from that file.
 """
 
 import json
@@ -13,11 +12,17 @@ from pathlib import Path
 
 import jax
 
-from ringbpt.config import parse_args
+from ringbpt.config import Flag, parse_args, printed_help, read_flags, run_main
 from ringbpt.planning.report import size
 from ringbpt.planning.search import find
 from ringbpt.planning.topologies import topology
 
+FLAGS = {
+    "only": Flag(str, "", "rows whose name contains this text"),
+    "times": Flag(float, 1.0, "a row begins at so many times their length", above=0),
+    "close": Flag(float, 1.25, "how close to the limit a row ends", above=1),
+    "most": Flag(int, 3, "after how many compiles it ends", at_least=1),
+}
 DOCS = Path(__file__).parents[1] / "docs"
 K = 1024
 LLAMA8 = (4096, 14336, 32, 32, 8, 128256)
@@ -111,28 +116,30 @@ def write_page(known: dict) -> None:
     (DOCS / "context_lengths.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    own = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
+def main(argv: list[str]) -> int:
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    own = read_flags(argv, FLAGS)
     file = DOCS / "context_lengths.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     jax.config.update("jax_platforms", "cpu")
     for source, hardware, model, theirs, machine, mesh, flags in ROWS:
         name = f"{source} {hardware} {model if isinstance(model, str) else model[0]}"
-        if name in known or own.get("only", "") not in name:
+        if name in known or own["only"] not in name:
             continue
         print(name, flush=True)
         try:
             say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
-            tree = parse_args(flags_of(model, round(theirs * float(own.get("times", 1))), mesh, flags))
-            close, most = float(own.get("close", 1.25)), int(own.get("most", 3))
-            plan = find(tree, topology(machine), "seq_length", say, close, most)
+            tree = parse_args(flags_of(model, round(theirs * own["times"]), mesh, flags))
+            plan = find(tree, topology(machine), "seq_length", say, own["close"], own["most"])
             program, ours = plan.program, plan.config.train_dataset.seq_length
             known[name] = {"ours": ours, "total": program.total, "limit": plan.machine.memory, "host": program.host}
         except Exception as error:  # a compiler that gives up is an answer too
             known[name] = {"refused": " ".join(str(error).split())[:200]}
         file.write_text(json.dumps(known, indent=1) + "\n")
     write_page(known)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     flags = read_flags(argv, FLAGS)
     source, output, size = Path(flags["checkpoint_dir"]), Path(flags["output_file"]), flags["model_size"]
     from ringbpt.checkpoint.huggingface import open_folder, to_ours
+    from ringbpt.mesh import choose_platform
 
+    choose_platform()
     llama = open_folder(source).architecture
     sizes = PRESETS.get(size, {})
     if size and not sizes:

@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
     output = Path(flags["output_dir"])
     tokenizer = Path(flags["huggingface_dir"]) if flags["huggingface_dir"] else None
     from ringbpt.checkpoint.export import report_parity, to_huggingface
+    from ringbpt.mesh import choose_platform
 
+    choose_platform()
     limit = int(flags["max_shard_gb"] * (1 << 30))
     to_huggingface(flags["load_checkpoint"], output, tokenizer, flags["dtype"], limit)
     print(f"wrote {output}")

@@ -16,6 +16,7 @@ from ringbpt.config import (
     UserError,
     parse,
     parse_args,
+    printed_help,
     run_main,
     split_flags,
 )
@@ -28,8 +29,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     own, rest = split_flags(argv, FLAGS)
     if not own["output"]:
@@ -39,10 +39,9 @@ def main(argv: list[str]) -> int:
     from ringbpt.data.reading.catalogue import make_source, parts_of
     from ringbpt.data.stored.prepare import prepare, write_jsonl
 
-    hub = HuggingfaceDatasetConfig(path="Skylion007/openwebtext", name="")
+    hub = HuggingfaceDatasetConfig(path="Skylion007/openwebtext")
     if own["openwebtext"]:
         rest += ["--train_dataset.type=huggingface", f"--train_dataset.huggingface_dataset.path={hub.path}"]
-        rest += ["--train_dataset.huggingface_dataset.name="]
     if output.suffix == ".jsonl":
         tree = parse_args(rest)
         dataset = DatasetConfig(type="huggingface", huggingface_dataset=hub)

@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from ringbpt.attention.core import MaskSpec  # noqa: E402
 from ringbpt.attention.local.pallas_tpu import make_pallas_tpu  # noqa: E402
+from ringbpt.config import printed_help, run_main  # noqa: E402
 from ringbpt.planning.topologies import topology  # noqa: E402
 from ringbpt.types import TokenMeta  # noqa: E402
 
@@ -43,7 +44,10 @@ def stretches(file: Path) -> list[int]:
     return sorted([*lengths, length], reverse=True)
 
 
-def main(name: str = "v5e-4", block: str = "512") -> None:
+def main(argv: list[str]) -> None:
+    if printed_help(argv, doc=__doc__):
+        return
+    name, block = (*argv, *("v5e-4", "512")[len(argv) :])
     machine, size = topology(name), int(block)
     array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(machine.devices[0]))
     q, k = (array((1, T, n, H), jnp.bfloat16) for n in (N, K))
@@ -71,4 +75,4 @@ def main(name: str = "v5e-4", block: str = "512") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_main(main))

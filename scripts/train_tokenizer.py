@@ -7,7 +7,7 @@ python scripts/train_tokenizer.py --output=DIR --kind=bpe --vocab_size=32000 <th
 import sys
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, parse, parse_args, run_main, split_flags
+from ringbpt.config import Flag, UserError, parse, parse_args, printed_help, run_main, split_flags
 
 FLAGS = {
     "output": Flag(str, "", "a .model file (sentencepiece), or a new folder (bpe)"),
@@ -18,8 +18,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     own, rest = split_flags(argv, FLAGS)
     if not own["output"] or Path(own["output"]).exists():

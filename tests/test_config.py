@@ -114,10 +114,111 @@ def test_original_defaults():
 # --- what is applied when ---
 
 
-def test_no_flags_is_the_debug_recipe_and_any_flag_is_not():
-    assert configured().mesh_shape == (1, 1, 1, 8)
-    assert parse_args(["--print_config"]).llama.hidden_size == 128
-    assert parse_args(["--seed=1"]).llama.hidden_size == 4096
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "--print_config", "--seed=1", "--mesh_dim=1,1,1,8 --num_cpu_devices=8 --total_steps=3", "--autoresume",
+        "--ring_attn_size=8", "--optimizer.type=lion", "--learning_rate=1e-3", "--llama.scan_mlp=False",
+        "--load_checkpoint= --load_dataset_state=", "--logger.output_dir=elsewhere",
+    ],
+)  # fmt: skip
+def test_flags_that_say_nothing_of_what_is_trained_start_from_the_debug_recipe(line):
+    assert parse_args(line.split()).tokenizer.vocab_file == "bytes"
+    assert configured(*(word for word in line.split() if word != "--print_config")).mesh_shape == (1, 1, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--load_llama_config=debug", "--llama.num_hidden_layers=2", "--load_checkpoint=params::x",
+        "--update_llama_config=dict(scan_mlp=True)", "--train_dataset.type=python", "--tokenizer.vocab_file=t.model",
+        "--eval_dataset.json_dataset.path=x", "--cutoff_len=64", "--dataset=a.jsonl", "--sample_packing", "--config=",
+    ],
+)  # fmt: skip
+def test_flags_that_say_what_is_trained_start_from_the_defaults(line):
+    tree = parse_args(["--mesh_dim=1,1,1,8", line])
+    assert (tree.dtype, tree.num_cpu_devices) == ("bf16", 0) and tree.tokenizer.vocab_file != "bytes"
+
+
+@pytest.mark.parametrize(
+    ("mesh_dim", "devices"), [("1,1,1,4", 4), ("!dp:1,fsdp:2,tp:1,sp:1", 2), ("1,-1,1,2", 8), ("1,1,4,64", 256)]
+)
+def test_a_mesh_says_how_many_virtual_devices_a_recipe_wants(mesh_dim, devices):
+    for recipe in ([], ["--config=configs/debug.py"]):
+        assert parse_args([*recipe, f"--mesh_dim={mesh_dim}"]).num_cpu_devices == devices
+        assert parse_args([*recipe, f"--mesh_dim={mesh_dim}", "--num_cpu_devices=3"]).num_cpu_devices == 3
+    assert parse_args([f"--mesh_dim={mesh_dim}", "--load_llama_config=7b"]).num_cpu_devices == 0
+
+
+def test_the_mesh_says_which_attention():
+    flags = ["--load_llama_config=debug", "--tokenizer.vocab_file=bytes"]
+    for mesh_dim, kind in (("1,1,1,8", "ring_blockwise"), ("1,8,1,1", "blockwise"), ("2,1,2,2", "ring_blockwise")):
+        assert configured(*flags, f"--mesh_dim={mesh_dim}").execution.attention_type == kind
+        given = configured(*flags, f"--mesh_dim={mesh_dim}", "--llama.attention_type=ring_standard")
+        assert given.execution.attention_type == "ring_standard"
+    assert "keeps a sequence on one device" in refusal(*flags, "--mesh_dim=1,1,1,8", "--llama.attention_type=standard")
+
+
+# --- the rates that nobody gave ---
+
+
+def rates(*argv: str) -> tuple:
+    """(lr, end_lr, lr_warmup_steps, lr_decay_steps) of AdamW."""
+    group = configured("--load_llama_config=debug", *argv).optimizer.adamw_optimizer
+    return group.lr, group.end_lr, group.lr_warmup_steps, group.lr_decay_steps
+
+
+FINE, NEW = (2e-5, 2e-6, 30, 1000), (3e-4, 3e-5, 100, 1000)
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--total_steps=1000", NEW),
+        ("--total_steps=1000 --load_checkpoint=params::runs/x", FINE),
+        ("--total_steps=1000 --load_checkpoint=trainstate_params::runs/x", FINE),
+        ("--total_steps=1000 --load_checkpoint=flax_params::x --autoresume", FINE),
+        ("--total_steps=1000 --load_checkpoint=trainstate::runs/x", NEW),
+        ("--total_steps=1000 --autoresume", NEW),
+        ("--total_steps=400000", (3e-4, 3e-5, 2000, 400000)),
+        ("--total_steps=3", (3e-4, 3e-5, 0, 3)),
+        # A value that is given stays, and the others make room for it.
+        ("--learning_rate=1e-3 --total_steps=1000", (1e-3, 1e-4, 100, 1000)),
+        ("--learning_rate=0 --total_steps=1000 --load_checkpoint=params::x", (0.0, 0.0, 30, 1000)),
+        ("--optimizer.adamw_optimizer.end_lr=0 --load_checkpoint=params::x --total_steps=1000", (2e-5, 0, 30, 1000)),
+        ("--optimizer.adamw_optimizer.lr_warmup_steps=2000 --total_steps=10", (3e-4, 3e-5, 2000, 2001)),
+        ("--optimizer.adamw_optimizer.lr_decay_steps=50 --total_steps=1000", (3e-4, 3e-5, 49, 50)),
+    ],
+)
+def test_rates_that_nobody_gave(line, wanted):
+    assert rates(*line.split()) == wanted
+
+
+def test_rates_of_the_other_optimizers():
+    for load, lion, muon, palm in (("", 1e-4, (0.02, 3e-4), 0.01), ("params::x", 5e-6, (1e-3, 2e-5), 1e-3)):
+        optimizer = configured("--load_llama_config=debug", f"--load_checkpoint={load}").optimizer
+        assert optimizer.lion_optimizer.lr == lion and optimizer.palm_optimizer.lr == palm
+        assert (optimizer.muon_optimizer.lr, optimizer.muon_optimizer.adam_lr) == muon
+        assert optimizer.lion_optimizer.end_lr == pytest.approx(lion / 10)
+
+
+def test_a_decay_that_rises_is_refused_unless_it_is_asked_for():
+    flags = [DEBUG, "--optimizer.adamw_optimizer.lr=1e-5", "--optimizer.adamw_optimizer.end_lr=1e-4"]
+    message = refusal(*flags)
+    assert "--optimizer.adamw_optimizer.end_lr=0.0001 is above --optimizer.adamw_optimizer.lr=1e-05" in message
+    assert "--optimizer.adamw_optimizer.end_lr=1e-06, or --optimizer.allow_rising_lr" in message
+    assert configured(*flags, "--optimizer.allow_rising_lr").optimizer.adamw_optimizer.end_lr == 1e-4
+    level = configured(*flags[:2], "--optimizer.adamw_optimizer.end_lr=1e-5").optimizer.adamw_optimizer
+    assert level.end_lr == level.lr
+
+
+def test_learning_rate_is_lr_of_the_chosen_optimizer():
+    assert parse_args(["--learning_rate=1e-3"]).optimizer.adamw_optimizer.lr == 1e-3
+    muon = parse_args(["--learning_rate=1e-3", "--optimizer.type=muon"]).optimizer
+    assert (muon.muon_optimizer.lr, muon.adamw_optimizer.lr) == (1e-3, 4e-3)
+    assert "leave one of them out" in refusal("--learning_rate=1e-3", "--optimizer.adamw_optimizer.lr=1e-4")
+    for name, lr in (("", "adamw_"), ("muon_optimizer.", "muon_"), ("adam.", "adamw_")):
+        assert f"did you mean --optimizer.{lr}optimizer.lr?" in refusal(f"--optimizer.{name}learning_rate=1")
 
 
 def test_order_of_recipe_preset_flags_and_update():
@@ -142,6 +243,23 @@ def test_preset_leaves_nothing_of_another():
     assert architecture.rms_norm_eps == 1e-5
     tree = default_config("65b")
     assert (tree.llama.num_hidden_layers, tree.load_llama_config) == (80, "65b")
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_recipe_may_set_every_size_of_its_preset(tmp_path, where):
+    """It was refused: none of the preset's sizes was left, as where the preset's name had been set too late."""
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 8}
+    lines = [f"    c.llama.{name} = {value}" for name, value in sizes.items()]
+    late = ["    c.load_llama_config = '1b'"] if where == "before" else []
+    start = "    c = default_config()" if late else "    c = default_config('debug')"
+    body = ["from ringbpt.config import default_config", "def get_config():", start, *lines, *late, "    return c"]
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("\n".join(body))
+    if late:
+        assert "load_llama_config is set too late: start from default_config('1b')" in refusal(f"--config={recipe}")
+    else:
+        architecture = parse_args([f"--config={recipe}"]).llama
+        assert {name: architecture[name] for name in sizes} == sizes
 
 
 def test_recipe_of_the_users_own(tmp_path, monkeypatch):
@@ -390,6 +508,12 @@ def test_format_config_is_a_command_line():
         assert "--llama.theta=500000.0" in lines
         again = configured(*shlex.split(" ".join(lines)))
         assert dataclasses.replace(again, update_llama_config="dict(theta=5e5)") == configured(*argv)
+
+
+def test_what_is_left_to_be_derived_can_be_written_out():
+    lines = format_config(parse_args(["--load_llama_config=debug"])).splitlines()
+    assert "--llama.attention_type=auto" in lines and "--optimizer.adamw_optimizer.lr=None" in lines
+    assert configured(*shlex.split(" ".join(lines))) == configured("--load_llama_config=debug")
 
 
 def test_to_dict_is_json():

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringbpt.config import TokenizerConfig, run_main
+from ringbpt.config import TokenizerConfig, parse, parse_args, run_main
 from ringbpt.data.loader import make_loader
 from ringbpt.data.page import shown
-from ringbpt.data.text.tokenizers import BytesTokenizer
+from ringbpt.data.text.tokenizers import BytesTokenizer, make_tokenizer, reads_as
 from ringbpt.inspect import main
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,11 +50,108 @@ def test_terminal_and_page(flags, tmp_path, capsys):
     assert not re.search(r"(src|href)=|https?:", page) and "<b>2+2" not in page  # nothing from outside, nothing run
 
 
+def tell(capsys, *argv: str) -> list[dict]:
+    """The documents that --json prints, and nothing else on standard output."""
+    capsys.readouterr()
+    assert run_main(main, [*argv, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+SMALL = [
+    "--config=configs/debug.py", "--llama.scan_mlp=False", "--train_dataset.type=json", "--train_dataset.noshuffle",
+    "--train_dataset.json_dataset.seq_length=8", "--train_dataset.json_dataset.batch_size=2", "--batches=9",
+]  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> list[str]:
+    """Rows of 8 tokens of six documents: one longer than a row, one that ends one token behind a row's end."""
+    pairs = [("q", "abcdefghijk"), ("é", "c"), ("12345", "xyz"), ("p", "s"), ("o", "t"), ("u", "vwxyz")]
+    rows = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "cache"))
+    return [*SMALL, f"--train_dataset.json_dataset.path={tmp_path}/pairs.jsonl"]
+
+
+def test_json_tells_which_tokens_are_themselves_learnt(small, capsys):
+    """What is coloured or told was the place before each of them."""
+    found = tell(capsys, *small, "--train_dataset.packing=first_fit")
+    assert all(set(one) == {"batch", "row", "document", "tokens", "texts", "loss", "positions"} for one in found)
+    told = {"".join(one["texts"]): "".join(map(str, one["loss"])) for one in found}
+    assert told == {
+        "<bos>qabcdefg": "001111111",  # g stands in the next row, and is learnt in this one
+        "ghijk<eos>": "011111",
+        "<bos>��c<eos>": "00011",
+        "<bos>12345xyz": "000000111",
+        "z<eos>": "01",
+        "<bos>ps<eos>": "0011",
+        "<bos>ot<eos>": "0011",
+        "<bos>uvwxyz<eos>": "00111111",
+    }
+    assert [one["positions"][:3] for one in found[:2]] == [[0, 1, 2], [0, 1, 2]]
+    for one in found:
+        assert len(one["tokens"]) == len(one["texts"]) == len(one["loss"]) == len(one["positions"])
+    assert [(one["batch"], one["row"], one["document"]) for one in found[:3]] == [(0, 0, 1), (0, 1, 1), (0, 1, 2)]
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit"])
+def test_json_has_all_the_loss_that_there_is(small, capsys, packing):
+    flags = [*small, f"--train_dataset.packing={packing}"]
+    found = tell(capsys, *flags)
+    config = parse(parse_args([flag for flag in flags if "batches" not in flag]), 8)
+    loader = make_loader(config.train_dataset, BytesTokenizer(TokenizerConfig("bytes")), seed=42, vocab_size=288)
+    batches = [loader.rows(step, 0, 2) for step in range(loader.steps_per_epoch)]
+    assert sum(sum(one["loss"]) for one in found) == sum(int((batch.weight_BT > 0).sum()) for batch in batches)
+    assert {one["batch"] for one in found} == set(range(len(batches)))
+    assert len(tell(capsys, *flags, "--rows=1")) < len(found)
+
+
+def test_json_and_page_in_files(small, tmp_path, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    run = [f"--logger.output_dir={tmp_path}/runs", "--logger.experiment_id=mine"]
+    assert main([*small, *run, f"--json={tmp_path}/told.jsonl", "--html"]) == 0
+    assert (tmp_path / "runs" / "mine" / "inspect.html").exists()
+    assert json.loads((tmp_path / "told.jsonl").read_text().splitlines()[0])["batch"] == 0
+    assert "batch 0 row 0" in capsys.readouterr().out
+    for flags in (small, [*small, "--html"], [*small, "--html", "--logger.experiment_id=none_such"]):
+        main(flags)
+        [page] = re.findall(r"page: (\S+)", capsys.readouterr().out)
+        assert page.endswith("inspect.html") and not page.startswith(str(Path.cwd()))
+        shutil.rmtree(Path(page).parent)
+    main([*small, "--html="])
+    assert "page: " not in capsys.readouterr().out and not Path("inspect.html").exists()
+    assert json.loads(json.dumps(tell(capsys, *small, "--digest=1")))[0]["batches"] == 1
+
+
+def test_each_token_as_it_reads(tmp_path):
+    """Special ones by their own names, words with the space before them, in whatever the tokenizer is made of."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    pieces = ["<unk>", "<s>", "</s>", "▁a", "▁time", "ly"]
+    fast = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], unk_token="<unk>"))
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>", "<|im_end|>")])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<|im_end|>"}')
+    words = make_tokenizer(TokenizerConfig(str(tmp_path)))
+    assert [reads_as(words, token) for token in range(7)] == ["<unk>", "<s>", "</s>", " a", " time", "ly", "<|im_end|>"]
+    texts = iter(["some time ago there was a time"] * 20)
+    options = {"vocab_size": 40, "minloglevel": 2, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "sp"), **options)
+    pieces = make_tokenizer(TokenizerConfig(str(tmp_path / "sp.model")))
+    assert [reads_as(pieces, token) for token in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert "".join(reads_as(pieces, token) for token in pieces.encode("a time ago")) == " a time ago"
+    assert [reads_as(BytesTokenizer(TokenizerConfig("bytes")), token) for token in (65, 200, 257)] == [
+        "A",
+        "�",
+        "<eos>",
+    ]
+
+
 def test_digest(flags, capsys):
     assert main([*flags, "--digest=5"]) == 0
     printed = capsys.readouterr().out.splitlines()[-1]
-    from ringbpt.config import parse, parse_args
-
     config = parse(parse_args([flag for flag in flags if "html" not in flag]), 8)
     loader = make_loader(config.train_dataset, BytesTokenizer(TokenizerConfig("bytes")), seed=42, vocab_size=288)
     assert printed == f"{loader.digest(5)}  the first 5 batches" and loader.digest(4) not in printed

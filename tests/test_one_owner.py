@@ -18,9 +18,11 @@ from ringbpt.config import (
     DTYPES,
     RUN_FLAGS,
     WITHOUT_EFFECT,
+    Config,
     DatasetConfig,
     OptimizerConfig,
     choices,
+    complete_rates,
     values,
     without_effect,
 )
@@ -144,9 +146,12 @@ def test_a_type_has_its_group_of_flags():
 def test_schedules_and_optimizers_are_built():
     from ringbpt.training.optimizer import make_optimizer
 
-    rates = [make_optimizer(OptimizerConfig(schedule=name))[1](300000) for name in choices("optimizer.schedule")]
+    def made(**flags):
+        return make_optimizer(complete_rates(Config(optimizer=OptimizerConfig(**flags))))
+
+    rates = [made(schedule=name)[1](6000) for name in choices("optimizer.schedule")]
     assert len({float(rate) for rate in rates}) == len(rates)
-    optimizers = [make_optimizer(OptimizerConfig(type=name))[0] for name in choices("optimizer.type")]
+    optimizers = [made(type=name)[0] for name in choices("optimizer.type")]
     states = {str(jax.tree.structure(each.init({"w_q": jax.numpy.ones((2, 2))}))) for each in optimizers}
     assert len(states) == len(optimizers)
 

@@ -111,6 +111,13 @@ def test_an_originals_command_trains(files, tmp_path, command):
     assert (run_dir / "loss.png").exists()
 
 
+@pytest.mark.slow
+def test_a_mesh_is_enough(tmp_path):
+    done = run(tmp_path, "--mesh_dim=1,1,1,8", "--num_cpu_devices=8", "--total_steps=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ring_blockwise, zigzag layout" in done.stdout and "done: " in done.stdout
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 

@@ -16,21 +16,11 @@ import jax.numpy as jnp
 
 from ringbpt.attention.api import FASTEST, LOCALS
 from ringbpt.attention.local import block_sizes
+from ringbpt.bench import AUTOTUNE_FLAGS as FLAGS
 from ringbpt.bench.kernels import Problem, own_arguments, own_programs, seconds
-from ringbpt.config import Flag, UserError, printed_help, read_flags
+from ringbpt.config import UserError, printed_help, read_flags
 from ringbpt.model.llama import COMPUTE_DTYPES
 
-FLAGS = {
-    "kernel": Flag(str, "", "one that reads the table; empty: the one that auto tries first on this device"),
-    "head_dim": Flag(str, "64,128", "whose sizes to find"),
-    "blocks": Flag(str, "", "sizes to try, for queries and for keys: 128,256,512,1024; of pallas_triton 32,64,128"),
-    "tokens": Flag(int, 8192, "queries and keys of a device"),
-    "heads": Flag(int, 8, "query heads of a device"),
-    "kv_heads": Flag(int, 2, "key/value heads of a device"),
-    "dtype": Flag(str, "bf16", choices=tuple(COMPUTE_DTYPES)),
-    "budget_s": Flag(int, 540, "seconds after which nothing further is tried"),
-    "print_only": Flag(bool, False, "leave the table as it is"),
-}
 TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
 BLOCKS = {"pallas_triton": "32,64,128"}  # what fits a GPU's registers; of the others:
 MOST_BLOCKS = "128,256,512,1024"

@@ -10,7 +10,7 @@ import jax
 from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder
 from ringbpt.checkpoint.original import load_original
 from ringbpt.checkpoint.store import Rule, Wanted, newest_step
-from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices
+from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices, model_folder
 from ringbpt.config.families import read_json
 from ringbpt.dims import MeshShape
 from ringbpt.mesh import make_mesh
@@ -52,7 +52,8 @@ def describe_checkpoint(spec: str) -> Found:
     known = {item.name for item in fields(Architecture)}
     architecture = Architecture(**{name: value for name, value in tree["llama"].items() if name in known})
     origin = tree.get("load_checkpoint", "")
-    folder = Path(origin.removeprefix("huggingface::")) if origin.startswith("huggingface::") else None
+    name = origin.removeprefix("huggingface::")
+    folder = model_folder(name, "", download=False) if origin.startswith("huggingface::") else None
     kept = run / TOKENIZER
     vocab_file = str(kept) if kept.is_dir() else tree["tokenizer"]["vocab_file"]
     return Found(architecture, folder if folder and folder.is_dir() else None, vocab_file)
@@ -68,13 +69,13 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
     folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
     (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
-    takes a Hugging Face folder, and `params::` one that scripts/hf2jax.py wrote.
+    takes a Hugging Face folder, or a model's name on the hub, and `params::` one that scripts/hf2jax.py wrote.
 
     wanted: the entries of the model and the run at hand, of which "params" is one. architecture: the model's.
     Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
     missing, has no place or has another shape.
     """
-    prefix, path = find_checkpoint(spec)
+    prefix, path = find_checkpoint(spec, weights=True)
     where, name, nothing = f"--load_checkpoint={spec}", spec.partition("::")[2], {**dict.fromkeys(wanted), "meta": None}
     if prefix == "huggingface" or (prefix == "params" and is_own(path)):
         return nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)}, ""
@@ -93,14 +94,18 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     return step.restore(wanted), ""
 
 
-def find_checkpoint(spec: str) -> tuple[str, Path]:
-    """(prefix, path) of `--load_checkpoint=PREFIX::PATH`. Raises UserError for another prefix and a missing path."""
+def find_checkpoint(spec: str, weights: bool = False) -> tuple[str, Path]:
+    """(prefix, path) of `--load_checkpoint=PREFIX::PATH`, of a model on the hub where the cache has it.
+
+    weights: with them. Raises UserError for another prefix and a missing path.
+    """
     prefix, _, name = spec.partition("::")
     where = f"--load_checkpoint={spec}"
     if prefix not in choices("load_checkpoint") or not name:
         kinds = (f"{prefix}::PATH" for prefix in choices("load_checkpoint"))
         raise UserError(f"{where}: expected one of {', '.join(kinds)}")
-    path = Path(name).expanduser().absolute()
+    path = model_folder(name, where, weights) if prefix == "huggingface" else Path(name).expanduser()
+    path = path.absolute()
     if not path.exists():
         raise UserError(f"{where}: no such file or folder")
     return prefix, path

@@ -4,9 +4,12 @@ from ringbpt.config.aliases import ALIASES, WITHOUT_EFFECT, without_effect
 from ringbpt.config.checks import bad_lines_allowed, check, check_mesh, complete
 from ringbpt.config.entry import (
     ENTRY_FLAGS,
+    JSON,
     SECTIONS,
+    STDOUT,
     check_folders,
     help_text,
+    json_to,
     printed_help,
     read_flags,
     run_main,
@@ -39,5 +42,16 @@ from ringbpt.config.fields import (
     choices,
     to_dict,
 )
-from ringbpt.config.parse import DEFAULT_RECIPE, ROOT, default_config, format_config, load_recipe, parse, parse_args
+from ringbpt.config.hub import model_folder, stop_asking_where_none_answers
+from ringbpt.config.parse import (
+    DEFAULT_RECIPE,
+    HOME,
+    ROOT,
+    default_config,
+    format_config,
+    load_recipe,
+    parse,
+    parse_args,
+)
+from ringbpt.config.rates import complete_rates, describe_rates
 from ringbpt.config.values import Flag, UserError, check_value, nearest_name, parse_mesh_dim, read_literals

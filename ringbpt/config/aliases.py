@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ringbpt.config.fields import DatasetConfig, TextProcessorConfig
+from ringbpt.config.fields import DatasetConfig, OptimizerConfig, TextProcessorConfig
 from ringbpt.config.values import Flag, UserError, mesh_sizes
 
 SPLITS = ("train_dataset", "eval_dataset")
@@ -79,6 +79,10 @@ def _text(alias: str, value: Any, *_: Any) -> dict[str, Any]:
     return {f"{split}.text_processor.{alias}": value for split in SPLITS}
 
 
+def _learning_rate(_: str, value: float, tree: ConfigDict, given: dict[str, Any]) -> dict[str, Any]:
+    return {f"optimizer.{OptimizerConfig(type=tree.optimizer.type).group}.lr": value}
+
+
 def _dataset(alias: str, value: str, tree: ConfigDict, given: dict[str, Any]) -> dict[str, Any]:
     """--dataset a,b --dataset_probs .7,.3 -> the path `"a:0.7,b:0.3"`."""
     if "dataset" not in given:
@@ -110,6 +114,7 @@ MEANINGS: dict[str, tuple[Any, Callable[..., dict[str, Any]]]] = {
     "packing_samples": (bool, _packing),
     "sample_packing": (bool, _packing),
     "max_samples": (int, _max_samples),
+    "learning_rate": (float, _learning_rate),
     "dataset": (str, _dataset),
     "dataset_probs": (str, _dataset),
     **{
@@ -117,5 +122,9 @@ MEANINGS: dict[str, tuple[Any, Callable[..., dict[str, Any]]]] = {
         for item in fields(TextProcessorConfig)
         if item.name.endswith("_key") or item.name in ("input_template", "apply_chat_template", "roles_to_train")
     },
+}
+# Those that say something of the data.
+OF_DATA = {
+    name for name, (_, meaning) in MEANINGS.items() if meaning in (_seq_length, _packing, _max_samples, _text, _dataset)
 }
 ALIASES: dict[str, Flag] = {name: Flag(kind, None) for name, (kind, _) in MEANINGS.items()}

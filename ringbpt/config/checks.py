@@ -57,8 +57,8 @@ def _is_multiple(flag: str, value: int, step: int, why: str) -> None:
 def check(config: Config) -> None:
     """Raises UserError for the first pair of values that cannot work.
 
-    Expects that check_values() found nothing, and a resolved `config`: mesh_shape, llama.num_key_value_heads,
-    llama.head_dim and llama.sequence_layout filled in.
+    Expects that check_values() found nothing, and what parse() derives: mesh_shape, llama.num_key_value_heads,
+    llama.head_dim, llama.attention_type, llama.sequence_layout and the optimizer's rates.
     """
     check_run(config)
     check_optimizer(config)
@@ -117,6 +117,13 @@ def check_optimizer(config: Config) -> None:
             )
         return
     warmup, decay = optimizer.chosen.lr_warmup_steps, optimizer.chosen.lr_decay_steps
+    lr, end_lr = optimizer.chosen.lr, optimizer.chosen.end_lr
+    assert warmup is not None and decay is not None and lr is not None and end_lr is not None
+    if end_lr > lr and not optimizer.allow_rising_lr:
+        raise UserError(
+            f"{prefix}end_lr={end_lr:g} is above {prefix}lr={lr:g}: the decay would raise the rate: "
+            f"{prefix}end_lr={lr / 10:g}, or --optimizer.allow_rising_lr where that is meant"
+        )
     # The cosine needs one step at least between the two.
     most = decay - 1 if optimizer.schedule == "warmup_cosine" else decay
     if warmup > most:

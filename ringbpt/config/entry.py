@@ -5,8 +5,10 @@ An entry has flags of its own, {name: Flag}, or takes a training run's, or both.
 
 import difflib
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from ringbpt.config.values import BOOLS, Flag, UserError, check_value, nearest_n
 def scan(argv: list[str], flags: Mapping[str, Flag]) -> tuple[dict[str, Any], list[str]]:
     """(the values given of `flags`, in order, of their declared types; the words that are none of them).
 
-    A flag is written `--name=value`, `--name value`, and one that is on or off `--name` or `--noname`. Raises
-    UserError for one that is given twice, lacks its value, or is of another type.
+    A flag is written `--name=value`, `--name value`, one that is on or off `--name` or `--noname`, and one that has a
+    `bare` value `--name` too. Raises UserError for one that is given twice, lacks its value, or is of another type.
     """
     given: dict[str, Any] = {}
     others, words = [], list(argv)
@@ -39,6 +41,8 @@ def scan(argv: list[str], flags: Mapping[str, Flag]) -> tuple[dict[str, Any], li
         if not equals and flag.kind is bool:
             text = words.pop(0) if words and words[0].lower() in BOOLS else "True"
         elif not equals:
+            if flag.bare and (not words or words[0].startswith("--")):
+                words.insert(0, flag.bare)
             if not words or words[0].startswith("--"):
                 example = "..." if flag.default in (None, "", []) else flag.default
                 raise UserError(f"--{name} needs a value: --{name}={example}")
@@ -85,6 +89,34 @@ def check_folders(values: dict[str, Any], *names: str) -> None:
             raise UserError(f"--{name}={values[name]}: there is no folder {folder}: make it first")
 
 
+# --- JSON for other programs ---
+
+STDOUT = "-"
+JSON = Flag(str, "", "the report as JSON, in a file; alone: on standard output, and nothing else there", bare=STDOUT)
+
+
+@contextmanager
+def json_to(where: str) -> Iterator[Callable[[str], None]]:
+    """write(text), which puts an entry's JSON where its --json says: "" nowhere, a file, or STDOUT.
+
+    On standard output it is alone: whatever else is printed meanwhile goes to standard error. write raises UserError
+    where the file cannot be written.
+    """
+    out = sys.stdout
+
+    def write(text: str) -> None:
+        if where == STDOUT:
+            out.write(text)
+        elif where:
+            try:
+                Path(where).expanduser().write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--json={where}: {error.strerror}; give another name", code=4) from None
+
+    with redirect_stdout(sys.stderr) if where == STDOUT else nullcontext():
+        yield write
+
+
 # --- help ---
 
 # The entries' own: they say where flags come from, or ask about them, and are none.
@@ -103,6 +135,9 @@ def _line(name: str, flag: Flag, room: int = 999) -> str:
     kept = [one for at, one in enumerate(names, 1) if len(", ".join(names[:at])) <= room]
     listed = ", ".join([*kept, *(["..."] if len(kept) < len(names) else [])])
     help = flag.help or (f"no effect: {without_effect(name)}" if without_effect(name) else "")
+    if flag.usual:
+        usual = "None: {:g}, on loaded weights {:g}".format(*flag.usual)
+        help = f"{help}; {usual}" if help else usual
     return f"{shown:<55} {f'{help} ({listed})' if help and listed else help or listed}".rstrip()
 
 
@@ -123,7 +158,8 @@ def help_text(verb: str = "train", group: str = "") -> str:
     lines = [
         f"usage: python -m ringbpt.{verb} [--config=configs/<name>.py] [--name=value ...]",
         "",
-        "Without any flag: configs/debug.py. A flag that is on or off may be written --name and --noname.",
+        "Flags that name no recipe, model, data or tokenizer start from configs/debug.py. A flag that is on or off may",
+        "be written --name and --noname.",
     ]
     for section in SECTIONS:
         lines += ["", f"{section} (eval_dataset has the same flags):" if section == "data" else f"{section}:"]
@@ -165,7 +201,8 @@ class _Printed(logging.Handler):
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
-    A UserError is one line on stderr and its own code, Ctrl-C is 130, with what its exception says; whatever else is a
+    A UserError is one line on stderr and its own code, Ctrl-C is 130, with what its exception says, a pipe that nobody
+    reads is 141; whatever else is a
     fault of ours and keeps its traceback.
     """
     log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
@@ -173,13 +210,18 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     log.setLevel(logging.INFO)
     log.propagate = False  # a handler that some library gave to all logs would say each line again, on stderr
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt as stop:
         print(": ".join(filter(None, ("interrupted", str(stop)))), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     finally:
         log.removeHandler(printed)
         log.propagate = True

@@ -111,7 +111,7 @@ class JsonDatasetConfig(TextsConfig):
 @dataclass(frozen=True)
 class HuggingfaceDatasetConfig(TextsConfig):
     path: str = flag("c4", "a data set of the hub")
-    name: str = flag("en", "its configuration")
+    name: str = flag("", "its configuration, as en of allenai/c4; empty: it has only one")
     split: str = "train"
     streaming: bool = flag(False, "with max_samples: that many rows are read once and kept")
 
@@ -185,18 +185,21 @@ class ScheduledConfig:
     """What every optimizer has whose rate rises, falls, and stays."""
 
     init_lr: float = flag(0.0, "the rate that the warmup starts from", at_least=0)
-    end_lr: float = flag(0.0, "the rate that the decay ends at", at_least=0)
-    lr: float = flag(1e-4, "peak rate", at_least=0)
-    lr_warmup_steps: int = flag(2000, at_least=0)
-    lr_decay_steps: int = flag(500000, "the step at which the decay ends", at_least=1)
+    end_lr: float | None = flag(None, "the rate that the decay ends at; None: a tenth of lr", at_least=0)
+    lr: float | None = flag(None, "peak", at_least=0, usual=(1e-4, 5e-6))
+    lr_warmup_steps: int | None = flag(
+        None, "None: 2000, a tenth of total_steps at most; on loaded weights 3 % of total_steps", at_least=0
+    )
+    lr_decay_steps: int | None = flag(None, "the step at which the decay ends; None: total_steps", at_least=1)
     clip_gradient: float = flag(1.0, "the largest global norm; 0: no clipping", at_least=0)
     weight_decay: float = flag(0.0, at_least=0)
 
 
 @dataclass(frozen=True)
 class AdamWConfig(ScheduledConfig):
-    end_lr: float = flag(0.001, "the rate that the decay ends at", at_least=0)
-    lr: float = flag(0.01, "peak; also end_lr, lr_warmup_steps, weight_decay, ...", at_least=0, shown="training")
+    lr: float | None = flag(
+        None, "peak; also end_lr, lr_warmup_steps, ...", at_least=0, usual=(3e-4, 2e-5), shown="training"
+    )
     b1: float = flag(0.9, at_least=0, below=1)
     b2: float = flag(0.95, at_least=0, below=1)
     weight_decay: float = flag(1e-4, at_least=0)
@@ -215,8 +218,10 @@ class LionConfig(ScheduledConfig):
 @dataclass(frozen=True)
 class MuonConfig(ScheduledConfig):
     # Above 0: adam's rate is a share of muon's.
-    lr: float = flag(0.02, "of the matrices; vectors, embedding and unembedding take adam_lr", above=0)
-    adam_lr: float = flag(3e-4, at_least=0)
+    lr: float | None = flag(
+        None, "of the matrices; vectors, embedding and unembedding take adam_lr", above=0, usual=(0.02, 1e-3)
+    )
+    adam_lr: float | None = flag(None, at_least=0, usual=(3e-4, 2e-5))
     beta: float = flag(0.95, at_least=0, below=1)
 
 
@@ -224,7 +229,7 @@ class MuonConfig(ScheduledConfig):
 class PalmConfig:
     """Adafactor as PaLM had it; its rate is 1/sqrt(step) after the warmup, and step 0 has none."""
 
-    lr: float = flag(0.01, "peak rate", at_least=0)
+    lr: float | None = flag(None, "peak", at_least=0, usual=(0.01, 1e-3))
     lr_warmup_steps: int = flag(10000, at_least=1)
     b1: float = flag(0.9, at_least=0, below=1)
     b2: float = flag(0.99, at_least=0, below=1)
@@ -239,6 +244,7 @@ class OptimizerConfig:
     schedule: str = flag(
         "warmup_cosine", "palm has its own", choices=("warmup_cosine", "warmup_linear", "wsd"), shown="training"
     )
+    allow_rising_lr: bool = flag(False, "end_lr may be above lr")
     wsd_decay_fraction: float = flag(0.1, "the last share of lr_decay_steps, in which wsd decays", above=0, at_most=1)
     offload_state: bool = flag(False, "the optimizer's state in the host's memory, updated a layer at a time")
     offload_params: bool = flag(False, "weights and gradients there too, a layer's at a time on the device")
@@ -333,9 +339,9 @@ class Execution:
     """
 
     attention_type: str = flag(
-        "standard",
-        "ring_* for sp > 1",
-        choices=("standard", "blockwise", "ring_standard", "ring_blockwise"),
+        "auto",
+        "auto: ring_blockwise where sp > 1, else blockwise",
+        choices=("auto", "standard", "blockwise", "ring_standard", "ring_blockwise"),
         shown="model",
     )
     attention_kernel: str = flag(
@@ -423,7 +429,7 @@ class Config:
     update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
     load_checkpoint: str = flag(
         "",
-        "PREFIX::PATH, as params::runs/<run> or huggingface::<folder>",
+        "PREFIX::PATH, as params::runs/<run> or huggingface::<folder or org/name>",
         prefixes=("params", "trainstate", "trainstate_params", "flax_params", "huggingface"),
         shown="start from",
     )

@@ -5,6 +5,7 @@ imports jax, so that --help and a mistyped flag answer at once.
 """
 
 import importlib.util
+import math
 import shlex
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ringbpt.config.aliases import ALIASES, MEANINGS
+from ringbpt.config.aliases import ALIASES, MEANINGS, OF_DATA, SPLITS
 from ringbpt.config.checks import check, check_datasets, check_same_mesh, check_values, complete
 from ringbpt.config.entry import ENTRY_FLAGS, scan
 from ringbpt.config.families import llama_fields, read_json
@@ -29,12 +30,20 @@ from ringbpt.config.fields import (
     group_name,
     to_dict,
 )
-from ringbpt.config.values import UserError, nearest_name, parse_mesh_dim, read_literals, read_value
+from ringbpt.config.hub import model_folder
+from ringbpt.config.rates import complete_rates
+from ringbpt.config.values import UserError, mesh_sizes, nearest_name, parse_mesh_dim, read_literals, read_value
 
-ROOT = Path(__file__).resolve().parents[2]  # where configs/ is, in a clone
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent
+# Where configs/ is: a wheel has it in the package, a clone beside it.
+HOME = PACKAGE if (PACKAGE / "configs").is_dir() else ROOT
 DEFAULT_RECIPE = "configs/debug.py"
 UPDATE = "update_llama_config"
 HUGGINGFACE = "huggingface::"  # before a --load_checkpoint
+ARCHITECTURE_FLAGS = {f"llama.{item.name}" for item in fields(Architecture)}
+ADAMW = "optimizer.adamw_optimizer"
+APPLIED = "_applied_preset"  # a tree's attribute, no key: the preset whose sizes it was given
 
 
 # --- the tree ---
@@ -60,6 +69,7 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
             f"--load_llama_config={nearest_name(name, PRESETS)}?"
         )
     tree.load_llama_config = name
+    object.__setattr__(tree, APPLIED, name)
     # Another recipe's or preset's shape must not shine through where this one has nothing to say.
     unsaid = {"rms_norm_eps": Architecture.rms_norm_eps, "num_key_value_heads": None, "head_dim": None}
     for key, value in (unsaid | PRESETS[name]).items():
@@ -67,8 +77,8 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
 
 
 def _apply_huggingface(tree: ConfigDict, checkpoint: str) -> None:
-    """The model that a Hugging Face folder holds, and its tokenizer, where no other is asked for."""
-    folder = Path(checkpoint.removeprefix(HUGGINGFACE)).expanduser()
+    """The model that a folder of Hugging Face's holds, or the hub, and its tokenizer, where no other is asked for."""
+    folder = model_folder(checkpoint.removeprefix(HUGGINGFACE), f"--load_checkpoint={checkpoint}")
     if not folder.is_dir():
         raise UserError(f"--load_checkpoint={checkpoint}: no such folder")
     longest = tree.llama.max_sequence_length
@@ -102,19 +112,20 @@ def _update_llama(tree: ConfigDict, text: str) -> None:
 # --- the command line ---
 
 
-def parse_args(argv: list[str], default_recipe: str = DEFAULT_RECIPE) -> ConfigDict:
+def parse_args(argv: list[str]) -> ConfigDict:
     """The tree that a command line (without the program's name) asks for; `parse` checks and freezes it.
 
     In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the config.json of a
-    `huggingface::` checkpoint, the other flags, other trainers' names for them, --update_llama_config. Without any
-    flag the run starts from `default_recipe`. --print_config is left to the caller. Raises UserError for what is no
-    flag, is given twice, or is of another type.
+    `huggingface::` checkpoint, the other flags, other trainers' names for them, --update_llama_config. Flags that name
+    no recipe, and nothing of a model, its data or its tokenizer, start from DEFAULT_RECIPE. A recipe's virtual devices
+    are as many as a mesh that is given in its place needs. --print_config is left to the caller. Raises UserError for
+    what is no flag, is given twice, or is of another type.
     """
     given, others = scan(argv, ENTRY_FLAGS | ALIASES | RUN_FLAGS)
     given.pop("print_config", None)
     if others:
         raise UserError(_unknown(others[0]))
-    path = given.pop("config", "" if given else str(ROOT / default_recipe))
+    path = given.pop("config", "" if any(_says_what(*one) for one in given.items()) else DEFAULT_RECIPE)
     tree = load_recipe(path) if path else default_config()
     if given.get("load_llama_config"):
         _apply_preset(tree, given["load_llama_config"])
@@ -127,7 +138,17 @@ def parse_args(argv: list[str], default_recipe: str = DEFAULT_RECIPE) -> ConfigD
         _apply_alias(tree, name, given)
     if UPDATE in given:
         _update_llama(tree, given[UPDATE])
+    if "mesh_dim" in given and "num_cpu_devices" not in given and tree.num_cpu_devices:
+        sizes = mesh_sizes(tree.mesh_dim, "--mesh_dim")
+        tree.num_cpu_devices = tree.num_cpu_devices if -1 in sizes else math.prod(sizes)
     return tree
+
+
+def _says_what(name: str, value: Any) -> bool:
+    """Whether a flag says something of what is trained: of a model, its data or its tokenizer; not of how."""
+    group = name.partition(".")[0]
+    model = name in ("load_llama_config", "load_checkpoint", UPDATE) or name in ARCHITECTURE_FLAGS
+    return value != "" and (model or name in OF_DATA or group in (*SPLITS, "tokenizer"))
 
 
 def _apply_alias(tree: ConfigDict, name: str, given: dict[str, Any]) -> None:
@@ -152,7 +173,9 @@ def _unknown(word: str) -> str:
     below = [known for known in RUN_FLAGS if known.startswith(f"{name}.")]
     if below:
         return f"--{name} is a group of flags: did you mean --{below[0]}?"
-    leaf = name.rpartition(".")[2]
+    group, _, leaf = name.rpartition(".")
+    if leaf == "learning_rate":  # of optax and others
+        return f"--{name} is no flag: did you mean --{group if f'{group}.lr' in RUN_FLAGS else ADAMW}.lr?"
     same_leaf = [known for known in RUN_FLAGS if known.rpartition(".")[2] == leaf]
     return f"--{name} is no flag: did you mean --{nearest_name(name, same_leaf or names)}?"
 
@@ -160,10 +183,10 @@ def _unknown(word: str) -> str:
 def load_recipe(path: str) -> ConfigDict:
     """The tree that the recipe's get_config() returns. The file is the user's own Python and is run as such.
 
-    A path that isn't there is tried from the clone's root. Raises UserError, with file and line where the recipe
-    itself fails.
+    A path that isn't there is tried from the clone's root, and `configs/...` among the recipes of a wheel. Raises
+    UserError, with file and line where the recipe itself fails.
     """
-    file = next((file for file in (Path(path), ROOT / path) if file.is_file()), None)
+    file = next((file for file in (Path(path), ROOT / path, HOME / path) if file.is_file()), None)
     if file is None or file.suffix != ".py":
         raise UserError(f"--config={path} is no recipe (a .py file with get_config()): {_recipes()}")
     spec = importlib.util.spec_from_file_location("recipe", file)
@@ -175,7 +198,8 @@ def load_recipe(path: str) -> ConfigDict:
         if not isinstance(tree, ConfigDict):
             raise TypeError(f"get_config() gave a {type(tree).__name__}: return default_config() with changes")
         preset = PRESETS.get(tree.load_llama_config, {})
-        if preset and all(tree.llama[key] != value for key, value in preset.items()):
+        applied = getattr(tree, APPLIED, "") == tree.load_llama_config
+        if preset and not applied and all(tree.llama[key] != value for key, value in preset.items()):
             raise ValueError(
                 f"load_llama_config is set too late: start from default_config('{tree.load_llama_config}')"
             )
@@ -193,7 +217,7 @@ def load_recipe(path: str) -> ConfigDict:
 
 
 def _recipes() -> str:
-    found = sorted(file.name for file in (ROOT / "configs").glob("*.py"))
+    found = sorted(file.name for file in (HOME / "configs").glob("*.py"))
     return f"try --config=configs/{found[0]}" if found else "give flags instead, see --help"
 
 
@@ -203,15 +227,18 @@ def _recipes() -> str:
 def parse(tree: ConfigDict, device_count: int) -> Config:
     """The frozen Config for a mesh over `device_count` devices: every value checked, everything derived filled in.
 
-    Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.sequence_layout (never "auto"), the short
-    names of dtypes, and save_minutes and save_model_freq (0, where nothing is saved by them). `tree` is left as it is.
-    Raises UserError for the first value, or pair of values, that cannot work.
+    Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.attention_type and llama.sequence_layout
+    (never "auto"), the optimizer's rates, the short names of dtypes, and save_minutes and save_model_freq (0, where
+    nothing is saved by them). `tree` is left as it is. Raises UserError for the first value, or pair of values, that
+    cannot work.
     """
     config = _build(tree)
     check_values(config)
     mesh_shape, _ = parse_mesh_dim(config.mesh_dim, device_count)
     check_same_mesh(config, mesh_shape, device_count)
     sp, execution = mesh_shape.sp, config.execution
+    if execution.attention_type == "auto":
+        execution = replace(execution, attention_type="ring_blockwise" if sp > 1 else "blockwise")
     if execution.sequence_layout == "auto":
         datasets = [config.train_dataset, *([config.eval_dataset] if config.eval_steps > 0 else [])]
         balanced = sp > 1 and all(dataset.seq_length % (2 * sp) == 0 for dataset in datasets)
@@ -226,6 +253,7 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         architecture=complete(config.architecture),
         execution=execution,
         mesh_shape=mesh_shape,
+        optimizer=complete_rates(config),
     )
     check(config)
     check_datasets(config)

@@ -33,7 +33,8 @@ class Flag:
     kind: bool, int, float, str, one of them `| None`, or list, which collects the texts of a repeated flag.
     choices: all there are. prefixes: what may stand before the `::` of a text. A number obeys `at_least <= value <=
     at_most` and `above < value < below`. shown: the heading under which the short help has it, if it does. required:
-    of an entry's own, must be given.
+    of an entry's own, must be given. bare: the value of one that is written without any; empty: it wants one. usual: of
+    a rate, what None means, for a model from nothing and for weights that were loaded.
     """
 
     kind: Any
@@ -47,6 +48,8 @@ class Flag:
     below: float | None = None
     shown: str = ""
     required: bool = False
+    bare: str = ""
+    usual: tuple[float, float] | None = None
 
 
 def flag(default: Any, help: str = "", **rules: Any) -> Any:
@@ -114,18 +117,19 @@ def check_value(name: str, flag: Flag, value: Any, bounds: bool = True) -> None:
         raise UserError(f"--{name}='{value}' is none of {listed}: did you mean --{name}='{nearest}'?")
     if flag.prefixes and value:
         _check_prefix(name, flag.prefixes, value)
+    example = flag.usual[0] if flag.usual else flag.default
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name}={value} is not a finite number: try --{name}={flag.default}")
+        raise UserError(f"--{name}={value} is not a finite number: try --{name}={example}")
     if value is None or not bounds:
         return
     if flag.at_least is not None and value < flag.at_least:
         raise UserError(f"--{name}={value} is below {flag.at_least}: use --{name}={flag.at_least} or more")
     if flag.above is not None and value <= flag.above:
-        raise UserError(f"--{name}={value} must be above {flag.above}: try --{name}={flag.default}")
+        raise UserError(f"--{name}={value} must be above {flag.above}: try --{name}={example}")
     if flag.at_most is not None and value > flag.at_most:
         raise UserError(f"--{name}={value} is above {flag.at_most}: use --{name}={flag.at_most} at most")
     if flag.below is not None and value >= flag.below:
-        raise UserError(f"--{name}={value} must be below {flag.below}: try --{name}={flag.default}")
+        raise UserError(f"--{name}={value} must be below {flag.below}: try --{name}={example}")
 
 
 def _check_prefix(name: str, prefixes: tuple[str, ...], text: str) -> None:

@@ -71,6 +71,12 @@ def _fill(row: Row, pieces: Iterable[Piece]) -> None:
         start = stop
 
 
+def learnt(row: Row) -> np.ndarray:
+    """bool [T]: whether the token of a place is itself learnt in this row, where the place before it predicts it."""
+    follows = row["segment"][1:] == row["segment"][:-1]
+    return np.concatenate([[False], follows & (row["weight"][:-1] > 0)])
+
+
 def pieces_of(row: Row) -> list[Piece]:
     """The pieces of a row: make_row makes the same row of them. The first token's mask is not known, and is 0."""
     found = []

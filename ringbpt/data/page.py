@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringbpt.data.documents import Row
+from ringbpt.data.documents import Row, learnt
 from ringbpt.data.loader import Loader
-from ringbpt.data.text.tokenizers import Tokenizer
+from ringbpt.data.text.tokenizers import Tokenizer, reads_as
 
 BINS = 24
 TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -34,16 +34,13 @@ def colours(kind: str, count: int) -> str:
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
     """A token as text that can be seen: line ends as signs, what is no text by its number."""
-    names = {tokenizer.ends.bos: "<bos>", tokenizer.ends.eos: "<eos>"}
-    if token in names:
-        return names[token]
-    text = tokenizer.decode([token]).replace("\n", "⏎\n").replace("\t", "⇥").replace("\r", "␍")
+    text = reads_as(tokenizer, token).replace("\n", "⏎\n").replace("\t", "⇥").replace("\r", "␍")
     return text if text and "\ufffd" not in text else f"‹{token}›"
 
 
 def row_html(row: Row, shard_T: np.ndarray, tokenizer: Tokenizer, most: int) -> str:
     """The first `most` places of a row."""
-    parts = []
+    parts, learnt_T = [], learnt(row)
     for place in range(min(most, len(row["token"]))):
         token, position, segment = (int(row[name][place]) for name in ("token", "position", "segment"))
         first = segment > 0 and (place == 0 or segment != int(row["segment"][place - 1]))
@@ -51,9 +48,9 @@ def row_html(row: Row, shard_T: np.ndarray, tokenizer: Tokenizer, most: int) -> 
         text = "·" if segment == 0 else shown(tokenizer, token)
         target = shown(tokenizer, int(row["target"][place])).strip() or "blank"
         weighs = row["weight"][place] > 0
-        learns = f"→ {target}" if weighs else "no loss"
+        learns = ("takes loss" if learnt_T[place] else "no loss") + (f", → {target}" if weighs else "")
         title = f"place {place}, id {token}, position {position}, document {segment}, {learns}"
-        marks = f'data-w="{int(weighs)}" data-d="{segment % 12}" data-s="{int(shard_T[place])}"'
+        marks = f'data-w="{int(learnt_T[place])}" data-d="{segment % 12}" data-s="{int(shard_T[place])}"'
         if weighs:
             marks += f' data-t="{html.escape(target)}"'
         parts.append(f'<b class="{kind}" {marks} title="{html.escape(title)}">{html.escape(text)}</b>')
@@ -106,10 +103,10 @@ def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: in
             filled = np.mean(row["segment"] > 0)
             cut = f", the first {most} shown" if len(row["token"]) > most else ""
             documents = int(row["segment"].max(initial=0))
-            learnt = int(np.count_nonzero(row["weight"]))
+            weighed = int(np.count_nonzero(row["weight"]))
             body.append(
                 f'<p class="note">row {number}: {documents} documents, {filled:.1%} filled, '
-                f"{learnt:,} of {loader.seq_length:,} places take loss{cut}</p>"
+                f"{weighed:,} tokens take loss{cut}</p>"
                 f'<div class="row">{row_html(row, view.shard_T, tokenizer, most)}</div>'
             )
     return TEMPLATE.substitute(

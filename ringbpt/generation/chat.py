@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import numpy as np
 
@@ -20,8 +21,10 @@ def chat(
     max_new_tokens: int,
     stops: Sequence[str],
     system: str,
+    out: TextIO,
 ) -> int:
-    """Until an empty line or the end of the input. The whole conversation, by `encode`, is the prompt of each turn.
+    """Until an empty line or the end of the input. The whole conversation, by `encode`, is the prompt of each turn, and
+    each answer goes to `out`.
 
     Prompt lengths are rounded up to powers of two, so that few programs are compiled.
     """
@@ -29,7 +32,7 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     print("an empty line ends the conversation", file=sys.stderr)
     while True:
-        print("> ", end="", flush=True)
+        print("> ", end="", flush=True, file=out)
         line = sys.stdin.readline().strip()
         if not line:
             return 0
@@ -45,8 +48,8 @@ def chat(
         shape = BatchShape(mesh["dp"] * mesh["fsdp"], length, 1, max_new_tokens)
         text = Text(tokenizer, stops, prompt[-BEFORE:])
         for tokens in generator.tokens([prompt], shape, [[0]], sampling):
-            print(text.add(tokens[0].id), end="", flush=True)
+            print(text.add(tokens[0].id), end="", flush=True, file=out)
             if text.finished or len(text.tokens) >= longest:
                 break
-        print(text.rest(), flush=True)
+        print(text.rest(), flush=True, file=out)
         messages.append({"role": "assistant", "content": text.text})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from ringbpt.config import Config
+from ringbpt.config import Config, describe_rates
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.chat import set_chat_template
@@ -146,6 +146,7 @@ def _describe(
         *([f"vocab  {padded}"] if (padded := model.describe_tables()) else []),
         f"tokens {tokenizer.describe()}, {describe_ends(tokenizer)}",
         f"data   {loader.describe()}",
+        f"rate   {describe_rates(config)}",
         describe(config, jax.devices()[0].device_kind),
     ]
     return "\n".join(lines + ([f"eval   {held_out.describe()}"] if held_out else []))

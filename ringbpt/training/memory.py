@@ -115,8 +115,10 @@ def describe(config: Config, device_kind: str) -> str:
     platform = next((name for name, word in (("tpu", "TPU"), ("cuda", "NVIDIA")) if word in device_kind), "cpu")
     try:
         parts = account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
-    except NotImplementedError as error:
-        return f"memory not estimated: {error}"
+    except NotImplementedError:
+        return (
+            "memory not estimated: python -m ringbpt.plan with these flags and --topology=<machine> compiles the step"
+        )
     gib, known = sum(parts.values()) / 2**30, find(device_kind)
     line = f"memory about {gib:.2f} GiB a device by the closed form"
     if known is None:

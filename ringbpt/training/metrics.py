@@ -8,8 +8,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import jax
 
@@ -337,13 +340,37 @@ def _curve(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:
+def check_wandb() -> None:
+    """Raises UserError where --logger.online cannot work: wandb isn't there, or has no key or no network, unless
+    WANDB_MODE says that it needs neither. Asked first of all, so that no data are tokenised in vain.
+    """
+    wandb = _import_wandb()
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return
+    instead = "WANDB_MODE=offline keeps the metrics for `wandb sync`, --logger.online=False leaves them out"
+    try:
+        with suppress(HTTPError):  # any answer will do
+            urlopen(settings.base_url, timeout=10).close()
+        wandb.login()
+    except wandb.errors.UsageError:
+        raise UserError(f"--logger.online=True: no API key is configured: `wandb login`; {instead}") from None
+    except OSError as error:
+        raise UserError(f"--logger.online=True: {settings.base_url} does not answer ({error}): {instead}") from None
+
+
+def _import_wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise UserError(
             '--logger.online=True: wandb is not installed; pip install "ringbpt[wandb]" or --logger.online=False'
         ) from None
+    return wandb
+
+
+def _start_wandb(run_dir: Path, config: Config, worker: str) -> Any:
+    wandb = _import_wandb()
     run_dir.mkdir(parents=True, exist_ok=True)  # else wandb would keep its files elsewhere
     name = run_dir.name
     return wandb.init(

@@ -30,6 +30,7 @@ MUON_WEIGHTS = {
 def make_optimizer(config: OptimizerConfig, layer_axis: int = 0) -> tuple[optax.GradientTransformation, Schedule]:
     """The gradient transformation that `config` names, and its schedule: step -> learning rate.
 
+    `config` has all its rates, as complete_rates fills them in.
     `layer_axis` is the axis over which stacked layers are stacked (llama.param_scan_axis); only muon looks at it.
     Accumulation and clipping are not in here: the train step adds totals over micro-batches, multiplies by
     clip_factor, for which all gradients are needed, and calls the optimizer once, or for one weight after the other.
@@ -96,6 +97,7 @@ def _momentum_dtype(bf16_momentum: bool) -> jnp.dtype:
 def _schedule(config: OptimizerConfig, group: ScheduledConfig) -> Schedule:
     """init_lr -> lr over lr_warmup_steps, then down to end_lr at lr_decay_steps (counted from step 0), then flat."""
     warmup, end = group.lr_warmup_steps, group.lr_decay_steps
+    assert warmup is not None and end is not None
     if config.schedule == "warmup_cosine":
         return optax.warmup_cosine_decay_schedule(group.init_lr, group.lr, warmup, end, group.end_lr)
     starts = {"warmup_linear": warmup, "wsd": max(warmup, end - round(config.wsd_decay_fraction * end))}
@@ -110,7 +112,9 @@ def _palm_schedule(group: PalmConfig) -> Schedule:
 
     As the original has it, `lr` is relative to PaLM's 0.01: the flat part is lr only with 10,000 warm-up steps.
     """
-    return lambda step: (group.lr / 0.01) * jax.lax.rsqrt(jnp.maximum(step, group.lr_warmup_steps).astype(jnp.float32))
+    assert group.lr is not None
+    share = group.lr / 0.01
+    return lambda step: share * jax.lax.rsqrt(jnp.maximum(step, group.lr_warmup_steps).astype(jnp.float32))
 
 
 # ---------------------------------------------------------------------------------------------- optimizers
@@ -171,12 +175,14 @@ def _muon(group: MuonConfig, schedule: Schedule, layer_axis: int) -> optax.Gradi
             output_axis=tuple(i for i, letter in enumerate(letters) if letter not in ["L", "E", *reads.split()]),
         )
 
+    assert group.lr is not None and group.adam_lr is not None
+    adam_share = group.adam_lr / group.lr
     return optax.contrib.muon(
         schedule,
         beta=group.beta,
         weight_decay=group.weight_decay,
         adam_b2=0.95,  # as modded-nanogpt has it; optax's 0.999 is slow next to muon's steps
-        adam_learning_rate=lambda step: schedule(step) * (group.adam_lr / group.lr),
+        adam_learning_rate=lambda step: schedule(step) * adam_share,
         muon_weight_dimension_numbers=lambda params: tree_map_with_path(dimension_numbers, params),
     )
 

@@ -17,7 +17,7 @@ from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
 from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
-from ringbpt.training.metrics import MetricsWriter, say
+from ringbpt.training.metrics import MetricsWriter, check_wandb, say
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Mean, Means
 
@@ -121,8 +121,8 @@ def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:
 
 def open_run(config: Config) -> Run:
     """The run that the flags name: <output_dir>/<experiment_id>; without an id <time>-<name>, or just <name> where a
-    later run must find it. Nothing is written yet. Raises UserError where another run's metrics are there already, and
-    for a --load_checkpoint that isn't there.
+    later run must find it. Nothing is written yet. Raises UserError where another run's metrics are there already, for
+    a --load_checkpoint that isn't there, and where Weights & Biases cannot be had.
     """
     name = config.logger.experiment_id
     if not name:
@@ -140,6 +140,8 @@ def open_run(config: Config) -> Run:
         )
     if config.load_checkpoint:
         find_checkpoint(config.load_checkpoint)
+    if config.logger.online and (jax.process_index() == 0 or config.log_all_worker):
+        check_wandb()
     data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
     return Run(config, folder, Checkpointer(folder / "checkpoints"), data_step=data_step)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ringbpt.config import Config
+from ringbpt.config import Config, complete_rates
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
 from ringbpt.training.optimizer import make_optimizer, state_specs
@@ -62,7 +62,7 @@ class StateLayout:
     @cached_property
     def made(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The optimizer, and its schedule: step -> learning rate."""
-        return make_optimizer(self.config.optimizer, self.config.architecture.param_scan_axis)
+        return make_optimizer(complete_rates(self.config), self.config.architecture.param_scan_axis)
 
     @cached_property
     def _specs(self) -> TrainState:

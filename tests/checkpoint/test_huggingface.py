@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from ringbpt import generate, train
+from ringbpt import generate, mesh, train
 from ringbpt.checkpoint import load
 from ringbpt.checkpoint.export import parity, report_parity, to_huggingface
 from ringbpt.checkpoint.huggingface import load_folder, open_folder, to_ours
@@ -44,6 +44,16 @@ def script(name: str):
 
 
 hf2jax, jax2hf = script("hf2jax"), script("jax2hf")
+
+
+@pytest.mark.parametrize("convert", [hf2jax, jax2hf])
+def test_converters_look_for_no_device_that_is_not_here(convert, monkeypatch, tmp_path, capsys):
+    """jax printed the tracebacks of plugins whose devices it did not find."""
+    monkeypatch.setattr(mesh, "choose_platform", lambda: print("chosen") or exit(7))
+    flags = {hf2jax: ("checkpoint_dir=x", "output_file=y"), jax2hf: ("load_checkpoint=params::x", "output_dir=y")}
+    with pytest.raises(SystemExit):
+        convert(*(f"--{flag}" for flag in flags[convert]))
+    assert capsys.readouterr() == ("chosen\n", "")
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

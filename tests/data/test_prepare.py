@@ -129,7 +129,8 @@ def test_a_flipped_bit_in_a_store_is_no_token(dataset):
 @pytest.mark.parametrize(("kind", "name"), [("sentencepiece", "tok.model"), ("bpe", "tok")])
 def test_a_tokenizer_is_trained_and_used(dataset, tmp_path, kind, name, capsys):
     train(dataset, tmp_path / name, kind, 280, 1000)
-    assert f"--tokenizer.vocab_file={tmp_path / name}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"--tokenizer.vocab_file={tmp_path / name}" in shown.out and "300/300" in shown.err
     tokenizer = make_tokenizer(TokenizerConfig(str(tmp_path / name)))
     assert (tokenizer.ends.bos, tokenizer.ends.eos) == (1, 2) and tokenizer.vocab_size <= 300
     text = "17 word é word é 再\n"

@@ -178,8 +178,11 @@ def test_the_verb(loaded, tmp_path, capsys, monkeypatch):
         f"--choices={questions}", f"--perplexity={texts}", "--passkey=160", "--depths=2", "--samples=1",
         "--seq_length=64", f"--output={tmp_path}/out",
     ]  # fmt: skip
-    assert run_main(main, argv) == 0
+    assert run_main(main, [*argv, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results == json.loads(shown.out)
     assert np.array(results["passkey"]["found"]).shape == (1, 2)
     assert results["mesh"] == [1, 1, 1, 8]
     titles = [figure.axes[0].get_title().replace("\n", "") for figure, _ in pictures]

@@ -291,6 +291,7 @@ def test_without_a_name_autoresume_finds_its_run_again(tmp_path, data, capsys):
     timed = loop.train(configured(*named, "--nosave_final"))
     assert timed.name.endswith("-run") and timed != first
     out = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("rate   adamw, lr ") for line in out)
     assert out[-1] == f"done: {timed}" and any(line.split() == ["run", str(timed)] for line in out)
 
 

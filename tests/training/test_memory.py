@@ -124,4 +124,5 @@ def test_the_start_up_line_warns_before_the_compile():
     assert describe(short, "cpu").endswith("GiB a device by the closed form")
     assert describe(short, "TPU v4").endswith("of 30.75 GiB")
     assert "WARNING: it will hardly fit; python -m ringbpt.plan" in describe(long, "TPU v4")
-    assert describe(config_of((1, 1, 1, 8), scan_mlp=False), "TPU v4").startswith("memory not estimated: ")
+    unknown = describe(config_of((1, 1, 1, 8), scan_mlp=False), "TPU v4")
+    assert unknown.startswith("memory not estimated: python -m ringbpt.plan with these flags and --topology=")

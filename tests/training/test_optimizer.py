@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ringbpt.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, PalmConfig
+from ringbpt.config import AdamWConfig, Config, LionConfig, MuonConfig, OptimizerConfig, PalmConfig, complete_rates
 from ringbpt.training.optimizer import clip_factor, make_optimizer, state_specs
 
 L, D, N, H, F, V = 2, 8, 2, 4, 16, 32
@@ -43,6 +43,10 @@ def first_step(config: OptimizerConfig, params, grads, **kwargs):
     factor = clip_factor(config, optax.tree.norm(grads))
     grads = jax.tree.map(lambda g: factor * g, grads)
     return jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+
+
+def usual(kind: str) -> OptimizerConfig:
+    return complete_rates(Config(optimizer=OptimizerConfig(type=kind)))
 
 
 def adamw(**fields) -> OptimizerConfig:
@@ -141,8 +145,8 @@ def test_gradients_are_clipped_by_their_global_norm(clip, kept):
     [
         adamw(bf16_momentum=True),
         adamw(bf16_momentum=True, multiply_by_parameter_scale=True),
-        OptimizerConfig(type="palm", palm_optimizer=PalmConfig(bf16_momentum=True)),
-        OptimizerConfig(type="lion", lion_optimizer=LionConfig(bf16_momentum=True)),
+        OptimizerConfig(type="palm", palm_optimizer=PalmConfig(lr=0.01, bf16_momentum=True)),
+        OptimizerConfig(type="lion", lion_optimizer=LionConfig(**FLAT, bf16_momentum=True)),
     ],
     ids=lambda c: c.type,
 )
@@ -177,7 +181,7 @@ def test_wsd_never_decays_before_the_warmup_has_ended():
 
 @pytest.mark.parametrize("kind, copies", [("adamw", 2), ("adafactor", 2), ("palm", 2), ("lion", 1), ("muon", None)])
 def test_state_that_mirrors_a_parameter_is_sharded_like_it(kind, copies):
-    config = adamw(multiply_by_parameter_scale=True) if kind == "adafactor" else OptimizerConfig(type=kind)
+    config = adamw(multiply_by_parameter_scale=True) if kind == "adafactor" else usual(kind)
     optimizer, _ = make_optimizer(replace(config, accumulate_gradient_steps=1))
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params = tree(0)

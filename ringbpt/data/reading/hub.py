@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ringbpt.config import HuggingfaceDatasetConfig, JsonDatasetConfig, TfdsDatasetConfig, UserError
+from ringbpt.config import (
+    HuggingfaceDatasetConfig,
+    JsonDatasetConfig,
+    TfdsDatasetConfig,
+    UserError,
+    stop_asking_where_none_answers,
+)
 from ringbpt.data.reading.files import cached, digest_of, file_digest, optional
 from ringbpt.data.reading.sources import JsonSource, Source
 from ringbpt.data.reading.wire import fields_of, varints
@@ -74,10 +80,10 @@ def _plain(value: Any) -> Any:
 def load_huggingface(config: HuggingfaceDatasetConfig, flag: str) -> Any:
     """The data set by its name on the hub, or of a local folder; code that comes with a data set is never run."""
     datasets = optional("datasets", f"--{flag}.path={config.path!r}")
+    if not os.path.isabs(path := os.path.expanduser(config.path)) and not os.path.exists(path):
+        datasets.config.HF_HUB_OFFLINE = not stop_asking_where_none_answers()
     try:
-        return datasets.load_dataset(
-            os.path.expanduser(config.path), config.name or None, split=config.split, streaming=config.streaming
-        )
+        return datasets.load_dataset(path, config.name or None, split=config.split, streaming=config.streaming)
     except Exception as error:
         raise UserError(
             f"--{flag}.path={config.path!r} (name={config.name!r}, split={config.split!r}) cannot be loaded: "

@@ -86,6 +86,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         """The text, in which special tokens leave no trace, or (special) stand by their names."""
 
+    def name(self, token: int) -> str:
+        """What a special token is called; empty for one that stands for text."""
+        return ""
+
     def fingerprint(self) -> str:
         """Hex digest of what decides the ids."""
 
@@ -142,6 +146,9 @@ class BytesTokenizer(PlainTokenizer):
         """bos and eos have no names and leave no trace; bytes that are no UTF-8 become U+FFFD."""
         return bytes(int(token) for token in ids if token < 256).decode("utf-8", errors="replace")
 
+    def name(self, token: int) -> str:
+        return {self.ends.bos: "<bos>", self.ends.eos: "<eos>"}.get(token, "")
+
     def fingerprint(self) -> str:
         return "bytes"
 
@@ -186,6 +193,10 @@ class SentencePieceTokenizer(PlainTokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         return self._processor.decode([int(token) for token in ids])
+
+    def name(self, token: int) -> str:
+        special = self._processor.is_control(token) or self._processor.is_unknown(token)
+        return self._processor.id_to_piece(token) if special else ""
 
     def fingerprint(self) -> str:
         return f"sentencepiece {self._digest}"
@@ -246,6 +257,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
 
+    def name(self, token: int) -> str:
+        return self._tokenizer.id_to_token(token) or "" if token in self.special_ids else ""
+
     def fingerprint(self) -> str:
         template = hashlib.sha256((self.chat_template or "").encode()).hexdigest()
         return f"tokenizer.json {self._digest} {sorted(self.special_names.items())} template {template}"
@@ -258,12 +272,23 @@ class HuggingFaceTokenizer(Tokenizer):
         return f"{self.path.parent.name}/{self.path.name}, {self.vocab_size:,} tokens"
 
 
+def reads_as(tokenizer: Tokenizer, token: int) -> str:
+    """One token as it reads behind another, with the space that it may begin with; a special one by its name.
+
+    A part of a character reads as U+FFFD.
+    """
+    if name := tokenizer.name(token):
+        return name
+    once, twice = (tokenizer.decode([token] * count, special=True) for count in (1, 2))
+    return twice[len(once) :]
+
+
 def describe_ends(tokenizer: Tokenizer) -> str:
     """What begins and what ends a text, for people: names and ids."""
     ends = tokenizer.ends
 
     def named(token: int) -> str:
-        name = tokenizer.decode([token], special=True) if token < tokenizer.vocab_size else ""
+        name = reads_as(tokenizer, token) if token < tokenizer.vocab_size else ""
         return f"{name} ({token})".strip()
 
     begin = f"begins with {named(ends.bos)}" if ends.begins and ends.bos is not None else "begins with no bos"

@@ -1,7 +1,7 @@
 """Tokenizers made of a data set's own text, as LLaMA's are: BPE that falls back to bytes, digits apart."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ringbpt.config import DatasetConfig, TextProcessorConfig, UserError
@@ -13,15 +13,24 @@ from ringbpt.data.text.shapes import SHAPES
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in LLaMA's own
 
 
-def texts_of(dataset: DatasetConfig, most: int, flag: str = "train_dataset") -> Iterator[str]:
-    """Every text of the first `most` examples of each part: the `fields` that are named, else all there are."""
+def texts_of(
+    dataset: DatasetConfig,
+    most: int,
+    flag: str = "train_dataset",
+    say: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[str]:
+    """Every text of the first `most` examples of each part: the `fields` that are named, else all there are.
+
+    say(done, total) is told how many examples of all have been read.
+    """
     wanted = _field_names(dataset.text_processor)
-    for part in parts_of(dataset, flag):
-        source = make_source(dataset, part, cache_folder(dataset), flag)
-        for index in range(min(most, len(source))):
-            example = source[index]
-            chosen = [example.get(key) for key in wanted] if wanted else [example]
-            yield from _strings(chosen)
+    sources = [make_source(dataset, part, cache_folder(dataset), flag) for part in parts_of(dataset, flag)]
+    counts = [min(most, len(source)) for source in sources]
+    examples = (source[index] for source, count in zip(sources, counts, strict=True) for index in range(count))
+    for done, example in enumerate(examples, start=1):
+        chosen = [example.get(key) for key in wanted] if wanted else [example]
+        yield from _strings(chosen)
+        say(done, sum(counts))
 
 
 def _field_names(processor: TextProcessorConfig) -> list[str]:
@@ -87,6 +96,17 @@ KINDS = {"sentencepiece": train_sentencepiece, "bpe": train_bpe}
 
 
 def train(dataset: DatasetConfig, output: Path, kind: str, vocab_size: int, most: int) -> None:
-    """Trains a tokenizer of a kind on a data set, and says where it is. Raises UserError."""
-    KINDS[kind](texts_of(dataset, most), output, vocab_size)
+    """Trains a tokenizer of a kind on a data set, and says how far it is and where. Raises UserError."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading examples", total=None)
+
+        def say(done: int, total: int) -> None:
+            what = "reading examples" if done < total else f"all read, making {vocab_size:,} tokens"
+            progress.update(task, completed=done, total=total, description=what)
+
+        KINDS[kind](texts_of(dataset, most, say=say), output, vocab_size)
     print(f"{output}: use it as --tokenizer.vocab_file={output}")
