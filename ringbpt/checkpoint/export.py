@@ -1,6 +1,5 @@
 """Weights of ours -> a Hugging Face folder, for transformers, vLLM and sglang; and how the two compare."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ringbpt.checkpoint.huggingface import (
     is_own,
     open_folder,
     rewrite,
+    write_settings,
 )
 from ringbpt.checkpoint.load import describe_checkpoint, find_checkpoint, load_model
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
@@ -30,7 +30,7 @@ from ringbpt.types import Params, TokenMeta
 def to_huggingface(
     spec: str, output: Path, base: Path | None = None, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """The weights of `--load_checkpoint=PREFIX::PATH`, of one of our checkpoints or folders -> a Hugging Face folder.
+    """The weights of `--load_checkpoint=PREFIX::PATH`, of ours or of a GGUF file -> a Hugging Face folder.
 
     base: a folder whose config.json and tokenizer go along with a checkpoint; None: what came with the model, if
     anything did. dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no
@@ -39,8 +39,9 @@ def to_huggingface(
     prefix, path = find_checkpoint(spec)
     if prefix == "huggingface":
         raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
-    if prefix == "params" and is_own(path):
-        source, base = open_folder(path, own=True), path / CARRIED
+    own = prefix == "params" and is_own(path)
+    if own or prefix == "gguf":
+        source, base = open_folder(path, own), path / CARRIED if own else path
         stored = next(iter(source.files.entries.values())).dtype
         settings = hf_settings(source.architecture, _choose(dtype, stored).name, source.settings)
         rewrite(source, output, "model", dtype, max_shard_bytes)
@@ -86,10 +87,6 @@ def _write_step(
 
 def _choose(dtype: str, stored: np.dtype) -> np.dtype:
     return np.dtype(COMPUTE_DTYPES[dtype]) if dtype else stored
-
-
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
