@@ -102,6 +102,7 @@ def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
 def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict[str, float]:
     """Our logits against those of transformers (on torch, float32, CPU) for the same random tokens of one sequence.
 
+    folder: a Hugging Face folder, or a GGUF file, which transformers reads with a reader of its own.
     Raises UserError where torch or transformers is missing.
     """
     try:
@@ -109,7 +110,10 @@ def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("--verify needs transformers and torch: pip install 'ringbpt[oracle]'") from None
-    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if folder.is_file():
+        oracle = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=torch.float32)
+    else:
+        oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     token_BT = np.random.default_rng(0).integers(0, oracle.config.vocab_size, (1, tokens)).astype(np.int32)
     with torch.no_grad():
         theirs = oracle(torch.tensor(token_BT, dtype=torch.long)).logits.numpy()

@@ -50,7 +50,7 @@ def unpack_tokenizer(file: Path) -> Path:
         raise UserError(f"{file} holds no tokenizer: give one as a Hugging Face folder")
     try:
         files = _tokenizer_files(header)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: the tokenizer in its header is incomplete or damaged: {error}") from None
     content = {name: text for name, text in files.items() if text is not None}
 
@@ -132,7 +132,7 @@ def _byte_level(said: dict[str, Any], ids: dict[str, int], kinds: list[int], whe
 def _pair(merge: str) -> tuple[str, str]:
     first, space, second = merge[1:].partition(" ")  # a piece may begin with a space
     if not space:
-        raise KeyError(f"tokenizer.ggml.merges has {merge!r}, which is no pair")
+        raise ValueError(f"tokenizer.ggml.merges has {merge!r}, which is no pair")
     return merge[:1] + first, second
 
 
