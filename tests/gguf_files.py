@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 
 Kind = gguf.GGMLQuantizationType
-D, N, K, F, V, L = 256, 4, 2, 256, 64, 2  # blocks have 32 or 256 numbers
+D, N, K, F, V, L = 256, 4, 2, 256, 63, 2  # blocks have 32 or 256 numbers
 HEAD = {"llama": 64, "mistral": 64, "qwen2": 64, "qwen3": 128}
 METADATA: dict[str, Any] = {
     "context_length": 512, "embedding_length": D, "feed_forward_length": F, "block_count": L,

@@ -41,7 +41,7 @@ def to_huggingface(
         raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
     own = prefix == "params" and is_own(path)
     if own or prefix == "gguf":
-        source, base = open_folder(path, own), path / CARRIED if own else path
+        source, base = open_folder(path, own), base or (path / CARRIED if own else path)
         stored = next(iter(source.files.entries.values())).dtype
         settings = hf_settings(source.architecture, _choose(dtype, stored).name, source.settings)
         rewrite(source, output, "model", dtype, max_shard_bytes)

