@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pytest
 
@@ -96,7 +97,8 @@ def test_onto_a_mesh_to_a_folder_and_back(tmp_path, monkeypatch, capsys):
     file = write_gguf(tmp_path / "x.gguf", "llama", Kind.Q8_0, tokenizer=tokenizer)
     spec = f"gguf::{file}"
     _, params = load_model(spec, (1, 1, 1, 1))
-    same(load_model(spec, (1, 2, 2, 2))[1], params)
+    spread = load_model(spec, (1, 2, 2, 2))[1]  # whose tables have a row more, that tp may divide them
+    same(jax.tree.map(lambda x, y: x[tuple(map(slice, y.shape))], spread, params), params)
     assert jax2hf(f"--load_checkpoint={spec}", f"--output_dir={tmp_path / 'hf'}") == 0
     assert hf2jax(f"--checkpoint_dir={file}", f"--output_file={tmp_path / 'ours'}") == 0
     capsys.readouterr()
