@@ -105,6 +105,12 @@ def test_the_formats_own_default(tmp_path):
     assert [piece for piece, _ in pieces] == ["x", "Ġ", "123", "456", "7", "+", "y", ",", "Ġdon", "'", "t"]
 
 
+def test_words_that_are_tokens_stay_whole_where_they_do_so(tmp_path):
+    keys = {"tokens": ["a", "b", "c", "ab", "abc"], "kinds": [1] * 5, "merges": ["a b"]}
+    ids = {pre: make(tmp_path, tokenizer_keys("gpt2", pre=pre, **keys)).encode("abc").tolist() for pre in CUTS}
+    assert ids == {"gpt-2": [3, 2], "smollm": [3, 2], "llama-bpe": [4], "qwen2": [3, 2], "tekken": [4]}
+
+
 def test_sentencepiece(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
