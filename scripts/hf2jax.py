@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder into weights for training, a tensor at a time:
+"""Converts a Hugging Face folder, or a GGUF file, into weights for training, a tensor at a time:
 
     python scripts/hf2jax.py --checkpoint_dir=/path/hf_folder --output_file=/path/output
     python -m ringbpt.train --load_checkpoint=params::/path/output ...
@@ -13,7 +13,7 @@ from pathlib import Path
 from ringbpt.config import DTYPES, PRESETS, Flag, UserError, printed_help, read_flags, run_main
 
 FLAGS = {
-    "checkpoint_dir": Flag(str, "", "a Hugging Face folder with safetensors", required=True),
+    "checkpoint_dir": Flag(str, "", "a Hugging Face folder with safetensors, or a .gguf file", required=True),
     "output_file": Flag(str, "", "the folder to write", required=True),
     "model_size": Flag(str, "", "7b, 13b, ...: if given, checked against config.json"),
     "streaming": Flag(bool, True, "always: accepted for old commands"),

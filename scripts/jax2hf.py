@@ -2,8 +2,9 @@
 
     python scripts/jax2hf.py --load_checkpoint=params::runs/<run> --output_dir=/path/hf_folder
 
-PREFIX::PATH as in ringbpt.train: a run, one of its steps, or what scripts/hf2jax.py wrote. The model's flags are read
-from the run's config.json; tokenizer and chat template come from --huggingface_dir, or from what the run started from.
+PREFIX::PATH as in ringbpt.train: a run, one of its steps, what scripts/hf2jax.py wrote, or a GGUF file. The model's
+flags are read from the run's config.json; tokenizer and chat template come from --huggingface_dir, or from what the run
+started from.
 """
 
 import sys

@@ -1,6 +1,5 @@
 """Weights of ours -> a Hugging Face folder, for transformers, vLLM and sglang; and how the two compare."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ringbpt.checkpoint.huggingface import (
     is_own,
     open_folder,
     rewrite,
+    write_settings,
 )
 from ringbpt.checkpoint.load import describe_checkpoint, find_checkpoint, load_model
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
@@ -30,7 +30,7 @@ from ringbpt.types import Params, TokenMeta
 def to_huggingface(
     spec: str, output: Path, base: Path | None = None, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """The weights of `--load_checkpoint=PREFIX::PATH`, of one of our checkpoints or folders -> a Hugging Face folder.
+    """The weights of `--load_checkpoint=PREFIX::PATH`, of ours or of a GGUF file -> a Hugging Face folder.
 
     base: a folder whose config.json and tokenizer go along with a checkpoint; None: what came with the model, if
     anything did. dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no
@@ -39,8 +39,9 @@ def to_huggingface(
     prefix, path = find_checkpoint(spec)
     if prefix == "huggingface":
         raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
-    if prefix == "params" and is_own(path):
-        source, base = open_folder(path, own=True), path / CARRIED
+    own = prefix == "params" and is_own(path)
+    if own or prefix == "gguf":
+        source, base = open_folder(path, own), base or (path / CARRIED if own else path)
         stored = next(iter(source.files.entries.values())).dtype
         settings = hf_settings(source.architecture, _choose(dtype, stored).name, source.settings)
         rewrite(source, output, "model", dtype, max_shard_bytes)
@@ -88,10 +89,6 @@ def _choose(dtype: str, stored: np.dtype) -> np.dtype:
     return np.dtype(COMPUTE_DTYPES[dtype]) if dtype else stored
 
 
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
     """[B, T, V] float32, each row one text; for tests and reports, where T and V are small."""
     order = permutation(model.execution.sequence_layout, token_BT.shape[1], model.mesh.shape["sp"])
@@ -105,6 +102,7 @@ def logits(model: Model, params: Params, token_BT: np.ndarray) -> np.ndarray:
 def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict[str, float]:
     """Our logits against those of transformers (on torch, float32, CPU) for the same random tokens of one sequence.
 
+    folder: a Hugging Face folder, or a GGUF file, which transformers reads with a reader of its own.
     Raises UserError where torch or transformers is missing.
     """
     try:
@@ -112,7 +110,10 @@ def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("--verify needs transformers and torch: pip install 'ringbpt[oracle]'") from None
-    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if folder.is_file():
+        oracle = AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=torch.float32)
+    else:
+        oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     token_BT = np.random.default_rng(0).integers(0, oracle.config.vocab_size, (1, tokens)).astype(np.int32)
     with torch.no_grad():
         theirs = oracle(torch.tensor(token_BT, dtype=torch.long)).logits.numpy()

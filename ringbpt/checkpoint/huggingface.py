@@ -4,6 +4,7 @@ A folder of our own (`params.safetensors`, and the files of the model beside it 
 code with a table that changes nothing: `layers.w_q.3` for the layer 3 of `layers.w_q`.
 """
 
+import json
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ringbpt.checkpoint.gguf import GgufTensors, gguf_rows
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
-from ringbpt.config import Architecture, UserError, complete
-from ringbpt.config.families import IGNORED, TensorRow, find_family, llama_fields, read_json, rows_for
-from ringbpt.data.text.tokenizers import TOKENIZER_FILES
+from ringbpt.config import Architecture, TokenizerConfig, UserError, complete
+from ringbpt.config.families import IGNORED, TensorRow, find_family, llama_fields, rows_for
+from ringbpt.config.gguf import TOKENIZER, model_settings, read_gguf
+from ringbpt.data.text.tokenizers import TOKENIZER_FILES, keep_tokenizer, make_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.types import Params
 
@@ -29,34 +32,39 @@ MAX_SHARD_BYTES = 5 << 30
 
 
 class Folder(NamedTuple):
-    """A model's folder, of which no tensor has been read.
+    """A model's folder, or its GGUF file, of which no tensor has been read.
 
-    settings: its config.json. table: from its tensors to our weights. other: the same weights' table in the other
-    form, a folder of our own for one of Hugging Face's and the other way round.
+    settings: its config.json. table: from its tensors to our weights. theirs, ours: the same weights' tables in a
+    folder of Hugging Face's and in one of our own.
     """
 
-    files: TensorFolder
+    files: TensorFolder | GgufTensors
     settings: dict[str, Any]
     architecture: Architecture
     table: list[Conversion]
-    other: list[Conversion]
+    theirs: list[Conversion]
+    ours: list[Conversion]
 
 
 def open_folder(folder: Path, own: bool = False, architecture: Architecture | None = None) -> Folder:
-    """A Hugging Face folder, or one of our own, for the model that its config.json describes, or for another.
+    """A Hugging Face folder, one of our own, or a GGUF file, for the model that it describes, or for another.
 
     Raises UserError for whatever is wrong with them, tensors against the model included; reads headers only.
     """
-    where = (folder / CARRIED if own else folder) / "config.json"
-    settings = read_json(where)
-    _, family = find_family(settings, str(where))
-    architecture = architecture or describe_settings(settings, str(where))
-    files = TensorFolder(folder, STEM if own else "model")
+    settings, where = model_settings(folder / CARRIED if own else folder)
+    _, family = find_family(settings, where)
+    architecture = architecture or describe_settings(settings, where)
     rows = rows_for(family, architecture)
     theirs, ours = conversions(rows, architecture), conversions(_own_rows(rows), architecture)
-    found = Folder(files, settings, architecture, *((ours, theirs) if own else (theirs, ours)))
-    _check_tensors(files, found.table)
-    return found
+    files: TensorFolder | GgufTensors
+    if folder.is_file():
+        header = read_gguf(folder)
+        table = conversions(gguf_rows(rows, header.metadata["general.architecture"]), architecture)
+        files = GgufTensors(header)
+    else:
+        table, files = ours if own else theirs, TensorFolder(folder, STEM if own else "model")
+    _check_tensors(files, table)
+    return Folder(files, settings, architecture, table, theirs, ours)
 
 
 def describe_settings(settings: dict[str, Any], where: str) -> Architecture:
@@ -79,7 +87,7 @@ def _own_rows(rows: Iterable[TensorRow]) -> list[TensorRow]:
     return [own(row) for row in rows]
 
 
-def _check_tensors(files: TensorFolder, table: list[Conversion]) -> None:
+def _check_tensors(files: TensorFolder | GgufTensors, table: list[Conversion]) -> None:
     """Raises UserError for the first tensor that is missing, has another shape, or has no place in the model."""
     wanted = {name: conversion.their_shape for conversion in table for name in conversion.names()}
     for name, shape in wanted.items():
@@ -110,20 +118,27 @@ def load_folder(folder: Path, architecture: Architecture, abstract_params: Param
 
 
 def to_ours(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """A Hugging Face folder -> one of our own, which `--load_checkpoint=params::` reads. dtype: see `rewrite`."""
-    rewrite(open_folder(folder), output, STEM, dtype, max_shard_bytes)
+    """A Hugging Face folder, or a GGUF file, -> one of our own, which `--load_checkpoint=params::` reads.
+
+    dtype: see `rewrite`.
+    """
+    found = open_folder(folder)
+    rewrite(found, output, STEM, dtype, max_shard_bytes)
     carry(folder, output / CARRIED)
+    if folder.is_file():
+        write_settings(output / CARRIED, found.settings)
 
 
 def rewrite(source: Folder, output: Path, stem: str, dtype: str, max_shard_bytes: int) -> None:
-    """The tensors of a folder in its other form, in the order of its files, one tensor a thread in memory.
+    """The tensors of a folder in another form, in the order of its files, one tensor a thread in memory.
 
-    dtype: fp32, bf16 or fp16; empty: each as it is.
+    stem: of the files to write: STEM for a folder of our own, else one of Hugging Face's. dtype: fp32, bf16 or fp16;
+    empty: each as it is.
     """
     files, cast = source.files, np.dtype(COMPUTE_DTYPES[dtype]) if dtype else None
     pairs = {
         name: (new, before, after)
-        for before, after in zip(source.table, source.other, strict=True)
+        for before, after in zip(source.table, source.ours if stem == STEM else source.theirs, strict=True)
         for name, new in zip(before.names(), after.names(), strict=True)
     }
     order = sorted(pairs, key=lambda name: (files.entries[name].file.name, files.entries[name].start))
@@ -139,8 +154,16 @@ def rewrite(source: Folder, output: Path, stem: str, dtype: str, max_shard_bytes
 
 
 def carry(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES) -> None:
-    """Copies what belongs to a model beside its weights."""
+    """Copies what belongs to a model beside its weights; of a GGUF file its tokenizer, if it has one."""
     target.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        if TOKENIZER in read_gguf(source).metadata:
+            keep_tokenizer(make_tokenizer(TokenizerConfig(str(source))), target)
+        return
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

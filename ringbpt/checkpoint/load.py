@@ -12,6 +12,7 @@ from ringbpt.checkpoint.original import load_original
 from ringbpt.checkpoint.store import Rule, Wanted, newest_step
 from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices, model_folder
 from ringbpt.config.families import read_json
+from ringbpt.config.gguf import FOREIGN, find_foreign, model_settings
 from ringbpt.dims import MeshShape
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
@@ -36,10 +37,9 @@ def describe_checkpoint(spec: str) -> Found:
     Raises UserError where nothing beside the weights tells them, as beside a file of the original project.
     """
     prefix, path = find_checkpoint(spec)
-    if prefix == "huggingface" or is_own(path):
-        beside = path if prefix == "huggingface" else path / CARRIED
-        where = beside / "config.json"
-        return Found(describe_settings(read_json(where), str(where)), beside, str(beside))
+    if prefix in FOREIGN or is_own(path):
+        beside = path if prefix in FOREIGN else path / CARRIED
+        return Found(describe_settings(*model_settings(beside)), beside if beside.is_dir() else None, str(beside))
     for run in (path, *path.parents[:2]):  # a run, its checkpoints, or one of its steps
         if (run / "config.json").is_file():
             break
@@ -69,7 +69,8 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     data too, `flax_params::` the weights of a flax msgpack file. PATH is a folder of ours (a step, a `checkpoints`
     folder or a run, of which the newest step is taken) or a file of the original project, streaming or flax msgpack
     (its content says which); of a file's train state the weights alone are taken, and `note` says so. `huggingface::`
-    takes a Hugging Face folder, or a model's name on the hub, and `params::` one that scripts/hf2jax.py wrote.
+    takes a Hugging Face folder, or a model's name on the hub, `gguf::` a GGUF file, and `params::` a folder that
+    scripts/hf2jax.py wrote.
 
     wanted: the entries of the model and the run at hand, of which "params" is one. architecture: the model's.
     Raises UserError for an unknown prefix, a missing path, a pickle, a truncated file, and any tensor that is
@@ -77,7 +78,7 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     """
     prefix, path = find_checkpoint(spec, weights=True)
     where, name, nothing = f"--load_checkpoint={spec}", spec.partition("::")[2], {**dict.fromkeys(wanted), "meta": None}
-    if prefix == "huggingface" or (prefix == "params" and is_own(path)):
+    if prefix in FOREIGN or (prefix == "params" and is_own(path)):
         return nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)}, ""
     if path.is_file():
         train_state, abstract = prefix.startswith("trainstate"), wanted["params"].abstract
@@ -104,8 +105,7 @@ def find_checkpoint(spec: str, weights: bool = False) -> tuple[str, Path]:
     if prefix not in choices("load_checkpoint") or not name:
         kinds = (f"{prefix}::PATH" for prefix in choices("load_checkpoint"))
         raise UserError(f"{where}: expected one of {', '.join(kinds)}")
-    path = model_folder(name, where, weights) if prefix == "huggingface" else Path(name).expanduser()
-    path = path.absolute()
+    path = (find_foreign(spec, weights) or Path(name).expanduser()).absolute()
     if not path.exists():
         raise UserError(f"{where}: no such file or folder")
     return prefix, path

@@ -69,13 +69,19 @@ class TensorFolder:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or a box of it; only the rows (and where cut across, the pages) of the box are read."""
         entry = self.entries[name]
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, entry.shape, strict=False))
-        shape = (*(part.stop - part.start for part in index), *entry.shape[len(index) :])
+        index = cut_box(index, entry.shape)
+        shape = tuple(part.stop - part.start for part in index)
         self.bytes_read += prod(shape) * entry.dtype.itemsize
         if shape[1:] == entry.shape[1:]:  # whole rows stand together
             first = index[0].start * prod(shape[1:]) * entry.dtype.itemsize if index else 0
             return np.fromfile(entry.file, entry.dtype, prod(shape), offset=entry.start + first).reshape(shape)
         return np.array(np.memmap(entry.file, entry.dtype, "r", entry.start, entry.shape)[index])
+
+
+def cut_box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The first and last places of a box in every dim of a tensor; what an index leaves out is whole."""
+    index = (*index, *(slice(None) for _ in shape[len(index) :]))
+    return tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

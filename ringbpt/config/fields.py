@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    vocab_file: str = flag("", "bytes, a .model of SentencePiece, or a folder of Hugging Face's", shown="data")
+    vocab_file: str = flag("", "bytes, a .model of SentencePiece, a folder of Hugging Face's, or a .gguf", shown="data")
 
 
 @dataclass(frozen=True)
@@ -429,8 +429,8 @@ class Config:
     update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
     load_checkpoint: str = flag(
         "",
-        "PREFIX::PATH, as params::runs/<run> or huggingface::<folder or org/name>",
-        prefixes=("params", "trainstate", "trainstate_params", "flax_params", "huggingface"),
+        "PREFIX::PATH, as params::runs/<run>, gguf::<file> or huggingface::<folder or org/name>",
+        prefixes=("params", "trainstate", "trainstate_params", "flax_params", "huggingface", "gguf"),
         shown="start from",
     )
     load_dataset_state: str = flag("", "go on in the data from here: runs/<run>/checkpoints/<step>")

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from ringbpt.config.aliases import ALIASES, MEANINGS, OF_DATA, SPLITS
 from ringbpt.config.checks import check, check_datasets, check_same_mesh, check_values, complete
 from ringbpt.config.entry import ENTRY_FLAGS, scan
-from ringbpt.config.families import llama_fields, read_json
+from ringbpt.config.families import llama_fields
 from ringbpt.config.fields import (
     DTYPES,
     PRESETS,
@@ -30,7 +30,7 @@ from ringbpt.config.fields import (
     group_name,
     to_dict,
 )
-from ringbpt.config.hub import model_folder
+from ringbpt.config.gguf import find_foreign, model_settings
 from ringbpt.config.rates import complete_rates
 from ringbpt.config.values import UserError, mesh_sizes, nearest_name, parse_mesh_dim, read_literals, read_value
 
@@ -40,7 +40,6 @@ ROOT = PACKAGE.parent
 HOME = PACKAGE if (PACKAGE / "configs").is_dir() else ROOT
 DEFAULT_RECIPE = "configs/debug.py"
 UPDATE = "update_llama_config"
-HUGGINGFACE = "huggingface::"  # before a --load_checkpoint
 ARCHITECTURE_FLAGS = {f"llama.{item.name}" for item in fields(Architecture)}
 ADAMW = "optimizer.adamw_optimizer"
 APPLIED = "_applied_preset"  # a tree's attribute, no key: the preset whose sizes it was given
@@ -76,17 +75,14 @@ def _apply_preset(tree: ConfigDict, name: str) -> None:
         _set(tree, f"llama.{key}", value)
 
 
-def _apply_huggingface(tree: ConfigDict, checkpoint: str) -> None:
-    """The model that a folder of Hugging Face's holds, or the hub, and its tokenizer, where no other is asked for."""
-    folder = model_folder(checkpoint.removeprefix(HUGGINGFACE), f"--load_checkpoint={checkpoint}")
-    if not folder.is_dir():
-        raise UserError(f"--load_checkpoint={checkpoint}: no such folder")
+def _apply_foreign(tree: ConfigDict, path: Path) -> None:
+    """The model of a Hugging Face folder or a GGUF file, and its tokenizer, where no other is asked for."""
     longest = tree.llama.max_sequence_length
-    for key, value in llama_fields(read_json(folder / "config.json"), str(folder / "config.json")).items():
+    for key, value in llama_fields(*model_settings(path)).items():
         _set(tree, f"llama.{key}", value)
     tree.llama.max_sequence_length = max(longest, tree.llama.max_sequence_length)
     if not tree.tokenizer.vocab_file:
-        tree.tokenizer.vocab_file = str(folder)
+        tree.tokenizer.vocab_file = str(path)
 
 
 def _set(tree: ConfigDict, name: str, value: Any) -> None:
@@ -115,9 +111,9 @@ def _update_llama(tree: ConfigDict, text: str) -> None:
 def parse_args(argv: list[str]) -> ConfigDict:
     """The tree that a command line (without the program's name) asks for; `parse` checks and freezes it.
 
-    In this order: the defaults, the recipe of --config, the preset of --load_llama_config, the config.json of a
-    `huggingface::` checkpoint, the other flags, other trainers' names for them, --update_llama_config. Flags that name
-    no recipe, and nothing of a model, its data or its tokenizer, start from DEFAULT_RECIPE. A recipe's virtual devices
+    In this order: the defaults, the recipe of --config, the preset of --load_llama_config, what a
+    `huggingface::` or `gguf::` checkpoint says about itself, the other flags, other trainers' names for them,
+    --update_llama_config. Flags that name no recipe, and nothing of a model, its data or its tokenizer, start from DEFAULT_RECIPE. A recipe's virtual devices
     are as many as a mesh that is given in its place needs. --print_config is left to the caller. Raises UserError for
     what is no flag, is given twice, or is of another type.
     """
@@ -129,8 +125,8 @@ def parse_args(argv: list[str]) -> ConfigDict:
     tree = load_recipe(path) if path else default_config()
     if given.get("load_llama_config"):
         _apply_preset(tree, given["load_llama_config"])
-    if given.get("load_checkpoint", tree.load_checkpoint).startswith(HUGGINGFACE):
-        _apply_huggingface(tree, given.get("load_checkpoint", tree.load_checkpoint))
+    if foreign := find_foreign(given.get("load_checkpoint", tree.load_checkpoint)):
+        _apply_foreign(tree, foreign)
     for name, value in given.items():
         if name in RUN_FLAGS and name != UPDATE:
             _set(tree, name, value)

@@ -6,7 +6,6 @@ The rows of a step are a pure function of (files, flags, seed, step): there is n
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -20,7 +19,7 @@ from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
-from ringbpt.data.reading.files import cached, digest_of
+from ringbpt.data.reading.files import cached, default_cache, digest_of
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.rows import open_rows
@@ -241,7 +240,7 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
 
 def cache_folder(dataset: DatasetConfig) -> Path:
     """`cache_dir`, else $RINGBPT_CACHE, else ~/.cache/ringbpt; it need not be there yet."""
-    return Path(dataset.cache_dir or os.environ.get("RINGBPT_CACHE") or "~/.cache/ringbpt").expanduser()
+    return Path(dataset.cache_dir).expanduser() if dataset.cache_dir else default_cache()
 
 
 # --- tokens ---

@@ -21,7 +21,7 @@ ZIPPED = gzip.compress(GOOD)
 FLIPPED = ZIPPED[:-8] + bytes([ZIPPED[-8] ^ 1]) + ZIPPED[-7:]  # in its checksum
 FLAG = "--train_dataset.json_dataset.path"
 CHATML = "--train_dataset.text_processor.chat_template=chatml"
-KINDS = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
+KINDS = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, a .gguf file, or 'bytes'"
 # name of the file, its content, what is said of it, and further flags; {0} is its path, {1} its folder
 CASES: dict[str, tuple[str | bytes | None, ...]] = {
     "malformed line": (

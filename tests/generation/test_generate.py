@@ -91,7 +91,7 @@ MISTAKES = {
     "two things": (["--load_checkpoint=huggingface::FOLDER", "--prompt=a", "--chat"], "give one of --prompt"),
     "no flag": (["--load_checkpoint=huggingface::FOLDER", "--promt=a"], "did you mean --prompt?"),
     "too cold": (["--load_checkpoint=huggingface::FOLDER", "--prompt=a", "--temperature=-1"], "--temperature=0 is"),
-    "no folder": (["--load_checkpoint=huggingface::/nowhere", "--prompt=a"], "no such file or folder"),
+    "no folder": (["--load_checkpoint=huggingface::/nowhere", "--prompt=a"], "no such folder"),
     "too long": (["--load_checkpoint=huggingface::FOLDER", "--prompt=a", "--max_new_tokens=9999"], "511 at most"),
     "other tokens": (["--load_checkpoint=huggingface::FOLDER", "--prompt=a", "--tokenizer=bytes"], "vocabulary of 96"),
 }  # fmt: skip

@@ -180,6 +180,11 @@ def remember_digest(name: str, cache_dir: Path, digest: str, seen: float) -> Non
 # --- the cache ---
 
 
+def default_cache() -> Path:
+    """$RINGBPT_CACHE, or ~/.cache/ringbpt; it need not be there yet."""
+    return Path(os.environ.get("RINGBPT_CACHE") or "~/.cache/ringbpt").expanduser()
+
+
 @contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[Any]:
     """An open file that takes its name, and another's place, when it is complete, and only then."""
@@ -227,8 +232,11 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None], flag: str)
 
 
 def unwritable(cache_dir: Path, flag: str, error: OSError) -> UserError:
-    message = f"--{flag}.cache_dir={str(cache_dir)!r}: {error.strerror or error}"
-    return UserError(f"{message}; give a folder with room, here or in $RINGBPT_CACHE", code=4)
+    """flag: the group whose cache_dir names the folder; empty: $RINGBPT_CACHE alone does."""
+    what = f"--{flag}.cache_dir=" if flag else "the cache "
+    where = "here or in" if flag else "in"
+    message = f"{what}{str(cache_dir)!r}: {error.strerror or error}; give a folder with room, {where} $RINGBPT_CACHE"
+    return UserError(message, code=4)
 
 
 def remove(path: Path) -> None:

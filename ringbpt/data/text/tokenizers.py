@@ -1,4 +1,7 @@
-"""Text to token ids and back: bytes, SentencePiece models and Hugging Face's tokenizer.json, behind one interface."""
+"""Text to token ids and back: bytes, SentencePiece models and Hugging Face's tokenizer.json, behind one interface.
+
+A GGUF file's tokenizer is unpacked into the latter by gguf_tokenizer.py.
+"""
 
 import hashlib
 import json
@@ -11,8 +14,10 @@ import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.config.families import read_json
+from ringbpt.config.gguf import is_gguf
 from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.reading.wire import fields_of
+from ringbpt.data.text.gguf_tokenizer import unpack_tokenizer
 
 FLAG = "--tokenizer.vocab_file"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # beside a tokenizer.json; the last one's word counts
@@ -21,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, or 'bytes'"
+CHOICES = "give a SentencePiece .model file, a Hugging Face folder or tokenizer.json, a .gguf file, or 'bytes'"
 # Names by which a tokenizer.json without a tokenizer_config.json beside it is asked for its special tokens.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[EOS]")
@@ -107,6 +112,8 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.vocab_file == "bytes":
         return BytesTokenizer(config)
     path = _tokenizer_file(Path(config.vocab_file).expanduser())
+    if is_gguf(path):
+        path = unpack_tokenizer(path)
     content = _read(path)
     if content.lstrip()[:1] == b"{":
         return HuggingFaceTokenizer(config, path, content)
