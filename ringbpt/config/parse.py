@@ -113,9 +113,9 @@ def parse_args(argv: list[str]) -> ConfigDict:
 
     In this order: the defaults, the recipe of --config, the preset of --load_llama_config, what a
     `huggingface::` or `gguf::` checkpoint says about itself, the other flags, other trainers' names for them,
-    --update_llama_config. Flags that name no recipe, and nothing of a model, its data or its tokenizer, start from DEFAULT_RECIPE. A recipe's virtual devices
-    are as many as a mesh that is given in its place needs. --print_config is left to the caller. Raises UserError for
-    what is no flag, is given twice, or is of another type.
+    --update_llama_config. Flags that name no recipe, and nothing of a model, its data or its tokenizer, start from
+    DEFAULT_RECIPE. A recipe's virtual devices are as many as a mesh that is given in its place needs. --print_config is
+    left to the caller. Raises UserError for what is no flag, is given twice, or is of another type.
     """
     given, others = scan(argv, ENTRY_FLAGS | ALIASES | RUN_FLAGS)
     given.pop("print_config", None)
