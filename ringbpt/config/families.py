@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args
 
+from ringbpt.config.aliases import without_effect
 from ringbpt.config.fields import RUN_FLAGS, Architecture
 from ringbpt.config.values import KINDS, UserError
 
@@ -162,7 +163,7 @@ _NO_MATHS = frozenset(
 _NO_MATHS_PREFIXES = ("_", "unsloth_", "transformers.", "assistant_", "target_")
 # Which layers of Qwen's have the window, and what is meant where that is left out.
 _QWEN_WINDOW: dict[str, Any] = {"use_sliding_window": False, "max_window_layers": 28}
-_OURS_ALONE = ("use_cache", "param_scan_axis", "resid_pdrop", "embd_pdrop", "attn_pdrop")  # flags, in no config.json
+_OURS_ALONE = "param_scan_axis"  # no config.json says anything of it
 # Where rotary positions are said, and what of them may stand on its own.
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
 _ROPE_BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
@@ -237,7 +238,8 @@ def llama_fields(settings: dict[str, Any], where: str) -> dict[str, Any]:
     _, family = find_family(settings, where)
     _check_keys(settings, family, where)
     defaults = _DEFAULTS | family.defaults
-    found = {item.name: item.default for item in fields(Architecture) if item.name not in _OURS_ALONE}
+    found = {item.name: item.default for item in fields(Architecture) if item.name != _OURS_ALONE}
+    found = {name: value for name, value in found.items() if not without_effect(f"llama.{name}")}
     for key, ours in (_READS | family.reads).items():
         value = settings.get(key, defaults[key])
         if key.endswith("_token_id") and isinstance(value, list):

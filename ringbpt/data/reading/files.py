@@ -105,13 +105,14 @@ def json_type(value: Any) -> str:
 
 
 def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) -> list[Any]:
-    """make(value) of each line of a file of JSON lines, which end at \\n alone; blank ones are left out.
+    """make(value) of each line of a file of JSON lines; as in JsonSource, they end at \\n alone, and blank ones are left
+    out, as is a byte order mark.
 
     Raises UserError where the file cannot be read or has no rows, and with file and line, and what is `wanted`, where a
     line is no JSON or `make` raises.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--{flag}={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
     rows = []
@@ -119,7 +120,7 @@ def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) ->
         if line.strip():
             try:
                 rows.append(make(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{file}:{number}: {wanted}") from None
     if not rows:
         raise UserError(f"--{flag}={file} holds no row")

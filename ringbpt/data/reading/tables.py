@@ -169,7 +169,7 @@ class ParquetSource(TableSource):
     def _open(self, name: str) -> tuple[list[int], Callable[[int], Any]]:
         from pyarrow import parquet
 
-        file = parquet.ParquetFile(name, memory_map=True)
+        file = parquet.ParquetFile(name, memory_map=True, page_checksum_verification=True)
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         return [group.num_rows for group in groups], file.read_row_group
 
