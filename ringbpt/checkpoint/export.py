@@ -20,7 +20,7 @@ from ringbpt.checkpoint.safetensors import FolderWriter, Planned
 from ringbpt.checkpoint.store import StoredStep, newest_step
 from ringbpt.checkpoint.tensors import conversions, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError
-from ringbpt.config.families import find_family, hf_settings, read_json, rows_for
+from ringbpt.config.families import find_family, hf_settings, llama_fields, read_json, rows_for
 from ringbpt.data.text.tokenizers import keep_tokenizer, make_tokenizer
 from ringbpt.layouts import inverse, permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
@@ -69,7 +69,9 @@ def _write_step(
     """A checkpoint's weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json."""
     stored = step.dtypes("params")
     cast = _choose(dtype, stored["embed"])
-    settings = hf_settings(architecture, cast.name, read_json(base / "config.json") if base else None)
+    given = read_json(base / "config.json") if base else {}
+    settings = hf_settings(architecture, cast.name, given)
+    llama_fields(settings, f"{base}/config.json")  # what of it goes along must be known, as in a folder that is read
     _, family = find_family(settings, "the model")
     table = conversions(rows_for(family, architecture), architecture)
     if strange := stored.keys() ^ {conversion.ours for conversion in table}:

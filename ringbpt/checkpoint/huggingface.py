@@ -18,7 +18,7 @@ from ringbpt.checkpoint.gguf import GgufTensors, gguf_rows
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError, complete
-from ringbpt.config.families import IGNORED, TensorRow, find_family, llama_fields, rows_for
+from ringbpt.config.families import EMBED, HEAD, IGNORED, TensorRow, find_family, llama_fields, rows_for
 from ringbpt.config.gguf import TOKENIZER, model_settings, read_gguf
 from ringbpt.data.text.tokenizers import TOKENIZER_FILES, keep_tokenizer, make_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
@@ -29,6 +29,7 @@ CARRIED = "huggingface"  # where such a folder keeps what came with the model
 # What belongs to a model and is no weight: copied along, both ways.
 CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 MAX_SHARD_BYTES = 5 << 30
+COMPARED_BYTES = 64 << 20  # of a tensor at a time, where two must be the same
 
 
 class Folder(NamedTuple):
@@ -49,7 +50,8 @@ class Folder(NamedTuple):
 def open_folder(folder: Path, own: bool = False, architecture: Architecture | None = None) -> Folder:
     """A Hugging Face folder, one of our own, or a GGUF file, for the model that it describes, or for another.
 
-    Raises UserError for whatever is wrong with them, tensors against the model included; reads headers only.
+    Raises UserError for whatever is wrong with them, tensors against the model included. Reads headers only, and a
+    head that stands beside the embedding it is tied to: the two must be the same.
     """
     settings, where = model_settings(folder / CARRIED if own else folder)
     _, family = find_family(settings, where)
@@ -98,9 +100,28 @@ def _check_tensors(files: TensorFolder | GgufTensors, table: list[Conversion]) -
                 f"{files.folder}: tensor {name} has shape {files.entries[name].shape}, and its config.json (or the "
                 f"flags given) means {shape}"
             )
-    for name in files.entries:
-        if name not in wanted and not name.endswith(IGNORED):
-            raise UserError(f"{files.folder}: tensor {name} has no place in this model")
+    strange = [name for name in files.entries if name not in wanted and not name.endswith(IGNORED)]
+    if strange == [HEAD] and EMBED in wanted:
+        _check_tied(files)
+    elif strange:
+        raise UserError(f"{files.folder}: tensor {strange[0]} has no place in this model")
+
+
+def _check_tied(files: TensorFolder | GgufTensors) -> None:
+    """Raises UserError where the head has not the bits of the embedding that it is tied to. Reads blocks of both."""
+    head, embed = files.entries[HEAD], files.entries[EMBED]
+
+    def block(name: str, start: int, stop: int) -> np.ndarray:
+        array = files.read(name, (slice(start, stop),))
+        return (array if head.dtype == embed.dtype else array.astype(np.float32)).view(np.uint8)
+
+    step = max(1, COMPARED_BYTES // (head.dtype.itemsize * head.shape[-1])) if head.shape == embed.shape else 0
+    starts = range(0, head.shape[0], step) if step else ()
+    if not step or any(not np.array_equal(block(HEAD, i, i + step), block(EMBED, i, i + step)) for i in starts):
+        raise UserError(
+            f"{files.folder}: {HEAD} is not {EMBED}, and its config.json (or --llama.tie_word_embeddings) says that "
+            "they are one: tie_word_embeddings=False there takes each as it is"
+        )
 
 
 def load_folder(folder: Path, architecture: Architecture, abstract_params: Params) -> Params:

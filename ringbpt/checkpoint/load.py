@@ -13,6 +13,7 @@ from ringbpt.checkpoint.store import Rule, Wanted, newest_step
 from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices, model_folder
 from ringbpt.config.families import read_json
 from ringbpt.config.gguf import FOREIGN, find_foreign, model_settings
+from ringbpt.config.values import read_value
 from ringbpt.dims import MeshShape
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
@@ -48,14 +49,23 @@ def describe_checkpoint(spec: str) -> Found:
             f"--load_checkpoint={spec}: no config.json of a run beside it says what model this is: name the run's "
             "folder, or a Hugging Face folder with huggingface::"
         )
-    tree = read_json(run / "config.json")
-    known = {item.name for item in fields(Architecture)}
-    architecture = Architecture(**{name: value for name, value in tree["llama"].items() if name in known})
+    tree, file = read_json(run / "config.json"), run / "config.json"
+    if not isinstance(tree.get("llama"), dict) or not isinstance(tree.get("tokenizer"), dict):
+        huggingface = f": it is a Hugging Face folder's, use huggingface::{run}" if "model_type" in tree else ""
+        raise UserError(f"--load_checkpoint={spec}: {file} is no run's config.json{huggingface}")
+    known = {item.name: item for item in fields(Architecture)}
+    architecture = Architecture(
+        **{
+            name: read_value(f"{file}: llama.{name}", value, known[name].type, known[name].default)
+            for name, value in tree["llama"].items()
+            if name in known
+        }
+    )
     origin = tree.get("load_checkpoint", "")
     name = origin.removeprefix("huggingface::")
     folder = model_folder(name, "", download=False) if origin.startswith("huggingface::") else None
     kept = run / TOKENIZER
-    vocab_file = str(kept) if kept.is_dir() else tree["tokenizer"]["vocab_file"]
+    vocab_file = str(kept) if kept.is_dir() else str(tree["tokenizer"].get("vocab_file", ""))
     return Found(architecture, folder if folder and folder.is_dir() else None, vocab_file)
 
 

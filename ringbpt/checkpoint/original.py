@@ -65,8 +65,11 @@ def load_original(
                 f"{where}: tensor {name} has shape {tensor.shape}, this model wants {shapes[0]}; "
                 "give the --load_llama_config it was trained with"
             )
+        parts = [name] if name in names else names
         layers = [tensor] if name in names else np.moveaxis(tensor, axes[shapes.index(tensor.shape)], 0)
-        held.update(zip([name] if name in names else names, layers, strict=True))
+        if conversion.ours in loaded or held.keys() & {*parts}:
+            raise UserError(f"{where}: tensor {name} stands there twice, and which one counts is not known")
+        held.update(zip(parts, layers, strict=True))
         if held.keys() >= {*names}:
             loaded[conversion.ours] = place(conversion, wanted[conversion.ours], lambda name, box: held[name][box])
             for part in names:

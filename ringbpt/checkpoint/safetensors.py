@@ -7,6 +7,7 @@ Ref: https://huggingface.co/docs/safetensors
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import UserError
+from ringbpt.config.families import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100 << 20
+HEADER_LIMIT = 100_000_000  # bytes, as in the format's own library
 
 
 class Stored(NamedTuple):
@@ -44,27 +46,32 @@ class Planned(NamedTuple):
 
 class TensorFolder:
     """The tensors of a folder, by name: of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json`
-    names. bytes_read counts what was asked for.
+    names, each tensor from the file that the index names for it. bytes_read counts what was asked for.
 
-    Raises UserError in one line for a folder without such files, a damaged or truncated file, and a tensor that is
-    in the index and in no file.
+    Raises UserError in one line for a folder without such files or with two sets of them, a damaged or truncated file,
+    and a tensor that is in the index and not in its file, or the other way round.
     """
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder, self.bytes_read = folder, 0
-        index = folder / f"{stem}.safetensors.index.json"
-        self.entries: dict[str, Stored] = {}
-        if index.is_file():
-            places = _weight_map(index)
-            for name in dict.fromkeys(places.values()):
-                self.entries |= _entries(folder / name)
-            for tensor, name in places.items():
-                if tensor not in self.entries:
-                    raise UserError(f"{index}: tensor {tensor} is not in {name}: the download is incomplete")
-        elif (folder / f"{stem}.safetensors").is_file():
-            self.entries = _entries(folder / f"{stem}.safetensors")
-        else:
-            raise UserError(f"{folder}: {_why_nothing(folder)}")
+        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        places = _weight_map(index) if index.is_file() else {}
+        _check_one_set(folder, index, whole, {*places.values()})
+        if not index.is_file():
+            if not whole.is_file():
+                raise UserError(f"{folder}: {_why_nothing(folder)}")
+            self.entries = _entries(whole)
+            return
+        self.entries = {}
+        for name in dict.fromkeys(places.values()):
+            for tensor, stored in _entries(folder / name).items():
+                if tensor not in places:
+                    raise UserError(f"{index}: {name} has a tensor {tensor}, which the index does not name")
+                if places[tensor] == name:
+                    self.entries[tensor] = stored
+        for tensor, name in places.items():
+            if tensor not in self.entries:
+                raise UserError(f"{index}: tensor {tensor} is not in {name}: the download is incomplete")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or a box of it; only the rows (and where cut across, the pages) of the box are read."""
@@ -84,14 +91,27 @@ def cut_box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ..
     return tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
 
 
+def _check_one_set(folder: Path, index: Path, whole: Path, named: set[str]) -> None:
+    """Raises UserError where a folder has files of two sets of weights: which are meant is not for us to choose."""
+    shard = re.compile(re.escape(whole.stem) + r"-\d+-of-\d+\.safetensors")
+    stale = sorted(file.name for file in folder.glob("*.safetensors") if shard.fullmatch(file.name))
+    stale = [name for name in stale if name not in named]
+    if index.is_file() and whole.is_file() and whole.name not in named:
+        raise UserError(f"{folder}: both {whole.name} and {index.name}: remove the one that is out of date")
+    if stale and index.is_file():
+        raise UserError(f"{folder}: {stale[0]} is in no line of {index.name}: remove the one that is out of date")
+    if stale:
+        other = f"{whole.name} stands beside it" if whole.is_file() else f"there is no {index.name}"
+        raise UserError(f"{folder}: no index names {stale[0]}, and {other}: copy the folder again, or remove the shard")
+
+
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
-            raise KeyError
-        return places
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: no index of safetensors with plain file names; copy it again") from None
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in places.values()
+    ):
+        raise UserError(f"{index}: no index of safetensors with plain file names; copy it again")
+    return places
 
 
 def _why_nothing(folder: Path) -> str:
@@ -106,40 +126,74 @@ def _why_nothing(folder: Path) -> str:
 
 
 def _entries(file: Path) -> dict[str, Stored]:
-    """Every tensor of one file, each checked to lie inside of it."""
+    """Every tensor of one file, by the format's own rules: the tensors fill what follows the header, without a gap,
+    an overlap or a rest.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT
-            if 8 + length > size or length >= HEADER_LIMIT:
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if 8 + length > size or length > HEADER_LIMIT:
                 raise UserError(f"{file}: truncated, or no safetensors file: {size} bytes do not hold its header")
-            header = json.loads(stream.read(length))
-            if not isinstance(header, dict):
-                raise ValueError
+            header = _read_header(file, stream.read(length))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{file}: no safetensors file: its header is not JSON; copy it again") from None
-    found = {}
-    for name, about in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = about["dtype"], tuple(map(int, about["shape"]))
-            start, end = map(int, about["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
-        if dtype not in DTYPES:
-            raise UserError(f"{file}: tensor {name} is {dtype}: only {', '.join(DTYPES)} are supported")
-        stored = Stored(file, DTYPES[dtype], shape, 8 + length + start)
-        if min(shape, default=0) < 0 or start < 0 or end - start != _nbytes(stored):
-            raise UserError(f"{file}: the header of tensor {name} contradicts itself; copy it again")
-        if 8 + length + end > size:
-            missing = 8 + length + end - size
-            raise UserError(f"{file}: truncated: tensor {name} ends {missing} bytes after the file does; copy it again")
-        found[name] = stored
+    found = {name: _stored(file, name, about, 8 + length) for name, about in header.items() if name != "__metadata__"}
+    end, last = 8 + length, "the header"
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, _nbytes(item[1]))):
+        if stored.start != end:
+            what = "overlaps" if stored.start < end else f"begins {stored.start - end} bytes after the end of"
+            raise UserError(f"{file}: data_offsets: tensor {name} {what} {last}; copy it again")
+        end, last = end + _nbytes(stored), f"tensor {name}"
+        if end > size:
+            raise UserError(f"{file}: truncated: {last} ends {end - size} bytes after the file does; copy it again")
+    if end < size:
+        raise UserError(f"{file}: data_offsets: {size - end} bytes after {last} belong to no tensor; copy it again")
     return found
+
+
+def _read_header(file: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object of a header, each key of which stands once."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            twice = max(dict(pairs), key=[key for key, _ in pairs].count)
+            raise UserError(f"{file}: {twice} stands twice in its header; copy it again")
+        return dict(pairs)
+
+    def no_number(constant: str) -> float:
+        raise ValueError(constant)
+
+    try:
+        header = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=no_number)
+        "".join(header).encode("utf-8")  # an escape may stand for half a letter
+        if not isinstance(header, dict):
+            raise ValueError
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{file}: no safetensors file: its header is not JSON; copy it again") from None
+    about = header.get("__metadata__")
+    if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
+        raise UserError(f"{file}: __metadata__ of its header is more than texts by name; copy it again")
+    return header
+
+
+def _stored(file: Path, name: str, about: Any, begin: int) -> Stored:
+    """What a header says of one tensor. begin: the first byte after the header."""
+    try:
+        dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+        start, end = offsets
+        sizes = (*shape, start, end, prod(number or 1 for number in shape))
+        if not all(type(number) is int and 0 <= number < 1 << 60 for number in sizes):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
+    if dtype not in DTYPES:
+        raise UserError(f"{file}: tensor {name} is {dtype!r}: only {', '.join(DTYPES)} are supported")
+    stored = Stored(file, DTYPES[dtype], tuple(shape), begin + start)
+    if end - start != _nbytes(stored):
+        raise UserError(f"{file}: the header of tensor {name} contradicts itself; copy it again")
+    return stored
 
 
 class FolderWriter:

@@ -155,7 +155,7 @@ class StoredStep:
         wanted = {name: want for name, want in wanted.items() if want.rule is not Rule.IGNORED}
         trees = {name: want.abstract for name, want in wanted.items() if name in self.trees}
         with closing(_open_orbax(self.trees, self.objects)) as orbax:
-            with _storage_errors(self.folder):
+            with _storage_errors(self.folder, reading=True):
                 saved = orbax.metadata(self.folder).item_metadata
             args = {}
             for name, abstract in trees.items():
@@ -168,14 +168,14 @@ class StoredStep:
                     if leaf.rpartition(".")[2] in tables:
                         args_of.strict = False
                 args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-            with _storage_errors(self.folder):
+            with _storage_errors(self.folder, reading=True):
                 restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
                 found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
         return found | {name: fill(abstract, flatten(restored[name])) for name, abstract in trees.items()}
 
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
-        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder):
+        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder, reading=True):
             tree = orbax.metadata(self.folder).item_metadata[entry].tree
         return {name: np.dtype(leaf.dtype) for name, leaf in flatten(tree).items()}
 
@@ -186,7 +186,7 @@ class StoredStep:
             tree = {part: tree}
         item = jax.tree.map(lambda _: 0, tree)
         args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder):
+        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder, reading=True):
             return jax.tree.leaves(orbax.restore(self.folder, args=ocp.args.Composite(**{entry: args}))[entry])[0]
 
 
@@ -235,12 +235,17 @@ def _steps(directory: Path) -> list[int]:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def _storage_errors(path: Path, reading: bool = False) -> Iterator[None]:
+    """reading: what a damaged file makes of Orbax's look into it has any type."""
     try:
         yield
-    except (OSError, ValueError) as error:  # tensorstore reports a full disk or a damaged file as a ValueError
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"checkpoint {path}: {lines[0]}", code=4) from error
+    except Exception as error:
+        expected = isinstance(error, OSError | ValueError)  # so tensorstore reports a full disk or a damaged file
+        if isinstance(error, UserError) or not (expected or reading):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        kind = "" if expected else f"{type(error).__name__}: "
+        raise UserError(f"checkpoint {path}: {kind}{lines[0] or type(error).__name__}", code=4) from error
 
 
 def _check(

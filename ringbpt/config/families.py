@@ -7,12 +7,14 @@ the command line reads a model's sizes from its config.json before anything else
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args
 
-from ringbpt.config.fields import Architecture
-from ringbpt.config.values import UserError
+from ringbpt.config.aliases import without_effect
+from ringbpt.config.fields import RUN_FLAGS, Architecture
+from ringbpt.config.values import KINDS, UserError
 
 
 class TensorRow(NamedTuple):
@@ -21,6 +23,7 @@ class TensorRow(NamedTuple):
     pattern: str
 
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # which may be tied: one weight for both
 _ATTENTION = (
     TensorRow("layers.attention_norm", "model.layers.{L}.input_layernorm.weight", "D -> D"),
     TensorRow("layers.w_q", "model.layers.{L}.self_attn.q_proj.weight", "(N H) D -> D N H"),
@@ -50,18 +53,18 @@ _QK_NORMS = (
     TensorRow("layers.k_norm", "model.layers.{L}.self_attn.k_norm.weight", "H -> H"),
 )
 _ENDS = (
-    TensorRow("embed", "model.embed_tokens.weight", "V D -> V D"),
+    TensorRow("embed", EMBED, "V D -> V D"),
     TensorRow("norm", "model.norm.weight", "D -> D"),
-    TensorRow("unembed", "lm_head.weight", "V D -> D V"),
+    TensorRow("unembed", HEAD, "V D -> D V"),
 )
-# Tensors of a file that are no weights, or are one of the others again (lm_head beside a tied embedding).
-IGNORED = ("lm_head.weight", ".rotary_emb.inv_freq")
+IGNORED = ".rotary_emb.inv_freq"  # tensors of a file that are no weights: they follow from its config.json
 
 
 @dataclass(frozen=True)
 class Family:
     """One architecture. fixed: flags that it sets by its mere name; reads: its own keys of config.json -> our flags;
-    optional: flags that a model of it may use beyond LLaMA's; writes: keys that transformers wants to see besides."""
+    optional: flags that a model of it may use beyond LLaMA's; writes: keys that transformers wants to see besides;
+    defaults: what keys mean that its config.json leaves out, where that isn't what they mean in LLaMA's."""
 
     model_type: str
     rows: tuple[TensorRow, ...]
@@ -69,22 +72,30 @@ class Family:
     reads: dict[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     writes: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 _NO_BIAS = {"attention_bias": False}
+_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "bos_token_id": None, "eos_token_id": None, "sliding_window": 4096,
+}  # fmt: skip
 FAMILIES: dict[str, Family] = {
     # LLaMA 1, 2, 3, 3.1, 3.2, CodeLlama, and whoever else has the same architecture.
     "LlamaForCausalLM": Family("llama", _ENDS + _ATTENTION + _FEEDFORWARD, writes=_NO_BIAS | {"mlp_bias": False}),
     "MistralForCausalLM": Family(
         "mistral", _ENDS + _ATTENTION + _FEEDFORWARD, reads={"sliding_window": "sliding_window"},
-        optional=("sliding_window",),
+        optional=("sliding_window",), defaults=_MISTRAL | {"sliding_window": 4096},
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", _ENDS + _ATTENTION + _BIASES + _FEEDFORWARD, {"qkv_bias": True}, optional=("sliding_window",)
+        "qwen2", _ENDS + _ATTENTION + _BIASES + _FEEDFORWARD, {"qkv_bias": True},
+        reads={"sliding_window": "sliding_window"}, optional=("sliding_window",), defaults=_QWEN,
     ),
     "Qwen3ForCausalLM": Family(
-        "qwen3", _ENDS + _ATTENTION + _QK_NORMS + _FEEDFORWARD, {"qk_norm": True}, optional=("sliding_window",),
-        writes=_NO_BIAS,
+        "qwen3", _ENDS + _ATTENTION + _QK_NORMS + _FEEDFORWARD, {"qk_norm": True},
+        reads={"sliding_window": "sliding_window"}, optional=("sliding_window",), writes=_NO_BIAS,
+        defaults=_QWEN | {"head_dim": 128},
     ),
     "MixtralForCausalLM": Family(
         "mixtral", _ENDS + _ATTENTION + _EXPERTS,
@@ -95,6 +106,7 @@ FAMILIES: dict[str, Family] = {
             "router_aux_loss_coef": "router_aux_loss_coef",
         },
         optional=("sliding_window",),
+        defaults=_MISTRAL | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     ),
 }  # fmt: skip
 
@@ -113,16 +125,51 @@ _READS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
-_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What a key means that a config.json leaves out: the defaults of transformers' configuration classes, LlamaConfig's
+# unless the family has its own. A test holds them to the classes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    "rope_theta": 10000.0, "sliding_window": None,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
 # What a config.json may say that our model does not do, and the only value that it does.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", None),
+    "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "attention_dropout": (0.0, 0, None),
-    "partial_rotary_factor": (1.0, 1, None),
+    "attention_dropout": (0.0, None),
+    "router_jitter_noise": (0.0, None),
     "quantization_config": (None,),
 }
+# Keys that do not touch what a model of these families computes, in transformers' code of them. Whatever else we do not
+# read is refused, unless it is switched off: nobody can tell what it means.
+_NO_MATHS = frozenset(
+    """
+    architectures model_type transformers_version dtype torch_dtype name_or_path tokenizer_class pad_token_id
+    sep_token_id unk_token_id use_cache pretraining_tp output_router_logits chunk_size_feed_forward return_dict
+    output_hidden_states output_attentions id2label label2id num_labels problem_type finetuning_task prefix
+    task_specific_params attn_implementation model_max_length max_sequence_length gradient_checkpointing
+    use_flash_attention_2 is_llama_config torchscript
+    bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length min_p
+    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
+    temperature top_k top_p typical_p
+    """.split()  # noqa: SIM905  (a list would be a page long)
+)
+_NO_MATHS_PREFIXES = ("_", "unsloth_", "transformers.", "assistant_", "target_")
+# Which layers of Qwen's have the window, and what is meant where that is left out.
+_QWEN_WINDOW: dict[str, Any] = {"use_sliding_window": False, "max_window_layers": 28}
+_OURS_ALONE = "param_scan_axis"  # no config.json says anything of it
+# Where rotary positions are said, and what of them may stand on its own.
+_ROPE_PLACES = ("rope_scaling", "rope_parameters")
+_ROPE_BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+_ROPE_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")
+_ROPE_MAY_BE_NULL = ("attention_factor", "beta_fast", "beta_slow")  # and mean then what they mean left out
+_MSCALES = ("mscale", "mscale_all_dim")  # yarn's attention_factor, in other words
 # rope_parameters / rope_scaling -> our flags, by type.
 _ROPE: dict[str, dict[str, str]] = {
     "": {},
@@ -145,12 +192,21 @@ _ROPE: dict[str, dict[str, str]] = {
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError with file and line."""
+    """A JSON object from a file, in which no key stands twice. Raises UserError with file and line."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{file}: {twice} stands there twice: leave one of them out")
+        return found
+
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}:{getattr(error, 'lineno', 1)}: malformed JSON; copy it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}:1: it must hold a JSON object")
@@ -158,76 +214,161 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def find_family(settings: dict[str, Any], where: str) -> tuple[str, Family]:
-    """(architecture, Family) of a config.json. Raises UserError for code of its own and for another architecture."""
+    """(architecture, Family) of a config.json. Raises UserError for code of its own, for another architecture, and
+    where its model_type is another's."""
     if "auto_map" in settings:
         raise UserError(f"{where}: auto_map: this model needs code of its author's, which is never run here")
-    names = settings.get("architectures") or []
+    names, kind = settings.get("architectures") or [], settings.get("model_type")
     name = names[0] if isinstance(names, list) and names else None
     if name is None:  # a bare config without weights, or one written by hand
-        types = {family.model_type: name for name, family in FAMILIES.items()}
-        name = types.get(settings.get("model_type", ""), settings.get("model_type"))
-    if name not in FAMILIES:
+        name = next((name for name, family in FAMILIES.items() if family.model_type == kind), kind)
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: architecture {name!r} is none of {', '.join(FAMILIES)}")
+    if kind not in (None, FAMILIES[name].model_type):
+        raise UserError(f"{where}: architecture {name} contradicts model_type={_shown(kind)}: leave one of them out")
     return name, FAMILIES[name]
 
 
 def llama_fields(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """config.json, of either generation, -> the flags below `llama.` that describe the model.
+    """config.json, of either generation, -> every flag below `llama.` that describes the model.
 
-    Raises UserError, with `where` as the culprit, for what our model does not do.
+    A key that is left out means what it means in the family's own configuration class. Raises UserError, with `where`
+    as the culprit, for what our model does not do and for settings that are not known.
     """
     _, family = find_family(settings, where)
-    for key, allowed in _ONLY.items():
-        if settings.get(key) not in allowed:
-            raise UserError(f"{where}: {key}={settings[key]!r} is not supported: only {allowed[0]!r} is")
-    for key in _NEEDED:
-        if not isinstance(settings.get(key), int):
-            raise UserError(f"{where}: {key}={settings.get(key)!r} is no whole number")
-    found = {}
+    _check_keys(settings, family, where)
+    defaults = _DEFAULTS | family.defaults
+    found = {item.name: item.default for item in fields(Architecture) if item.name != _OURS_ALONE}
+    found = {name: value for name, value in found.items() if not without_effect(f"llama.{name}")}
     for key, ours in (_READS | family.reads).items():
-        value = settings.get(key)
-        if isinstance(value, list):  # several ends: the first; generation reads them all from generation_config.json
-            value = value[0] if value else None
-        if value is not None:
-            found[ours] = value
-    found |= family.fixed | _rope_fields(settings, where)
-    if family.model_type.startswith("qwen"):
-        found["sliding_window"] = _qwen_window(settings, where)
-    for name in ("sliding_window", "head_dim", "num_key_value_heads"):  # another model's must not shine through
-        found.setdefault(name, None)
+        value = settings.get(key, defaults[key])
+        if key.endswith("_token_id") and isinstance(value, list):
+            value = value[0] if value else None  # several ends: the first; generation reads them all
+        if key == "head_dim" and value is None and defaults[key]:
+            raise UserError(f"{where}: head_dim=None, and {family.model_type} models have one of their own: name it")
+        found[ours] = _checked(value, ours, f"{where}: {key}")
+    found |= family.fixed | _rope_fields(settings, where, defaults)
+    found["sliding_window"] = _window(settings, found, family, where)
     return found
 
 
-def _qwen_window(settings: dict[str, Any], where: str) -> int | None:
-    """One window for all layers, or none: Qwen may name a kind of attention for each layer."""
-    window = settings.get("sliding_window") if settings.get("use_sliding_window") else None
-    if window is None:
+def _check_keys(settings: dict[str, Any], family: Family, where: str) -> None:
+    """Raises UserError for the first setting that our model does not do, or that is none of the family's."""
+    for key, allowed in _ONLY.items():
+        if settings.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{where}: {key}={_shown(settings[key])} is not supported: only {allowed[0]!r} is")
+    known = {*_READS, *family.reads, *_ONLY, *_ROPE_PLACES, *_ROPE_BESIDE, *_NO_MATHS, "layer_types"}
+    known |= _QWEN_WINDOW.keys() if family.model_type.startswith("qwen") else set()
+    for key, value in settings.items():
+        if value and key not in known and not key.startswith(_NO_MATHS_PREFIXES):
+            raise UserError(
+                f"{where}: {key}={_shown(value)} is no setting of a {family.model_type} model that is known here, and "
+                "may change what it computes: remove it if it doesn't"
+            )
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is of a type: a whole number is a number too, and True is none."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _checked(value: Any, ours: str, label: str) -> Any:
+    """The value, of the type and within the bounds of our flag. Raises UserError, with `label` as the culprit."""
+    flag = RUN_FLAGS[f"llama.{ours}"]
+    kind = next(member for member in (*get_args(flag.kind), flag.kind) if member is not NoneType)
+    if value is None and NoneType in get_args(flag.kind):
         return None
-    first, layers = settings.get("max_window_layers", 28), settings["num_hidden_layers"]
-    kinds = settings.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    kinds = kinds[:layers]
-    if len(set(kinds)) > 1:
+    if not _is(kind, value) or (kind is float and not math.isfinite(value)):
+        raise UserError(f"{label}={_shown(value)} is not {KINDS[kind]}")
+    if flag.at_least is not None and value < flag.at_least:
+        raise UserError(f"{label}={value} is below {flag.at_least}")
+    if flag.above is not None and value <= flag.above:
+        raise UserError(f"{label}={value} is not above {flag.above}")
+    return kind(value)
+
+
+def _window(settings: dict[str, Any], found: dict[str, Any], family: Family, where: str) -> int | None:
+    """One window for all layers, or none: a config.json may name a kind of attention for each layer."""
+    kinds, window, layers = settings.get("layer_types"), found["sliding_window"], found["num_hidden_layers"]
+    if family.model_type.startswith("qwen"):
+        given = {key: settings.get(key, default) for key, default in _QWEN_WINDOW.items()}
+        for key, value in given.items():
+            if not _is(type(_QWEN_WINDOW[key]), value):
+                raise UserError(f"{where}: {key}={_shown(value)} is not {KINDS[type(_QWEN_WINDOW[key])]}")
+        if not given["use_sliding_window"]:
+            window = None
+        if kinds is None and window is not None:
+            full = min(max(given["max_window_layers"], 0), layers)
+            kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        if isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds):
+            window = None
+    if kinds is None:
+        return window
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"{where}: layer_types={_shown(kinds)} does not name the kinds of {layers} layers")
+    if any(kind != kinds[0] for kind in kinds):
         raise UserError(f"{where}: layers of both full and sliding attention are not supported: one kind for all is")
-    return window if kinds[0] == "sliding_attention" else None
+    if kinds[0] != ("full_attention" if window is None else "sliding_attention"):
+        raise UserError(f"{where}: layer_types={_shown(kinds[0])} in every layer contradicts sliding_window={window}")
+    return window
 
 
-def _rope_fields(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    rope = (settings.get("rope_parameters") or {}) | (settings.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default")).replace("default", "")
-    if kind not in _ROPE:
+def _rope_fields(settings: dict[str, Any], where: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    rope = _rope_settings(settings, where, defaults["rope_theta"])
+    kind = rope.pop("rope_type", "default")
+    if kind not in ("default", *filter(None, _ROPE)):
         raise UserError(f"{where}: rope type {kind!r} is none of default, {', '.join(filter(None, _ROPE))}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported: only 1.0 is")
-    found = {"theta": float(rope.get("rope_theta", settings.get("rope_theta", 10000.0))), "rope_scaling_type": kind}
-    if kind in ("llama3", "yarn"):
-        rope.setdefault("original_max_position_embeddings", settings.get("max_position_embeddings"))
-    if kind == "yarn" and rope.get("attention_factor") is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        rope["attention_factor"] = yarn_scale(rope["factor"], rope["mscale"]) / yarn_scale(
-            rope["factor"], rope["mscale_all_dim"]
-        )
-    if kind and rope.get("factor") is None:
-        raise UserError(f"{where}: rope type {kind!r} without a factor")
-    return found | {ours: rope[key] for key, ours in _ROPE[kind].items() if rope.get(key) is not None}
+    reads = _ROPE["" if kind == "default" else kind]
+    if (share := rope.pop("partial_rotary_factor", None)) not in (None, 1.0):
+        raise UserError(f"{where}: partial_rotary_factor={_shown(share)} is not supported: only 1.0 is")
+    for key, value in rope.items():
+        if value is not None and key not in (*_ROPE_BESIDE, *reads, *(_MSCALES if kind == "yarn" else ())):
+            raise UserError(f"{where}: {key}={_shown(value)} is no setting of rope type {kind!r} that is known here")
+    for key in _ROPE_NEEDED:
+        if key in reads and rope.get(key) is None:
+            raise UserError(f"{where}: rope type {kind!r} without a {key}")
+    length = settings.get("max_position_embeddings", defaults["max_position_embeddings"])
+    rope.setdefault("original_max_position_embeddings", length)
+    rope = {key: value for key, value in rope.items() if value is not None or key not in _ROPE_MAY_BE_NULL}
+    # The length whatever the type: where flags ask for another type, it is the checkpoint's that they stretch.
+    reads = reads | {"rope_theta": "theta", "original_max_position_embeddings": "rope_scaling_original_length"}
+    found = {ours: _checked(rope[key], ours, f"{where}: {key}") for key, ours in reads.items() if key in rope}
+    scales = [rope[key] for key in _MSCALES if rope.get(key)]
+    if len(scales) == len(_MSCALES) and "attention_factor" not in rope:
+        if not all(_is(float, scale) and math.isfinite(scale) for scale in scales):
+            raise UserError(f"{where}: mscale={scales[0]!r} with mscale_all_dim={scales[1]!r}: not two numbers")
+        own, all_dim = (yarn_scale(found["rope_scaling_factor"], scale) for scale in scales)
+        found["rope_scaling_attention_factor"] = own / all_dim
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(f"{where}: low_freq_factor={rope['low_freq_factor']} is not below high_freq_factor")
+    return found | {"rope_scaling_type": "" if kind == "default" else kind}
+
+
+def _rope_settings(settings: dict[str, Any], where: str, theta: float) -> dict[str, Any]:
+    """rope_scaling, else rope_parameters, and what stands beside them, as one; "type" is the old name of rope_type.
+
+    theta: where the settings have none. Raises UserError where two places say different things.
+    """
+    scaling, parameters = (settings.get(place) or {} for place in _ROPE_PLACES)
+    for place, said in zip(_ROPE_PLACES, (scaling, parameters), strict=True):
+        if not isinstance(said, dict):
+            raise UserError(f"{where}: {place}={_shown(said)} is no object")
+    beside = {key: settings[key] for key in _ROPE_BESIDE if key in settings}
+    if "rope_theta" not in (scaling or parameters):
+        beside.setdefault("rope_theta", theta)
+    found: dict[str, Any] = {}
+    for said in (scaling, parameters, beside):
+        for key, value in said.items():
+            key = "rope_type" if key == "type" else key
+            ignored = said is parameters and scaling and key not in (*found, "rope_theta")
+            if ignored or found.setdefault(key, value) not in (value,):  # what is not a number is not itself
+                other = "nothing" if ignored else _shown(found[key])
+                raise UserError(f"{where}: {key} is {_shown(value)} in one place and {other} in another: leave one out")
+    return found
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:
@@ -261,7 +402,9 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
     """
     base = dict(base or {})
     name, family = family_of(architecture, (base.get("architectures") or [None])[0])
-    for key in ("rope_parameters", "rope_scaling", "layer_types", "transformers_version", "auto_map"):
+    if base.get("model_type", family.model_type) != family.model_type:
+        base = {}  # another family's settings would mean something else
+    for key in ("layer_types", "transformers_version", "auto_map", *_ROPE_PLACES, *_ROPE_BESIDE):
         base.pop(key, None)
     settings = base | family.writes | {"architectures": [name], "model_type": family.model_type, "hidden_act": "silu"}
     for key, ours in (_READS | family.reads).items():
@@ -289,4 +432,4 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
 
 def rows_for(family: Family, architecture: Architecture) -> tuple[TensorRow, ...]:
     """The rows of a model's own tensors: a tied one has no lm_head."""
-    return tuple(row for row in family.rows if row.ours != "unembed" or not architecture.tie_word_embeddings)
+    return tuple(row for row in family.rows if row.theirs != HEAD or not architecture.tie_word_embeddings)

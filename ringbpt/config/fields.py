@@ -302,8 +302,8 @@ class Architecture:
     rms_norm_eps: float = flag(1e-6, above=0)
     initializer_range: float = flag(0.02, "standard deviation of the first weights", at_least=0)
     use_cache: bool = True
-    bos_token_id: int = flag(0, "written into an exported config.json; texts begin as the tokenizer says")
-    eos_token_id: int = flag(1, "written into an exported config.json; texts end as the tokenizer says")
+    bos_token_id: int | None = flag(0, "written into an exported config.json; texts begin as the tokenizer says")
+    eos_token_id: int | None = flag(1, "written into an exported config.json; texts end as the tokenizer says")
     resid_pdrop: float = 0.0
     embd_pdrop: float = 0.0
     attn_pdrop: float = 0.0

@@ -19,12 +19,13 @@ from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
-from ringbpt.data.reading.files import cached, default_cache, digest_of
+from ringbpt.data.reading.files import cached, default_cache, digest_of, load_array, remove
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
+from ringbpt.data.stored.megatron import open_megatron
 from ringbpt.data.stored.rows import open_rows
 from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
-from ringbpt.data.stored.tokens import COUNTED, FORMAT, FORMAT_OF_SHAPES, Joined, TokenStore, open_megatron, open_store
+from ringbpt.data.stored.tokens import COUNTED, FORMAT, FORMAT_OF_SHAPES, Joined, TokenStore, open_store
 from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS, Batch
@@ -135,7 +136,7 @@ class Loader:
             values = self.row(epoch, index * self.batch_size + row)
             for name, array in arrays.items():
                 array[place] = values[name]
-        if self._data.summary["max_token"] < 0 and stop > start:  # not known before
+        if stop > start:  # whatever was said of the data beforehand; a device does not notice an id that is none
             largest = max(arrays["token"].max(), arrays["target"].max())
             check_vocabulary(int(largest), self._request.tokenizer, self._request.vocab_size)
         if self._bos_token_id is not None:
@@ -258,10 +259,10 @@ def _store(request: Request, part: Part) -> TokenStore:
         except OSError:
             what = "neither a manifest.json nor a summary.json"
             raise UserError(f"{where} has {what}: give a folder that scripts/prepare_data.py wrote") from None
-        if (found := open_store(folder, key)) is None:
-            raise UserError(f"{folder}/summary.json:1: the folder is damaged; copy it again", code=4)
+        found = open_store(folder, key, foreign=True)
+        assert found is not None
         store = found
-        check_tokenizer(store.summary["tokenizer"], tokenizer, where)
+        check_tokenizer(store.summary.get("tokenizer", ""), tokenizer, where)
     else:
         store = _tokenised(request, part)
     check_vocabulary(store.summary["max_token"], tokenizer, request.vocab_size)  # Megatron's is -1: not known yet
@@ -426,8 +427,16 @@ def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # 
         for array_name, array in build().items():
             np.save(folder / f"{array_name}.npy", array)
 
-    folder = cached(cache_dir, f"plan-{key[:32]}-{name.replace(' ', '-')}", write, flag)
-    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.glob("*.npy")}
+    kept = f"plan-{key[:32]}-{name.replace(' ', '-')}"
+    for again in (True, False):
+        folder = cached(cache_dir, kept, write, flag)
+        try:
+            return {path.stem: load_array(path, mapped=True) for path in folder.glob("*.npy")}
+        except UserError:
+            if not again:
+                raise
+            remove(folder)  # damaged: it can be made again
+    raise AssertionError(kept)
 
 
 def _check_size(plan: Packing, data: TokenStore, request: Request) -> None:

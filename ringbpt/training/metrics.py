@@ -271,7 +271,7 @@ def format_row(row: MetricsRow, keys: Iterable[str] | None = None) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a line that isn't a whole row (the run was killed in it) is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -262,6 +262,12 @@ def lose_a_shard(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def add_an_index(folder: Path) -> None:
+    places = dict.fromkeys(tensors(folder), "model-00001-of-00001.safetensors")
+    (folder / "model-00001-of-00001.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def write_header(header: str):
     def damage(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
@@ -292,6 +298,8 @@ DAMAGES = {
         write_header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["a", 4]}}'), "tensor a is malformed",
     ),
     "pickles": (pickles, "could run code"),
+    "another head": (edit_config(tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
+    "an index of other shards": (add_an_index, "both model.safetensors and model.safetensors.index.json"),
 }  # fmt: skip
 
 
@@ -310,7 +318,18 @@ def test_a_damaged_folder_is_one_line(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["another architecture", "auto_map", "another size", "missing", "extra", "truncated", "truncated header"]
+    "name",
+    [
+        "another architecture",
+        "auto_map",
+        "another size",
+        "missing",
+        "extra",
+        "truncated",
+        "truncated header",
+        "another head",
+        "an index of other shards",
+    ],
 )
 def test_a_damaged_folder_is_one_line_to_who_loads_it(name, tmp_path, capsys):
     """Straight onto the mesh, by training and by generation; no run is begun."""

@@ -186,6 +186,19 @@ def test_a_layer_too_many_or_too_few_is_named(tmp_path):
         load(f"params::{write_stream(tmp_path / 'few', few)}", abstract(params_like()))
 
 
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_tensor_that_stands_twice_is_named(tmp_path, scanned):
+    """As it is, or once more as a single layer: neither is chosen."""
+    path = write_stream(tmp_path / "p", theirs(params_like()))
+    again = theirs(params_like(seed=1), scanned=scanned)
+    name = ("transformer", "h", "scan_decoder" if scanned else "1", "attention", "wq", "kernel")
+    other = write_stream(tmp_path / "other", {name: again[name]})
+    path.write_bytes(path.read_bytes() + other.read_bytes())
+    with pytest.raises(UserError, match="/attention/wq/kernel stands there twice") as error:
+        load(f"params::{path}", abstract(params_like()))
+    assert "\n" not in str(error.value)
+
+
 def test_a_weight_that_the_original_never_had_is_named(tmp_path):
     params = params_like()
     biased = params | {"layers": params["layers"] | {"b_q": jnp.zeros((L, N, H))}}

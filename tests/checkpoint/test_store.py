@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ringbpt.checkpoint.load import describe_checkpoint
 from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, newest_step
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, UserError
@@ -211,6 +212,43 @@ def test_an_entry_whose_description_is_missing_is_damaged_and_not_absent(saved, 
     with pytest.raises(UserError, match="its entry opt_state is damaged") as error:
         Checkpointer(tmp_path / "checkpoints").restore(7, wanted)
     assert error.value.code == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("params/_METADATA", "key_type", "key_typo"),
+        ("params/_sharding", "NamedSharding", "AnySharding"),
+        ("params/array_metadatas/process_0", "write_shape", "write_shade"),
+        ("meta/metadata", '"step": 7', '"step": 7,,'),
+    ],
+)
+def test_a_damaged_description_is_one_line(saved, tmp_path, file, old, new):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "7" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    params = params_like()
+    with pytest.raises(UserError) as error:
+        load(f"trainstate::{tmp_path}", abstract(params), abstract(opt_state_like(params)))
+    assert "\n" not in str(error.value) and str(tmp_path / "checkpoints" / "7") in str(error.value)
+    assert error.value.code == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "llama"}', "is no run's config.json: it is a Hugging Face folder's, use huggingface::"),
+        ('{"llama": {}}', "is no run's config.json"),
+        ('{"llama": {"vocab_size": "x"}, "tokenizer": {}}', "config.json: llama.vocab_size='x' is not a whole number"),
+        ('{"llama": 1', "config.json:1: malformed JSON"),
+    ],
+)
+def test_a_damaged_description_of_a_run_is_one_line(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        describe_checkpoint(f"params::{tmp_path}")
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_leaf_is_read_by_its_name(saved):

@@ -291,7 +291,7 @@ def test_what_a_path_is_cannot_be_told(tmp_path):
         ("a.csv", "n,text\n1,a\n2,b,c\n", "a.csv:3: 3 fields, but the first row names 2 columns: quote the text"),
         ("a.parquet", "PAR1 no", "a.parquet:1: cannot be read: "),
         ("a.arrow", "no arrow", "a.arrow:1: cannot be read: "),
-        ("a.array_record", "no records at all", "a.array_record:1: no ArrayRecord files: "),
+        ("a.array_record", "no records at all", "a.array_record:1: no ArrayRecord file: "),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):

@@ -1,6 +1,7 @@
 """Scores against sums made by hand, pictures that are pictures, and the whole verb on a tiny model."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from ringbpt.evaluation.passkey import draw_grid, passkey_grid, passkey_items
 from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_position, read_texts
 from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
+from ringbpt.generate import read_prompts
+from ringbpt.training.metrics import read_rows
 from tests.golden.make_families import restore
 from tests.pictures import cut_off, drawn
 
@@ -148,6 +151,27 @@ def test_texts_of_a_file(tmp_path):
             read_texts(str(file))
     with pytest.raises(UserError, match=r"--perplexity=.*No such file"):
         read_texts(str(tmp_path / "u.jsonl"))
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x1c", "\ufeff", "\r\n\x0b\x0c"])
+def test_only_lf_ends_a_line(tmp_path, inside):
+    """R18: of prompts, texts, choices and metrics, as of training data; a byte order mark begins none."""
+    text, file = f"a{inside}b", tmp_path / "rows.jsonl"
+
+    def write(row: dict) -> Path:
+        content = "\n".join([json.dumps(row, ensure_ascii=False)] * 2) + "\r\n"
+        file.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        return file
+
+    assert read_texts(str(write({"text": text}))) == [text] * 2
+    assert read_prompts(write({"prompt": text})) == [{"prompt": text}] * 2
+    rows = read_choices(write({"prompt": text, "choices": [text, "c"]}))
+    assert [row["choices"] for row in rows] == [[text, "c"]] * 2
+    file.write_bytes(write({"step": 1, "note": text}).read_bytes()[3:])
+    assert read_rows(file) == [{"step": 1, "note": text}] * 2
+    file.write_bytes(b'{"text": "a"}\r{"text": "b"}')  # CR ends none either
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: no"):
+        read_texts(str(file))
 
 
 def test_pictures(tmp_path, monkeypatch):

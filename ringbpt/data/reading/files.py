@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ringbpt.config import UserError
 
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -103,13 +105,14 @@ def json_type(value: Any) -> str:
 
 
 def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) -> list[Any]:
-    """make(value) of each line of a file of JSON lines, which end at \\n alone; blank ones are left out.
+    """make(value) of each line of a file of JSON lines; as in JsonSource, they end at \\n alone, and blank ones are
+    left out, as is a byte order mark.
 
     Raises UserError where the file cannot be read or has no rows, and with file and line, and what is `wanted`, where a
     line is no JSON or `make` raises.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"--{flag}={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
     rows = []
@@ -117,11 +120,25 @@ def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) ->
         if line.strip():
             try:
                 rows.append(make(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{file}:{number}: {wanted}") from None
     if not rows:
         raise UserError(f"--{flag}={file} holds no row")
     return rows
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def load_array(path: Path, mapped: bool = False) -> np.ndarray:
+    """The array of a .npy file, in memory or mapped. Raises UserError (code 4) where it holds none."""
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python, and raises what that parser does
+        raise UserError(f"{path}:1: it holds no array: {one_line(error)}; copy it again", code=4) from None
 
 
 def digest_of(parts: list[str]) -> str:

@@ -3,9 +3,11 @@
 import json
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,9 @@ from ringbpt.config import (
     UserError,
     stop_asking_where_none_answers,
 )
-from ringbpt.data.reading.files import cached, digest_of, file_digest, optional
+from ringbpt.data.reading.files import cached, digest_of, file_digest, one_line, optional
 from ringbpt.data.reading.sources import JsonSource, Source
 from ringbpt.data.reading.wire import fields_of, varints
-
-
-def one_line(error: BaseException) -> str:
-    """What a library's exception says, in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class Rows:
@@ -148,7 +144,7 @@ class ArrayRecordSource(Rows):
 
     def __init__(self, names: list[str], cache_dir: Path):
         digest = digest_of(["array_record", *(file_digest(name, cache_dir) for name in names)])
-        super().__init__(names[0], sum(map(os.path.getsize, names)), digest, partial(open_array_record, names))
+        super().__init__(names[0], sum(map(os.path.getsize, names)), digest, partial(Records, names))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._all()[index]
@@ -157,21 +153,54 @@ class ArrayRecordSource(Rows):
                 return features
             text = record.decode("utf-8")
             return json.loads(text) if text.startswith("{") else {"text": text}
-        except (UnicodeDecodeError, ValueError) as error:
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
             what = "a record that is no JSON, text or tf.train.Example"
             raise UserError(f"{self.location(index)}: {what}: {error}") from None
 
+    def location(self, index: int) -> str:
+        return self._all().location(index)
 
-def open_array_record(names: list[str]) -> Any:
-    """Random access to the records of the files, in order. Raises UserError for a file that is none."""
+
+class Records:
+    """The records of ArrayRecord files, one file after the other, by number; counts: of each file.
+
+    Raises UserError, with the file's name, for a file that is none and for a record that cannot be read.
+    """
+
+    def __init__(self, names: list[str]):
+        self._names = names
+        with ThreadPoolExecutor(min(len(names), 64)) as pool:
+            self._files = list(pool.map(_open_records, names))
+        self.counts = list(map(len, self._files))
+        self._ends = list(accumulate(self.counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(which file, which of its records)"""
+        file = bisect_right(self._ends, index)
+        return file, index - (self._ends[file] - self.counts[file])
+
+    def __getitem__(self, index: int) -> bytes:
+        file, number = self._place(index)
+        try:
+            return self._files[file][number]
+        except Exception as error:  # what the library's C++ has met
+            raise UserError(f"{self.location(index)}: cannot be read: {one_line(error)}; copy it again") from None
+
+    def location(self, index: int) -> str:
+        file, number = self._place(index)
+        return f"{self._names[file]}:{number + 1}"
+
+
+def _open_records(name: str) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
-        source = ArrayRecordDataSource(names)
-        len(source)
+        return ArrayRecordDataSource([name])
     except Exception as error:
-        raise UserError(f"{names[0]}:1: no ArrayRecord files: {one_line(error)}") from None
-    return source
+        raise UserError(f"{name}:1: no ArrayRecord file: {one_line(error)}") from None
 
 
 def read_example(record: bytes) -> dict[str, Any] | None:

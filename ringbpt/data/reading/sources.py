@@ -22,9 +22,11 @@ from ringbpt.data.reading.files import (
     find_files,
     json_type,
     known_digest,
+    load_array,
     nearest_path,
     plain_file,
     remember_digest,
+    remove,
 )
 
 MAX_LINE_BYTES = 1 << 30  # a longer "line" is a binary file, and would fill the memory before it is refused
@@ -88,8 +90,8 @@ class JsonSource:
     def _index_of(self, name: str, file: str) -> np.ndarray:
         digest = known_digest(file, self._cache_dir)
         path = self._cache_dir / f"{self.kind}-lines-{digest[:32]}.npy" if digest else None
-        if path and path.exists():
-            return _load(path)
+        if path and path.exists() and (known := _load(path, os.path.getsize(file))) is not None:
+            return known
         seen = time.time()
         try:
             index, digest = self._scan(name, file)
@@ -97,9 +99,11 @@ class JsonSource:
             raise UserError(f"{name}:1: {error.strerror}") from None
         remember_digest(file, self._cache_dir, digest, seen)
         self._digests[file] = digest
-        if os.path.getsize(file) > INDEX_BYTES:
+        size = os.path.getsize(file)
+        if size > INDEX_BYTES:
             kept = f"{self.kind}-lines-{digest[:32]}.npy"
-            return _load(cached(self._cache_dir, kept, partial(_save, index), self._group))
+            known = _load(cached(self._cache_dir, kept, partial(_save, index), self._group), size)
+            return index if known is None else known
         return index
 
     def _scan(self, name: str, path: str) -> tuple[np.ndarray, str]:
@@ -299,8 +303,17 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) % HELD_OUT_SHARE == 0
 
 
-def _load(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # whose items cost less
+def _load(path: Path, size: int) -> np.ndarray | None:
+    """The index of a file of `size` bytes that was kept; a damaged one is removed."""
+    try:
+        index = load_array(path, mapped=True).view(np.ndarray)  # whose items cost less
+        whole = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == 3
+        if whole and (not len(index) or 0 <= index[0, 0] < index[-1, 1] <= size):
+            return index
+    except UserError:
+        pass
+    remove(path)
+    return None
 
 
 def _save(index: np.ndarray, path: Path) -> None:

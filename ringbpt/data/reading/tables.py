@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import sys
 from bisect import bisect_right
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, UserError
-from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, optional
+from ringbpt.config.families import read_json
+from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, one_line, optional
 from ringbpt.data.reading.sources import JsonSource, scan_lines
 
 WINDOW_ROWS = 256  # turned into Python objects at a time
@@ -45,7 +45,11 @@ class CsvSource(JsonSource):
                 first = lines.readline()
                 delimiter = max(",;\t", key=first.count)
                 lines.seek(0)
-                self._header[file] = (next(csv.reader(lines, delimiter=delimiter)), delimiter)
+                columns = next(csv.reader(lines, delimiter=delimiter))
+            if len({*columns}) < len(columns):
+                twice = max(columns, key=columns.count)
+                raise UserError(f"{self._names[file]}:1: two columns are called {twice!r}")
+            self._header[file] = (columns, delimiter)
         return self._header[file]
 
     def _parse(self, line: str, where: str, file: int) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class TableSource:
     def _start(self) -> None:
         self._blocks: list[tuple[int, int, int]] | None = None  # (file, block inside the file, rows) in order
         self._table: tuple[int, Any] | None = None  # number of the block, and its table
+        self._valid: set[int] = set()  # blocks that this process has looked through
         self._window: tuple[int, list[dict[str, Any]]] = (0, [])  # number of its first row, and the rows
         self._file = lru_cache(maxsize=1)(self._open)
 
@@ -108,7 +113,11 @@ class TableSource:
                 file, inside, _ = blocks[number]
                 with _refusing(self._names[file]):
                     _, read = self._file(self._names[file])
-                    self._table = (number, read(inside))
+                    table = read(inside)
+                    if number not in self._valid:
+                        _check(table)
+                        self._valid.add(number)
+                    self._table = (number, table)
             begin = start - start % WINDOW_ROWS
             with _refusing(self.location(index)):
                 rows = self._table[1].slice(begin, WINDOW_ROWS).to_pylist()
@@ -137,13 +146,21 @@ class TableSource:
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
     """Whatever the library says of a file becomes one line with the file's name."""
-    import pyarrow
-
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # ArrowException, and what Python's own types say of a time that no calendar has
         where = name if ":" in name else f"{name}:1"
-        raise UserError(f"{where}: cannot be read: {' '.join(str(error).split())}; write it again") from None
+        raise UserError(f"{where}: cannot be read: {one_line(error)}; write it again") from None
+
+
+def _check(table: Any) -> None:
+    """Raises ValueError for a table or record batch that cannot be followed: a bad offset would end the process."""
+    table.validate(full=True)
+    names = table.schema.names
+    if len({*names}) < len(names):
+        raise ValueError(f"two columns are called {max(names, key=names.count)!r}")
 
 
 class ParquetSource(TableSource):
@@ -152,7 +169,7 @@ class ParquetSource(TableSource):
     def _open(self, name: str) -> tuple[list[int], Callable[[int], Any]]:
         from pyarrow import parquet
 
-        file = parquet.ParquetFile(name, memory_map=True)
+        file = parquet.ParquetFile(name, memory_map=True, page_checksum_verification=True)
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         return [group.num_rows for group in groups], file.read_row_group
 
@@ -177,19 +194,39 @@ class ArrowSource(TableSource):
 def saved_folder(path: str, split: str, flag: str) -> list[str]:
     """The Arrow files of a folder that `save_to_disk` wrote, in their order; `split` chooses among several.
 
-    Raises UserError for a folder that is none, or that has not the split.
+    Raises UserError for a folder that is none, or that has not the split, and for what its JSON files may not say.
     """
     folder = Path(path).expanduser()
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text())["splits"]
+        names = read_json(splits).get("splits")
+        if not isinstance(names, list) or not names or not all(map(_is_plain, names)):
+            raise UserError(f"{splits}:1: splits is no list of the names of folders; copy it again")
         if split not in names:
             raise UserError(f"{flag}.split={split!r} is none of {', '.join(names)} in {path!r}: try split={names[0]}")
         folder = folder / split
     state = folder / "state.json"
     if not state.is_file():
         raise UserError(f"{flag}.path={path!r} is no folder of save_to_disk (no state.json){nearest_path(folder)}")
-    return [str(folder / item["filename"]) for item in json.loads(state.read_text())["_data_files"]]
+    said = read_json(state)
+    files = said.get("_data_files")
+    names = [item.get("filename") if isinstance(item, dict) else None for item in files or ()]
+    if not isinstance(files, list) or not names or not all(map(_is_plain, names)):
+        raise UserError(f"{state}:1: _data_files is no list of the names of files; copy it again")
+    for key in ("_indices_files", "_indices_data_files"):  # of old versions: which rows there are, and in what order
+        if said.get(key):
+            raise UserError(
+                f"{state}:1: {key}: rows chosen by an index are not read: save the data set again, flattened"
+            )
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{state}:1: _data_files: {name} is not there; copy it again")
+    return [str(folder / name) for name in names]
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of something inside of a folder."""
+    return isinstance(name, str) and Path(name).name == name
 
 
 def is_saved_folder(path: str) -> bool:

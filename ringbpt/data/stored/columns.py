@@ -53,12 +53,14 @@ def with_columns(store: TokenStore, names: Sequence[str], where: str) -> TokenSt
             try:
                 content = _about(path).read_bytes()
                 about = json.loads(content)
-                size = tokens * np.dtype(about["dtype"]).itemsize
-                assert path.stat().st_size == size and len(about["crc32"]) == -(-size // BLOCK_BYTES)
-            except (OSError, ValueError, KeyError, TypeError, AssertionError):
+                size = tokens * np.dtype(COLUMNS[name].dtype).itemsize
+                assert about["dtype"] == COLUMNS[name].dtype and path.stat().st_size == size
+                checks = np.array(about["crc32"], np.uint32)
+                assert checks.shape == (-(-size // BLOCK_BYTES),)
+            except (OSError, ValueError, KeyError, TypeError, AssertionError, OverflowError, RecursionError):
                 parts = []
                 break
-            parts.append(Checked(path, about["dtype"], np.array(about["crc32"], np.uint32)))
+            parts.append(Checked(path, about["dtype"], checks))
             digests.append(hashlib.sha256(content).hexdigest())
         if not parts:
             place = f": {store.folder} holds none, or not for all of its shards" if store.folder else ""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
+from ringbpt.config.families import read_json
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.reading.files import digest_of, replacing, write_whole
 from ringbpt.data.reading.sources import Source
@@ -55,7 +56,7 @@ def prepare(
         seconds = time.monotonic() - begin
         left = seconds / (todo.index(number) + 1) * (len(todo) - todo.index(number) - 1)
         say(f"file {number + 1} of {files}: {done / seconds:,.0f} tokens/s, {left:.0f} s left")
-    parts = [json.loads(_part(folder, number).read_text()) for number in range(files)]
+    parts = [_read_part(folder, number) for number in range(files)]
     for name, values in (("row_tokens", [t for part in parts for t in part["tokens"]]), ("lengths", loader.lengths)):
         np.save(folder / f"{name}.npy", np.asarray(values, np.int64))
     manifest = {
@@ -86,7 +87,7 @@ def _claim(folder: Path, key: str) -> None:
             if any(folder.iterdir()):
                 raise UserError(f"--output={str(folder)!r} is not empty: give a new folder")
             write_whole(claim, json.dumps({"key": key}))
-        if json.loads(claim.read_text())["key"] != key:
+        if read_json(claim).get("key") != key:
             raise UserError(f"--output={str(folder)!r} holds rows of other data or flags: give a new folder")
     except OSError as error:
         raise UserError(f"--output={str(folder)!r}: {error.strerror}; give a folder with room", code=4) from None
@@ -94,6 +95,14 @@ def _claim(folder: Path, key: str) -> None:
 
 def _part(folder: Path, number: int) -> Path:
     return folder / f"rows-{number:05d}.json"
+
+
+def _read_part(folder: Path, number: int) -> dict[str, Any]:
+    """What was written of a file of rows, by this run or by one before."""
+    part = read_json(_part(folder, number))
+    if {*part} != {"file", "rows", "bytes", "sha256", "tokens"}:
+        raise UserError(f"{_part(folder, number)}:1: it does not say what its file holds: remove it, and go on", code=4)
+    return part
 
 
 def _loader(dataset: DatasetConfig, tokenizer: TokenizerConfig, **rest: Any) -> Loader:

@@ -18,10 +18,10 @@ import numpy as np
 from ringbpt.config import DatasetConfig, UserError
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import shuffled
-from ringbpt.data.reading.files import digest_of
-from ringbpt.data.reading.hub import open_array_record
+from ringbpt.data.reading.files import digest_of, load_array
+from ringbpt.data.reading.hub import Records
 from ringbpt.data.stored.tokenise import check_tokenizer
-from ringbpt.data.stored.tokens import COUNTED, TokenStore
+from ringbpt.data.stored.tokens import COUNTED, COUNTED_LATER, TokenStore, is_count
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS
 
@@ -60,9 +60,10 @@ class PackedRows:
         dtypes = manifest.get("columns") or column_dtypes(ALWAYS)
         self._record = np.dtype([(name, dtype, (self._seq_length,)) for name, dtype in dtypes.items()])
         self.rows, self.dropped = manifest["rows"], dict(manifest["dropped"])
-        self._row_tokens = np.load(folder / "row_tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._counts = [shard["rows"] for shard in manifest["shards"]]
+        self._row_tokens = _counts(folder / "row_tokens.npy", self.rows, self._seq_length)
         self._order = lru_cache(maxsize=2)(self._make_order)
-        self._records: Any = None
+        self._records: Records | None = None
         self._opening = threading.Lock()
 
     def _make_order(self, epoch: int) -> np.ndarray:
@@ -71,13 +72,21 @@ class PackedRows:
     def row(self, epoch: int, row: int, values: Any) -> Row:
         with self._opening:
             if self._records is None:
-                self._records = open_array_record(self._names)
+                self._records = self._open()
         number = int(self._order(0 if self._seed is None else epoch)[row])
-        record = self._records[number]
-        if len(record) != self._record.itemsize:
-            raise UserError(f"{self._names[0]}: row {number} has {len(record)} bytes; write the folder again", code=4)
+        record, size = self._records[number], self._record.itemsize
+        if len(record) != size:
+            where = self._records.location(number)
+            raise UserError(f"{where}: a row of {len(record)} bytes, and {size} were written; copy it again", code=4)
         (found,) = np.frombuffer(record, self._record)
         return {name: found[name] for name in self._columns}
+
+    def _open(self) -> Records:
+        records = Records(self._names)
+        for name, found, wanted in zip(self._names, records.counts, self._counts, strict=True):
+            if found != wanted:
+                raise UserError(f"{name}:1: {found} rows, and its manifest has {wanted}; copy it again", code=4)
+        return records
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())
@@ -97,11 +106,7 @@ def open_rows(
         content = (folder / "manifest.json").read_bytes()
     except OSError:
         return None
-    try:
-        manifest = json.loads(content)
-        assert manifest["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{folder}/manifest.json:1: no manifest of {FORMAT!r}; write the folder again") from None
+    manifest = _read_manifest(folder, content)
     if manifest["seq_length"] != dataset.seq_length:
         raise UserError(
             f"{group}.seq_length={dataset.seq_length}, but the rows in {path!r} have {manifest['seq_length']} tokens: "
@@ -116,7 +121,53 @@ def open_rows(
             raise UserError(f"{file}:1: missing, or not of {shard['bytes']} bytes; copy it again", code=4)
     key = digest_of(["rows", hashlib.sha256(content).hexdigest()])
     summary = {name: manifest.get(name, 0) for name in (*COUNTED, "max_token")}
-    offset = np.cumsum([0, *np.load(folder / "lengths.npy", allow_pickle=False)])
-    return TokenStore({}, offset, summary, key), PackedRows(
-        folder, manifest, columns, seed if dataset.shuffle else None
+    lengths = _counts(folder / "lengths.npy", summary["documents"], summary["tokens"])
+    if lengths.sum() != summary["tokens"]:
+        raise UserError(f"{folder}/lengths.npy:1: not the tokens of its manifest; copy the folder again", code=4)
+    rows = PackedRows(folder, manifest, columns, seed if dataset.shuffle else None)
+    return TokenStore({}, np.cumsum([0, *lengths]), summary, key), rows
+
+
+def _read_manifest(folder: Path, content: bytes) -> dict[str, Any]:
+    """The manifest, of which every field that is read is of its type and goes with the others. Raises UserError."""
+    where = f"{folder}/manifest.json:1"
+    try:
+        manifest = json.loads(content)
+        assert manifest["format"] == FORMAT
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise UserError(f"{where}: no manifest of {FORMAT!r}; write the folder again") from None
+    shards, columns = manifest.get("shards"), manifest.get("columns", column_dtypes(ALWAYS))
+    good = {
+        "seq_length": is_count(manifest.get("seq_length")) and manifest["seq_length"] > 0,
+        "tokenizer": isinstance(manifest.get("tokenizer"), str),
+        "dropped": isinstance(manifest.get("dropped"), dict) and all(map(is_count, manifest["dropped"].values())),
+        "columns": isinstance(columns, dict) and columns == column_dtypes(columns.keys() & COLUMNS.keys() | {*ALWAYS}),
+        "shards": isinstance(shards, list) and all(map(_is_shard, shards)),
+    }
+    for name in (*COUNTED, "max_token", "rows"):
+        good[name] = is_count(manifest.get(name, 0 if name in COUNTED_LATER else None))
+    for name, is_good in good.items():
+        if not is_good:
+            raise UserError(f"{where}: {name} is missing, or is not what it must be; copy the folder again", code=4)
+    if manifest.get("rows") != sum(shard["rows"] for shard in shards):
+        raise UserError(f"{where}: rows={manifest.get('rows')}, and its shards have others; copy it again", code=4)
+    return manifest
+
+
+def _is_shard(shard: Any) -> bool:
+    return (
+        isinstance(shard, dict)
+        and isinstance(shard.get("file"), str)
+        and Path(shard["file"]).name == shard["file"]
+        and all(is_count(shard.get(name)) for name in ("rows", "bytes"))
     )
+
+
+def _counts(path: Path, size: int, most: int) -> np.ndarray:
+    """An array of `size` counts, none of which is above `most`, mapped from disk. Raises UserError."""
+    counts = load_array(path, mapped=True)
+    if counts.dtype != np.int64 or counts.shape != (size,) or np.any((counts < 0) | (counts > most)):
+        raise UserError(
+            f"{path}:1: not {size} counts of {most} at most, as its manifest has them; copy it again", code=4
+        )
+    return counts

@@ -7,11 +7,11 @@ units.npy says which documents must share a row, where there are such; further c
 
 import hashlib
 import json
-import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,15 +19,16 @@ import numpy as np
 
 from ringbpt.config import UserError
 from ringbpt.data.documents import Values
-from ringbpt.data.reading.files import digest_of, file_digest, find_files, replacing, write_whole
+from ringbpt.data.reading.files import digest_of, load_array, one_line, replacing, write_whole
 
 # Part of every key; raised when the same inputs give other files.
 FORMAT, FORMAT_OF_SHAPES = "2", "3"
+TOKEN_DTYPES = ("uint16", "int32")
 WRITTEN_TOKENS = 1 << 18  # at a time
 BLOCK_BYTES = 1 << 16  # checked as one when first read
-# Of a store; one of an older version lacks the last two. without_loss: documents of which no token is learnt; split:
-# conversations that make several documents.
+# Of a store. without_loss: documents of which no token is learnt; split: conversations that make several documents.
 COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad", "without_loss", "split")
+COUNTED_LATER = COUNTED[-2:]  # which a store of an older version lacks
 
 
 class Joined:
@@ -224,96 +225,83 @@ def _crc32(offset: np.ndarray, checks: list[np.ndarray]) -> dict[str, int]:
 # --- reading ---
 
 
-def open_store(folder: Path, key: str) -> TokenStore | None:
-    """The store in a folder, or None where a file is missing or isn't what the summary says of it."""
+def open_store(folder: Path, key: str, foreign: bool = False) -> TokenStore | None:
+    """The store in a folder, or None where a file is missing or isn't what the summary says of it.
+
+    foreign: one that we cannot make again, so that what is wrong is told as a UserError.
+    """
     try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        offset = np.load(folder / "offset.npy", mmap_mode="r", allow_pickle=False)
-        tokens, masks, all_checks = [], [], []
-        lengths = [shard["tokens"] for shard in summary["shards"]]
-        for number, shard in enumerate(summary["shards"]):
-            base, count, dtype = folder / f"{number:05d}", shard["tokens"], np.dtype(shard["dtype"])
-            sizes = (count * dtype.itemsize, count)
-            paths = (base.with_suffix(".token"), base.with_suffix(".mask"))
-            checks = np.fromfile(base.with_suffix(".check"), np.uint32)
-            blocks = [-(-size // BLOCK_BYTES) for size in sizes]
-            if tuple(path.stat().st_size for path in paths) != sizes or len(checks) != sum(blocks):
-                return None
-            all_checks.append(checks)
-            tokens.append(Checked(paths[0], dtype.name, checks[: blocks[0]]))
-            masks.append(Checked(paths[1], "uint8", checks[blocks[0] :]))
-        if _crc32(offset, all_checks) != summary["crc32"] or offset[-1] != sum(lengths):
+        return _read_store(folder, key)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not foreign:
             return None
-        units = _read_units(folder, len(offset) - 1)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        if isinstance(error, UserError):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{folder}/summary.json:1: {what}; copy the folder again", code=4) from None
+
+
+def _read_store(folder: Path, key: str) -> TokenStore:
+    """Raises ValueError, and what damaged JSON makes of the look into it, for whatever contradicts the summary."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    offset = load_array(folder / "offset.npy", mapped=True)
+    tokens, masks, all_checks = [], [], []
+    for number, shard in enumerate(summary["shards"]):
+        base, count, dtype = folder / f"{number:05d}", shard["tokens"], np.dtype(shard["dtype"])
+        _require(dtype.name in TOKEN_DTYPES, f"shards: dtype {dtype} is none of {', '.join(TOKEN_DTYPES)}")
+        sizes = (count * dtype.itemsize, count)
+        paths = (base.with_suffix(".token"), base.with_suffix(".mask"))
+        for path, size in zip(paths, sizes, strict=True):
+            _require(path.stat().st_size == size, f"shards: {path.name} has not the {size} bytes of its tokens")
+        checks = np.fromfile(base.with_suffix(".check"), np.uint32)
+        blocks = [-(-size // BLOCK_BYTES) for size in sizes]
+        _require(len(checks) == sum(blocks), f"shards: {base.name}.check has not the checks of {sum(blocks)} blocks")
+        all_checks.append(checks)
+        tokens.append(Checked(paths[0], dtype.name, checks[: blocks[0]]))
+        masks.append(Checked(paths[1], "uint8", checks[blocks[0] :]))
+    _check_offset(offset, summary)
+    _require(_crc32(offset, all_checks) == summary["crc32"], "crc32: offset.npy or a .check is not what was written")
+    units, lengths = _read_units(folder, len(offset) - 1), [shard["tokens"] for shard in summary["shards"]]
     if units is not None:
         key = digest_of([key, hashlib.sha256(units).hexdigest()])
     values = {"token": Joined(tokens, lengths), "mask": Joined(masks, lengths)}
     return TokenStore(values, offset, summary, key, units, folder)
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value of JSON counts something."""
+    return type(value) is int and value >= 0
+
+
+def _require(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(what)
+
+
+def _check_offset(offset: np.ndarray, summary: dict[str, Any]) -> None:
+    """Raises ValueError where the documents are not the shards', or the summary's numbers not those of its shards."""
+    shards = summary["shards"]
+    for name in ("documents", "tokens"):
+        counts = [shard[name] for shard in shards]
+        _require(all(map(is_count, counts)), f"shards: {name} is no count")
+        _require(summary[name] == sum(counts), f"{name}: {summary[name]}, and its shards have {sum(counts)}")
+    for name in (*COUNTED, "max_token"):
+        _require(is_count(summary.get(name, 0 if name in COUNTED_LATER else None)), f"{name} is no count")
+    documents, tokens = ([0, *accumulate(shard[name] for shard in shards)] for name in ("documents", "tokens"))
+    _require(offset.dtype == np.int64 and offset.shape == (documents[-1] + 1,), "offset.npy: not one for each document")
+    falls = bool(offset[0]) or bool(np.any(offset[1:] < offset[:-1]))
+    _require(not falls, "offset.npy: it does not begin with 0, or falls")
+    _require(offset[documents].tolist() == tokens, "offset.npy: its documents are not those of the shards")
+
+
 def _read_units(folder: Path, documents: int) -> np.ndarray | None:
     """The units of a store's documents, None where each is one of its own. Raises ValueError for what are none."""
     if not (folder / "units.npy").exists():
         return None
-    units = np.load(folder / "units.npy", allow_pickle=False)
-    if units.shape != (documents,) or not set(np.diff(units, prepend=-1).tolist()) <= {0, 1} or units[:1].any():
-        raise ValueError(f"{folder}/units.npy")
+    units = load_array(folder / "units.npy")
+    whole = units.dtype == np.int64 and units.shape == (documents,)
+    if not whole or not set(np.diff(units, prepend=-1).tolist()) <= {0, 1} or units[:1].any():
+        raise UserError(
+            f"{folder}/units.npy:1: not 0, 0, 1, ... for {documents} documents; copy the folder again", code=4
+        )
     return units if units[-1] + 1 < documents else None
-
-
-# --- Megatron's .bin and .idx ---
-
-MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-
-
-def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
-    """The documents of Megatron's indexed data sets: PATH.idx and PATH.bin, a glob of either, mapped as they are.
-
-    Every token takes loss. Raises UserError for files that are none or don't belong together.
-    Ref: Megatron-LM, megatron/core/datasets/indexed_dataset.py, version 1 of the index.
-    """
-    if path and not path.endswith((".bin", ".idx")):
-        path += ".idx"
-    names = sorted({name[:-4] for name in find_files(path, flag, (".idx",))})
-    columns, counts, lengths, digests = [], [], [], []
-    for name in names:
-        documents, tokens = _read_megatron(name)
-        columns.append(tokens)
-        counts.append(len(tokens))
-        lengths.append(documents)
-        digests += [file_digest(name + suffix, cache_dir) for suffix in (".idx", ".bin")]
-    offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-    total = int(offset[-1])
-    summary = {"documents": len(offset) - 1, "tokens": total, "max_token": -1, "bad": 0}
-    summary |= {"loss_tokens": total, "loss_bytes": 0}
-    values = {"token": Joined(columns, counts), "mask": np.broadcast_to(np.uint8(1), total)}
-    return TokenStore(values, offset, summary, digest_of(["megatron", *digests]))
-
-
-def _read_megatron(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of each document int64, all tokens) of one pair of files."""
-    try:
-        index = np.fromfile(name + ".idx", np.uint8)
-        head = index[:34].tobytes()
-        if head[:9] != MEGATRON_MAGIC or len(head) < 34:
-            raise UserError(f"{name}.idx:1: no index of Megatron's (it begins with {head[:9]!r})")
-        version, code, sequences, boundaries = struct.unpack("<QBQQ", head[9:])
-        if version != 1 or code not in MEGATRON_DTYPES:
-            raise UserError(
-                f"{name}.idx:1: version {version}, type of tokens {code}: 1 and one of 1, 2, 3, 4, 5, 8 work"
-            )
-        if len(index) < 34 + 12 * sequences + 8 * boundaries:
-            raise UserError(f"{name}.idx:1: the index is truncated; copy it again")
-        sizes = index[34 : 34 + 4 * sequences].view("<i4").astype(np.int64)
-        pointers = index[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
-        ends = index[34 + 12 * sequences : 34 + 12 * sequences + 8 * boundaries].view("<i8")
-        tokens = np.memmap(name + ".bin", MEGATRON_DTYPES[code], "r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}.bin:1: {getattr(error, 'strerror', None) or error}") from None
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    if not np.array_equal(pointers, before[:-1] * tokens.itemsize) or before[-1] != len(tokens):
-        raise UserError(f"{name}.bin:1: {len(tokens)} tokens, and the index has {before[-1]}, or in another order")
-    return np.diff(before[ends]), tokens

@@ -54,7 +54,7 @@ def train_sentencepiece(texts: Iterator[str], output: Path, vocab_size: int) -> 
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
             model_prefix=str(output.with_suffix("")),
             vocab_size=vocab_size,
             model_type="bpe",
