@@ -238,6 +238,17 @@ def test_yarn_by_flags_takes_the_length_of_the_checkpoint(by, rope, length, tmp_
     assert hf_settings(llama, "float32")["rope_parameters"]["original_max_position_embeddings"] == (length or 512)
 
 
+def test_yarn_by_flags_on_other_checkpoints_needs_their_length():
+    spec, yarn = "--load_checkpoint=params::runs/x", "--llama.rope_scaling_type=yarn"
+    length = "rope_scaling_original_length"
+    for flags in ([yarn], ["--update_llama_config=dict(rope_scaling_type='yarn')"]):
+        with pytest.raises(UserError, match=f"--llama.{length}=4096, or whatever"):
+            parse_args([spec, *flags])
+    assert parse_args([spec, yarn, f"--llama.{length}=512"]).llama[length] == 512
+    assert parse_args([yarn]).llama[length] == 8192  # from nothing
+    assert parse_args([spec, "--llama.rope_scaling_type=linear"]).llama.rope_scaling_type == "linear"
+
+
 def test_nothing_of_a_recipe_shines_through(tmp_path):
     """A folder's config.json says the whole model, whatever a recipe had set."""
     (tmp_path / "config.json").write_text(json.dumps(settings_of("llama")))

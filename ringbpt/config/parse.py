@@ -137,6 +137,7 @@ def parse_args(argv: list[str]) -> ConfigDict:
     if "mesh_dim" in given and "num_cpu_devices" not in given and tree.num_cpu_devices:
         sizes = mesh_sizes(tree.mesh_dim, "--mesh_dim")
         tree.num_cpu_devices = tree.num_cpu_devices if -1 in sizes else math.prod(sizes)
+    _check_stretched(tree, given)
     return tree
 
 
@@ -145,6 +146,19 @@ def _says_what(name: str, value: Any) -> bool:
     group = name.partition(".")[0]
     model = name in ("load_llama_config", "load_checkpoint", UPDATE) or name in ARCHITECTURE_FLAGS
     return value != "" and (model or name in OF_DATA or group in (*SPLITS, "tokenizer"))
+
+
+def _check_stretched(tree: ConfigDict, given: dict[str, Any]) -> None:
+    """Raises UserError where flags stretch a checkpoint and nothing says from which length; a config.json does."""
+    said = {name.removeprefix("llama.") for name in given} | read_literals(f"--{UPDATE}", given.get(UPDATE, "")).keys()
+    kind, checkpoint = tree.llama.rope_scaling_type, tree.load_checkpoint
+    if not checkpoint or find_foreign(checkpoint) or kind not in ("yarn", "llama3"):
+        return
+    if "rope_scaling_type" in said and "rope_scaling_original_length" not in said:
+        raise UserError(
+            f"--llama.rope_scaling_type={kind} with --load_checkpoint={checkpoint} needs the length that the "
+            "checkpoint was trained for: --llama.rope_scaling_original_length=4096, or whatever it was"
+        )
 
 
 def _apply_alias(tree: ConfigDict, name: str, given: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from ringbpt.config import (
     to_dict,
 )
 from ringbpt.config.families import FAMILIES, family_of, hf_settings, llama_fields
-from tests.golden.make_families import CASES, make_model, restore
+from tests.golden.make_families import CASES, SIZES, make_model, restore
 
 ROOT = Path(__file__).parents[2]
 
@@ -424,6 +424,20 @@ def test_transformers_reads_our_config(case, tmp_path):
                 got = {name: value for name, value in got.items() if name in want}
             assert got == want, key
     assert ours["architectures"][0] in FAMILIES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama3", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_a_key_left_out_is_what_it_is_to_transformers(case, tmp_path):
+    """R25 and its like, by logits; tests/test_families_settings.py holds the settings themselves to its classes."""
+    make_model(case, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    sized = {*SIZES} - {"rms_norm_eps", "initializer_range"} | {"head_dim", "num_local_experts", "num_experts_per_tok"}
+    for key in settings.keys() - sized - {"model_type", "architectures"}:
+        left = {name: value for name, value in settings.items() if name != key}
+        (tmp_path / "config.json").write_text(json.dumps(left))
+        model, params = load.load_model(f"huggingface::{tmp_path}", (1, 1, 1, 1))
+        assert parity(tmp_path, model, params)["largest_difference"] <= 2e-5, key
 
 
 def test_folders_of_ours_load(tmp_path):

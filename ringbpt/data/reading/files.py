@@ -105,7 +105,7 @@ def json_type(value: Any) -> str:
 
 
 def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) -> list[Any]:
-    """make(value) of each line of a file of JSON lines; as in JsonSource, they end at \\n alone, and blank ones are
+    """make(value) of each line of a file of JSON lines; as in JsonSource, lines end at \\n alone, and blank ones are
     left out, as is a byte order mark.
 
     Raises UserError where the file cannot be read or has no rows, and with file and line, and what is `wanted`, where a
