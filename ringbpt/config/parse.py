@@ -151,10 +151,10 @@ def _says_what(name: str, value: Any) -> bool:
 def _check_stretched(tree: ConfigDict, given: dict[str, Any]) -> None:
     """Raises UserError where flags stretch a checkpoint and nothing says from which length; a config.json does."""
     said = {name.removeprefix("llama.") for name in given} | read_literals(f"--{UPDATE}", given.get(UPDATE, "")).keys()
-    kind, checkpoint = tree.llama.rope_scaling_type, tree.load_checkpoint
-    if not checkpoint or find_foreign(checkpoint) or kind not in ("yarn", "llama3"):
+    if "rope_scaling_type" not in said or "rope_scaling_original_length" in said:
         return
-    if "rope_scaling_type" in said and "rope_scaling_original_length" not in said:
+    kind, checkpoint = tree.llama.rope_scaling_type, tree.load_checkpoint
+    if checkpoint and not find_foreign(checkpoint) and kind in ("yarn", "llama3"):
         raise UserError(
             f"--llama.rope_scaling_type={kind} with --load_checkpoint={checkpoint} needs the length that the "
             "checkpoint was trained for: --llama.rope_scaling_original_length=4096, or whatever it was"
