@@ -153,6 +153,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "something_new=True": {"something_new": True},
     "router_jitter_noise=0.1": {"kind": "mixtral", "router_jitter_noise": 0.1},
     "hidden_act=None": {"hidden_act": None},
+    "activation='relu'": {"activation": "relu"},
     # R27: rotary positions.
     "rope type None": {"rope_scaling": {"rope_type": None}},
     "rope type 'mrope'": {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}},
@@ -202,6 +203,18 @@ def test_what_is_not_known_is_refused_by_name(message):
         llama_fields(settings, "config.json")
     assert str(caught.value).startswith("config.json: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_models_on_the_hub_say_besides_is_let_be():
+    """What is switched off, and what touches no maths: SmolLM2, Falcon 3, LLaMA 2, Vicuna and fine-tuned models."""
+    besides = {
+        "is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"},
+        "use_mrope": False, "activation": "swiglu", "pretraining_tp": 2, "max_sequence_length": 2048,
+        "temperature": 0.9, "use_cache": False, "_name_or_path": "x", "unsloth_version": "1", "pad_token_id": 0,
+        "tokenizer_class": "LlamaTokenizer", "rope_scaling": None, "quantization_config": None, "sliding_window": None,
+        "hidden_dropout": 0.0,
+    }  # fmt: skip
+    assert llama_fields(settings_of("llama", **besides), "") == llama_fields(settings_of("llama"), "")
 
 
 def test_windows_of_layers_that_are_alike():

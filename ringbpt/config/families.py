@@ -137,6 +137,7 @@ _DEFAULTS: dict[str, Any] = {
 # What a config.json may say that our model does not do, and the only value that it does.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
+    "activation": ("swiglu", None),  # Falcon 3 says so beside hidden_act
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),

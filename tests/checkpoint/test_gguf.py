@@ -17,8 +17,8 @@ import pytest
 from ringbpt.checkpoint.export import parity, to_huggingface
 from ringbpt.checkpoint.huggingface import open_folder, to_ours
 from ringbpt.checkpoint.load import describe_checkpoint, load_model
-from ringbpt.config import TokenizerConfig, UserError, parse_args
-from ringbpt.config.families import llama_fields
+from ringbpt.config import Architecture, TokenizerConfig, UserError, parse_args
+from ringbpt.config.families import _ROPE, llama_fields
 from ringbpt.config.gguf import model_settings, read_gguf
 from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.generation.generator import Generator
@@ -160,8 +160,10 @@ def llama3_factors(factor: float, low: float = 1.0, length: int = 8192) -> np.nd
 
 def test_rope(tmp_path):
     def scaling(**edits) -> dict:
+        """What the type reads, where it isn't our flag's default."""
         found = flags(write_gguf(tmp_path / "x.gguf", **edits))
-        return {key.removeprefix("rope_scaling_"): x for key, x in found.items() if key.startswith("rope_scaling")}
+        read = [key for key in _ROPE[found["rope_scaling_type"]].values() if found[key] != getattr(Architecture, key)]
+        return {key.removeprefix("rope_scaling_"): found[key] for key in ("rope_scaling_type", *read)}
 
     assert scaling() == scaling(rope__scaling__type="none") == {"type": ""}
     assert scaling(rope__scaling__type="linear", rope__scaling__factor=4.0) == {"type": "linear", "factor": 4.0}
@@ -169,8 +171,7 @@ def test_rope(tmp_path):
     assert scaling(**yarn) == {"type": "yarn", "factor": 2.5, "original_length": 128}
     for factor in (8.0, 32.0):
         found = scaling(tensors={"rope_freqs.weight": llama3_factors(factor)})
-        bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        assert found == {"type": "llama3", "factor": factor, "original_length": 8192} | bands
+        assert found == {"type": "llama3", "factor": factor}  # bands of 1 and 4, and 8192 tokens
     assert scaling(tensors={"rope_freqs.weight": np.ones(H // 2, np.float32)}) == {"type": ""}
 
 
