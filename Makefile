@@ -15,7 +15,8 @@ TESTS ?= tests
 # Two test processes, half the tests each in order (a file's tests share what they compile); the first to end helps out.
 PYTEST ?= $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Not compiled: a module is when it is first imported, and most of torch and transformers never are.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 BASE := $(VENV)/.base
 CORE := $(VENV)/.core
 AOT_CUDA := $(VENV)/.aot-cuda

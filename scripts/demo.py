@@ -79,8 +79,8 @@ def main(argv: list[str]) -> int:
         "12 steps on twelve chats", "-m", "ringbpt.train", f"--load_checkpoint=gguf::{files[0]}", *DEVICES,
         "--llama.attention_type=ring_blockwise", "--dtype=fp32", "--total_steps=12", "--log_freq=1",
         f"--train_dataset.json_dataset.path={folder / 'chats.jsonl'}", "--train_dataset.json_dataset.seq_length=128",
-        "--train_dataset.json_dataset.batch_size=2", "--train_dataset.packing=best_fit",
-        "--optimizer.adamw_optimizer.lr=3e-5", "--optimizer.adamw_optimizer.lr_warmup_steps=2",
+        "--train_dataset.json_dataset.batch_size=1", "--train_dataset.packing=best_fit",
+        "--optimizer.adamw_optimizer.lr=5e-5", "--optimizer.adamw_optimizer.lr_warmup_steps=2",
         f"--logger.output_dir={folder}", "--logger.experiment_id=run",
     )  # fmt: skip
     after = answer(run_name, "after")
@@ -106,6 +106,7 @@ def ask_transformers(folder: Path) -> list[list[int]]:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # computes as ours did
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     answers = []
