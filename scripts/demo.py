@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
 
     def run(title: str, *command: str) -> None:
         print(f"\n[{time.monotonic() - start:3.0f} s] {title}\n$ {shlex.join(['python', *command])}", flush=True)
-        if code := subprocess.run([sys.executable, *command], check=False).returncode:
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | os.environ  # the answers share programs
+        if code := subprocess.run([sys.executable, *command], env=environment, check=False).returncode:
             raise UserError("that command failed", code=code)
 
     def answer(checkpoint: str, name: str) -> list[dict]:
