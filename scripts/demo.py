@@ -78,10 +78,10 @@ def main(argv: list[str]) -> int:
     before = answer(f"gguf::{files[0]}", "before")
     run(
         "12 steps on twelve chats", "-m", "ringbpt.train", f"--load_checkpoint=gguf::{files[0]}", *DEVICES,
-        "--llama.attention_type=ring_blockwise", "--dtype=fp32", "--total_steps=12", "--log_freq=1",
+        "--dtype=fp32", "--total_steps=12", "--log_freq=1",
         f"--train_dataset.json_dataset.path={folder / 'chats.jsonl'}", "--train_dataset.json_dataset.seq_length=128",
         "--train_dataset.json_dataset.batch_size=1", "--train_dataset.packing=best_fit",
-        "--optimizer.adamw_optimizer.lr=5e-5", "--optimizer.adamw_optimizer.lr_warmup_steps=2",
+        "--optimizer.adamw_optimizer.lr=8e-5", "--optimizer.adamw_optimizer.lr_warmup_steps=2",
         f"--logger.output_dir={folder}", "--logger.experiment_id=run",
     )  # fmt: skip
     after = answer(run_name, "after")
