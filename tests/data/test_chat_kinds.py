@@ -52,6 +52,9 @@ WRITTEN = {
         "assistant\n", "assistant\n<think>\n"
     ),
     "counts its messages": "{% for i in range(messages | length) %}{% set m = messages[i] %}" + IMEND + BEGIN,
+    "counts its messages, marked": "{% for i in range(messages | length) %}{% set m = messages[i] %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}CALLS<|end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "ends a turn where the next begins": LOOP.replace("TOOL", "<tool>")
     + "{% if not loop.first %}<|end|>{% endif %}<|{{ m.role }}|>{{ m.content }}CALLS{% endfor %}"
     + "{% if add_generation_prompt %}<|end|><|assistant|>{% else %}<|end|>{% endif %}",

@@ -299,9 +299,11 @@ class _Conversation:
             if isinstance(name, str) and name not in written:
                 raise UserError(f"{self._where}: the chat template writes nothing of the call of {name!r}")
         if self._template.marked and message["role"] == "assistant":
-            others = [begin for begin, _ in self._text(end).turns.values() if begin > turn[0]]
-            following = min(others, default=len(text))  # an end may be marked behind the loop
-            return merged([span for span in self._text(end).marked if turn[0] <= span[0] < following])
+            _, turns, marked = self._text(end)
+            others = [begin for begin, _ in turns.values() if begin > turn[0]]
+            # An end may be marked behind the loop; of a turn that was told by how the text grows, all is in it.
+            following = min(others, default=len(text)) if number in turns else turn[1]
+            return merged([span for span in marked if turn[0] <= span[0] < following])
         prompt = self._prompt(number) if message["role"] == "assistant" else None
         begin = turn[0] + self._opening(number, end, written, prompt, own_text.text, own_turn[0])
         stop = turn[0] + len(written.rstrip())

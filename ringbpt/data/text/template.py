@@ -70,8 +70,8 @@ class Template:
             return f"{TURN}{loop},{number}{END}"
 
         found = _told(self._template.render(messages=own, _turn=turn, **names))
-        text = self.text(messages, **names)
-        return found if found.text == text else Rendered(text, {}, [])
+        plain = _told(self._template.render(messages=own, _turn=_nothing, **names))
+        return found if found.text == plain.text else plain
 
 
 def _nothing(*_: Any) -> str:
