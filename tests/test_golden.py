@@ -12,18 +12,10 @@ import pytest
 from tests.golden.make_losses import FILE, STEPS, losses
 
 MESHES = ((1, 1, 1, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 1, 2), (1, 8, 1, 1))
-# (mesh, layout, scan_layers, accumulate): steps. Each axis and each value of each, the recipe's own to the end, others
-# as far as the weights have changed: no loss depends on how many steps are to come. The product is slow.
-CASES = {
-    ((1, 1, 1, 8), "zigzag", True, 1): STEPS,
-    ((1, 2, 2, 2), "striped", False, 4): 6,
-    ((2, 2, 1, 2), "contiguous", True, 1): 6,
-}
-PRODUCT = [
-    case
-    for case in product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4))
-    if CASES.get(case) != STEPS
-]
+# (mesh, layout, scan_layers, accumulate): steps. The recipe's own and the one that is least like it, as far as the
+# weights have changed: no loss depends on how many steps are to come. The product, to the end, is slow.
+CASES = {((1, 1, 1, 8), "zigzag", True, 1): 8, ((1, 2, 2, 2), "striped", False, 4): 6}
+PRODUCT = list(product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4)))
 
 
 def check(mesh, layout, scan_layers, accumulate, tmp_path, steps=STEPS):

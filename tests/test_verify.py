@@ -60,6 +60,7 @@ def test_the_first_batch_that_takes_loss_is_compared():
         verify.first_batch(SimpleNamespace(**vars(loader) | {"steps_per_epoch": 2}))
 
 
+@pytest.mark.slow
 def test_a_hop_that_never_arrives(config, monkeypatch):
     monkeypatch.setattr(ring, "_send", lambda x, axis, size, step=1: x)
     report = run(config)
@@ -77,6 +78,7 @@ def corrupt(monkeypatch, change):
     monkeypatch.setattr(mesh, "put_batch", put)
 
 
+@pytest.mark.slow
 def test_labels_shifted_in_each_shard(config, monkeypatch):
     def shifted_in_shards(batch, sp):
         target = batch.target_BT.reshape(len(batch.target_BT), sp, -1).copy()

@@ -28,7 +28,11 @@ def test_blockwise_passes_the_suite(case):
     suite.check(blockwise.make_blockwise(128, 64), case)
 
 
-@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(causal=False, window=9)], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "mask",
+    [pytest.param(MaskSpec(), marks=pytest.mark.slow), MaskSpec(causal=False, window=9)],
+    ids=["causal", "window"],
+)
 def test_any_block_sizes_are_the_reference(mask):
     rng = np.random.default_rng(0)
     q, k, v, d_out = arrays(rng, 2, 48, 40, 4, 2, 16)

@@ -48,6 +48,7 @@ def test_a_block_of_keys_in_parts(keys):
     suite.check(interpreted((128, keys)), case)
 
 
+@pytest.mark.slow
 def test_two_cores_of_a_chip_share_the_heads(capfd):
     case = Case("two cores", heads=(2, 2), head_dim=16, mask=MaskSpec(causal=False))
     suite.check(interpreted(num_cores_or_threads=2), case)
@@ -130,6 +131,7 @@ def test_every_size_compiles_for_every_tpu(name, head_dim, dtype):
     compiled(name, head_dim, dtype)
 
 
+@pytest.mark.slow
 def test_lse_is_one_number_a_lane():
     """Its 8 heads of 4096 tokens are 128 KiB in memory, not 128 times that."""
     forward, _ = compiled("v5e-4", 64, jnp.bfloat16)
@@ -138,7 +140,8 @@ def test_lse_is_one_number_a_lane():
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "v5p-8" else pytest.param(name, marks=pytest.mark.slow) for name in MACHINES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in MACHINES],  # planning/test_overlap.py has one
 )
 def test_a_ring_over_the_kernels_hides_every_hop(name):
     """Behind a kernel each, at a length where a hop's computation is longer than its transfer."""

@@ -101,5 +101,6 @@ def test_a_spill_is_seen(tmp_path, monkeypatch):
     assert {k.name for k in kernels(tmp_path, machine) if k.spilled_bytes} >= {"triton_dkv"}
 
 
+@pytest.mark.slow
 def test_every_hop_hides_behind_the_kernels():
     check_overlap(program("4xh200", local="pallas_triton"), 4)

@@ -65,17 +65,17 @@ SLOW = pytest.mark.slow
 COVERING = [
     Program(mesh=(1, 1, 1, 8), heads=(4, 4)),
     Program(mesh=(1, 1, 1, 3), mask=FULL, heads=(3, 1), local="reference"),
-    Program(options=TWO_WAYS, mask=BOTH, heads=(4, 1)),
-    Program(options=SKIP, mask=WINDOW, dtype="bfloat16", mesh=(2, 1, 1, 4)),
+    Program(options=TWO_WAYS, mask=BOTH, heads=(4, 1), dtype="bfloat16", mesh=(2, 1, 1, 4)),
     Program(options=TWO_WAYS + SKIP, mask=WINDOW, heads=(4, 4), mesh=(1, 1, 1, 8)),
     Program("all_gather", local="reference", dtype="bfloat16"),
     Program("all_gather", options(heads_k_stride=1), mask=FULL),
     Program("ulysses", mask=WINDOW, mesh=(1, 1, 2, 4), heads=(8, 2)),
-    Program("ulysses", mask=BOTH, local="reference", heads=(4, 4)),
     Program("ulysses_ring", BY_2, heads=(4, 1), dtype="bfloat16", mesh=(1, 1, 1, 8)),
 ]
 # Meshes and options of which each is above, in other company.
 MORE = [
+    Program(options=SKIP, mask=WINDOW, dtype="bfloat16", mesh=(2, 1, 1, 4)),
+    Program("ulysses", mask=BOTH, local="reference", heads=(4, 4)),
     Program(mesh=(2, 1, 2, 2), mask=WINDOW),
     Program("ulysses_ring", BY_2 + TWO_WAYS + SKIP, mask=FULL),
 ]
@@ -152,7 +152,7 @@ def test_one_truth(program):
 
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
-    program=st.sampled_from([COVERING[i] for i in (0, 2, 4, 8)]),  # compiled already
+    program=st.sampled_from([COVERING[i] for i in (0, 3, 6)]),  # compiled already
     layout=st.sampled_from(LAYOUTS),
     documents=st.integers(1, 30),
     padding=st.integers(0, 60),
@@ -292,6 +292,7 @@ def compiled(sp: int, local_length: int, layers: int = 1):
     return jax.jit(jax.value_and_grad(total)).lower(x, abstract_meta(sp * local_length)).compile()
 
 
+@pytest.mark.slow
 def test_masks_are_not_hoisted_out_of_the_scan_over_layers():
     """Positions are the same in every layer: untied, the masks of all hops would be computed ahead and kept."""
     short, long = (compiled(4, length, layers=2).memory_analysis().temp_size_in_bytes for length in (256, 512))
@@ -327,7 +328,7 @@ def temporaries(sp: int, kv_heads: int, dtype, **options) -> int:
     ("sizes", "kv_heads", "dtype", "options"),
     [
         pytest.param((2, 4, 8), 2, jnp.bfloat16, {}, marks=SLOW),
-        ((2, 8), 2, jnp.bfloat16, {"skip_hops": True}),
+        pytest.param((2, 8), 2, jnp.bfloat16, {"skip_hops": True}, marks=SLOW),
         pytest.param((2, 4, 8), 8, jnp.float32, {"skip_hops": True}, marks=SLOW),
         # With two devices no hop follows another, and the compiler, which sees that, has no K and V in flight to hold:
         # less, where they are as large as the queries.

@@ -30,7 +30,11 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", GOES_ON)
+# Two ways in for every test run: a train state, and weights alone.
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("full", "from_huggingface") else pytest.param(n, marks=pytest.mark.slow) for n in GOES_ON],
+)
 def test_an_old_run_goes_on_with_the_same_losses(name, folder, expected):
     words = {word.partition("=")[0]: word for word in (*TRAIN, f"--logger.experiment_id={name}", *GOES_ON[name])}
     loop.train(parse(parse_args(list(words.values())), 2))

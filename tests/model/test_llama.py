@@ -32,7 +32,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("llama", SAME.values(), ids=SAME.keys())
+@pytest.mark.parametrize(
+    "llama", [pytest.param(SAME[n], id=n, marks=[pytest.mark.slow] * (n in ("remat parts", "blockwise"))) for n in SAME]
+)
 def test_these_flags_change_nothing(plain, llama):
     params, want = plain
     model = make_model(**llama)
@@ -55,7 +57,13 @@ def test_a_kernel_that_cannot_is_refused_before_anything_compiles():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "layout"), [((1, 1, 1, 8), "zigzag"), ((2, 1, 2, 2), "striped"), ((1, 2, 2, 1), "contiguous")], ids=str
+    ("mesh", "layout"),
+    [
+        ((1, 1, 1, 8), "zigzag"),
+        ((2, 1, 2, 2), "striped"),
+        pytest.param((1, 2, 2, 1), "contiguous", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_no_mesh_changes_anything(plain, mesh, layout):
     params, want = plain
@@ -75,7 +83,7 @@ def test_init_is_sharded_and_the_same_on_every_mesh(plain):
 
 
 def test_param_scan_axis_moves_the_layers():
-    moved, first = make_model(param_scan_axis=1), make_model()
+    moved, first = make_model(param_scan_axis=1, **CHEAP), make_model(**CHEAP)
     params = first.init(jax.random.key(0))
     other = {**params, "layers": jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), params["layers"])}
     shapes = jax.tree.map(lambda x: x.shape, moved.abstract_params)
@@ -115,12 +123,12 @@ def test_nothing_is_seen_ahead_or_across_documents():
 
 
 def test_bf16_is_the_compute_dtype_and_gradients_stay_float32():
-    model = make_model((1, 1, 1, 2), dtype="bf16")
+    model = make_model(dtype="bf16", **CHEAP)
     params = model.init(jax.random.key(0))
     batch = make_batch(model)
     assert jax.eval_shape(model.hidden, params, batch.token_BT, batch.meta).dtype == jnp.bfloat16
     loss, grads = loss_and_grads(model, params, batch)
-    exact, _ = loss_and_grads(make_model((1, 1, 1, 2)), params, batch)
+    exact, _ = loss_and_grads(make_model(**CHEAP), params, batch)
     assert loss == pytest.approx(exact, rel=2e-2)
     assert all(g.dtype == np.float32 for g in jax.tree.leaves(grads))
 

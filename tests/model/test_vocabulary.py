@@ -48,6 +48,7 @@ def test_the_numbers_are_those_of_one_device(models):
     assert_same(found[2], found[1])
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_the_same(models):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, SIZE, 9), rng.integers(0, SIZE, 5)]

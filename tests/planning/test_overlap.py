@@ -19,8 +19,8 @@ from ringbpt.training.step import GPU_OPTIONS
 from ringbpt.types import TokenMeta
 
 SLOW = pytest.mark.slow
-# A TPU and a GPU; the quick test of a kernel, below, is of another TPU.
-MACHINES = [*(pytest.param(name, marks=SLOW) for name in ("v4-8", "v5p-8", "v6e-4")), "v5e-4", "4xh200"]
+# The quick tests are of a kernel and of a ring that waits, below, and of a plan for GPUs in test_plan.py.
+MACHINES = [*(pytest.param(name, marks=SLOW) for name in ("v4-8", "v5p-8", "v5e-4", "v6e-4", "4xh200"))]
 EIGHT = [
     *product(["v4-16", "v5p-16", "v5e-8", "v6e-8"], ["blockwise", "pallas_tpu"]),
     *product(["8xh200"], ["blockwise", "cudnn", "pallas_hopper", "pallas_triton"]),

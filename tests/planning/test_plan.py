@@ -290,7 +290,8 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
     assert all(word in shown for word in ("memory of one device", "largest temporaries", "transfers", "ring", "MFU"))
 
 
-@pytest.mark.parametrize("name", [pytest.param("4xh200", marks=pytest.mark.slow), "v5e-4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4xh200", "v5e-4"])
 def test_what_lives_in_the_hosts_memory_is_no_argument_of_the_device(name):
     """Of a GPU that is not here too, whose abstract devices know no memories."""
     try:

@@ -37,6 +37,7 @@ from ringbpt.training.metrics import read_rows
 TINY = (
     "--update_llama_config=dict(vocab_size=288,hidden_size=32,intermediate_size=64,num_hidden_layers=2,"
     "num_attention_heads=4,max_sequence_length=64)",
+    *("--llama.attention_type=standard", "--llama.loss_chunk_size=64"),
     *("--dtype=fp32", "--mesh_dim=1,1,1,1", "--total_steps=3", "--log_freq=1", "--tokenizer.vocab_file=bytes"),
     *("--optimizer.adamw_optimizer.lr=0.01", "--optimizer.adamw_optimizer.lr_warmup_steps=2"),
     "--optimizer.adamw_optimizer.lr_decay_steps=100",
