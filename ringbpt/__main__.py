@@ -5,6 +5,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import ringbpt
 from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, Flag, UserError, nearest_name, run_main
@@ -16,6 +17,7 @@ VERBS = {
     "inspect": "the first batches: what takes loss, as text, as a page or as JSON",
     "generate": "text from a checkpoint: completions, or a conversation",
     "evaluate": "what a checkpoint knows: perplexity, passkeys, choices",
+    "checkpoint": "what a run has saved, and whether it is as it was written",
     "autotune": "measures block sizes of attention on the device that is here",
 }
 OF_A_RUN = ("train", "plan", "verify", "inspect")  # besides their own, these take the flags of a run
@@ -33,12 +35,18 @@ def main(argv: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UserError(f"'{verb}' is no verb ({', '.join(VERBS)}): did you mean ringbpt {nearest_name(verb, VERBS)}?")
-    return import_module(f"ringbpt.{verb}").main(rest)
+    return module_of(verb).main(rest)
+
+
+def module_of(verb: str) -> Any:
+    """The module of a verb, which may be a room's."""
+    module = import_module(f"ringbpt.{verb}")
+    return module if hasattr(module, "main") else import_module(f"ringbpt.{verb}.__main__")
 
 
 def flags_of(verb: str) -> dict[str, Flag]:
     """Every flag that a verb takes, by its name, without importing jax."""
-    own = getattr(import_module(f"ringbpt.{verb}"), "FLAGS", {})
+    own = getattr(module_of(verb), "FLAGS", {})
     return own | (ENTRY_FLAGS | RUN_FLAGS | ALIASES if verb in OF_A_RUN else {"help": ENTRY_FLAGS["help"]})
 
 

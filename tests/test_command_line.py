@@ -22,7 +22,9 @@ from ringbpt.training.metrics import check_wandb
 
 ROOT = Path(__file__).parent.parent
 ENTRIES = {
-    path.stem: path.read_text() for path in (ROOT / "ringbpt").glob("*.py") if "run_main(main)" in path.read_text()
+    path.parent.name if path.stem == "__main__" and path.parent.name != "ringbpt" else path.stem: path.read_text()
+    for path in sorted((ROOT / "ringbpt").rglob("*.py"))
+    if path.read_text().endswith("sys.exit(run_main(main))\n") or path.name == "__main__.py"
 }
 
 

@@ -99,7 +99,8 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
         raise UserError(f"{where}: a folder, where a flax msgpack file is expected; for a folder use params::{name}")
     step = newest_step(path, where)
     if prefix != "trainstate":
-        return step.restore({**wanted, "opt_state": Wanted(rule=Rule.IGNORED)}) | {"meta": None}, ""
+        ignored = dict.fromkeys(("opt_state", "guard"), Wanted(rule=Rule.IGNORED))
+        return step.restore({**wanted, **ignored}) | {"meta": None}, ""
     if "opt_state" not in step.trees:
         raise UserError(f"{where}: saved without optimizer state; use params::{name}")
     return step.restore(wanted), ""

@@ -2,13 +2,15 @@
 
 A run's `checkpoints/` holds one folder a step, named by its number, with a folder for each entry: a tree of arrays, or
 a JSON object. Which there are is for others to say (training/run.py names those of a run); `params` and `meta` are in
-every checkpoint. Orbax writes into a temporary name and renames at the end, so a numbered folder is a whole one.
+every checkpoint. A step is written as `<step>.saving`, then its digests (checkpoint/digests.py), and is renamed at the
+end: a numbered folder is a whole one, whenever the process is killed. Whatever reads one compares the digests first, so
+that Orbax, which takes a flipped bit without a word and a missing file with a hundred lines, never meets a damaged one.
 """
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from enum import Enum
 from pathlib import Path
@@ -19,11 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from ringbpt.checkpoint import digests
 from ringbpt.checkpoint.tensors import fill, flatten
 from ringbpt.config import UserError
-from ringbpt.types import Array, PyTree
+from ringbpt.types import PyTree
 
+log = logging.getLogger("ringbpt")
+NEEDED = ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata")  # without them a folder is no checkpoint
 WHAT = {"params": "parameter", "opt_state": "optimizer state"}  # one of an entry's leaves, in messages
 
 
@@ -54,89 +60,45 @@ class Wanted(NamedTuple):
     tables: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
 
-class Checkpointer:
-    """Saves and restores one run's steps in `directory`, which is made by the first save.
-
-    Saving is asynchronous: `save` returns once the arrays are copied off the devices (they may be donated then),
-    and a failure of the writing comes up in the next `save`, `wait` or `close`, as a UserError with exit code 4.
-    Every process of a run calls each method, with the same arguments.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory.absolute()
-        self._saving: ocp.AsyncCheckpointer | None = None
-        self._last_save: tuple[int, bool] | None = None  # step, milestone
-
-    def save(self, step: int, entries: Mapping[str, Entry | dict[str, Any]], milestone: bool) -> None:
-        """Begin to save `step`, once the save before it has ended.
-
-        entries: an Entry or a JSON object each; "step" and "milestone" are added to that of "meta". A milestone is
-        kept for ever, of the others only the newest. A step this object has just saved isn't written again, unless now
-        as a milestone; an older folder of the same step is replaced.
-        """
-        self.wait()
-        if self._last_save in ((step, milestone), (step, True)):
-            return
-        args = {}
-        for name, entry in {"meta": {}, **entries}.items():
-            if isinstance(entry, Entry):
-                args[name] = _to_save(entry)
-            else:
-                more = {"step": step, "milestone": milestone} if name == "meta" else {}
-                args[name] = ocp.args.JsonSave({**entry, **more})
-        with _storage_errors(self._folder(step)):
-            if jax.process_index() == 0:
-                # Where nothing can be written, say so here: Orbax's threads would wait for their folder for minutes.
-                self.directory.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self.directory).close()
-            trees = {name for name, entry in entries.items() if isinstance(entry, Entry)}
-            self._saving = _open_orbax(trees, args.keys() - trees)
-            self._saving.save(self._folder(step), args=ocp.args.Composite(**args), force=True)
-        self._last_save = (step, milestone)
-
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint, or None. Unfinished and foreign folders are passed over."""
-        return max(_steps(self.directory), default=None)
-
-    def restore(self, step: int, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
-        """The entries of a step; see StoredStep.restore."""
-        return StoredStep(self._folder(step)).restore(wanted)
-
-    def wait(self) -> None:
-        """Until the save under way is on the disk; then the rolling checkpoints it replaces are deleted."""
-        with _storage_errors(self.directory):
-            if self._saving is not None:
-                self._saving.close()  # waits, and raises what went wrong
-                self._saving = None
-            self._drop_replaced()
-
-    close = wait
-
-    def _folder(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _drop_replaced(self) -> None:
-        if self._last_save is None or self._last_save[1] or jax.process_index() != 0:
-            return
-        for step in _steps(self.directory):
-            if step < self._last_save[0] and not read_object(self._folder(step)).get("milestone", True):
-                # Out of the numbered names first: killed in mid-deletion, it isn't taken for a whole checkpoint.
-                doomed = self._folder(step).rename(self.directory / f"{step}.deleted")
-                shutil.rmtree(doomed)
-
-
 class StoredStep:
     """One step's checkpoint. Raises UserError, with `where` as the culprit, where the folder holds no whole one."""
 
     def __init__(self, folder: Path, where: str = ""):
         self.folder, self._where = folder, where or f"checkpoint {folder}"
-        if not _is_whole(folder):
-            raise UserError(f"{self._where}: no whole checkpoint there; steps: {_steps(folder.parent) or 'none'}")
+        self._verified: set[str] = set()
+        if not is_whole(folder):
+            whole = [step for step in numbered(folder.parent) if is_whole(folder.parent / str(step))]
+            gone = next(name for name in NEEDED if not (folder / name).is_file())
+            lacks, code = (f": {gone} is missing", 4) if any(folder.glob("*/*")) else ("", 2)
+            raise UserError(f"{self._where}: no whole checkpoint there{lacks}; steps: {whole or 'none'}", code=code)
         self.trees, self.objects = (
             {path.parent.name for path in folder.glob(f"*/{file}")} for file in ("_METADATA", "metadata")
         )
         for entry in {path.name for path in folder.iterdir() if path.is_dir()} - self.trees - self.objects:
             raise UserError(f"{self._where}: its entry {entry} is damaged: a file is missing", code=4)
+
+    def verify(self, entries: Iterable[str] | None = None) -> None:
+        """Raises UserError, code 4, naming the file, where one of these entries (None: of any) is not as it was
+        written. Of several processes each reads its share, so all call it. A checkpoint of before there were digests
+        is believed.
+        """
+        chosen = self.trees | self.objects if entries is None else {*entries} & (self.trees | self.objects)
+        if chosen <= self._verified:
+            return
+        with storage_errors(self.folder, reading=True):
+            if digests.are_in(self.folder):
+                shares = (jax.process_index(), jax.process_count())
+                self._refuse(first_of_all(digests.problem(self.folder, chosen | {"meta"}, *shares)))
+            meta, name = read_object(self.folder), self.folder.name
+            if "digests" in meta and not digests.are_in(self.folder):
+                self._refuse(f"{digests.NAME.format(0, meta['digests'])}: it is missing")
+            if name.isdecimal() and meta.get("step") != int(name):
+                self._refuse(f"meta/metadata says step {meta.get('step')!r}")
+        self._verified |= chosen
+
+    def _refuse(self, what: str) -> None:
+        if what:
+            raise UserError(f"{self._where}: {what}", code=4)
 
     def restore(self, wanted: Mapping[str, Wanted]) -> dict[str, Any]:
         """The wanted entries and "meta" by name, each array placed and cast as its abstract one says.
@@ -153,9 +115,10 @@ class StoredStep:
                 raise UserError(f"{self._where}: it holds no {name}; give the flags it was saved with")
         found: dict[str, Any] = dict.fromkeys(wanted)
         wanted = {name: want for name, want in wanted.items() if want.rule is not Rule.IGNORED}
+        self.verify(wanted)
         trees = {name: want.abstract for name, want in wanted.items() if name in self.trees}
-        with closing(_open_orbax(self.trees, self.objects)) as orbax:
-            with _storage_errors(self.folder, reading=True):
+        with closing(open_orbax(self.trees, self.objects)) as orbax:
+            with storage_errors(self.folder, reading=True):
                 saved = orbax.metadata(self.folder).item_metadata
             args = {}
             for name, abstract in trees.items():
@@ -168,36 +131,73 @@ class StoredStep:
                     if leaf.rpartition(".")[2] in tables:
                         args_of.strict = False
                 args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-            with _storage_errors(self.folder, reading=True):
+            with storage_errors(self.folder, reading=True):
                 restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
                 found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
+        found["meta"].pop("digests", None)
         return found | {name: fill(abstract, flatten(restored[name])) for name, abstract in trees.items()}
 
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
-        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder, reading=True):
+        self.verify([entry])
+        with closing(open_orbax(self.trees, self.objects)) as orbax, storage_errors(self.folder, reading=True):
             tree = orbax.metadata(self.folder).item_metadata[entry].tree
         return {name: np.dtype(leaf.dtype) for name, leaf in flatten(tree).items()}
 
     def read(self, entry: str, name: str) -> np.ndarray:
         """One leaf of an entry, whole, on the host."""
+        self.verify([entry])
         tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
         for part in reversed(name.split(".")):
             tree = {part: tree}
         item = jax.tree.map(lambda _: 0, tree)
         args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
-        with closing(_open_orbax(self.trees, self.objects)) as orbax, _storage_errors(self.folder, reading=True):
+        with closing(open_orbax(self.trees, self.objects)) as orbax, storage_errors(self.folder, reading=True):
             return jax.tree.leaves(orbax.restore(self.folder, args=ocp.args.Composite(**{entry: args}))[entry])[0]
 
 
 def newest_step(path: Path, where: str) -> StoredStep:
-    """The step that a folder means: itself, or the newest of a checkpoints folder or of a run's."""
-    if _is_whole(path):
+    """The step that a folder means: itself, or the newest of a checkpoints folder or of a run's.
+
+    Of these the newest that is as it was written, and what is wrong with newer ones is said; where there is none, the
+    UserError says what is wrong with the newest.
+    """
+    if is_whole(path):
         return StoredStep(path, where)
     for directory in (path, path / "checkpoints"):
-        if steps := _steps(directory):
-            return StoredStep(directory / str(steps[-1]), where)
+        steps = [directory / str(step) for step in numbered(directory)[::-1]]
+        if steps and (found := first_good(steps, lambda folder: _verified(folder, where))):
+            return found
     raise UserError(f"{where}: no whole checkpoint in this folder")
+
+
+def first_good(candidates: Iterable[Path], read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of the first candidate that is not damaged; of the damaged ones before it, what is wrong is
+    said. Raises the first one's UserError where all are damaged; None of nothing.
+    """
+    first: UserError | None = None
+    said: list[str] = []
+    for candidate in candidates:
+        try:
+            result = read(candidate)
+        except UserError as error:
+            if error.code != 4:
+                raise
+            first = first or error
+            said.append(str(error))
+        else:
+            for line in said:
+                log.info("%s: going on from %s", line, candidate)
+            return result
+    if first:
+        raise first
+    return None
+
+
+def _verified(folder: Path, where: str) -> StoredStep:
+    step = StoredStep(folder, f"{where}: {folder.name}")
+    step.verify()
+    return step
 
 
 def read_object(folder: Path, entry: str = "meta") -> dict[str, Any]:
@@ -205,47 +205,80 @@ def read_object(folder: Path, entry: str = "meta") -> dict[str, Any]:
     return json.loads((folder / entry / "metadata").read_text())
 
 
-def _open_orbax(trees: Iterable[str], objects: Iterable[str]) -> ocp.AsyncCheckpointer:
+def open_orbax(trees: Iterable[str], objects: Iterable[str]) -> ocp.AsyncCheckpointer:
     """Orbax, for folders with entries of these names: trees of arrays, and JSON objects."""
+    return ocp.AsyncCheckpointer(handler_of(trees, objects))
+
+
+def handler_of(trees: Iterable[str], objects: Iterable[str]) -> ocp.CompositeCheckpointHandler:
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in objects}
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+    return ocp.CompositeCheckpointHandler(**handlers)
 
 
-def _to_save(entry: Entry) -> ocp.args.PyTreeSave:
-    def save_args(leaf: Array) -> ocp.SaveArgs:
-        cast = entry.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return ocp.SaveArgs(dtype=np.dtype(entry.dtype) if cast else None)
-
-    return ocp.args.PyTreeSave(entry.tree, save_args=jax.tree.map(save_args, entry.tree))
+def first_of_all(line: str) -> str:
+    """The line of the first process that has one."""
+    if jax.process_count() == 1:
+        return line
+    rows = multihost_utils.process_allgather(np.frombuffer(line.encode()[:512].ljust(512), np.uint8))
+    lines = (bytes(row).decode(errors="replace").strip() for row in np.asarray(rows).reshape(-1, 512))
+    return next(filter(None, lines), "")
 
 
 def _but(axis: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
 
 
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("_CHECKPOINT_METADATA", "params/_METADATA", "meta/metadata"))
+def is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in NEEDED)
 
 
-def _steps(directory: Path) -> list[int]:
+def numbered(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal() and _is_whole(entry))
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+class _Quiet(logging.Filter):
+    """Nothing of Orbax's own account of a failure, which has a traceback for each thread: the exception says it all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
+
+
+QUIET = _Quiet()
 
 
 @contextmanager
-def _storage_errors(path: Path, reading: bool = False) -> Iterator[None]:
-    """reading: what a damaged file makes of Orbax's look into it has any type."""
+def storage_errors(path: Path, reading: bool = False) -> Iterator[None]:
+    """What the storage raises, as a UserError with code 4 that names `path`.
+
+    reading: what a damaged file makes of Orbax's look into it has any type.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(QUIET)
     try:
         yield
     except Exception as error:
         expected = isinstance(error, OSError | ValueError)  # so tensorstore reports a full disk or a damaged file
         if isinstance(error, UserError) or not (expected or reading):
             raise
-        lines = str(error).strip().splitlines() or [""]
         kind = "" if expected else f"{type(error).__name__}: "
-        raise UserError(f"checkpoint {path}: {kind}{lines[0] or type(error).__name__}", code=4) from error
+        raise UserError(f"checkpoint {path}: {kind}{first_line(error)}", code=4) from error
+
+
+# How tensorstore, which names every layer that an error has come through, quotes the system's at the end.
+OS_ERROR = re.compile(r"\[OS error \d+: \S+ ([^\]]+)\]|(No space left on device|File too large|Disk quota exceeded)")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if found := OS_ERROR.search(str(error)):
+        return found[1] or found[2]
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] or type(error).__name__
 
 
 def _check(

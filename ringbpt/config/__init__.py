@@ -27,6 +27,7 @@ from ringbpt.config.fields import (
     DatasetConfig,
     Execution,
     FilesDatasetConfig,
+    GuardConfig,
     HuggingfaceDatasetConfig,
     JsonDatasetConfig,
     LionConfig,

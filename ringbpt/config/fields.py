@@ -282,6 +282,17 @@ class OptimizerConfig:
 class CheckpointerConfig:
     float_dtype: str = flag("bf16", "of weights saved without optimizer state", choices=tuple(DTYPES))
     save_optimizer_state: bool = flag(False, "the whole train state, not only weights", shown="the run")
+    keep: int = flag(2, "of the newest that are no milestones", at_least=1, shown="the run")
+    keep_period: int = flag(0, "a checkpoint whose step it divides is kept for ever; 0: none for that", at_least=0)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    skip: bool = flag(True, "an update whose loss or gradients are no numbers changes nothing")
+    stop_after: int = flag(10, "so many skipped in a row end the run, exit code 3", at_least=1)
+    spike: float = flag(0.0, "skip a loss so many standard deviations above the last good ones'; 0: none", at_least=0)
+    window: int = flag(100, "good steps that a spike is measured by", at_least=10)
+    replicas: int = flag(100, "steps between two comparisons of the copies of each weight; 0: none", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -458,6 +469,7 @@ class Config:
     eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     architecture: Architecture = field(default_factory=Architecture, metadata={"group": "llama"})
     execution: Execution = field(default_factory=Execution, metadata={"group": "llama"})
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -1,18 +1,24 @@
 """A run's folder: what it is called, what is written there, and where the run goes on from."""
 
+import fcntl
 import json
+import os
+import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ringbpt.checkpoint.checkpointer import Checkpointer
 from ringbpt.checkpoint.load import TOKENIZER, find_checkpoint, load_checkpoint
-from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, read_object
+from ringbpt.checkpoint.store import Entry, Rule, StoredStep, Wanted, first_good, first_of_all, read_object
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
 from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
@@ -27,7 +33,7 @@ class Run:
     """One training run. data_step, start: the step of the data, and of the run, with which it begins.
 
     fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from. means:
-    of the steps before `start` that no row of metrics holds yet.
+    of the steps before `start` that no row of metrics holds yet. is_stored: whether a checkpoint of it is on the disk.
     """
 
     config: Config
@@ -37,11 +43,14 @@ class Run:
     data_step: int = 0
     start: int = 0
     means: Means = field(default_factory=dict)
+    is_stored: bool = False
+    _lock: IO[str] | None = None
 
     def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:
-        """The state of the run's own newest checkpoint, of another's, or a fresh one; nothing is written.
+        """The state of the run's own newest good checkpoint, of another's, or a fresh one; nothing is written.
 
-        Raises UserError where the checkpoint was trained on other data, or as far as total_steps already.
+        Raises UserError where the checkpoint was trained on other data, or as far as total_steps already; with code 4
+        where the run has been trained, and nothing of it can be read: it is never begun anew.
         """
         config, self.fingerprint = self.config, fingerprint
         abstract = layout.abstract
@@ -49,11 +58,12 @@ class Run:
         wanted = {
             "params": Wanted(abstract.trained, tables=tables),
             "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT, tables),
+            "guard": Wanted(abstract.guard, Rule.FRESH_IF_ABSENT if abstract.guard else Rule.IGNORED),
         }
         found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
-        latest = self.checkpointer.latest_step() if config.autoresume else None
-        if latest is not None:
-            found = self.checkpointer.restore(latest, wanted)
+        own = self._own_checkpoint(wanted) if config.autoresume else None
+        if own is not None:
+            found, self.is_stored = own, True
             where = f"--autoresume from {self.checkpointer.directory}"
         elif config.load_checkpoint:
             found, note = load_checkpoint(config.load_checkpoint, wanted, config.architecture)
@@ -80,19 +90,82 @@ class Run:
             say(f"{where}: no optimizer state was saved (--checkpointer.save_optimizer_state); it starts anew")
         self.start, self.data_step = meta["step"], meta["data"]["step"]
         self.means = {name: Mean(*sums) for name, sums in meta.get("means", {}).items()}
-        return layout.start(params, self.start, opt_state)
+        return layout.start(params, self.start, opt_state, found["guard"])
+
+    def _own_checkpoint(self, wanted: Mapping[str, Wanted]) -> dict[str, Any] | None:
+        """The entries of the newest good step; None of a new run.
+
+        Milestones of weights alone are passed over where a whole step is before them: the run goes on from that as if
+        nothing had been.
+        """
+        folders = [self.checkpointer.directory / str(step) for step in self.checkpointer.steps()]
+        front = list(takewhile(_is_kept_weights, folders))
+        if len(front) < len(folders) and (folders[len(front)] / "opt_state").is_dir():
+            folders = folders[len(front) :] + front
+        found = first_good(folders, lambda folder: StoredStep(folder).restore(wanted))
+        rows = self.folder / "metrics.jsonl"
+        if found is None and rows.exists() and rows.stat().st_size:
+            raise UserError(
+                f"--autoresume: {self.folder} has metrics and no checkpoint: it is not begun anew over them; give "
+                f"another --logger.experiment_id than {self.folder.name}, or remove {rows}",
+                code=4,
+            )
+        return found
+
+    def lock(self) -> None:
+        """Makes the folder and takes it for this process, as long as that lives. Raises UserError where it cannot be
+        made, and where another process has it.
+        """
+        found = ""
+        if jax.process_index() == 0 and self._lock is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = take_lock(self.folder / "lock")
+            except BlockingIOError as error:
+                found = f"--logger.experiment_id={self.folder.name}: {self.folder} is in use by {error}"
+            except OSError as error:
+                found = f"--logger.output_dir={self.config.logger.output_dir}: {self.folder}: {error.strerror}"
+        if found := first_of_all(found):
+            raise UserError(found, code=4)
 
     def start_writing(self, tokenizer: Tokenizer) -> MetricsWriter:
         """Makes the folder, with its config.json and its tokenizer; the metrics go on after step `start`."""
         is_main = jax.process_index() == 0
         writer = MetricsWriter(self.folder, self.config, is_main)
+        self.lock()
+        self.checkpointer.clear()
         if is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
             begins = self.config.train_dataset.text_processor.add_bos_token
             keep_tokenizer(tokenizer, self.folder / TOKENIZER, begins)
         writer.resume_from(self.start)
         return writer
+
+    def save_first(self, state: TrainState) -> None:
+        """Begins to save what the run starts from, where it saves on its way: what follows is then never without a
+        checkpoint, and a place that cannot be written is said before anything is computed in vain.
+        """
+        config = self.config
+        if not self.is_stored and (config.save_minutes or config.save_model_freq or config.save_milestone_freq):
+            self.save(self.start, state, False, {}, whole=bool(config.save_minutes))
+        else:
+            self.is_stored = True
+
+    def await_first(self) -> None:
+        """Before the first row: until what save_first began is on the disk. Raises UserError where it cannot be."""
+        if not self.is_stored:
+            self.checkpointer.wait()
+            self.is_stored = True
+
+    def close(self) -> None:
+        """Ends what is being saved, and lets another process have the folder. Raises UserError where the newest
+        checkpoint could not be written.
+        """
+        try:
+            self.checkpointer.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def data_step_of(self, step: int) -> int:
         """The step of the data that the run's step `step` is trained on."""
@@ -115,7 +188,8 @@ def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:
     """What a checkpoint holds of a state: all of it, exactly, or its weights alone, as config.float_dtype."""
     if config.save_optimizer_state:
         # What is optax's business (named tuples, masks, empty states) holds no arrays, and stays out of the files.
-        return {"params": Entry(state.trained), "opt_state": Entry(flatten(state.opt_state))}
+        guard = {"guard": Entry(flatten(state.guard))} if state.guard else {}
+        return {"params": Entry(state.trained), "opt_state": Entry(flatten(state.opt_state)), **guard}
     return {"params": Entry(state.trained, COMPUTE_DTYPES[config.float_dtype])}
 
 
@@ -143,7 +217,42 @@ def open_run(config: Config) -> Run:
     if config.logger.online and (jax.process_index() == 0 or config.log_all_worker):
         check_wandb()
     data_step = _dataset_step(config.load_dataset_state) if config.load_dataset_state else 0
-    return Run(config, folder, Checkpointer(folder / "checkpoints"), data_step=data_step)
+    keep = config.checkpointer.keep, config.checkpointer.keep_period
+    run = Run(config, folder, Checkpointer(folder / "checkpoints", *keep), data_step=data_step)
+    if folder.is_dir():
+        run.lock()
+    return run
+
+
+def _is_kept_weights(folder: Path) -> bool:
+    """Whether a step is a milestone of weights alone."""
+    try:
+        return not (folder / "opt_state").is_dir() and bool(read_object(folder)["milestone"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def take_lock(path: Path) -> IO[str]:
+    """The file, locked for this process until it is closed or the process ends, with its host and number in it.
+
+    Raises BlockingIOError, with the other's, where another process has it. Where the file system knows no locks that
+    is said, and nothing is locked.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    file = os.fdopen(handle, "r+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = file.read(200).strip()
+        file.close()
+        raise BlockingIOError(owner or "another process") from None
+    except OSError as error:
+        say(f"{path}: {error.strerror}: a second run in this folder would not be noticed")
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _dataset_step(path: str) -> int:

@@ -1,5 +1,8 @@
 """Params of a tiny model on a mesh of fsdp and sp, and how they are loaded."""
 
+import resource
+import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -65,3 +68,15 @@ def same(got, expected):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+@contextmanager
+def no_file_above(size: int):
+    """A disk that is full, for this process: the system refuses what is longer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models
 
 from ringbpt import generate, mesh, train
 from ringbpt.checkpoint import load
+from ringbpt.checkpoint.checkpointer import Checkpointer
 from ringbpt.checkpoint.export import parity, report_parity, to_huggingface
 from ringbpt.checkpoint.huggingface import load_folder, open_folder, to_ours
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
-from ringbpt.checkpoint.store import Checkpointer, Entry
+from ringbpt.checkpoint.store import Entry
 from ringbpt.checkpoint.tensors import repack
 from ringbpt.config import (
     Architecture,

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ringbpt.checkpoint.checkpointer import Checkpointer
 from ringbpt.checkpoint.load import describe_checkpoint
-from ringbpt.checkpoint.store import Checkpointer, Entry, Rule, Wanted, newest_step
+from ringbpt.checkpoint.store import Entry, Rule, Wanted, newest_step, open_orbax
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, UserError
 from ringbpt.training.run import entries
@@ -87,17 +90,22 @@ def test_params_may_be_donated_while_they_are_being_written(tmp_path):
     same(restore(checkpointer, 1, shape, None)[0], expected)
 
 
-def test_the_newest_rolling_checkpoint_and_every_milestone_stay(tmp_path):
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_newest_rolling_checkpoints_and_every_milestone_stay(tmp_path):
     params = {"w": jnp.ones(8)}
     checkpointer = Checkpointer(tmp_path)
     for step, milestone in ((1, False), (2, True), (3, False), (4, False), (5, True)):
         save_weights(checkpointer, step, params, milestone)
     checkpointer.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
-    resumed = Checkpointer(tmp_path)  # the retention outlives the process
+    assert names(tmp_path) == ["2", "3", "4", "5"]
+    resumed = Checkpointer(tmp_path, keep=1, keep_period=3)  # the retention outlives the process
     save_weights(resumed, 6, params, milestone=False)
+    save_weights(resumed, 7, params, milestone=False)
     resumed.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
+    assert names(tmp_path) == ["2", "3", "5", "6", "7"]
 
 
 def test_a_step_just_saved_is_not_written_twice_but_can_become_a_milestone(tmp_path):
@@ -109,7 +117,7 @@ def test_a_step_just_saved_is_not_written_twice_but_can_become_a_milestone(tmp_p
     assert json.loads(meta.read_text())["written"] == 1
     save_weights(checkpointer, 1, {"w": jnp.ones(8)}, milestone=True, written=3)
     checkpointer.close()
-    assert json.loads(meta.read_text()) == {"written": 3, "step": 1, "milestone": True}
+    assert json.loads(meta.read_text()) == {"written": 3, "step": 1, "milestone": True, "digests": 1}
 
 
 def test_unfinished_and_foreign_folders_are_no_checkpoints(tmp_path):
@@ -157,8 +165,9 @@ def test_a_damaged_or_unwritable_place_is_an_error_of_the_storage(saved, tmp_pat
     assert error.value.code == 4 and "\n" not in str(error.value)
     (tmp_path / "file").write_text("")
     blocked = Checkpointer(tmp_path / "file")
+    save_weights(blocked, 1, {"w": jnp.ones(8)}, milestone=False)
     with pytest.raises(UserError, match=f"checkpoint {tmp_path}/file/1: ") as error:
-        save_weights(blocked, 1, {"w": jnp.ones(8)}, milestone=False)
+        blocked.wait()
     assert error.value.code == 4 and "\n" not in str(error.value)
 
 
@@ -225,15 +234,19 @@ def test_an_entry_whose_description_is_missing_is_damaged_and_not_absent(saved, 
         ("meta/metadata", '"step": 7', '"step": 7,,'),
     ],
 )
-def test_a_damaged_description_is_one_line(saved, tmp_path, file, old, new):
-    shutil.copytree(saved, tmp_path / "checkpoints")
-    path = tmp_path / "checkpoints" / "7" / file
+def test_a_damaged_description_of_an_older_checkpoint_is_one_line(tmp_path, file, old, new):
+    """Of before there were digests: written by Orbax alone."""
+    params, folder = params_like(), tmp_path / "checkpoints" / "7"
+    with closing(open_orbax({"params"}, {"meta"})) as orbax:
+        meta = ocp.args.JsonSave({"step": 7, "milestone": False})
+        orbax.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=meta))
+    same(load(f"params::{tmp_path}", abstract(params)).params, params)
+    path = folder / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    params = params_like()
     with pytest.raises(UserError) as error:
-        load(f"trainstate::{tmp_path}", abstract(params), abstract(opt_state_like(params)))
-    assert "\n" not in str(error.value) and str(tmp_path / "checkpoints" / "7") in str(error.value)
+        load(f"params::{tmp_path}", abstract(params))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert error.value.code == 4
 
 

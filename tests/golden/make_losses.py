@@ -48,7 +48,7 @@ def losses(mesh: tuple[int, int, int, int], flags: list[str], folder: str | Path
     command = [
         *(sys.executable, "-m", "ringbpt.train", "--config=configs/debug.py", *flags),
         *(f"--mesh_dim={','.join(map(str, mesh))}", f"--num_cpu_devices={math.prod(mesh)}"),
-        *(f"--total_steps={steps}", "--log_freq=1", "--eval_steps=0", "--nosave_final"),
+        *(f"--total_steps={steps}", "--log_freq=1", "--eval_steps=0", "--nosave_final", "--save_minutes=0"),
         *(f"--train_dataset.python_dataset.path={text}", "--train_dataset.python_dataset.split=all"),
         *(f"--logger.output_dir={folder}", "--logger.experiment_id=golden"),
     ]

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ringbpt.checkpoint.store import Checkpointer, Entry, Wanted
+from ringbpt.checkpoint.checkpointer import Checkpointer
+from ringbpt.checkpoint.store import Entry, Wanted
 from ringbpt.checkpoint.tensors import conversions, place
 from ringbpt.config import Config, UserError, check_mesh
 from ringbpt.config.families import FAMILIES
