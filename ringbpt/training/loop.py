@@ -19,8 +19,10 @@ from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
 from ringbpt.training.agreement import Agreement, Wish, ctrl_c
+from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
+from ringbpt.training.replicas import make_compare
 from ringbpt.training.run import Run, open_run
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
@@ -32,8 +34,14 @@ def train(config: Config) -> Path:
     UserError before anything is written. Stopped by an exception, it leaves the metrics, their picture and whole
     checkpoints behind; Ctrl-C ends it after a step, with a checkpoint of that step, by Interrupted.
     """
+    with closing(open_run(config)) as run:
+        _train(config, run)
+    say(f"done: {run.folder}")
+    return run.folder
+
+
+def _train(config: Config, run: Run) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
-    run = open_run(config)
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
     loader = loader_of(config, tokenizer)
@@ -50,13 +58,16 @@ def train(config: Config) -> Path:
 
     def log(row: dict[str, float]) -> None:
         if len(row) > 1:  # held-out data of which nothing takes loss gives no number
+            run.await_first()
             writer.write(row)
             writer.progress(int(row["step"]), row)
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_train_step(layout, objective)
     source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
-    clock = Clock(config, objective, loader.bytes_per_token, source.take_waited, run.means)
+    watch = Watch(config.guard, say)
+    clock = Clock(config, objective, loader.bytes_per_token, source.take_waited, run.means, watch.look)
+    compare = make_compare(layout)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with (
         ctrl_c(run.folder.name) as pressed,
@@ -64,6 +75,7 @@ def train(config: Config) -> Path:
         closing(run.checkpointer),
         closing(source),
     ):
+        run.save_first(state)
         agreement = Agreement(config.save_minutes or 0.0, pressed)
         if evaluate and run.start == 0:
             log(evaluate(state, 0))
@@ -71,9 +83,11 @@ def train(config: Config) -> Path:
         for step in range(run.start, config.total_steps):
             state, metrics = train_step(state, source.batch(step, state))
             done = step + 1
+            run.checkpointer.poll()
             if pending is not None and (row := clock.tick(*pending)):
                 log(row)
             pending = (done, metrics)
+            compare(state, done, now=False)
             last, wish = done == config.total_steps, agreement.after(done)
             evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
             milestone = due(done, config.save_milestone_freq)
@@ -85,6 +99,7 @@ def train(config: Config) -> Path:
                     log(evaluate(state, done))
                 ends = (last or wish is Wish.STOP) and config.save_final
                 if saves or milestone or ends or (wish is Wish.SAVE and not last):
+                    compare(state, done, now=True)
                     whole = bool(wish) and not last  # a step to go on from
                     run.save(done, state, milestone, clock.means, whole)
                     if whole or config.checkpointer.save_optimizer_state:
@@ -92,8 +107,6 @@ def train(config: Config) -> Path:
                 clock.restart()  # what was just done is no step's time
                 if wish is Wish.STOP and not last:
                     raise KeyboardInterrupt
-    say(f"done: {run.folder}")
-    return run.folder
 
 
 def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset") -> Loader:

@@ -21,6 +21,7 @@ from ringbpt.config import Config, UserError, to_dict
 from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.model.flops import forward_flops
 from ringbpt.objectives import Objective
+from ringbpt.training.guards import Verdict
 from ringbpt.training.step import Metrics
 from ringbpt.types import Mean, Means
 
@@ -58,6 +59,7 @@ class MetricsWriter:
         self._tensorboard: TensorBoard | None = None
         self._purge_step: int | None = None
         self._wandb = _start_wandb(run_dir, config, worker) if self._writes and config.logger.online else None
+        self._late: list[str] = []  # rows that found no room
         self._bar: Any = None
         self._bar_task: Any = None
 
@@ -84,15 +86,32 @@ class MetricsWriter:
             return
         plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
         valid = {key: value if math.isfinite(value) else None for key, value in plain.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(valid, allow_nan=False) + "\n")
         step = int(plain["step"])
         finite = {key: value for key, value in valid.items() if key != "step" and value is not None}
-        if self._tensorboard is None:
-            self._tensorboard = TensorBoard(self._tensorboard_dir, self._purge_step)
-        self._tensorboard.write(step, finite)
+        self._late.append(json.dumps(valid, allow_nan=False) + "\n")
+        try:
+            self._append_late()
+            if self._tensorboard is None:
+                self._tensorboard = TensorBoard(self._tensorboard_dir, self._purge_step)
+            self._tensorboard.write(step, finite)
+        except OSError as error:  # of a full disk: training is worth more, and there may be room again
+            self._say(f"{self.path}: {error.strerror}: rows are written later")
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
+
+    def _append_late(self) -> None:
+        """Appends the rows that aren't in the file yet; of one that has room for a part alone nothing stays."""
+        if not self._late:
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            end, left = file.tell(), "".join(self._late).encode()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._late = []
 
     def progress(self, step: int, row: MetricsRow) -> None:
         """Show a row: on a terminal a bar that moves, elsewhere a plain line. Steps count up to total_steps."""
@@ -119,8 +138,12 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._is_main and self.path.exists():
-            draw(read_rows(self.path), self._run_dir / "loss.png", self._run_dir.name)
+        try:
+            self._append_late()
+            if self._is_main and self.path.exists():
+                draw(read_rows(self.path), self._run_dir / "loss.png", self._run_dir.name)
+        except OSError as error:
+            print(f"{self._run_dir}: {error.strerror}: {len(self._late)} rows and loss.png are lost", flush=True)
 
     def _step_label(self, step: int) -> str:
         total = str(self._config.total_steps)
@@ -183,7 +206,7 @@ class Clock:
     The objective's means are those of all these steps, each weighed by what it was taken over, so that the loss is the
     mean of the tokens; `loss_step` is the last step's own, and so is all that is no mean (the learning rate, norms).
     take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`. means:
-    the sums since the last row, for a checkpoint between two rows.
+    the sums since the last row, for a checkpoint between two rows. look: is told what each step's guard found.
     """
 
     config: Config
@@ -191,6 +214,7 @@ class Clock:
     bytes_per_token: float
     take_waited: Callable[[], float] = lambda: 0.0
     means: Means = dataclasses.field(default_factory=dict)
+    look: Callable[[int, Verdict], None] = lambda step, verdict: None
     _since: float | None = None
     _steps: int = 0
     _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
@@ -204,6 +228,11 @@ class Clock:
         """Waits for a step's metrics; the row to log if this step is one of log_freq (or the last), else None."""
         found = jax.device_get(metrics)
         own = {name: float(value) for name, value in found.own.items()}
+        if not math.isfinite(norm := own.get("param_norm", 0.0)):
+            raise UserError(f"step {step}: the weights are numbers no more: their norm is {norm}", code=3)
+        if found.guard is not None:
+            self.look(step, found.guard)
+            own |= {"skipped": int(found.guard.skipped)} if found.guard.skipped else {}
         last = {name: Mean(float(mean.total), float(mean.weight)) for name, mean in found.means.items()}
         self.means = {name: self.means.get(name, Mean(0.0, 0.0)) + mean for name, mean in last.items()}
         compiled_just_now = self._since is None

@@ -79,11 +79,13 @@ def update(
     params: Params,
     factor: jax.Array,
     by_layer: bool,
+    good: jax.Array | None = None,
 ) -> tuple[Params, PyTree, jax.Array]:
     """(params, opt_state, the norm of the params) after an update with factor * grads.
 
     The optimizer is called for one weight after the other: it must not look from one at another (clipping does, and is
-    in the factor). by_layer: nor from one layer at another, and layers are stacked in front.
+    in the factor). by_layer: nor from one layer at another, and layers are stacked in front. good: whether anything is
+    to change, bool []; None: it is.
     """
     state_leaves, state_def = tree_flatten_with_path(opt_state)
     state = {keystr(path): leaf for path, leaf in state_leaves}
@@ -101,6 +103,11 @@ def update(
             [param] = jax.tree.leaves(optax.apply_updates(one(x["param"]), updates))
             new = dict(zip(own, jax.tree.leaves(after), strict=True))
             pieces = {"param": param, **{name: leaf for name, leaf in new.items() if name not in shared}}
+            if good is not None:
+                before = dict(zip(own, jax.tree.leaves(before), strict=True))
+                pieces = {name: jnp.where(good, leaf, x[name]) for name, leaf in pieces.items()}
+                new |= {name: jnp.where(good, new[name], before[name]) for name in shared}
+                param = pieces["param"]
             return pieces, (carry[0] + jnp.sum(jnp.square(param)), {name: new[name] for name in shared})
 
         arrays = {"param": param, "grad": grad, **{name: state[name] for name in mirrors}}

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.config import Config, complete_rates
 from ringbpt.model.llama import Model
 from ringbpt.training import offload
+from ringbpt.training.guards import Guard
 from ringbpt.training.optimizer import make_optimizer, state_specs
 from ringbpt.types import Array, Params, PyTree
 
@@ -27,13 +28,15 @@ IS_SPEC = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
 @dataclass(frozen=True)
 class TrainState:
     """step: int32, optimizer steps done. trained: float32, nested dicts. opt_state: what the optimizer's init made of
-    them. frozen: the rest of the model's weights, in whatever dtype they were given; {} where all are trained.
+    them. frozen: the rest of the model's weights, in whatever dtype they were given; {} where all are trained. guard:
+    what the steps' guard remembers; None where there is none.
     """
 
     step: Array
     trained: Params
     opt_state: Any
     frozen: Params = field(default_factory=dict)
+    guard: Guard | None = None
 
 
 def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -> tuple[PyTree, PyTree]:
@@ -68,7 +71,13 @@ class StateLayout:
     def _specs(self) -> TrainState:
         trained, frozen = divide(self.model.specs, self.is_frozen)
         abstract, _ = divide(self.model.abstract_params, self.is_frozen)
-        return TrainState(PartitionSpec(), trained, state_specs(self.made[0], abstract, trained), frozen)
+        opt_state = state_specs(self.made[0], abstract, trained)
+        guard = jax.tree.map(lambda _: PartitionSpec(), self._guard)
+        return TrainState(PartitionSpec(), trained, opt_state, frozen, guard)
+
+    @property
+    def _guard(self) -> Guard | None:
+        return Guard.new(self.config.guard) if self.config.guard.skip else None
 
     @cached_property
     def on_host(self) -> TrainState:
@@ -79,7 +88,8 @@ class StateLayout:
 
         specs, config = self._specs, self.config.optimizer
         trained, frozen = away((specs.trained, specs.frozen), config.offload_params)
-        return TrainState(False, trained, away(specs.opt_state, config.offload_state), frozen)
+        guard = jax.tree.map(lambda _: False, self._guard)
+        return TrainState(False, trained, away(specs.opt_state, config.offload_state), frozen, guard)
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -96,15 +106,17 @@ class StateLayout:
         """The state as ShapeDtypeStructs with shardings."""
         trained, frozen = divide(self.model.abstract_params, self.is_frozen)
         opt_state = jax.eval_shape(self.made[0].init, trained)
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen)
+        guard = jax.eval_shape(lambda: self._guard)
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen, guard)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
-    def start(self, params: Params, step: int = 0, opt_state: Any = None) -> TrainState:
-        """The state for all of the model's params; opt_state None starts the optimizer afresh."""
+    def start(self, params: Params, step: int = 0, opt_state: Any = None, guard: Guard | None = None) -> TrainState:
+        """The state for all of the model's params; opt_state None starts the optimizer afresh, guard None the guard."""
         shardings = self.shardings
         trained, frozen = jax.device_put(divide(params, self.is_frozen), (shardings.trained, shardings.frozen))
         if opt_state is None and self.config.optimizer.is_offloaded:
             opt_state = offload.init(self.made[0], trained, shardings.opt_state)
         elif opt_state is None:
             opt_state = jax.jit(self.made[0].init, out_shardings=shardings.opt_state)(trained)
-        return TrainState(jax.device_put(jnp.int32(step), shardings.step), trained, opt_state, frozen)
+        guard = jax.device_put(guard or self._guard, shardings.guard)
+        return TrainState(jax.device_put(jnp.int32(step), shardings.step), trained, opt_state, frozen, guard)

@@ -15,6 +15,7 @@ from ringbpt.model.weights import merge, part_of
 from ringbpt.objectives import Objective
 from ringbpt.objectives.objective import stopped
 from ringbpt.training import offload
+from ringbpt.training.guards import Verdict, chosen, judge
 from ringbpt.training.optimizer import clip_factor
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
@@ -33,10 +34,12 @@ class Metrics(NamedTuple):
     """What a step says of itself. means: the objective's, not divided yet, so that those of several steps add up.
 
     own: what is of this step alone, float32 []: FACTS, the learning rate, and the norms of gradients and weights.
+    guard: what the guard found, where there is one; the means of a step that it skipped are of nothing.
     """
 
     means: Means
     own: dict[str, jax.Array]
+    guard: Verdict | None = None
 
 
 FACTS = ("tokens", "pairs")
@@ -55,12 +58,16 @@ def micro_batches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
 
-def make_totals(config: Config, model: Model, objective: Objective) -> Callable[..., tuple[Params, jax.Array, Means]]:
-    """totals(trained, frozen, batch) -> (gradients, divisor, means), to be jitted by the caller.
+Totals = tuple[Params, jax.Array, Means, jax.Array]
 
-    gradients / divisor are the loss's gradients towards the trained weights; both, and the means, are sums over
-    micro-batches and shards. Parts of the loss are weighed over the whole batch first, so that accumulation, packing
-    and the mesh don't change the numbers. Gradients live where their weights do, on the device or in the host's memory.
+
+def make_totals(config: Config, model: Model, objective: Objective) -> Callable[..., Totals]:
+    """totals(trained, frozen, batch) -> (gradients, divisor, means, loss), to be jitted by the caller.
+
+    Divided by the divisor, loss and gradients are the loss and its gradients towards the trained weights; they and the
+    means are sums over micro-batches and shards. Parts of the loss are weighed over the whole batch first, so that
+    accumulation, packing and the mesh don't change the numbers. Gradients live where their weights do, on the device or
+    in the host's memory.
     """
     count = config.optimizer.accumulate_gradient_steps
 
@@ -76,11 +83,12 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
 
     gradient = jax.grad(total_loss, has_aux=True)
 
-    def totals(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, jax.Array, Means]:
+    def totals(trained: Params, frozen: Params, batch: Batch) -> Totals:
         scales, divisor = objective.scales(objective.weights(batch, config), config)
+        loss_of = lambda means: sum((scale * means[name].total for name, scale in scales.items()), jnp.float32(0))  # noqa: E731
         if count == 1:
             grads, means = gradient(trained, frozen, batch, scales, None)
-            return grads, divisor, means
+            return grads, divisor, means, loss_of(means)
         micros = micro_batches(batch, count)
         one = jax.tree.map(lambda x: x[0], micros)
         whole: Whole = {}
@@ -98,7 +106,7 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
         zeros = jax.lax.with_sharding_constraint(zeros, part_of(model.shardings, trained))
         zeros = jax.tree.map(placed_like, zeros, trained)
         grads, means = jax.lax.scan(add, (zeros, no_means), micros)[0]
-        return grads, divisor, means
+        return grads, divisor, means, loss_of(means)
 
     return totals
 
@@ -117,7 +125,7 @@ def make_gradients(
     totals = make_totals(config, model, objective)
 
     def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
-        grads, divisor, means = totals(params, {}, batch)
+        grads, divisor, means, _ = totals(params, {}, batch)
         own = {name: mean for name, mean in means.items() if name not in FACTS}
         return jax.tree.map(lambda g: g / divisor, grads), own
 
@@ -135,31 +143,41 @@ def make_train_step(
     totals = make_totals(config, model, objective)
     by_layer = config.architecture.param_scan_axis == 0 and config.optimizer.is_layerwise
 
-    def update(grads: Params, state: TrainState, divisor: jax.Array) -> tuple[Params, PyTree, dict[str, jax.Array]]:
-        """(trained, opt_state, {the norms of the gradients and of the trained weights})."""
-        if config.optimizer.is_offloaded:
-            norm = offload.norm(grads) / divisor
-            factor = clip_factor(config.optimizer, norm) / divisor
-            trained, opt_state, param_norm = offload.update(
-                optimizer, grads, state.opt_state, state.trained, factor, by_layer
-            )
-            return trained, opt_state, {"gradient_norm": norm, "param_norm": param_norm}
-        grads = jax.tree.map(lambda g: g / divisor, grads)
-        norm = optax.tree.norm(grads)
+    def update(
+        state: TrainState, grads: Params, divisor: jax.Array, norm: jax.Array, good: jax.Array | None
+    ) -> tuple[Params, PyTree, jax.Array]:
+        """(trained, opt_state, the norm of the trained weights); all as before where the step is not good."""
         factor = clip_factor(config.optimizer, norm)
+        if config.optimizer.is_offloaded:
+            factor /= divisor
+            return offload.update(optimizer, grads, state.opt_state, state.trained, factor, by_layer, good)
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: factor * g, grads), state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        return trained, opt_state, {"gradient_norm": norm, "param_norm": optax.tree.norm(trained)}
+        if good is not None:
+            trained, opt_state = chosen(good, (trained, opt_state), (state.trained, state.opt_state))
+        return trained, opt_state, optax.tree.norm(trained)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
         state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, layout.on_host)
-        grads, divisor, means = totals(state.trained, state.frozen, batch)
-        trained, opt_state, norms = update(grads, state, divisor)
+        grads, divisor, means, loss = totals(state.trained, state.frozen, batch)
+        if config.optimizer.is_offloaded:  # divided with the rest of the update, a piece at a time
+            norm = offload.norm(grads) / divisor
+        else:
+            grads = jax.tree.map(lambda g: g / divisor, grads)
+            norm = optax.tree.norm(grads)
         own = {name: means.pop(name).total for name in FACTS}
-        own |= {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), **norms}
-        after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state)
-        return after, Metrics(means, own)
+        guard, good, verdict, updates = state.guard, None, None, state.step
+        if guard is not None:
+            updates -= guard.skipped  # as the optimizer counts
+            good, guard = judge(config.guard, guard, loss / divisor, norm)
+            verdict = Verdict(loss / divisor, norm, guard.skipped, guard.in_a_row)
+            means = chosen(good, means, jax.tree.map(jnp.zeros_like, means))
+        trained, opt_state, param_norm = update(state, grads, divisor, norm, good)
+        rate = jnp.asarray(schedule(updates), jnp.float32)
+        own |= {"learning_rate": rate, "gradient_norm": norm, "param_norm": param_norm}
+        after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state, guard=guard)
+        return after, Metrics(means, own, verdict)
 
     options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.

@@ -23,9 +23,10 @@ import numpy as np
 import optax
 import pytest
 
+from ringbpt.checkpoint.checkpointer import Checkpointer
 from ringbpt.checkpoint.load import load_checkpoint
 from ringbpt.checkpoint.original import ROWS
-from ringbpt.checkpoint.store import Checkpointer, Rule, Wanted
+from ringbpt.checkpoint.store import Rule, Wanted
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import Config, UserError, parse, parse_args, run_main
 from ringbpt.data.loader import Loader
@@ -45,6 +46,7 @@ TINY = (
     *("--eval_dataset.text_processor.fields=text", "--eval_dataset.json_dataset.seq_length=64", "--eval_batches=2"),
 )
 EVALUATED = ("--eval_steps=3",)
+UNSAVED = ("--nosave_final", "--save_minutes=0")
 FULL = ("--checkpointer.save_optimizer_state",)
 STEPS = 7
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -105,7 +107,10 @@ def steps_of(run_dir: Path) -> list[str]:
 def weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     config = configured()
     model = Model.of(config, make_mesh((1, 1, 1, 1)))
-    wanted = {"params": Wanted(model.abstract_params), "opt_state": Wanted(rule=Rule.IGNORED)}
+    wanted = {
+        "params": Wanted(model.abstract_params),
+        **dict.fromkeys(("opt_state", "guard"), Wanted(rule=Rule.IGNORED)),
+    }
     found = Checkpointer(run_dir / "checkpoints").restore(step, wanted)
     return {name: np.asarray(leaf) for name, leaf in flatten(found["params"]).items()}
 
@@ -140,16 +145,16 @@ def test_each_program_is_compiled_once(whole):
 
 def test_the_runs_folder(whole):
     run_dir, _ = whole
-    names = {"config.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints"}
+    names = {"config.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints", "lock"}
     assert {path.name for path in run_dir.iterdir()} == names
     assert (run_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert any((run_dir / "tensorboard").iterdir())
     assert json.loads((run_dir / "config.json").read_text())["total_steps"] == STEPS
 
 
-def test_milestones_stay_and_of_the_others_only_the_last(whole):
-    # 2 and 4 were rolling; 3 and 6 are milestones; 7 is the final save, asked for by no frequency.
-    assert steps_of(whole[0]) == ["3", "6", "7"]
+def test_milestones_stay_and_of_the_others_the_last_two(whole):
+    # 0, 2 and 4 were rolling; 3 and 6 are milestones; 7 is the final save, asked for by no frequency.
+    assert steps_of(whole[0]) == ["3", "4", "6", "7"]
 
 
 def test_the_rows(whole):
@@ -175,7 +180,7 @@ def test_the_rows(whole):
 def test_accumulation_is_one_program_and_the_same_losses(whole, tmp_path, data):
     compiled = Compiled()
     jax.monitoring.register_event_duration_secs_listener(compiled)
-    run_dir = train(tmp_path, *data, "--optimizer.accumulate_gradient_steps=4", "--nosave_final")
+    run_dir = train(tmp_path, *data, "--optimizer.accumulate_gradient_steps=4", *UNSAVED)
     jax.monitoring.unregister_event_duration_listener(compiled)
     assert compiled.count("jit(step)") == 1
     assert list(losses(run_dir).values()) == pytest.approx(list(losses(whole[0]).values())[:3], abs=1e-5)
@@ -192,7 +197,7 @@ def test_accumulation_is_one_program_and_the_same_losses(whole, tmp_path, data):
 )
 def test_meshes_that_crashed_the_original_give_the_same_losses(whole, tmp_path, data, mesh, more):
     assert "--llama.mesh_dim" not in " ".join(flags(*more))
-    run_dir = train(tmp_path, *data, f"--mesh_dim={mesh}", *more, "--nosave_final")
+    run_dir = train(tmp_path, *data, f"--mesh_dim={mesh}", *more, *UNSAVED)
     assert list(losses(run_dir).values()) == pytest.approx(list(losses(whole[0]).values())[:3], abs=1e-5)
 
 
@@ -205,7 +210,7 @@ def test_sizes_that_do_not_divide_name_the_nearest():
 
 @pytest.mark.parametrize("optimizer", ["palm", "lion", "muon"])
 def test_every_optimizer_takes_its_steps(whole, tmp_path, data, optimizer):
-    run_dir = train(tmp_path, *data, f"--optimizer.type={optimizer}", "--nosave_final", *rates(optimizer))
+    run_dir = train(tmp_path, *data, f"--optimizer.type={optimizer}", *UNSAVED, *rates(optimizer))
     got = losses(run_dir)
     assert all(math.isfinite(loss) for loss in got.values()) and len(got) == 3
     assert got[1] == losses(whole[0])[1]  # the same weights and the same first batch
@@ -350,9 +355,7 @@ def originals_file(run_dir: Path, path: Path) -> Path:
 def test_a_new_run_begins_with_the_weights_it_is_given(whole, tmp_path, data, prefix):
     run_dir, _ = whole
     path = originals_file(run_dir, tmp_path / "original.msgpack") if prefix == "flax_params" else run_dir
-    began = train(
-        tmp_path, *data, *EVALUATED, "--total_steps=1", "--nosave_final", f"--load_checkpoint={prefix}::{path}"
-    )
+    began = train(tmp_path, *data, *EVALUATED, "--total_steps=1", *UNSAVED, f"--load_checkpoint={prefix}::{path}")
     assert eval_losses(began)[0] == eval_losses(run_dir)[STEPS]
     assert eval_losses(run_dir)[0] != eval_losses(run_dir)[STEPS]
     assert list(losses(began)) == [1]
@@ -373,7 +376,7 @@ def test_the_place_in_the_data_alone(whole, tmp_path, data):
     run_dir, _ = whole
     params = f"--load_checkpoint=params::{run_dir}/checkpoints/3"
     place = f"--load_dataset_state={run_dir}/checkpoints/3"
-    began = train(tmp_path, *data, params, place, "--total_steps=1", "--nosave_final")
+    began = train(tmp_path, *data, params, place, "--total_steps=1", *UNSAVED)
     assert losses(began)[1] == losses(run_dir)[4]
 
 
@@ -407,7 +410,7 @@ def test_an_interrupted_run_leaves_its_curve_and_its_last_step(whole, tmp_path, 
     run_dir = tmp_path / "run"
     done = max(losses(run_dir))
     assert (run_dir / "loss.png").exists() and 2 <= done < STEPS
-    assert steps_of(run_dir) == [str(done)]
+    assert steps_of(run_dir)[-1] == str(done)
     # It has the optimizer's state, though no flag asked for it: the run goes on as if nothing had been.
     monkeypatch.undo()
     train(tmp_path, *given)
@@ -422,8 +425,9 @@ def test_what_saves_by_time_and_what_it_saves(tmp_path, data, monkeypatch):
     )
     monkeypatch.setattr(Checkpointer, "save", spy)
     run_dir = train(tmp_path, *data, "--save_minutes=1e-9")
-    whole_state = {"params", "opt_state", "meta"}
-    assert saved == [(1, whole_state), (2, whole_state), (3, {"params", "meta"})] and steps_of(run_dir) == ["3"]
+    whole_state = {"params", "opt_state", "guard", "meta"}
+    assert saved == [*((step, whole_state) for step in range(3)), (3, {"params", "meta"})]
+    assert steps_of(run_dir) == ["2", "3"]
     times = lambda *given: (configured(*given).save_minutes, configured(*given).save_model_freq)
     assert times() == (10, 0) and times("--save_milestone_freq=1000") == (10, 0)
     assert times("--save_model_freq=0") == (0, 0) and times("--save_model_freq=5") == (0, 5)

@@ -18,6 +18,7 @@ from ringbpt.objectives.objective import Objective
 from ringbpt.training.metrics import Clock, MetricsWriter, format_row, read_rows
 from ringbpt.training.step import Metrics
 from ringbpt.types import Mean
+from tests.checkpoint.helpers import no_file_above
 from tests.pictures import cut_off, drawn
 
 CONFIG = Config(total_steps=1000)
@@ -291,3 +292,15 @@ def test_online_sends_each_row_to_wandb(tmp_path, monkeypatch):
     started, logged, finished = calls
     assert started["project"] == "team--p" and started["notes"] == "why" and started["config"]["total_steps"] == 10000
     assert (logged, finished) == ((3, {"loss": 2.0}), "finish")
+
+
+def test_rows_that_find_no_room_are_written_later(tmp_path, capsys):
+    late = writer(tmp_path)
+    with no_file_above(20):
+        late.write({"step": 1, "loss": 2.0})
+        late.write({"step": 2, "loss": 1.5})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert capsys.readouterr().out == f"{tmp_path / 'metrics.jsonl'}: File too large: rows are written later\n" * 2
+    late.write({"step": 3, "loss": 1.0})
+    late.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
