@@ -1,12 +1,14 @@
 """A run's saving: steps written behind the training, named once they are whole, and those that they replace deleted."""
 
+import asyncio
 import logging
 import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ class Checkpointer:
         meta = entries.get("meta", {})
         assert not isinstance(meta, Entry)
         entries = {**entries, "meta": {**meta, **more}}
+        _hush()
         try:
             write = self._begin(step, entries)
         except Exception as error:
@@ -237,6 +240,27 @@ class Checkpointer:
         if line not in self._said and jax.process_index() == 0:
             self._said.add(line)
             log.info(line)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that nobody's late answer finds closed."""
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with suppress(RuntimeError):
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _Loop()
+
+
+@cache
+def _hush() -> None:
+    """From now on: where one write fails, Orbax closes its event loop, and TensorStore prints a traceback for each of
+    the others that ends later; they say nothing that the first does not.
+    """
+    asyncio.set_event_loop_policy(_Policy())
 
 
 def _kinds(entries: Entries) -> tuple[set[str], set[str]]:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ringbpt.checkpoint import digests
-from ringbpt.checkpoint.tensors import fill, flatten
+from ringbpt.checkpoint.tensors import fill, flatten, leaf_name
 from ringbpt.config import UserError
 from ringbpt.types import PyTree
 
@@ -140,20 +140,27 @@ class StoredStep:
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
         self.verify([entry])
-        with closing(open_orbax(self.trees, self.objects)) as orbax, storage_errors(self.folder, reading=True):
-            tree = orbax.metadata(self.folder).item_metadata[entry].tree
-        return {name: np.dtype(leaf.dtype) for name, leaf in flatten(tree).items()}
+        return {name: np.dtype(leaf.dtype) for name, leaf in flatten(self._described(entry)).items()}
 
     def read(self, entry: str, name: str) -> np.ndarray:
         """One leaf of an entry, whole, on the host."""
         self.verify([entry])
+        described = self._described(entry)
+        # A name may be that of a nested dict's leaf, or of one in a flat dict: only the description knows.
+        (keys,) = (path for path, _ in jax.tree.leaves_with_path(described) if leaf_name(path) == name)
         tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for part in reversed(name.split(".")):
-            tree = {part: tree}
+        for key in reversed(keys):
+            tree = {key.key: tree}
         item = jax.tree.map(lambda _: 0, tree)
         args = ocp.args.PyTreeRestore(item=item, restore_args=tree, partial_restore=True)
         with closing(open_orbax(self.trees, self.objects)) as orbax, storage_errors(self.folder, reading=True):
-            return jax.tree.leaves(orbax.restore(self.folder, args=ocp.args.Composite(**{entry: args}))[entry])[0]
+            found = orbax.restore(self.folder, args=ocp.args.Composite(**{entry: args}))[entry]
+        return np.asarray(jax.tree.leaves(found)[0], flatten(described)[name].dtype)  # an int, of an integer alone
+
+    def _described(self, entry: str) -> PyTree:
+        """What Orbax knows of each leaf of an entry."""
+        with closing(open_orbax(self.trees, self.objects)) as orbax, storage_errors(self.folder, reading=True):
+            return orbax.metadata(self.folder).item_metadata[entry].tree
 
 
 def newest_step(path: Path, where: str) -> StoredStep:

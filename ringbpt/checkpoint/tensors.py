@@ -132,8 +132,12 @@ def conversions(rows: Iterable[TensorRow], architecture: Architecture) -> list[C
 
 def flatten(tree: PyTree) -> dict[str, Any]:
     """A tree's leaves by name: `layers.w_q`, `0.mu.layers.w_q`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """What `flatten` calls the leaf at a path."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def fill(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

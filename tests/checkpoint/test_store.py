@@ -270,6 +270,8 @@ def test_a_leaf_is_read_by_its_name(saved):
     step = newest_step(saved, "")
     assert step.dtypes("params")["layers.w_q"] == np.float32 and step.dtypes("opt_state")["1.0.count"] == np.int32
     np.testing.assert_array_equal(step.read("params", "layers.w_q"), params_like()["layers"]["w_q"])
+    count = step.read("opt_state", "1.0.count")
+    assert (count.dtype, count.shape, count) == (np.int32, (), 1)
 
 
 def test_the_prefixes_take_their_part_of_our_folders(saved):
