@@ -26,6 +26,7 @@ from ringbpt.config import (
     printed_help,
     run_main,
     split_flags,
+    user_path,
 )
 
 PAGE = "auto"
@@ -88,8 +89,8 @@ def main(argv: list[str]) -> int:
 def page_path(name: str, config: Config) -> Path:
     """Where the page goes: the file that was named, or one in the run's folder, if it is there, or a temporary one."""
     if name != PAGE:
-        return Path(name).expanduser()
-    run = Path(config.logger.output_dir).expanduser() / config.logger.experiment_id
+        return user_path(name)
+    run = user_path(config.logger.output_dir) / config.logger.experiment_id
     folder = run if config.logger.experiment_id and run.is_dir() else Path(tempfile.mkdtemp(prefix="ringbpt-"))
     return folder / "inspect.html"
 

@@ -6,7 +6,6 @@ memory by name, arithmetic, transfers by mesh axis, whether every hop of the rin
 
 import json
 import sys
-from pathlib import Path
 
 from ringbpt.config import (
     JSON,
@@ -19,6 +18,7 @@ from ringbpt.config import (
     printed_help,
     run_main,
     split_flags,
+    user_path,
 )
 
 FLAGS = {
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
                 print(suggestion(flags, other), flush=True)
         write(json.dumps(report, indent=1) + "\n")
     if own["png"]:
-        draw(report, Path(own["png"]).expanduser())
+        draw(report, user_path(own["png"]))
     return 0 if plan.fits else 1
 
 

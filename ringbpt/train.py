@@ -7,9 +7,11 @@ from ringbpt.config import (
     DEFAULT_RECIPE,
     ENTRY_FLAGS,
     RUN_FLAGS,
+    check_output,
     format_config,
     parse,
     parse_args,
+    printable,
     printed_help,
     run_main,
     scan,
@@ -22,11 +24,13 @@ def main(argv: list[str]) -> int:
         return 0
     asked, argv = split_flags(argv, {"print_config": ENTRY_FLAGS["print_config"]})
     tree = parse_args(argv)
+    if not asked["print_config"]:
+        check_output(tree)
     from ringbpt.mesh import start_jax  # after the flags: a mistyped one is answered before jax is even imported
 
     config = parse(tree, start_jax(tree))
     if asked["print_config"]:
-        print(format_config(config))
+        print(printable(format_config(config)))
         return 0
     from ringbpt.training.agreement import Interrupted
     from ringbpt.training.loop import train

@@ -7,7 +7,6 @@ Training then reads it by --train_dataset.type=tokens --train_dataset.files_data
 """
 
 import sys
-from pathlib import Path
 
 from ringbpt.config import (
     DatasetConfig,
@@ -19,6 +18,7 @@ from ringbpt.config import (
     printed_help,
     run_main,
     split_flags,
+    user_path,
 )
 
 FLAGS = {
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     own, rest = split_flags(argv, FLAGS)
     if not own["output"]:
         raise UserError("--output is empty: give a new folder, or a .jsonl file")
-    output = Path(own["output"]).expanduser()
+    output = user_path(own["output"])
     from ringbpt.data.loader import cache_folder
     from ringbpt.data.reading.catalogue import make_source, parts_of
     from ringbpt.data.stored.prepare import prepare, write_jsonl

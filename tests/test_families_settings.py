@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ringbpt.config import Architecture, UserError, complete, parse, parse_args
-from ringbpt.config.families import _READS, FAMILIES, find_family, hf_settings, llama_fields, read_json, yarn_scale
+from ringbpt.config.families import _READS, FAMILIES, find_family, hf_settings, llama_fields, yarn_scale
+from ringbpt.config.foreign import read_json
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8,

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ringbpt.config import DatasetConfig, FilesDatasetConfig, TextProcessorConfig, TokenizerConfig
+from ringbpt.config.foreign import user_path
 from ringbpt.data.loader import make_loader
 from ringbpt.data.reading.files import optional
 from ringbpt.data.text.tokenizers import make_tokenizer
@@ -48,7 +49,7 @@ def write(folder: Path, some: list[str]) -> dict[str, Path]:
 
 def bench(megabytes: int, tokenizer: str, folder: str, say: Callable[[str], None] = print) -> dict[str, float]:
     """Prints a table; returns MB/s of text by what was measured, and `two_workers`, one worker's time over two's."""
-    place = Path(folder).expanduser() if folder else Path(tempfile.mkdtemp())
+    place = user_path(folder) if folder else Path(tempfile.mkdtemp())
     place.mkdir(parents=True, exist_ok=True)
     some = texts(megabytes << 20)
     size = sum(len(text.encode()) for text in some) / 1e6

@@ -20,7 +20,8 @@ from ringbpt.checkpoint.safetensors import FolderWriter, Planned
 from ringbpt.checkpoint.store import StoredStep, newest_step
 from ringbpt.checkpoint.tensors import conversions, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError
-from ringbpt.config.families import find_family, hf_settings, llama_fields, read_json, rows_for
+from ringbpt.config.families import find_family, hf_settings, llama_fields, rows_for
+from ringbpt.config.foreign import read_json
 from ringbpt.data.text.tokenizers import keep_tokenizer, make_tokenizer
 from ringbpt.layouts import inverse, permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model

@@ -91,8 +91,9 @@ def _own_rows(rows: Iterable[TensorRow]) -> list[TensorRow]:
 
 def _check_tensors(files: TensorFolder | GgufTensors, table: list[Conversion]) -> None:
     """Raises UserError for the first tensor that is missing, has another shape, or has no place in the model."""
-    wanted = {name: conversion.their_shape for conversion in table for name in conversion.names()}
-    for name, shape in wanted.items():
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in ((name, conversion.their_shape) for conversion in table for name in conversion.names()):
+        wanted[name] = shape
         if name not in files.entries:
             raise UserError(f"{files.folder}: tensor {name} is missing")
         if files.entries[name].shape != shape:

@@ -1,5 +1,6 @@
 """`--load_checkpoint=PREFIX::PATH`: a checkpoint of any kind, what it says about itself, and a model that runs."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,10 +11,19 @@ import jax
 from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder
 from ringbpt.checkpoint.original import load_original
 from ringbpt.checkpoint.store import Rule, Wanted, newest_step
-from ringbpt.config import Architecture, Config, Execution, UserError, check_mesh, choices, model_folder
-from ringbpt.config.families import read_json
+from ringbpt.config import (
+    RUN_FLAGS,
+    Architecture,
+    Config,
+    Execution,
+    UserError,
+    check_mesh,
+    choices,
+    complete,
+    model_folder,
+)
+from ringbpt.config.foreign import read_field, read_json, user_path
 from ringbpt.config.gguf import FOREIGN, find_foreign, model_settings
-from ringbpt.config.values import read_value
 from ringbpt.dims import MeshShape
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
@@ -53,19 +63,23 @@ def describe_checkpoint(spec: str) -> Found:
     if not isinstance(tree.get("llama"), dict) or not isinstance(tree.get("tokenizer"), dict):
         huggingface = f": it is a Hugging Face folder's, use huggingface::{run}" if "model_type" in tree else ""
         raise UserError(f"--load_checkpoint={spec}: {file} is no run's config.json{huggingface}")
-    known = {item.name: item for item in fields(Architecture)}
-    architecture = Architecture(
-        **{
-            name: read_value(f"{file}: llama.{name}", value, known[name].type, known[name].default)
-            for name, value in tree["llama"].items()
-            if name in known
-        }
+    known = {item.name for item in fields(Architecture)}
+    architecture = complete(
+        Architecture(
+            **{
+                name: read_field(value, RUN_FLAGS[f"llama.{name}"], f"{file}: llama.{name}")
+                for name, value in tree["llama"].items()
+                if name in known
+            }
+        )
     )
-    origin = tree.get("load_checkpoint", "")
+    origin, vocab_file = tree.get("load_checkpoint", ""), tree["tokenizer"].get("vocab_file", "")
+    for key, value in (("load_checkpoint", origin), ("tokenizer.vocab_file", vocab_file)):
+        read_field(value, RUN_FLAGS[key], f"{file}: {key}")
     name = origin.removeprefix("huggingface::")
     folder = model_folder(name, "", download=False) if origin.startswith("huggingface::") else None
     kept = run / TOKENIZER
-    vocab_file = str(kept) if kept.is_dir() else str(tree["tokenizer"].get("vocab_file", ""))
+    vocab_file = str(kept) if kept.is_dir() else vocab_file
     return Found(architecture, folder if folder and folder.is_dir() else None, vocab_file)
 
 
@@ -116,8 +130,8 @@ def find_checkpoint(spec: str, weights: bool = False) -> tuple[str, Path]:
     if prefix not in choices("load_checkpoint") or not name:
         kinds = (f"{prefix}::PATH" for prefix in choices("load_checkpoint"))
         raise UserError(f"{where}: expected one of {', '.join(kinds)}")
-    path = (find_foreign(spec, weights) or Path(name).expanduser()).absolute()
-    if not path.exists():
+    path = (find_foreign(spec, weights) or user_path(name)).absolute()
+    if not os.path.exists(path):
         raise UserError(f"{where}: no such file or folder")
     return prefix, path
 

@@ -17,6 +17,7 @@ import numpy as np
 from ringbpt.checkpoint.tensors import conversions, fill, flatten, place
 from ringbpt.config import Architecture, UserError
 from ringbpt.config.families import TensorRow
+from ringbpt.config.foreign import open_regular
 from ringbpt.types import Params
 
 # Its attention rotates neighbouring channels (0, 1), (2, 3), ..., ours a channel of the first half with one of the
@@ -35,6 +36,8 @@ ROWS = (
     TensorRow("norm", "transformer/ln_f/kernel", "D -> D"),
     TensorRow("unembed", "lm_head/kernel", "D V -> D V"),
 )
+LONGEST_PATH = 64  # names
+DAMAGED = (ValueError, TypeError, AttributeError)
 STACKED = "scan_decoder"  # stands for the layer's number where the file was saved with scan_layers
 
 
@@ -104,14 +107,14 @@ def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[str, n
                 key = key[1:]
             yield "/".join(key), np.asarray(tensor)
     # What msgpack and flax raise on a file that ends too early or isn't what its first byte promises.
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, msgpack.UnpackException) as error:
+    except (ArithmeticError, LookupError, MemoryError, RecursionError, *DAMAGED, msgpack.UnpackException) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{where}: the file is truncated or damaged: {type(error).__name__} {reason}") from error
 
 
 def _reader(path: Path, where: str) -> Callable[[Path], Iterator[tuple[tuple[str, ...], Any]]]:
     """Told by the first bytes, whatever the file's name: unpickling runs what its author wrote."""
-    with path.open("rb") as file:
+    with open_regular(path, where) as file:
         head = file.read(2)
     convert = "never opened, it could run code; save it as safetensors and convert it with scripts/hf2jax.py"
     if head[:1] == b"\x80" and b"\x02" <= head[1:] <= b"\x05":
@@ -129,10 +132,17 @@ def _reader(path: Path, where: str) -> Callable[[Path], Iterator[tuple[tuple[str
 
 def _stream(path: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
     with path.open("rb") as file:
-        unpacker = msgpack.Unpacker(file, max_buffer_size=0)  # 0: up to 4 GiB a tensor, as msgpack allows
+        # 0: up to 4 GiB a tensor, as msgpack allows; but what holds others is no longer than a tensor's path.
+        unpacker = msgpack.Unpacker(file, max_buffer_size=0, max_array_len=LONGEST_PATH, max_map_len=LONGEST_PATH)
         end = 0
-        for key, value in unpacker:
-            if not all(isinstance(part, str) for part in key) or not key or not isinstance(value, bytes):
+        for pair in unpacker:
+            key, value = pair if isinstance(pair, list) and len(pair) == 2 else ((), None)
+            if (
+                not isinstance(key, list)
+                or not all(isinstance(part, str) for part in key)
+                or not key
+                or not isinstance(value, bytes)
+            ):
                 raise ValueError("not a stream of (key, tensor) pairs")
             yield tuple(key), value
             end = unpacker.tell()

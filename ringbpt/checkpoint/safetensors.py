@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import UserError
-from ringbpt.config.families import read_json
+from ringbpt.config.foreign import open_regular, parse_json, read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -130,8 +130,8 @@ def _entries(file: Path) -> dict[str, Stored]:
     an overlap or a rest.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             head = stream.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
             if 8 + length > size or length > HEADER_LIMIT:
@@ -155,23 +155,9 @@ def _entries(file: Path) -> dict[str, Stored]:
 
 def _read_header(file: Path, content: bytes) -> dict[str, Any]:
     """The JSON object of a header, each key of which stands once."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            twice = max(dict(pairs), key=[key for key, _ in pairs].count)
-            raise UserError(f"{file}: {twice} stands twice in its header; copy it again")
-        return dict(pairs)
-
-    def no_number(constant: str) -> float:
-        raise ValueError(constant)
-
-    try:
-        header = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=no_number)
-        "".join(header).encode("utf-8")  # an escape may stand for half a letter
-        if not isinstance(header, dict):
-            raise ValueError
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{file}: no safetensors file: its header is not JSON; copy it again") from None
+    header = parse_json(content, f"{file}: its header", numbered=False)
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: no safetensors file: its header is no JSON object; copy it again")
     about = header.get("__metadata__")
     if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
         raise UserError(f"{file}: __metadata__ of its header is more than texts by name; copy it again")

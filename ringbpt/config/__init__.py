@@ -43,6 +43,7 @@ from ringbpt.config.fields import (
     choices,
     to_dict,
 )
+from ringbpt.config.foreign import user_path
 from ringbpt.config.hub import model_folder, stop_asking_where_none_answers
 from ringbpt.config.parse import (
     DEFAULT_RECIPE,
@@ -54,5 +55,7 @@ from ringbpt.config.parse import (
     parse,
     parse_args,
 )
+from ringbpt.config.places import check_output, check_writable
 from ringbpt.config.rates import complete_rates, describe_rates
+from ringbpt.config.shown import json_line, one_line, printable
 from ringbpt.config.values import Flag, UserError, check_value, nearest_name, parse_mesh_dim, read_literals

@@ -78,7 +78,7 @@ def check_values(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     """The run's name, what it starts from, what it evaluates, and its processes."""
-    if config.eval_passkey and not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", config.eval_passkey):
+    if config.eval_passkey and not re.fullmatch(r"[1-9][0-9]{0,9}(,[1-9][0-9]{0,9})*", config.eval_passkey):
         raise UserError(f"--eval_passkey={config.eval_passkey!r} is no list of lengths: as --eval_passkey=512,1024")
     for name in ("eval_passkey", "eval_by_position"):
         if getattr(config, name) and not config.eval_steps:

@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from ringbpt.config.aliases import without_effect
 from ringbpt.config.fields import RUN_FLAGS
+from ringbpt.config.foreign import user_path
+from ringbpt.config.places import check_writable
+from ringbpt.config.shown import LONGEST_LINE, one_line, printable
 from ringbpt.config.values import BOOLS, Flag, UserError, check_value, nearest_name, read_value
 
 # --- reading ---
@@ -84,9 +86,11 @@ def read_flags(argv: list[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
 def check_folders(values: dict[str, Any], *names: str) -> None:
     """Raises UserError where a file that is to be written, once the work is done, has no folder to be in."""
     for name in names:
-        folder = Path(values[name]).expanduser().parent
-        if values[name] and not folder.is_dir():
-            raise UserError(f"--{name}={values[name]}: there is no folder {folder}: make it first")
+        file = user_path(values[name])
+        if values[name] and values[name] != STDOUT:
+            check_writable(f"--{name}", file, folder=False)
+            if not file.parent.is_dir():
+                raise UserError(f"--{name}={values[name]}: there is no folder {file.parent}: make it first")
 
 
 # --- JSON for other programs ---
@@ -109,7 +113,7 @@ def json_to(where: str) -> Iterator[Callable[[str], None]]:
             out.write(text)
         elif where:
             try:
-                Path(where).expanduser().write_text(text, encoding="utf-8")
+                user_path(where).write_text(text, encoding="utf-8")
             except OSError as error:
                 raise UserError(f"--json={where}: {error.strerror}; give another name", code=4) from None
 
@@ -195,7 +199,7 @@ class _Printed(logging.Handler):
     """What the house logs, said on stdout as it comes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        print(printable(self.format(record)), flush=True)
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -214,10 +218,10 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt as stop:
-        print(": ".join(filter(None, ("interrupted", str(stop)))), file=sys.stderr)
+        print(printable(": ".join(filter(None, ("interrupted", str(stop))))), file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

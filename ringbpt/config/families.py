@@ -5,15 +5,13 @@ theirs to ours, whose sides are swapped to go back. It stands at the bottom of t
 the command line reads a model's sizes from its config.json before anything else happens.
 """
 
-import json
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from ringbpt.config.aliases import without_effect
 from ringbpt.config.fields import RUN_FLAGS, Architecture
+from ringbpt.config.foreign import is_finite, is_of, read_field, shown
 from ringbpt.config.values import KINDS, UserError
 
 
@@ -192,28 +190,6 @@ _ROPE: dict[str, dict[str, str]] = {
 }
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, in which no key stands twice. Raises UserError with file and line."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{file}: {twice} stands there twice: leave one of them out")
-        return found
-
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}:{getattr(error, 'lineno', 1)}: malformed JSON; copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}:1: it must hold a JSON object")
-    return value
-
-
 def find_family(settings: dict[str, Any], where: str) -> tuple[str, Family]:
     """(architecture, Family) of a config.json. Raises UserError for code of its own, for another architecture, and
     where its model_type is another's."""
@@ -226,7 +202,7 @@ def find_family(settings: dict[str, Any], where: str) -> tuple[str, Family]:
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: architecture {name!r} is none of {', '.join(FAMILIES)}")
     if kind not in (None, FAMILIES[name].model_type):
-        raise UserError(f"{where}: architecture {name} contradicts model_type={_shown(kind)}: leave one of them out")
+        raise UserError(f"{where}: architecture {name} contradicts model_type={shown(kind)}: leave one of them out")
     return name, FAMILIES[name]
 
 
@@ -247,7 +223,7 @@ def llama_fields(settings: dict[str, Any], where: str) -> dict[str, Any]:
             value = value[0] if value else None  # several ends: the first; generation reads them all
         if key == "head_dim" and value is None and defaults[key]:
             raise UserError(f"{where}: head_dim=None, and {family.model_type} models have one of their own: name it")
-        found[ours] = _checked(value, ours, f"{where}: {key}")
+        found[ours] = read_field(value, RUN_FLAGS[f"llama.{ours}"], f"{where}: {key}")
     found |= family.fixed | _rope_fields(settings, where, defaults)
     found["sliding_window"] = _window(settings, found, family, where)
     return found
@@ -257,39 +233,15 @@ def _check_keys(settings: dict[str, Any], family: Family, where: str) -> None:
     """Raises UserError for the first setting that our model does not do, or that is none of the family's."""
     for key, allowed in _ONLY.items():
         if settings.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where}: {key}={_shown(settings[key])} is not supported: only {allowed[0]!r} is")
+            raise UserError(f"{where}: {key}={shown(settings[key])} is not supported: only {allowed[0]!r} is")
     known = {*_READS, *family.reads, *_ONLY, *_ROPE_PLACES, *_ROPE_BESIDE, *_NO_MATHS, "layer_types"}
     known |= _QWEN_WINDOW.keys() if family.model_type.startswith("qwen") else set()
     for key, value in settings.items():
         if value and key not in known and not key.startswith(_NO_MATHS_PREFIXES):
             raise UserError(
-                f"{where}: {key}={_shown(value)} is no setting of a {family.model_type} model that is known here, and "
+                f"{where}: {key}={shown(value)} is no setting of a {family.model_type} model that is known here, and "
                 "may change what it computes: remove it if it doesn't"
             )
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
-
-
-def _is(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON is of a type: a whole number is a number too, and True is none."""
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _checked(value: Any, ours: str, label: str) -> Any:
-    """The value, of the type and within the bounds of our flag. Raises UserError, with `label` as the culprit."""
-    flag = RUN_FLAGS[f"llama.{ours}"]
-    kind = next(member for member in (*get_args(flag.kind), flag.kind) if member is not NoneType)
-    if value is None and NoneType in get_args(flag.kind):
-        return None
-    if not _is(kind, value) or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{label}={_shown(value)} is not {KINDS[kind]}")
-    if flag.at_least is not None and value < flag.at_least:
-        raise UserError(f"{label}={value} is below {flag.at_least}")
-    if flag.above is not None and value <= flag.above:
-        raise UserError(f"{label}={value} is not above {flag.above}")
-    return kind(value)
 
 
 def _window(settings: dict[str, Any], found: dict[str, Any], family: Family, where: str) -> int | None:
@@ -298,8 +250,8 @@ def _window(settings: dict[str, Any], found: dict[str, Any], family: Family, whe
     if family.model_type.startswith("qwen"):
         given = {key: settings.get(key, default) for key, default in _QWEN_WINDOW.items()}
         for key, value in given.items():
-            if not _is(type(_QWEN_WINDOW[key]), value):
-                raise UserError(f"{where}: {key}={_shown(value)} is not {KINDS[type(_QWEN_WINDOW[key])]}")
+            if not is_of(type(_QWEN_WINDOW[key]), value):
+                raise UserError(f"{where}: {key}={shown(value)} is not {KINDS[type(_QWEN_WINDOW[key])]}")
         if not given["use_sliding_window"]:
             window = None
         if kinds is None and window is not None:
@@ -310,11 +262,11 @@ def _window(settings: dict[str, Any], found: dict[str, Any], family: Family, whe
     if kinds is None:
         return window
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise UserError(f"{where}: layer_types={_shown(kinds)} does not name the kinds of {layers} layers")
+        raise UserError(f"{where}: layer_types={shown(kinds)} does not name the kinds of {layers} layers")
     if any(kind != kinds[0] for kind in kinds):
         raise UserError(f"{where}: layers of both full and sliding attention are not supported: one kind for all is")
     if kinds[0] != ("full_attention" if window is None else "sliding_attention"):
-        raise UserError(f"{where}: layer_types={_shown(kinds[0])} in every layer contradicts sliding_window={window}")
+        raise UserError(f"{where}: layer_types={shown(kinds[0])} in every layer contradicts sliding_window={window}")
     return window
 
 
@@ -325,10 +277,10 @@ def _rope_fields(settings: dict[str, Any], where: str, defaults: dict[str, Any])
         raise UserError(f"{where}: rope type {kind!r} is none of default, {', '.join(filter(None, _ROPE))}")
     reads = _ROPE["" if kind == "default" else kind]
     if (share := rope.pop("partial_rotary_factor", None)) not in (None, 1.0):
-        raise UserError(f"{where}: partial_rotary_factor={_shown(share)} is not supported: only 1.0 is")
+        raise UserError(f"{where}: partial_rotary_factor={shown(share)} is not supported: only 1.0 is")
     for key, value in rope.items():
         if value is not None and key not in (*_ROPE_BESIDE, *reads, *(_MSCALES if kind == "yarn" else ())):
-            raise UserError(f"{where}: {key}={_shown(value)} is no setting of rope type {kind!r} that is known here")
+            raise UserError(f"{where}: {key}={shown(value)} is no setting of rope type {kind!r} that is known here")
     for key in _ROPE_NEEDED:
         if key in reads and rope.get(key) is None:
             raise UserError(f"{where}: rope type {kind!r} without a {key}")
@@ -337,11 +289,15 @@ def _rope_fields(settings: dict[str, Any], where: str, defaults: dict[str, Any])
     rope = {key: value for key, value in rope.items() if value is not None or key not in _ROPE_MAY_BE_NULL}
     # The length whatever the type: where flags ask for another type, it is the checkpoint's that they stretch.
     reads = reads | {"rope_theta": "theta", "original_max_position_embeddings": "rope_scaling_original_length"}
-    found = {ours: _checked(rope[key], ours, f"{where}: {key}") for key, ours in reads.items() if key in rope}
+    found = {
+        ours: read_field(rope[key], RUN_FLAGS[f"llama.{ours}"], f"{where}: {key}")
+        for key, ours in reads.items()
+        if key in rope
+    }
     scales = [rope[key] for key in _MSCALES if rope.get(key)]
     if len(scales) == len(_MSCALES) and "attention_factor" not in rope:
-        if not all(_is(float, scale) and math.isfinite(scale) for scale in scales):
-            raise UserError(f"{where}: mscale={scales[0]!r} with mscale_all_dim={scales[1]!r}: not two numbers")
+        if not all(is_of(float, scale) and is_finite(scale) and scale > 0 for scale in scales):
+            raise UserError(f"{where}: mscale={scales[0]!r} with mscale_all_dim={scales[1]!r}: not two numbers above 0")
         own, all_dim = (yarn_scale(found["rope_scaling_factor"], scale) for scale in scales)
         found["rope_scaling_attention_factor"] = own / all_dim
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
@@ -357,7 +313,7 @@ def _rope_settings(settings: dict[str, Any], where: str, theta: float) -> dict[s
     scaling, parameters = (settings.get(place) or {} for place in _ROPE_PLACES)
     for place, said in zip(_ROPE_PLACES, (scaling, parameters), strict=True):
         if not isinstance(said, dict):
-            raise UserError(f"{where}: {place}={_shown(said)} is no object")
+            raise UserError(f"{where}: {place}={shown(said)} is no object")
     beside = {key: settings[key] for key in _ROPE_BESIDE if key in settings}
     if "rope_theta" not in (scaling or parameters):
         beside.setdefault("rope_theta", theta)
@@ -367,8 +323,8 @@ def _rope_settings(settings: dict[str, Any], where: str, theta: float) -> dict[s
             key = "rope_type" if key == "type" else key
             ignored = said is parameters and scaling and key not in (*found, "rope_theta")
             if ignored or found.setdefault(key, value) not in (value,):  # what is not a number is not itself
-                other = "nothing" if ignored else _shown(found[key])
-                raise UserError(f"{where}: {key} is {_shown(value)} in one place and {other} in another: leave one out")
+                other = "nothing" if ignored else shown(found[key])
+                raise UserError(f"{where}: {key} is {shown(value)} in one place and {other} in another: leave one out")
     return found
 
 
@@ -402,7 +358,9 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
     base: the config.json that the model once came with. dtype: "float32", "bfloat16" or "float16".
     """
     base = dict(base or {})
-    name, family = family_of(architecture, (base.get("architectures") or [None])[0])
+    names = base.get("architectures")
+    wanted = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    name, family = family_of(architecture, wanted)
     if base.get("model_type", family.model_type) != family.model_type:
         base = {}  # another family's settings would mean something else
     for key in ("layer_types", "transformers_version", "auto_map", *_ROPE_PLACES, *_ROPE_BESIDE):

@@ -30,6 +30,8 @@ def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
     return dict(zip(names, (hidden, intermediate, layers, heads), strict=True))
 
 
+# Counts that the devices keep in 32 bits; and more tokens than any tokenizer has, so that a wrong file is told.
+LARGEST_POSITION, LARGEST_VOCABULARY = 2**31 - 1, 1 << 24
 SAVE_MINUTES = 10.0  # a run that says nothing of checkpoints loses no more
 
 # The sizes of the original's models.
@@ -85,8 +87,8 @@ class TextProcessorConfig:
 class SequencesConfig:
     """What every data set says of the sequences that are made of it."""
 
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1)
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1)
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1, at_most=LARGEST_POSITION)
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1, at_most=LARGEST_POSITION)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class TextsConfig(SequencesConfig):
 
 @dataclass(frozen=True)
 class JsonDatasetConfig(TextsConfig):
-    seq_length: int = flag(1024, "tokens of a sequence", at_least=1, shown="data")
-    batch_size: int = flag(8, "sequences of the global batch", at_least=1, shown="data")
+    seq_length: int = flag(1024, "tokens of a sequence", at_least=1, at_most=LARGEST_POSITION, shown="data")
+    batch_size: int = flag(8, "sequences of the global batch", at_least=1, at_most=LARGEST_POSITION, shown="data")
     path: str = flag("", ".jsonl or .json, also .gz and .zst; a glob; a list a:0.7,b:0.3", shown="data")
     start_seek_loc: int = flag(0, "the byte of the file to start from", at_least=0)
     example_index_at_start: int = flag(0, at_least=0)
@@ -302,14 +304,16 @@ class Architecture:
     Its flags are `llama.*`, as are those of Execution.
     """
 
-    vocab_size: int = flag(32000, at_least=1)
-    hidden_size: int = flag(4096, at_least=1)
-    intermediate_size: int = flag(11008, at_least=1)
-    num_hidden_layers: int = flag(32, at_least=1)
-    num_attention_heads: int = flag(32, at_least=1)
+    vocab_size: int = flag(32000, at_least=1, at_most=LARGEST_VOCABULARY)
+    hidden_size: int = flag(4096, at_least=1, at_most=1 << 20)
+    intermediate_size: int = flag(11008, at_least=1, at_most=1 << 22)
+    num_hidden_layers: int = flag(32, at_least=1, at_most=4096)
+    num_attention_heads: int = flag(32, at_least=1, at_most=1 << 16)
     num_key_value_heads: int | None = flag(None, "None: as many as num_attention_heads", at_least=1)
-    head_dim: int | None = flag(None, "None: hidden_size / num_attention_heads", at_least=2)
-    max_sequence_length: int = flag(2048, "the longest sequence the model takes", at_least=1, shown="model")
+    head_dim: int | None = flag(None, "None: hidden_size / num_attention_heads", at_least=2, at_most=1 << 16)
+    max_sequence_length: int = flag(
+        2048, "the longest sequence the model takes", at_least=1, at_most=LARGEST_POSITION, shown="model"
+    )
     rms_norm_eps: float = flag(1e-6, above=0)
     initializer_range: float = flag(0.02, "standard deviation of the first weights", at_least=0)
     use_cache: bool = True
@@ -332,7 +336,7 @@ class Architecture:
     sliding_window: int | None = flag(None, "how many tokens a token sees, with itself; None: all", at_least=1)
     qkv_bias: bool = False
     qk_norm: bool = flag(False, "RMS norm of each head's queries and keys, before they are rotated")
-    num_experts: int = flag(0, "0: one feedforward; else so many, of intermediate_size each", at_least=0)
+    num_experts: int = flag(0, "0: one feedforward; else so many, of intermediate_size each", at_least=0, at_most=4096)
     num_experts_per_tok: int = flag(2, at_least=1)
     router_aux_loss_coef: float = flag(0.0, "of the load balancing loss, where there are experts", at_least=0)
     param_scan_axis: int = flag(0, "the axis over which layers are stacked", at_least=0, at_most=1)
@@ -435,7 +439,7 @@ class Config:
     )
     dtype: str = flag("bf16", "of the computation", choices=tuple(DTYPES), shown="devices")
     objective: str = flag("sft", "what is learnt", choices=("sft",))
-    total_steps: int = flag(10000, "optimizer steps", at_least=1, shown="training")
+    total_steps: int = flag(10000, "optimizer steps", at_least=1, at_most=LARGEST_POSITION, shown="training")
     load_llama_config: str = flag("", f"sizes of the model ({', '.join(PRESETS)})", shown="start from")
     update_llama_config: str = flag("", '"dict(scan_mlp=True,...)": any of the llama flags at once', shown="start from")
     load_checkpoint: str = flag(
@@ -463,7 +467,7 @@ class Config:
     eval_passkey: str = flag("", "lengths, as '512,1024': with each evaluation, keys found at them: passkey.png")
     log_all_worker: bool = flag(False, "every process logs, not only the first")
     autoresume: bool = flag(False, "go on from the run's own latest checkpoint, if there is one", shown="start from")
-    num_cpu_devices: int = flag(0, "virtual devices; 0: as jax finds them", at_least=0, shown="devices")
+    num_cpu_devices: int = flag(0, "virtual devices; 0: as jax finds them", at_least=0, at_most=4096, shown="devices")
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train_dataset: DatasetConfig = field(default_factory=DatasetConfig)
     eval_dataset: DatasetConfig = field(default_factory=DatasetConfig)

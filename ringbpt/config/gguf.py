@@ -8,12 +8,14 @@ Ref: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import mmap
+import os
 import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringbpt.config.families import FAMILIES, read_json
+from ringbpt.config.families import FAMILIES
+from ringbpt.config.foreign import open_regular, read_json, user_path
 from ringbpt.config.hub import model_folder
 from ringbpt.config.values import UserError
 
@@ -21,6 +23,8 @@ MAGIC = b"GGUF"
 TOKENIZER = "tokenizer.ggml.model"  # the key without which a file has no tokenizer
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# More than any file has: of bytes before the tensors, of values in an array, of a tensor's dims.
+HEADER_BYTES, MOST_IN_ARRAY, MOST_DIMS = 1 << 28, 1 << 22, 8
 
 # Prefixes of a --load_checkpoint that name a model with all that belongs to it -> what stands behind them.
 FOREIGN = {"huggingface": "folder", "gguf": "file"}
@@ -94,9 +98,9 @@ class Gguf(NamedTuple):
 def is_gguf(file: Path) -> bool:
     """Told by the first bytes, whatever its name."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return stream.read(len(MAGIC)) == MAGIC
-    except OSError:
+    except (OSError, UserError):
         return False
 
 
@@ -113,6 +117,8 @@ class _Reader:
     def bytes(self, count: int) -> bytes:
         if count > len(self.content) - self.at:
             raise _Damaged("it ends inside its header")
+        if self.at + count > HEADER_BYTES:
+            raise _Damaged(f"its header has more than {HEADER_BYTES} bytes")
         self.at += count
         return self.content[self.at - count : self.at]
 
@@ -134,6 +140,8 @@ class _Reader:
         if kind != _ARRAY:
             raise _Damaged(f"a value is of type {kind}, which there is not")
         kind, count = self.number("I"), self.number("Q")
+        if count > MOST_IN_ARRAY:
+            raise _Damaged(f"an array has {count} values, and none has more than {MOST_IN_ARRAY}")
         if kind in _NUMBERS:
             return list(self.numbers(_NUMBERS[kind], count))
         if kind != _STRING:
@@ -157,7 +165,7 @@ def read_gguf(file: Path) -> Gguf:
 @lru_cache(maxsize=1)  # who loads a model asks for its settings, its tokenizer and its tensors
 def _read_once(file: Path, size: int, changed: int) -> Gguf:
     try:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_regular(file) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             reader = _Reader(content)
             metadata, tensors = _read_header(reader)
             _check_places(tensors, size)
@@ -189,7 +197,9 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]
         name = reader.text()
         if name in raw:
             raise _Damaged(f"tensor {name} stands in it twice")
-        dims = reader.numbers("Q", reader.number("I"))
+        if (count := reader.number("I")) > MOST_DIMS:
+            raise _Damaged(f"tensor {name} has {count} dims, and none has more than {MOST_DIMS}")
+        dims = reader.numbers("Q", count)
         raw[name] = (dims[::-1], reader.number("I"), reader.number("Q"))  # the columns stand first in the file
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -239,8 +249,8 @@ def find_foreign(spec: str, weights: bool = False) -> Path | None:
     if prefix not in FOREIGN or not name:
         return None
     where = f"--load_checkpoint={spec}"
-    path = model_folder(name, where, weights) if FOREIGN[prefix] == "folder" else Path(name).expanduser()
-    if not (path.is_dir() if FOREIGN[prefix] == "folder" else path.is_file()):
+    path = model_folder(name, where, weights) if FOREIGN[prefix] == "folder" else user_path(name)
+    if not (os.path.isdir(path) if FOREIGN[prefix] == "folder" else os.path.isfile(path)):
         raise UserError(f"{where}: no such {FOREIGN[prefix]}")
     return path
 
@@ -272,7 +282,7 @@ def gguf_settings(header: Gguf) -> dict[str, Any]:
             raise UserError(f"{file}: {name}.{key} has a value for each layer: only one for all is supported")
         if value not in _ONLY.get(key, (value,)) or key not in {*_KEYS, *_ONLY, *_READ_ELSEWHERE, _SCALING}:
             raise UserError(f"{file}: {name}.{key}={value!r} is not supported")
-        if key not in {*_ONLY, _SCALING} and not (isinstance(value, int | float) and 0 <= value < math.inf):
+        if key not in {*_ONLY, _SCALING} and not (type(value) in (int, float) and 0 <= value < math.inf):
             raise UserError(f"{file}: {name}.{key}={value!r} is no number of 0 or more")
     for key in _NEEDED:
         if key not in given:

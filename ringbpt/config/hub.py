@@ -1,8 +1,10 @@
 """Models by their names on the Hugging Face hub, through its own library: the network is asked once, the cache kept."""
 
+import os
 import re
 from pathlib import Path
 
+from ringbpt.config.foreign import user_path
 from ringbpt.config.values import UserError
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,8 +32,8 @@ def model_folder(path: str, where: str, weights: bool = False, download: bool = 
     it. A path that is neither comes back as it is. Raises UserError, with `where` as the culprit, where the hub has no
     such model or doesn't answer and the cache doesn't have it.
     """
-    folder = Path(path).expanduser()
-    if folder.exists() or not NAME.fullmatch(path):
+    folder = user_path(path)
+    if os.path.exists(folder) or not NAME.fullmatch(path):
         return folder
     try:
         from huggingface_hub import snapshot_download

@@ -6,6 +6,7 @@ imports jax, so that --help and a mistyped flag answer at once.
 
 import importlib.util
 import math
+import os
 import shlex
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from ringbpt.config.fields import (
     to_dict,
 )
 from ringbpt.config.gguf import find_foreign, model_settings
+from ringbpt.config.places import check_start
 from ringbpt.config.rates import complete_rates
 from ringbpt.config.values import UserError, mesh_sizes, nearest_name, parse_mesh_dim, read_literals, read_value
 
@@ -138,6 +140,7 @@ def parse_args(argv: list[str]) -> ConfigDict:
         sizes = mesh_sizes(tree.mesh_dim, "--mesh_dim")
         tree.num_cpu_devices = tree.num_cpu_devices if -1 in sizes else math.prod(sizes)
     _check_stretched(tree, given)
+    check_start(tree)
     return tree
 
 
@@ -196,7 +199,7 @@ def load_recipe(path: str) -> ConfigDict:
     A path that isn't there is tried from the clone's root, and `configs/...` among the recipes of a wheel. Raises
     UserError, with file and line where the recipe itself fails.
     """
-    file = next((file for file in (Path(path), ROOT / path, HOME / path) if file.is_file()), None)
+    file = next((file for file in (Path(path), ROOT / path, HOME / path) if os.path.isfile(file)), None)
     if file is None or file.suffix != ".py":
         raise UserError(f"--config={path} is no recipe (a .py file with get_config()): {_recipes()}")
     spec = importlib.util.spec_from_file_location("recipe", file)
@@ -215,10 +218,10 @@ def load_recipe(path: str) -> ConfigDict:
             )
         if tree.update_llama_config:
             _update_llama(tree, tree.update_llama_config)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file.resolve())]
-        line = error.lineno if isinstance(error, SyntaxError) else (lines or [1])[-1]
+        line = (isinstance(error, SyntaxError) and error.lineno) or (lines or [1])[-1]
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         # ml_collections lists every field there is between what is wrong and the nearest name.
         what, listed, rest = str(error).partition(" Other fields present")

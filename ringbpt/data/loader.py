@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
+from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
-from ringbpt.data.reading.files import cached, default_cache, digest_of, load_array, remove
+from ringbpt.data.reading.files import cached, check_cache, default_cache, digest_of, load_array, remove
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.megatron import open_megatron
@@ -239,9 +240,14 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]), taken)
 
 
-def cache_folder(dataset: DatasetConfig) -> Path:
-    """`cache_dir`, else $RINGBPT_CACHE, else ~/.cache/ringbpt; it need not be there yet."""
-    return Path(dataset.cache_dir).expanduser() if dataset.cache_dir else default_cache()
+def cache_folder(dataset: DatasetConfig, flag: str = "train_dataset") -> Path:
+    """`cache_dir`, else $RINGBPT_CACHE, else ~/.cache/ringbpt; it need not be there yet. flag: the data set's name.
+
+    Raises UserError for one that others could have written.
+    """
+    if not dataset.cache_dir:
+        return default_cache()
+    return check_cache(user_path(dataset.cache_dir), flag)
 
 
 # --- tokens ---
@@ -249,10 +255,10 @@ def cache_folder(dataset: DatasetConfig) -> Path:
 
 def _store(request: Request, part: Part) -> TokenStore:
     """The tokens of one part of a dataset, with the columns that are asked for."""
-    tokenizer, path_flag, folder = request.tokenizer, f"{request.group}.path", Path(part.path).expanduser()
+    tokenizer, path_flag, folder = request.tokenizer, f"{request.group}.path", user_path(part.path)
     where = f"{path_flag}={part.path!r}"
     if part.kind == "megatron":
-        store = _measured(open_megatron(part.path, cache_folder(request.dataset), path_flag), tokenizer)
+        store = _measured(open_megatron(part.path, cache_folder(request.dataset, request.flag), path_flag), tokenizer)
     elif part.kind == "tokens":
         try:
             key = hashlib.sha256((folder / "summary.json").read_bytes()).hexdigest()
@@ -271,7 +277,7 @@ def _store(request: Request, part: Part) -> TokenStore:
 
 def _tokenised(request: Request, part: Part) -> TokenStore:
     dataset, tokenizer, flag = request.dataset, request.tokenizer, request.flag
-    cache_dir, processor = cache_folder(dataset), dataset.text_processor
+    cache_dir, processor = cache_folder(dataset, flag), dataset.text_processor
     source = make_source(dataset, part, cache_dir, flag)
     allowed = bad_lines_allowed(dataset.on_bad_line, f"--{flag}.on_bad_line")
     bad = f"skip {allowed}" if allowed else ""
@@ -365,7 +371,7 @@ def _plan(
     shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
     key = digest_of([PLAN_FORMAT, data.key, shares + mixture])
     if len(corpus.starts) >= KEPT_DOCUMENTS:
-        corpus = replace(corpus, store=partial(_kept, cache_folder(dataset), key, flag))
+        corpus = replace(corpus, store=partial(_kept, cache_folder(dataset, flag), key, flag))
     plan = PACKINGS[dataset.packing](corpus)
     plan.dropped |= dropped
     return plan, ("" if weights[0] is None else f" {weights}") + mixture, taken

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringbpt.config import DatasetConfig, JsonDatasetConfig, UserError
+from ringbpt.config.foreign import user_path
 from ringbpt.data.reading.files import find_files, split_paths
 from ringbpt.data.reading.hub import ArrayRecordSource, make_huggingface, make_tfds
 from ringbpt.data.reading.sources import FirstExamples, JsonSource, PythonSource, Source, TextSource
@@ -46,7 +47,7 @@ def _kind(kind: str, path: str, where: str) -> str:
     """The format that a path of `type=files` has by its ending, or by what is in the folder."""
     if kind != "files":
         return kind
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if (folder / "manifest.json").is_file() or (folder / "summary.json").is_file():
         return "tokens"
     if is_saved_folder(path):

@@ -2,11 +2,13 @@
 
 import fcntl
 import glob
+import grp
 import gzip
 import hashlib
 import importlib
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -19,12 +21,16 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ringbpt.config import UserError
+from ringbpt.config.foreign import open_regular, parse_json, read_file, user_path
+from ringbpt.config.shown import one_line
 
+BOM = b"\xef\xbb\xbf"
+MAX_ROW_BYTES = 1 << 26  # of a line of prompts, questions or texts
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # A file written in the same moment in which it was read may change again without its time changing.
 SETTLED_SECONDS = 2.0
@@ -80,6 +86,7 @@ def find_files(path: str, flag: str, suffixes: tuple[str, ...] = ()) -> list[str
             for name in names
             if name.endswith(suffixes) and "/." not in folder[len(path) :]
         ]
+        files = [name for name in files if os.path.isfile(name)]
         if not files:
             raise UserError(f"{flag}={path!r} is a folder without {', '.join(suffixes)} files")
         return sorted(files)
@@ -111,32 +118,34 @@ def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) ->
     Raises UserError where the file cannot be read or has no rows, and with file and line, and what is `wanted`, where a
     line is no JSON or `make` raises.
     """
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--{flag}={file}: {getattr(error, 'strerror', None) or 'no UTF-8 text'}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+    with open_regular(file, f"--{flag}={file}") as stream:
+        for number, line in enumerate(iter(partial(stream.readline, MAX_ROW_BYTES), b""), 1):
+            where = f"{file}:{number}"
+            if len(line) == MAX_ROW_BYTES:
+                raise UserError(f"{where}: a line of more than {MAX_ROW_BYTES} bytes; is this JSONL?")
+            if not (line := line.removeprefix(BOM) if number == 1 else line).strip():
+                continue
             try:
-                rows.append(make(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"{file}:{number}: {wanted}") from None
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{where}: no UTF-8 text, and so {wanted}; save it as UTF-8") from None
+            try:
+                rows.append(make(parse_json(text, where, numbered=False)))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{where}: {wanted}") from None
     if not rows:
         raise UserError(f"--{flag}={file} holds no row")
     return rows
 
 
-def one_line(error: BaseException) -> str:
-    """What a library's exception says, in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def load_array(path: Path, mapped: bool = False) -> np.ndarray:
     """The array of a .npy file, in memory or mapped. Raises UserError (code 4) where it holds none."""
     try:
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("several arrays in an archive")
+        return array
     except Exception as error:  # numpy parses the header as Python, and raises what that parser does
         raise UserError(f"{path}:1: it holds no array: {one_line(error)}; copy it again", code=4) from None
 
@@ -175,9 +184,9 @@ def _ledger(name: str, cache_dir: Path) -> Path:
 def known_digest(name: str, cache_dir: Path) -> str | None:
     """The digest that was remembered of the file, if the file is still the same one."""
     try:
-        known = json.loads(_ledger(name, cache_dir).read_text())
+        known = json.loads(read_file(_ledger(name, cache_dir)))
         return known["sha256"] if known["stamp"] == _stamp(name) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -188,7 +197,7 @@ def remember_digest(name: str, cache_dir: Path, digest: str, seen: float) -> Non
         stamp = _stamp(name)
         if max(stamp[1], stamp[2]) / 1e9 > seen - SETTLED_SECONDS:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         write_whole(path, json.dumps({"stamp": stamp, "sha256": digest, "path": os.path.realpath(name)}))
     except OSError:
         return  # a cache that cannot be written is reported where it is needed; here it only saves time
@@ -198,8 +207,54 @@ def remember_digest(name: str, cache_dir: Path, digest: str, seen: float) -> Non
 
 
 def default_cache() -> Path:
-    """$RINGBPT_CACHE, or ~/.cache/ringbpt; it need not be there yet."""
-    return Path(os.environ.get("RINGBPT_CACHE") or "~/.cache/ringbpt").expanduser()
+    """$RINGBPT_CACHE, or ~/.cache/ringbpt; it need not be there yet. Raises UserError as `check_cache` does."""
+    return check_cache(user_path(os.environ.get("RINGBPT_CACHE") or "~/.cache/ringbpt"), "")
+
+
+def check_cache(folder: Path, flag: str) -> Path:
+    """The folder, whose files are believed: so nobody but its owner and root may write there.
+
+    flag: the group whose cache_dir names it; empty: $RINGBPT_CACHE does. Raises UserError (code 4).
+    """
+    try:
+        status = os.stat(folder)
+    except OSError:  # not there yet, or not to be looked at, which is said where it is written
+        return folder
+    what = f"--{flag}.cache_dir={str(folder)!r}" if flag else f"the cache {str(folder)!r}"
+    others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid))
+    if others:
+        mode = f"{stat.S_IMODE(status.st_mode):o}"
+        raise UserError(
+            f"{what} can be written by others (mode {mode}), and what is in it would be believed: chmod go-w it, or "
+            "give a folder of your own",
+            code=4,
+        )
+    if os.geteuid() not in (0, status.st_uid) and status.st_uid != 0:
+        raise UserError(f"{what} belongs to another user, and what is in it would be believed: give your own", code=4)
+    return folder
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is this user's alone, as many systems give each user one."""
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and number == user.pw_gid and {*group.gr_mem} <= {user.pw_name}
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, for this user alone. Raises OSError."""
+    for each in reversed((folder, *folder.parents)):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """A file to be locked, made where there is none. What is there is not emptied, and a link not followed: where
+    others could place one, it would name a file of this user's. Raises OSError."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600), "rb+", buffering=0)
 
 
 @contextmanager
@@ -231,8 +286,8 @@ def cached(cache_dir: Path, name: str, build: Callable[[Path], None], flag: str)
         return final
     partial_path = cache_dir / f"{name}.partial-{socket.gethostname()}"
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / f"{name}.lock", "w") as lock:
+        make_private(cache_dir)
+        with open_lock(cache_dir / f"{name}.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if final.exists():
                 return final
@@ -264,6 +319,9 @@ def remove(path: Path) -> None:
 
 
 # --- compressed files ---
+
+# Real text becomes a hundred times smaller at most; and a disk is not filled to its last byte.
+MOST_TIMES, ALWAYS_BYTES, ROOM_LEFT = 200, 1 << 26, 1 << 28
 
 
 def plain_file(name: str, cache_dir: Path, flag: str) -> str:
@@ -308,11 +366,21 @@ def _unzstd(name: str, target: Path) -> None:
 
 
 def _copy(name: str, chunks: Iterator[bytes], target: Path, kind: str, corrupt: tuple[type[Exception], ...]) -> None:
-    line = 1
+    line, size = 1, 0
+    most = MOST_TIMES * os.path.getsize(name) + ALWAYS_BYTES
     with open(target, "wb") as out:
         try:
             for chunk in chunks:
                 line += chunk.count(b"\n")
+                size += len(chunk)
+                if size > most:
+                    raise UserError(
+                        f"{name}:{line}: the {kind} file becomes more than {MOST_TIMES} times its own size, as no text "
+                        "does: decompress it yourself if that is meant"
+                    )
+                room = shutil.disk_usage(target.parent)
+                if room.free < min(ROOM_LEFT, room.total // 20):
+                    raise UserError(f"{name}: decompressed, it would fill the disk of {target.parent}", code=4)
                 out.write(chunk)
         except EOFError:
             raise UserError(f"{name}:{line}: the {kind} file is truncated; copy it again") from None

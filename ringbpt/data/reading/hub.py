@@ -20,7 +20,9 @@ from ringbpt.config import (
     UserError,
     stop_asking_where_none_answers,
 )
-from ringbpt.data.reading.files import cached, digest_of, file_digest, one_line, optional
+from ringbpt.config.foreign import parse_json
+from ringbpt.config.shown import one_line
+from ringbpt.data.reading.files import cached, digest_of, file_digest, optional
 from ringbpt.data.reading.sources import JsonSource, Source
 from ringbpt.data.reading.wire import fields_of, varints
 
@@ -152,10 +154,12 @@ class ArrayRecordSource(Rows):
             if record[:1] == b"\n" and (features := read_example(record)) is not None:
                 return features
             text = record.decode("utf-8")
-            return json.loads(text) if text.startswith("{") else {"text": text}
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            if not text.startswith("{"):
+                return {"text": text}
+        except (UnicodeDecodeError, ValueError) as error:
             what = "a record that is no JSON, text or tf.train.Example"
             raise UserError(f"{self.location(index)}: {what}: {error}") from None
+        return parse_json(text, self.location(index), numbered=False)
 
     def location(self, index: int) -> str:
         return self._all().location(index)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, PythonDatasetConfig, UserError
+from ringbpt.config.foreign import DEPTH, check_depth, read_file, user_path
 from ringbpt.data.reading.files import (
     cached,
     digest_of,
@@ -29,7 +30,8 @@ from ringbpt.data.reading.files import (
     remove,
 )
 
-MAX_LINE_BYTES = 1 << 30  # a longer "line" is a binary file, and would fill the memory before it is refused
+MAX_LINE_BYTES = 1 << 28  # a longer "line" is a binary file, and would fill the memory before it is refused
+MAX_ARRAY_BYTES = 1 << 30  # of a file that is one JSON array, which is read whole
 INDEX_BYTES = 1 << 20  # of a larger file, where its lines are is kept in the cache
 HELD_OUT_SHARE = 20  # one file in so many
 # The standard library's own tests are on some machines and not on others, and full of deliberately broken files.
@@ -111,6 +113,9 @@ class JsonSource:
         with open(path, "rb") as file:
             head = file.read(1 << 12)
             if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                if os.fstat(file.fileno()).st_size > MAX_ARRAY_BYTES:
+                    what = f"one JSON array of more than {MAX_ARRAY_BYTES} bytes"
+                    raise UserError(f"{name}:1: {what}; give one JSON object a line")
                 return scan_array(name, head + file.read())
         return scan_lines(name, path)
 
@@ -167,6 +172,8 @@ class JsonSource:
             ) from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
             raise UserError(f"{where}: JSON that cannot be read: {error}") from None
+        if line.count("[") + line.count("{") > DEPTH:
+            check_depth(example, where)
         if not isinstance(example, dict):
             raise UserError(f"{where}: a line must be a JSON object, not {json_type(example)}")
         return example
@@ -228,10 +235,7 @@ class TextSource:
         self._fingerprint = digest_of(digests)
 
     def _read(self, name: str) -> bytes:
-        try:
-            return (self._root / name).read_bytes()
-        except OSError as error:
-            raise UserError(f"{self._root / name}:1: {error.strerror}") from None
+        return read_file(self._root / name, MAX_LINE_BYTES, f"{self._root / name}:1")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -262,9 +266,9 @@ class PythonSource(TextSource):
     """
 
     def __init__(self, config: PythonDatasetConfig, flag: str = "train_dataset.python_dataset"):
-        root = Path(os.path.expanduser(config.path) or sysconfig.get_path("stdlib"))
+        root = user_path(config.path or sysconfig.get_path("stdlib"))
         excluded = ("__pycache__",) if config.path else STDLIB_EXCLUDED
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise UserError(
                 f"--{flag}.path={config.path!r} is not a folder{nearest_path(root)}; empty, it is the standard library"
             )

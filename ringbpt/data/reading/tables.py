@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import JsonDatasetConfig, UserError
-from ringbpt.config.families import read_json
-from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, one_line, optional
+from ringbpt.config.foreign import read_json, user_path
+from ringbpt.config.shown import one_line
+from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, optional
 from ringbpt.data.reading.sources import JsonSource, scan_lines
 
 WINDOW_ROWS = 256  # turned into Python objects at a time
@@ -196,7 +197,7 @@ def saved_folder(path: str, split: str, flag: str) -> list[str]:
 
     Raises UserError for a folder that is none, or that has not the split, and for what its JSON files may not say.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     splits = folder / "dataset_dict.json"
     if splits.is_file():
         names = read_json(splits).get("splits")
@@ -231,5 +232,5 @@ def _is_plain(name: Any) -> bool:
 
 def is_saved_folder(path: str) -> bool:
     """Whether `save_to_disk` wrote the folder."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import UserError
+from ringbpt.config.foreign import open_regular
 from ringbpt.data.reading.files import digest_of, file_digest, find_files
 from ringbpt.data.stored.tokens import Joined, TokenStore
 
@@ -60,6 +61,9 @@ def open_megatron(path: str, cache_dir: Path, flag: str) -> TokenStore:
 def _read(name: str) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of each document int64, all tokens) of one pair of files."""
     where = f"{name}.idx:1"
+    for suffix in (".idx", ".bin"):
+        with open_regular(name + suffix, f"{name}{suffix}:1"):
+            pass
     sizes, pointers, documents, dtype = _read_index(name, where)
     try:
         tokens = np.memmap(name + ".bin", dtype, "r")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
-from ringbpt.config.families import read_json
+from ringbpt.config.foreign import read_json
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.reading.files import digest_of, replacing, write_whole
 from ringbpt.data.reading.sources import Source

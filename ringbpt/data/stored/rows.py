@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError
+from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import shuffled
 from ringbpt.data.reading.files import digest_of, load_array
@@ -100,7 +101,7 @@ def open_rows(
     Raises UserError for another seq_length, another tokenizer, for files that are missing or of another length, and
     for rows without one of the columns.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     group = f"--{flag}.{dataset.group}"
     try:
         content = (folder / "manifest.json").read_bytes()

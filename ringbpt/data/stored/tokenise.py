@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
-from ringbpt.data.reading.files import remove, unwritable
+from ringbpt.data.reading.files import make_private, open_lock, remove, unwritable
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
 from ringbpt.data.stored.workers import each
@@ -68,7 +68,7 @@ def make_store(job: Job, tokenizer: Tokenizer, folder: Path, key: str, processes
             shutil.rmtree(folder, ignore_errors=True)  # cut short from outside; it can be made again
         work = folder.with_name(f"{folder.name}.work")
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            make_private(work)
             _make_shards(job, tokenizer, work, processes)
             if not folder.exists():
                 os.rename(work, folder)
@@ -146,7 +146,7 @@ def _make_shard(
     """Makes a shard, or returns None where another process is at it; with `wait`, waits for that one to end."""
     job, processor = made
     try:
-        lock = open(work / f"{shard:05d}.lock", "wb")  # noqa: SIM115  (held below)
+        lock = open_lock(work / f"{shard:05d}.lock")
     except FileNotFoundError:  # the whole store is finished, and has its own name
         return None
     with lock:

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ringbpt.config import UserError
+from ringbpt.config.foreign import read_file
+from ringbpt.config.shown import one_line
 from ringbpt.data.documents import Values
-from ringbpt.data.reading.files import digest_of, load_array, one_line, replacing, write_whole
+from ringbpt.data.reading.files import digest_of, load_array, replacing, write_whole
 
 # Part of every key; raised when the same inputs give other files.
 FORMAT, FORMAT_OF_SHAPES = "2", "3"
@@ -188,8 +190,8 @@ class ShardWriter:
 def shard_summary(folder: Path, shard: int) -> dict[str, Any] | None:
     """The summary of a shard that is complete."""
     try:
-        return json.loads((folder / f"{shard:05d}.json").read_text())
-    except (OSError, ValueError):
+        return json.loads(read_file(folder / f"{shard:05d}.json"))
+    except (UserError, ValueError, RecursionError):
         return None
 
 
@@ -243,7 +245,7 @@ def open_store(folder: Path, key: str, foreign: bool = False) -> TokenStore | No
 
 def _read_store(folder: Path, key: str) -> TokenStore:
     """Raises ValueError, and what damaged JSON makes of the look into it, for whatever contradicts the summary."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads(read_file(folder / "summary.json"))
     offset = load_array(folder / "offset.npy", mapped=True)
     tokens, masks, all_checks = [], [], []
     for number, shard in enumerate(summary["shards"]):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringbpt.config import UserError
+from ringbpt.config.foreign import read_file, user_path
 from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.text.shapes import Message, check_messages
 from ringbpt.data.text.template import NONCHARACTERS, Rendered, Span, Template, merged
-from ringbpt.data.text.tokenizers import Tokenizer
+from ringbpt.data.text.tokenizers import TEMPLATE_BYTES, Tokenizer
 
 CHATML = "".join(map(str.strip, Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8").splitlines()))
 NAMED = {"chatml": CHATML}
@@ -55,10 +56,10 @@ def find_template(text: str, own: str | None, flag: str) -> str:
         return NAMED[text]
     if "{" in text:
         return text
-    path = Path(text).expanduser()
+    path = user_path(text)
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return read_file(path, TEMPLATE_BYTES).decode("utf-8")
+    except (UserError, ValueError):
         raise UserError(
             f"--{flag}={text!r} is no .jinja file that can be read{nearest_path(path)}; "
             f"{', '.join(NAMED)} is known by name"

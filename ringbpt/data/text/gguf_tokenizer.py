@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ringbpt.config import UserError
+from ringbpt.config.foreign import quiet, refusing
 from ringbpt.config.gguf import TOKENIZER, Gguf, read_gguf
 from ringbpt.data.reading.files import cached, default_cache
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # of tokenizer.ggml.token_type
+LONGEST_PIECE = 4096  # characters; where SentencePiece's are put together, the work grows with the square
 NEVER_MERGED = {UNKNOWN, CONTROL, BYTE}
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -48,10 +50,8 @@ def unpack_tokenizer(file: Path) -> Path:
     header = read_gguf(file)
     if TOKENIZER not in header.metadata:
         raise UserError(f"{file} holds no tokenizer: give one as a Hugging Face folder")
-    try:
+    with refusing(f"{file}: the tokenizer in its header is incomplete or damaged"), quiet():
         files = _tokenizer_files(header)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: the tokenizer in its header is incomplete or damaged: {error}") from None
     content = {name: text for name, text in files.items() if text is not None}
 
     def build(folder: Path) -> None:
@@ -67,6 +67,8 @@ def _tokenizer_files(header: Gguf) -> dict[str, str | None]:
     """Name -> content; None: there is none."""
     said = {key.removeprefix("tokenizer."): x for key, x in header.metadata.items() if key.startswith("tokenizer.")}
     pieces, kinds = said["ggml.tokens"], said.get("ggml.token_type") or []
+    if long := max((piece for piece in pieces if isinstance(piece, str)), key=len, default="")[LONGEST_PIECE:]:
+        raise UserError(f"{header.file}: tokenizer.ggml.tokens: a token of {LONGEST_PIECE + len(long)} characters")
     ids = {piece: token for token, piece in enumerate(pieces)}
     if len(ids) < len(pieces) or len(kinds) not in (0, len(pieces)):
         raise UserError(f"{header.file}: a token stands in tokenizer.ggml.tokens twice, or not all have a token_type")

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ringbpt.config import TextProcessorConfig, UserError
+from ringbpt.config.foreign import check_depth
 from ringbpt.data.reading.files import json_type
 
 Message = dict[str, Any]  # role, content, and what a template may know: tool_calls, name, ...; weight and train
@@ -99,6 +100,8 @@ def _sharegpt_turn(turn: Any, number: int, where: Any) -> Message:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise UserError(f"{where}: a turn of 'conversations' without 'from' and 'value'")
     speaker, value = turn["from"], turn["value"]
+    if not isinstance(speaker, str):
+        raise UserError(f"{where}: 'from' of turn {number} of 'conversations' is {json_type(speaker)}, not text")
     rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
     message = rest | {"role": ROLES.get(speaker, speaker), "content": value}
     if speaker == "function_call":
@@ -142,9 +145,11 @@ def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
         raise UserError(f"{where} is text that is no JSON: {value[:40]!r}") from None
+    check_depth(found, where)
+    return found
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -8,7 +8,11 @@ the parsed template: so one rendering tells what the template writes for each me
 import datetime
 import json
 import re
-from collections.abc import Iterable, Sequence
+import resource
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +20,9 @@ from ringbpt.config import UserError
 from ringbpt.data.reading.files import optional
 
 Span = tuple[int, int]
+
+PAGE = resource.getpagesize()
+SECONDS, MEMORY, CHARACTERS = 2, 1 << 28, 1 << 25  # of one run: what a template may take, and write
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} marks
 TURN, END = "\ufdd2", "\ufdd3"  # around "loop,message": there begins what a loop writes for it, or (-1) the loop ends
@@ -40,20 +47,30 @@ class Template:
     def __init__(self, source: str, flag: str):
         """Raises UserError, with the flag that gave it as the culprit, for what is no template."""
         jinja2 = optional("jinja2", f"--{flag}")
-        self.source = source
-        self.errors = (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError)
+        self.source, self._flag = source, flag
+        self.errors = (jinja2.TemplateError,)
         environment = _environment()
         try:
-            parsed = environment.parse(source)
+            with _limited(flag):
+                parsed = environment.parse(source)
+                _mark_loops(parsed)
+                code = environment.compile(parsed)
+                self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"--{flag}: line {error.lineno}: {error.message}") from None
-        _mark_loops(parsed)
-        code = environment.compile(parsed)
-        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        except jinja2.TemplateError as error:
+            raise UserError(f"--{flag}: {error}") from None
+
+    def _run(self, **names: Any) -> str:
+        with _limited(self._flag):
+            text = self._template.render(**names)
+        if len(text) > CHARACTERS:
+            raise _too_much(self._flag, f"writes more than {CHARACTERS} characters")
+        return text
 
     def text(self, messages: Iterable[dict[str, Any]], **names: Any) -> str:
         """What transformers renders."""
-        return NONCHARACTERS.sub("", self._template.render(messages=list(messages), _turn=_nothing, **names))
+        return NONCHARACTERS.sub("", self._run(messages=list(messages), _turn=_nothing, **names))
 
     def render(self, messages: Sequence[dict[str, Any]], **names: Any) -> Rendered:
         """The text, and who wrote what; no turns where the template's text depends on the marks in it."""
@@ -69,9 +86,51 @@ class Template:
                 return ""
             return f"{TURN}{loop},{number}{END}"
 
-        found = _told(self._template.render(messages=own, _turn=turn, **names))
-        plain = _told(self._template.render(messages=own, _turn=_nothing, **names))
+        found = _told(self._run(messages=own, _turn=turn, **names))
+        plain = _told(self._run(messages=own, _turn=_nothing, **names))
         return found if found.text == plain.text else plain
+
+
+@contextmanager
+def _limited(flag: str) -> Iterator[None]:
+    """A template's run, which may take SECONDS of this process's time and MEMORY bytes more than it has.
+
+    Raises UserError where it takes more; whatever else it does wrong is a TemplateError. Where the system has no such limits, or in another thread than the main
+    one, there is none of time.
+    """
+    from jinja2 import TemplateError, TemplateRuntimeError
+
+    def late(*_: Any) -> None:
+        raise _too_much(flag, f"takes more than {SECONDS} seconds")
+
+    before, timed = resource.getrlimit(resource.RLIMIT_AS), threading.current_thread() is threading.main_thread()
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            most = int(file.read(20).split()[0]) * PAGE + MEMORY
+        if before[0] in (resource.RLIM_INFINITY, -1) or most < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    except (OSError, ValueError):
+        pass
+    handler = signal.signal(signal.SIGVTALRM, late) if timed else None
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        yield
+    except (TemplateError, UserError):
+        raise
+    except MemoryError:
+        raise _too_much(flag, f"takes more than {MEMORY >> 20} MiB") from None
+    except Exception as error:
+        raise TemplateRuntimeError(str(error) or type(error).__name__) from None
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _too_much(flag: str, what: str) -> UserError:
+    return UserError(f"--{flag}: the chat template {what} for one conversation: give another template, or less text")
 
 
 def _nothing(*_: Any) -> str:
@@ -184,13 +243,24 @@ def _environment() -> Any:
         def _mark(self, caller: Any) -> str:
             return f"{OPEN}{caller()}{CLOSE}"
 
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Numbers stay small: what is done with large ones, no signal interrupts."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            numbers = isinstance(left, int) and isinstance(right, int)
+            if numbers and max(abs(left), abs(right)) > (1 << 31 if operator == "*" else 64):
+                raise jinja2.TemplateRuntimeError(f"{left!r:.40} {operator} {right!r:.40} is too much")
+            return super().call_binop(context, operator, left, right)
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json

@@ -5,6 +5,8 @@ A GGUF file's tokenizer is unpacked into the latter by gguf_tokenizer.py.
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,13 +15,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ringbpt.config import TokenizerConfig, UserError
-from ringbpt.config.families import read_json
+from ringbpt.config.fields import LARGEST_VOCABULARY
+from ringbpt.config.foreign import quiet, read_file, read_json, refusing, shown, user_path
 from ringbpt.config.gguf import is_gguf
 from ringbpt.data.reading.files import nearest_path
 from ringbpt.data.reading.wire import fields_of
 from ringbpt.data.text.gguf_tokenizer import unpack_tokenizer
 
 FLAG = "--tokenizer.vocab_file"
+TOKENIZER_BYTES = 1 << 27  # of any of its files; 250,000 tokens with their merges have 35 million
+TEMPLATE_BYTES = 1 << 20
+TRIAL = "A text, 1 word\n"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # beside a tokenizer.json; the last one's word counts
 # What a tokenizer consists of, beside a model's weights.
 TOKENIZER_FILES = (
@@ -111,7 +117,7 @@ def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise UserError(f"{FLAG} is empty: {CHOICES}")
     if config.vocab_file == "bytes":
         return BytesTokenizer(config)
-    path = _tokenizer_file(Path(config.vocab_file).expanduser())
+    path = _tokenizer_file(user_path(config.vocab_file))
     if is_gguf(path):
         path = unpack_tokenizer(path)
     content = _read(path)
@@ -173,9 +179,10 @@ class SentencePieceTokenizer(PlainTokenizer):
         self.path, self._digest = path, hashlib.sha256(content).hexdigest()
         self._processor: Any = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(content)
+            with quiet():
+                self._processor.LoadFromSerializedProto(content)
             self.vocab_size = self._processor.vocab_size()
-        except RuntimeError:
+        except Exception:  # a RuntimeError, or what else the library's C++ has met
             raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is corrupt; copy it again") from None
         if not self.vocab_size:
             raise UserError(f"{FLAG}={str(path)!r}: the SentencePiece model is empty; copy it again")
@@ -220,18 +227,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
         self.config = config
         self.path, self._digest = path, hashlib.sha256(content).hexdigest()
-        try:
+        with refusing(f"{FLAG}={str(path)!r} is no tokenizer.json"), quiet():
             self._tokenizer = FastTokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{FLAG}={str(path)!r} is no tokenizer.json: {' '.join(str(error).split())}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode(TRIAL)  # what it trips over, it does at the first text
         settings = _settings(path)
-        _declare(self._tokenizer, settings, path.parent / "tokenizer_config.json")
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        with refusing(f"{FLAG}={str(path)!r}"), quiet():
+            _declare(self._tokenizer, settings, path.parent / "tokenizer_config.json")
+            ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
             raise UserError(f"{FLAG}={str(path)!r}: the vocabulary is empty; copy it again")
         self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            what = f"a token has the id {self.vocab_size - 1}, and none has more than {LARGEST_VOCABULARY - 1}"
+            raise UserError(f"{FLAG}={str(path)!r}: {what}; copy it again")
         bos = _special_token(settings, "bos_token", BOS_NAMES, ids, path)
         eos = _special_token(settings, "eos_token", EOS_NAMES, ids, path)
         self.ends = _find_ends(path, bos, eos, bos is not None and bos in self._encode("", True, True).ids)
@@ -259,7 +269,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str, special: bool, framed: bool) -> Any:
         """framed: with the tokens that tokenizer.json puts around a text."""
         self._tokenizer.encode_special_tokens = not special  # as text, as "<|endoftext|>" inside a document is
-        return self._tokenizer.encode(text, add_special_tokens=framed)
+        with refusing(f"{FLAG}={str(self.path)!r} fails at a text"):
+            return self._tokenizer.encode(text, add_special_tokens=framed)
 
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
@@ -337,12 +348,12 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path, begins: bool = True) -> N
 
 def _tokenizer_file(path: Path) -> Path:
     """The file to read: the path, or the one that a folder holds."""
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
                 return path / name
         raise UserError(f"{FLAG}={str(path)!r}: the folder has neither tokenizer.json nor tokenizer.model: {CHOICES}")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{FLAG}={str(path)!r} does not exist{nearest_path(path)}: {CHOICES}")
     if not path.is_file():
         raise UserError(f"{FLAG}={str(path)!r} is a pipe or a device: {CHOICES}")
@@ -350,10 +361,7 @@ def _tokenizer_file(path: Path) -> Path:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{FLAG}={str(path)!r}: {error.strerror}") from None
+    return read_file(path, TOKENIZER_BYTES, f"{FLAG}={str(path)!r}")
 
 
 def _find_ends(path: Path, bos: int | None, eos: int | None, begins: bool) -> Ends:
@@ -363,7 +371,14 @@ def _find_ends(path: Path, bos: int | None, eos: int | None, begins: bool) -> En
         # A config.json may be anybody's: who reads the model says what is wrong with its own.
         with suppress(UserError) if name == "config.json" else nullcontext():
             found = read_json(path.parent / name).get("eos_token_id") if (path.parent / name).is_file() else None
-            others |= {token for token in (found if isinstance(found, list) else [found]) if type(token) is int}
+            for token in found if isinstance(found, list) else [found]:
+                if token is None:
+                    continue
+                if type(token) is not int or not 0 <= token < LARGEST_VOCABULARY:
+                    raise UserError(
+                        f"{path.parent / name}: eos_token_id={shown(found)} is no token, nor a list of some"
+                    )
+                others.add(token)
     return Ends(bos, eos, begins, frozenset(others))
 
 
@@ -392,10 +407,14 @@ def _declare(tokenizer: Any, settings: dict[str, Any], where: Path) -> None:
 
     declared = settings.get("added_tokens_decoder") or {}
     known = tokenizer.get_vocab(with_added_tokens=True)
-    for token, about in sorted(declared.items(), key=lambda item: int(item[0])) if isinstance(declared, dict) else ():
+    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    for token, about in declared.items() if isinstance(declared, dict) else [("", declared)]:
+        good = re.fullmatch("[0-9]{1,9}", token) and isinstance(about, dict) and isinstance(about.get("content"), str)
+        if not good or not all(isinstance(about.get(name, False), bool) for name in flags):
+            raise UserError(f"{where}: added_tokens_decoder: {shown(token)}: {shown(about)} declares no token")
+    for token, about in sorted(declared.items(), key=lambda item: int(item[0])):
         if about["content"] in known:
             continue
-        flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
         tokenizer.add_tokens([AddedToken(about["content"], **{name: about.get(name, False) for name in flags})])
         if tokenizer.token_to_id(about["content"]) != int(token):
             found = tokenizer.token_to_id(about["content"])
@@ -422,9 +441,11 @@ def _own_template(path: Path, settings: dict[str, Any]) -> str | None:
     """The chat template beside a tokenizer.json: chat_template.jinja, or in its settings (of several, the default)."""
     file = path.parent / "chat_template.jinja"
     if file.is_file():
-        return _read(file).decode("utf-8", errors="replace")
+        return read_file(file, TEMPLATE_BYTES).decode("utf-8", errors="replace")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
+    if isinstance(template, str) and len(template) > TEMPLATE_BYTES:
+        raise UserError(f"{path.parent}: its chat_template has {len(template)} characters: {TEMPLATE_BYTES} at most")
     return template if isinstance(template, str) else None
