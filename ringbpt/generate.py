@@ -6,7 +6,6 @@
 --load_checkpoint=huggingface::DIR --chat                               a conversation; an empty line ends it
 """
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,12 +16,17 @@ from ringbpt.config import (
     RUN_FLAGS,
     Flag,
     UserError,
+    check_writable,
     default_config,
+    for_terminal,
+    json_line,
     parse_mesh_dim,
     printed_help,
     read_flags,
     run_main,
+    user_path,
 )
+from ringbpt.config.fields import LARGEST_POSITION
 
 MODEL_FLAGS = {
     "load_checkpoint": Flag(
@@ -37,9 +41,11 @@ MODEL_FLAGS = {
         str, "", "bytes, a .model or .gguf file, a Hugging Face folder; empty: what the checkpoint came with"
     ),
     "mesh_dim": Flag(str, "1,1,1,-1", "dp,fsdp,tp,sp: sp splits prompts and cache, tp the heads, dp the batch"),
-    "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator"),
+    "num_cpu_devices": Flag(int, 0, "virtual CPU devices, where there is no accelerator", at_least=0, at_most=4096),
     "dtype": Flag(str, "fp32", "of weights, computation and cache", choices=tuple(DTYPES)),
-    "max_sequence_length": Flag(int, 0, "prompt and completion together; 0: what the model was made for"),
+    "max_sequence_length": Flag(
+        int, 0, "prompt and completion together; 0: what the model was made for", at_least=0, at_most=LARGEST_POSITION
+    ),
 }
 FLAGS = MODEL_FLAGS | {
     "prompt": Flag(str, "", "a text to go on with"),
@@ -47,8 +53,8 @@ FLAGS = MODEL_FLAGS | {
     "output": Flag(str, "", "the .jsonl file to write; empty: the terminal"),
     "chat": Flag(bool, False, "talk, by the model's chat template"),
     "system": Flag(str, "", "the system message of a chat"),
-    "max_new_tokens": Flag(int, 256, "of each completion", at_least=1),
-    "batch_size": Flag(int, 8, "prompts generated at a time; short ones share a row", at_least=1),
+    "max_new_tokens": Flag(int, 256, "of each completion", at_least=1, at_most=LARGEST_POSITION),
+    "batch_size": Flag(int, 8, "prompts generated at a time; short ones share a row", at_least=1, at_most=1 << 20),
     "stop": Flag(list, [], "text at which a completion ends; may be given several times"),
     "temperature": Flag(float, 0.0, "0: always the most likely token"),
     "top_k": Flag(int, 0, "only the k most likely; 0: all"),
@@ -77,23 +83,30 @@ def main(argv: list[str]) -> int:
     flags = read_flags(argv, FLAGS)
     if sum(bool(flags[name]) for name in ("prompt", "prompts", "chat")) != 1:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
+    if flags["output"]:
+        check_writable("--output", user_path(flags["output"]), folder=False)
     rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
     if flags["chat"]:
         rows = []
+    _whole(flags["system"], "--system")
     from ringbpt.generation.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: flags[name] for name in names})
     from ringbpt.checkpoint.load import describe_checkpoint
-    from ringbpt.generation.generator import Generator
+    from ringbpt.generation.generator import Generator, check_lengths, check_vocabulary
     from ringbpt.generation.text import complete, find_tokenizer, make_chat_encoder
 
     found = describe_checkpoint(flags["load_checkpoint"])
     tokenizer = find_tokenizer(found, flags["tokenizer"], flags["chat_template"])
     chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
     encode: Any = make_chat_encoder(tokenizer) if chats else None
-    prompts = [_encoded(row, tokenizer, encode, f"{flags['prompts']}, prompt {n}") for n, row in enumerate(rows, 1)]
+    where = flags["prompts"] or "--prompt"
+    prompts = [_encoded(row, tokenizer, encode, f"{where}, prompt {n}") for n, row in enumerate(rows, 1)]
     count, size, stops = (flags[name] for name in ("max_new_tokens", "batch_size", "stop"))
+    check_vocabulary(prompts, found.architecture.vocab_size)
+    limit = flags["max_sequence_length"] or found.architecture.max_sequence_length
+    check_lengths(max(map(len, prompts), default=1), count, limit)
     text = sys.stdout
     with redirect_stdout(sys.stderr):  # standard output has the text alone
         model, params = start_model(flags)
@@ -105,27 +118,38 @@ def main(argv: list[str]) -> int:
             return chat(generator, tokenizer, encode, sampling, count, stops, flags["system"], text)
         done = dict(complete(generator, tokenizer, prompts, sampling, count, size, stops))
     if flags["prompt"] and not flags["output"]:
-        print(done[0].text)
+        print(for_terminal(done[0].text))
         return 0
     pairs = [(row, done[i]) for i, row in enumerate(rows)]
     shown = [row | {"completion": x.text, "tokens": x.tokens, "finish_reason": x.reason} for row, x in pairs]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in shown]
+    lines = [json_line(row) + "\n" for row in shown]
     if not flags["output"]:
         sys.stdout.writelines(lines)
         return 0
-    output = Path(flags["output"])
+    output = user_path(flags["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(lines), encoding="utf-8")
     print(f"wrote {output}: {len(lines)} completions", file=sys.stderr)
     return 0
 
 
+def _whole(text: str, where: str) -> str:
+    """The text, which bytes of a command line that are no UTF-8 have not spoilt."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is no UTF-8 text") from None
+    return text
+
+
 def _encoded(row: dict[str, Any], tokenizer: Any, encode: Any, where: str) -> Any:
     """The tokens of a prompt, or of a conversation up to its next answer, as training renders them."""
     from ringbpt.data.text.shapes import settings_of, tools_of
 
-    if isinstance(row.get("prompt"), str):
-        return tokenizer.encode_prompt(row["prompt"])
+    if isinstance(text := row.get("prompt"), str):
+        if not len(found := tokenizer.encode_prompt(_whole(text, where))):
+            raise UserError(f"{where}: no tokens: write something")
+        return found
     return encode(row["messages"], tools_of(row, where), where, settings_of(row, where))
 
 

@@ -20,9 +20,11 @@ from ringbpt.config import (
     Flag,
     UserError,
     check_folders,
+    json_line,
     json_to,
     parse,
     parse_args,
+    printable,
     printed_help,
     run_main,
     split_flags,
@@ -31,10 +33,12 @@ from ringbpt.config import (
 
 PAGE = "auto"
 FLAGS = {
-    "digest": Flag(int, 0, "print only the sha256 of the first so many global batches, for two machines to compare"),
+    "digest": Flag(
+        int, 0, "print only the sha256 of the first so many global batches, for two machines to compare", at_least=0
+    ),
     "html": Flag(str, None, "the page; alone: inspect.html in the run or a temporary folder; empty: none", bare=PAGE),
     "json": JSON,
-    "batches": Flag(int, 2, "how many batches are shown", at_least=1),
+    "batches": Flag(int, 2, "how many batches are shown", at_least=1, at_most=1 << 20),
     "rows": Flag(int | None, None, "how many rows of each; None: 4, and in JSON all", at_least=1),
     "tokens": Flag(int, 1024, "how many places of a row the page has", at_least=1),
     "split": Flag(str, "train_dataset", "train_dataset or eval_dataset"),
@@ -50,6 +54,8 @@ def main(argv: list[str]) -> int:
     if own["split"] not in ("train_dataset", "eval_dataset"):
         raise UserError(f"--split={own['split']} is none of train_dataset, eval_dataset: try --split=train_dataset")
     check_folders(own, "json")
+    if own["html"] not in (None, PAGE):
+        check_folders(own, "html")
     if own["html"] is None:
         own["html"] = "" if own["json"] else PAGE
     tree = parse_args(rest)
@@ -70,7 +76,7 @@ def main(argv: list[str]) -> int:
         layout, sp = config.execution.sequence_layout, config.mesh_shape.sp
         if own["json"]:
             told = make_views(loader, own["batches"], own["rows"] or loader.batch_size, layout, sp)
-            write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents(tokenizer, told)))
+            write("".join(json_line(one) + "\n" for one in documents(tokenizer, told)))
         views = make_views(loader, own["batches"], own["rows"] or ROWS, layout, sp)
         if own["json"] != STDOUT:
             show(loader, tokenizer, views)
@@ -82,7 +88,7 @@ def main(argv: list[str]) -> int:
                 path.write_text(page(loader, tokenizer, views, sp, layout, own["tokens"]), encoding="utf-8")
             except OSError as error:
                 raise UserError(f"--html={str(path)!r}: {error.strerror}; give another name", code=4) from None
-            print(f"page: {path}")
+            print(printable(f"page: {path}"))
     return 0
 
 
@@ -143,7 +149,7 @@ def show(loader: Any, tokenizer: Any, views: list[Any]) -> None:
     from ringbpt.data.page import shown
 
     console = Console()
-    console.print(loader.describe(), highlight=False)
+    console.print(printable(loader.describe()), highlight=False, markup=False)
     console.print("green is learnt, a bar begins a document, dots are padding", style="dim")
     for view in views:
         for number, row in enumerate(view.rows):
@@ -152,7 +158,7 @@ def show(loader: Any, tokenizer: Any, views: list[Any]) -> None:
                 segment = int(row["segment"][place])
                 if segment and (place == 0 or segment != int(row["segment"][place - 1])):
                     line.append("│", style="bold red")
-                text = shown(tokenizer, int(row["token"][place])).replace("\n", "") if segment else "·"
+                text = printable(shown(tokenizer, int(row["token"][place])).replace("\n", "")) if segment else "·"
                 line.append(text, style="green" if learnt_T[place] else "dim")
             console.print(line)
 

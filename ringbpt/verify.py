@@ -43,7 +43,7 @@ GROUPS = {
     "norms": ("attention_norm", "feedforward_norm", "norm", "q_norm", "k_norm"),
 }
 FLAGS = {
-    "tolerance": Flag(float, 0.0, "the largest relative difference; 0: 1e-5 in float32, 2e-2 in bfloat16"),
+    "tolerance": Flag(float, 0.0, "the largest relative difference; 0: 1e-5 in float32, 2e-2 in bfloat16", at_least=0),
     "json": JSON,
     "real_devices": Flag(bool, False, "on the devices at hand instead of 8 virtual CPU devices"),
 }

@@ -7,26 +7,27 @@ python scripts/bench_attention.py --rival=one_device --ranks=8     # a ring's ra
 """
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.config import Flag, UserError, check_writable, choices, printed_help, read_flags, run_main, user_path
 
 FLAGS = {
     "rival": Flag(str, "ringattention", "what to compare with", choices=("ringattention", "cudnn", "one_device")),
-    "T": Flag(int, 8192, "tokens"),
-    "heads": Flag(int, 4, "query heads"),
-    "kv_heads": Flag(int, 0, "key/value heads; 0: as many as query heads"),
-    "H": Flag(int, 64, "head dim"),
-    "dtype": Flag(str, "float32", "of q, k and v"),
-    "local": Flag(str, "blockwise", "our local attention"),
-    "strategy": Flag(str, "ring", "how our devices meet"),
-    "chunk_size": Flag(int, 128, "tokens of our blocks"),
+    "T": Flag(int, 8192, "tokens", at_least=1, at_most=1 << 30),
+    "heads": Flag(int, 4, "query heads", at_least=1, at_most=1 << 16),
+    "kv_heads": Flag(int, 0, "key/value heads; 0: as many as query heads", at_least=0, at_most=1 << 16),
+    "H": Flag(int, 64, "head dim", at_least=1, at_most=1 << 16),
+    "dtype": Flag(str, "float32", "of q, k and v", choices=("float32", "bfloat16", "float16")),
+    "local": Flag(str, "blockwise", "our local attention", choices=choices("llama.attention_kernel")),
+    "strategy": Flag(str, "ring", "how our devices meet", choices=("none", *choices("llama.sequence_parallel"))),
+    "chunk_size": Flag(int, 128, "tokens of our blocks", at_least=1),
     "rival_chunk_size": Flag(list, ["128", "256", "512"], "tokens of the rival's blocks; its best counts"),
-    "devices": Flag(int, 8, "virtual CPU devices, with --rival=ringattention"),
-    "ranks": Flag(int, 8, "devices of the ring, with --rival=one_device"),
-    "repeats": Flag(int, 5, "timed runs of each"),
+    "devices": Flag(int, 8, "virtual CPU devices, with --rival=ringattention", at_least=1, at_most=4096),
+    "ranks": Flag(int, 8, "devices of the ring, with --rival=one_device", at_least=1, at_most=4096),
+    "repeats": Flag(int, 5, "timed runs of each", at_least=1),
     "out": Flag(str, "bench_attention", "FILE: writes FILE.json and FILE.png"),
 }
 
@@ -36,10 +37,11 @@ def main(argv: list[str]) -> int:
         return 0
     values = read_flags(argv, FLAGS)
     blocks = values["rival_chunk_size"]
-    if not all(text.isdecimal() and int(text) for text in blocks):
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", text) for text in blocks):
         raise UserError(f"--rival_chunk_size={','.join(blocks)}: a number each time: --rival_chunk_size=128")
     values |= {"rival_chunk_size": [int(text) for text in blocks], "kv_heads": values["kv_heads"] or values["heads"]}
     out = values.pop("out")
+    check_writable("--out", user_path(out), folder=False)
     import jax
 
     from ringbpt.bench import attention as bench

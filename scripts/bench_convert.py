@@ -6,7 +6,6 @@ Writes a Hugging Face folder of that size, copies it file by file, converts it, 
 Each of the two is timed to the end of its sync, the caches of the files it reads dropped before.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -15,9 +14,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from ringbpt.config import Architecture
+from ringbpt.config import Architecture, Flag, check_writable, printed_help, read_flags, run_main, user_path
 
+FLAGS = {
+    "folder": Flag(str, "", "a folder on a disk with room, where all of it is made", required=True),
+    "gb": Flag(float, 8.0, "of the checkpoint", above=0, at_most=10000),
+    "shard_gb": Flag(float, 2.0, "of each of its files", above=0),
+    "child": Flag(list, [], "what is converted, and where to: the script's own, in a process that is measured"),
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,13 +74,12 @@ def synced(folder: Path) -> None:
         os.close(descriptor)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--gb", type=float, default=8.0)
-    parser.add_argument("--shard_gb", type=float, default=2.0)
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    args = SimpleNamespace(**read_flags(argv, FLAGS))
+    args.folder, args.child = user_path(args.folder), [Path(name) for name in args.child]
+    check_writable("--folder", args.folder)
     if args.child:
         from ringbpt.checkpoint.huggingface import to_ours
 
@@ -84,7 +89,7 @@ def main() -> None:
         synced(args.child[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak, "baseline": baseline}))
-        return
+        return 0
     source, copy, ours = (args.folder / f"bench-{name}" for name in ("source", "copy", "ours"))
     try:
         write_model(source, args.gb, args.shard_gb)
@@ -97,10 +102,14 @@ def main() -> None:
         copied = time.perf_counter() - started
         shutil.rmtree(copy)
         drop_caches(source)
-        command = [sys.executable, __file__, f"--folder={args.folder}", f"--shard_gb={args.shard_gb}", "--child"]
+        command = [sys.executable, __file__, f"--folder={args.folder}", f"--shard_gb={args.shard_gb}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         run = subprocess.run(
-            [*command, str(source), str(ours)], env=environment, capture_output=True, text=True, check=True
+            [*command, f"--child={source}", f"--child={ours}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         found = json.loads(run.stdout.splitlines()[-1])
     finally:
@@ -113,7 +122,8 @@ def main() -> None:
     seconds = found["seconds"]
     print(f"plain copy {copied:.1f} s, {total / copied / 1e9:.2f} GB/s")
     print(f"conversion {seconds:.1f} s, {total / seconds / 1e9:.2f} GB/s: {100 * copied / seconds:.0f} % of the copy")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

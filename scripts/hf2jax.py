@@ -8,9 +8,18 @@ Without this step, --load_checkpoint=huggingface::/path/hf_folder loads straight
 """
 
 import sys
-from pathlib import Path
 
-from ringbpt.config import DTYPES, PRESETS, Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.config import (
+    DTYPES,
+    PRESETS,
+    Flag,
+    UserError,
+    check_writable,
+    printed_help,
+    read_flags,
+    run_main,
+    user_path,
+)
 
 FLAGS = {
     "checkpoint_dir": Flag(str, "", "a Hugging Face folder with safetensors, or a .gguf file", required=True),
@@ -18,7 +27,7 @@ FLAGS = {
     "model_size": Flag(str, "", "7b, 13b, ...: if given, checked against config.json"),
     "streaming": Flag(bool, True, "always: accepted for old commands"),
     "dtype": Flag(str, "", "empty: each tensor's own", choices=("", *dict.fromkeys(DTYPES.values()))),
-    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0),
+    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0, at_most=1 << 20),
     "verify": Flag(bool, False, "compare logits with transformers (needs torch)"),
 }
 
@@ -27,16 +36,16 @@ def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     flags = read_flags(argv, FLAGS)
-    source, output, size = Path(flags["checkpoint_dir"]), Path(flags["output_file"]), flags["model_size"]
+    source, output, size = user_path(flags["checkpoint_dir"]), user_path(flags["output_file"]), flags["model_size"]
+    if size and size not in PRESETS:
+        raise UserError(f"--model_size={size} is none of {', '.join(PRESETS)}: leave it out")
+    check_writable("--output_file", output)
     from ringbpt.checkpoint.huggingface import open_folder, to_ours
     from ringbpt.mesh import choose_platform
 
     choose_platform()
     llama = open_folder(source).architecture
-    sizes = PRESETS.get(size, {})
-    if size and not sizes:
-        raise UserError(f"--model_size={size} is none of {', '.join(PRESETS)}: leave it out")
-    for name, value in sizes.items():
+    for name, value in PRESETS.get(size, {}).items():
         if name != "rms_norm_eps" and getattr(llama, name) != value:
             raise UserError(f"--model_size={size} has {name}={value}, the folder {getattr(llama, name)}: leave it out")
     to_ours(source, output, flags["dtype"], int(flags["max_shard_gb"] * (1 << 30)))

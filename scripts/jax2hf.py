@@ -8,16 +8,15 @@ started from.
 """
 
 import sys
-from pathlib import Path
 
-from ringbpt.config import DTYPES, Flag, choices, printed_help, read_flags, run_main
+from ringbpt.config import DTYPES, Flag, check_writable, choices, printed_help, read_flags, run_main, user_path
 
 FLAGS = {
     "load_checkpoint": Flag(str, "", "PREFIX::PATH", prefixes=choices("load_checkpoint"), required=True),
     "output_dir": Flag(str, "", "the folder to write", required=True),
     "huggingface_dir": Flag(str, "", "whose config.json and tokenizer go along"),
     "dtype": Flag(str, "", "empty: as stored", choices=("", *dict.fromkeys(DTYPES.values()))),
-    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0),
+    "max_shard_gb": Flag(float, 5.0, "of an output file", above=0, at_most=1 << 20),
     "verify": Flag(bool, False, "compare logits with transformers (needs torch)"),
 }
 
@@ -26,8 +25,9 @@ def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     flags = read_flags(argv, FLAGS)
-    output = Path(flags["output_dir"])
-    tokenizer = Path(flags["huggingface_dir"]) if flags["huggingface_dir"] else None
+    output = user_path(flags["output_dir"])
+    check_writable("--output_dir", output)
+    tokenizer = user_path(flags["huggingface_dir"]) if flags["huggingface_dir"] else None
     from ringbpt.checkpoint.export import report_parity, to_huggingface
     from ringbpt.mesh import choose_platform
 

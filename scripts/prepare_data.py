@@ -13,6 +13,7 @@ from ringbpt.config import (
     Flag,
     HuggingfaceDatasetConfig,
     UserError,
+    check_writable,
     parse,
     parse_args,
     printed_help,
@@ -23,7 +24,7 @@ from ringbpt.config import (
 
 FLAGS = {
     "output": Flag(str, "", "a new folder for packed rows; or a .jsonl file, for the examples as they are"),
-    "processes": Flag(int, 1, "worker processes that write rows"),
+    "processes": Flag(int, 1, "worker processes that write rows", at_least=1, at_most=1024),
     "openwebtext": Flag(bool, False, "OpenWebText of the hub, whatever train_dataset says"),
 }
 
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> int:
     if not own["output"]:
         raise UserError("--output is empty: give a new folder, or a .jsonl file")
     output = user_path(own["output"])
+    check_writable("--output", output, folder=output.suffix != ".jsonl")
     from ringbpt.data.loader import cache_folder
     from ringbpt.data.reading.catalogue import make_source, parts_of
     from ringbpt.data.stored.prepare import prepare, write_jsonl

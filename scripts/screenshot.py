@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
+from ringbpt.config import Flag, UserError, check_writable, printed_help, read_flags, run_main, user_path
 from ringbpt.inspect import main as inspect
 
 FLAGS = {"output": Flag(str, "docs/inspect.png", "the picture")}
@@ -29,7 +29,8 @@ def talk(number: int) -> list[dict[str, str]]:
 def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    output = Path(read_flags(argv, FLAGS)["output"]).resolve()
+    output = user_path(read_flags(argv, FLAGS)["output"]).absolute()
+    check_writable("--output", output, folder=False)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise UserError(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")

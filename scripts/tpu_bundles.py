@@ -2,7 +2,7 @@
 
 One bundle is what a core issues in a cycle, but for stalls: no measurement, and the nearest to one without a TPU.
 
-python scripts/tpu_bundles.py [v5e-4 [block]]
+python scripts/tpu_bundles.py [--topology=v5e-4] [--block=512]
 """
 
 import os
@@ -25,10 +25,14 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from ringbpt.attention.core import MaskSpec  # noqa: E402
 from ringbpt.attention.local.pallas_tpu import make_pallas_tpu  # noqa: E402
-from ringbpt.config import printed_help, run_main  # noqa: E402
+from ringbpt.config import Flag, printed_help, read_flags, run_main  # noqa: E402
 from ringbpt.planning.topologies import topology  # noqa: E402
 from ringbpt.types import TokenMeta  # noqa: E402
 
+FLAGS = {
+    "topology": Flag(str, "v5e-4", "a TPU, which need not be here"),
+    "block": Flag(int, 512, "queries and keys of a block", at_least=128, at_most=4096),
+}
 T, N, K, H = 4096, 8, 2, 128
 
 
@@ -44,11 +48,11 @@ def stretches(file: Path) -> list[int]:
     return sorted([*lengths, length], reverse=True)
 
 
-def main(argv: list[str]) -> None:
-    if printed_help(argv, doc=__doc__):
-        return
-    name, block = (*argv, *("v5e-4", "512")[len(argv) :])
-    machine, size = topology(name), int(block)
+def main(argv: list[str]) -> int:
+    if printed_help(argv, doc=__doc__, own=FLAGS):
+        return 0
+    name, size = read_flags(argv, FLAGS).values()
+    machine = topology(name)
     array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(machine.devices[0]))
     q, k = (array((1, T, n, H), jnp.bfloat16) for n in (N, K))
     meta, out, lse = array((1, T), jnp.int32), array(q.shape, jnp.float32), array((1, T, N), jnp.float32)
@@ -72,6 +76,7 @@ def main(argv: list[str]) -> None:
         kernel = re.search(r"ringbpt_attend(_bwd)?|splash_mha_[a-z]+", file.name)
         if kernel:
             print(kernel[0], stretches(file)[: 2 if "ringbpt" in kernel[0] else 1])
+    return 0
 
 
 if __name__ == "__main__":

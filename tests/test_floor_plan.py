@@ -159,7 +159,9 @@ def test_files_and_functions_are_short():
 
 # --- nothing evaluates text or unpickles ---
 
-FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"} | {
+    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn", "runpy.run_path",
+}  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 FORBIDDEN_METHODS = {"extractall", "unpack_archive"}
 FORBIDDEN_KEYWORDS = {"allow_pickle", "trust_remote_code"}
@@ -180,6 +182,8 @@ def dangers(source: str) -> list[str]:
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
         elif isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS and ast.unparse(node.value) != "False":
             found.append(f"line {node.value.lineno}: {node.arg}={ast.unparse(node.value)}")
+        elif isinstance(node, ast.keyword) and node.arg == "shell" and ast.unparse(node.value) != "False":
+            found.append(f"line {node.value.lineno}: shell={ast.unparse(node.value)}")
     return found
 
 
@@ -203,6 +207,9 @@ def test_nothing_evaluates_text(path):
         "yaml.load(text)",
         "tarfile.open('x').extractall()",
         "__import__('os')",
+        "os.system('ls')",
+        "from os import popen",
+        "subprocess.run(command, shell=True)",
         "np.load('x.npy', allow_pickle=True)",
         "AutoConfig.from_pretrained(path, trust_remote_code=flag)",
     ],

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from ringbpt.config.shown import without_secrets
 from ringbpt.config.values import Flag, flag
 from ringbpt.dims import MeshShape
 
@@ -512,12 +513,15 @@ def flag_values(config: Config) -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json."""
+    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json.
+
+    Passwords are left out of it.
+    """
     tree: dict[str, Any] = {}
     for name, value in flag_values(config).items():
         *groups, leaf = name.split(".")
         group = tree
         for part in groups:
             group = group.setdefault(part, {})
-        group[leaf] = value
+        group[leaf] = without_secrets(value) if isinstance(value, str) else value
     return tree | {"mesh_shape": list(config.mesh_shape)}

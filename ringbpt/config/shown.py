@@ -7,8 +7,9 @@ turns the order of a line round (bidirectional overrides). Shown are such charac
 import json
 import os
 import re
+import sys
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
 
 LONGEST_LINE = 4000  # characters of a message; the rest says no more
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
@@ -28,6 +29,12 @@ def _escaped(character: str) -> str:
     if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def for_terminal(text: str, out: TextIO | None = None) -> str:
+    """The text as it may be written to `out` (standard output): on a terminal printable, to a file or a program as it
+    is, since it is its content that they ask for."""
+    return printable(text) if (out or sys.stdout).isatty() else text
 
 
 def one_line(text: object, most: int = 200) -> str:

@@ -17,10 +17,12 @@ def read_choices(file: Path) -> list[dict[str, Any]]:
 
     def checked(row: Any) -> dict[str, Any]:
         choices, answer = row["choices"], row.get("answer")
-        good = isinstance(row["prompt"], str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        good = isinstance(row["prompt"], str) and isinstance(choices, list) and len(choices) > 1
+        if not good or not all(isinstance(choice, str) and choice for choice in choices):
+            raise ValueError
         if isinstance(answer, str):
             answer = choices.index(answer)
-        if not good or not (answer is None or 0 <= answer < len(choices)):
+        if answer is not None and not (type(answer) is int and 0 <= answer < len(choices)):
             raise ValueError
         return row | {"answer": answer}
 

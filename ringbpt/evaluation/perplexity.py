@@ -71,7 +71,13 @@ def read_texts(file: str) -> list[str]:
     """The "text" of each line of a .jsonl file; "python" is the source files held out from training."""
     if file == "python":
         return python_texts("heldout")
-    return read_rows(Path(file), "perplexity", 'no {"text": ...}', lambda row: str(row["text"]))
+
+    def checked(row: Any) -> str:
+        if not isinstance(row["text"], str):
+            raise ValueError
+        return row["text"]
+
+    return read_rows(Path(file), "perplexity", 'no {"text": ...}', checked)
 
 
 def report_perplexity(

@@ -17,6 +17,7 @@ NEEDLE = "\nThe pass key is {key}. Remember it: {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 ANSWER = " {key}"  # with the space: most tokenizers have it at the head of a word
 KEY_DIGITS = 5
+LONGEST = 1 << 24  # tokens of a text: what it is cut from has a few million characters, again and again
 
 
 class Passkey(NamedTuple):
@@ -57,6 +58,8 @@ def make_passkey(
 
     Raises UserError where the needle and the question alone are longer.
     """
+    if length > LONGEST:
+        raise UserError(f"a passkey text of {length} tokens: {LONGEST} at most")
     key = str(rng.integers(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
     needle, answer = NEEDLE.format(key=key), ANSWER.format(key=key)
     room = length - count(needle + QUESTION + answer)

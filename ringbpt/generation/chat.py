@@ -6,6 +6,7 @@ from typing import TextIO
 
 import numpy as np
 
+from ringbpt.config import for_terminal
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import BatchShape, Generator
 from ringbpt.generation.sampling import Sampling
@@ -48,8 +49,8 @@ def chat(
         shape = BatchShape(mesh["dp"] * mesh["fsdp"], length, 1, max_new_tokens)
         text = Text(tokenizer, stops, prompt[-BEFORE:])
         for tokens in generator.tokens([prompt], shape, [[0]], sampling):
-            print(text.add(tokens[0].id), end="", flush=True, file=out)
+            print(for_terminal(text.add(tokens[0].id), out), end="", flush=True, file=out)
             if text.finished or len(text.tokens) >= longest:
                 break
-        print(text.rest(), flush=True, file=out)
+        print(for_terminal(text.rest(), out), flush=True, file=out)
         messages.append({"role": "assistant", "content": text.text})

@@ -53,12 +53,8 @@ def plan_batches(
     one by one, and stand where theirs stand. Raises UserError where prompt and new tokens are above the model's length.
     """
     mesh, chunk = model.mesh.shape, model.execution.scan_mlp_chunk_size
-    longest, limit = max(lengths), model.architecture.max_sequence_length
-    if longest + new_tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and --max_new_tokens={new_tokens} are above the model's {limit}: "
-            f"--max_new_tokens={max(limit - longest, 1)} at most, or --max_sequence_length={longest + new_tokens}"
-        )
+    longest = max(lengths)
+    check_lengths(longest, new_tokens, model.architecture.max_sequence_length)
     length = row_length(longest, mesh["sp"], chunk)
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     row_of, count = best_fit(np.array([lengths[number] for number in order[:batch_size]]), length)
@@ -69,6 +65,15 @@ def plan_batches(
             batches[-1][row].append(number)
     parts = mesh["dp"] * mesh["fsdp"]
     return BatchShape(-(-count // parts) * parts, length, max(map(len, batches[0])), new_tokens), batches
+
+
+def check_lengths(longest: int, new_tokens: int, limit: int) -> None:
+    """Raises UserError where the longest prompt and what follows it are more than a model's `limit` of tokens."""
+    if longest + new_tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and --max_new_tokens={new_tokens} are above the model's {limit}: "
+            f"--max_new_tokens={max(limit - longest, 1)} at most, or --max_sequence_length={longest + new_tokens}"
+        )
 
 
 def check_vocabulary(prompts: Sequence[np.ndarray], vocab_size: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ringbpt.config import DatasetConfig, TokenizerConfig, UserError
+from ringbpt.config import DatasetConfig, TokenizerConfig, UserError, printable
 from ringbpt.config.foreign import read_json
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.reading.files import digest_of, replacing, write_whole
@@ -32,7 +32,7 @@ def prepare(
     vocab_size: int,
     processes: int = 1,
     columns: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = lambda line: print(printable(line)),
 ) -> dict[str, Any]:
     """Writes the rows of an epoch into `folder`, with further columns; returns the manifest, which is written last.
 

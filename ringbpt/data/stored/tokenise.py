@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError
+from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError, printable
 from ringbpt.data.reading.files import make_private, open_lock, remove, unwritable
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
@@ -109,7 +109,8 @@ def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> 
     seconds = time.monotonic() - begin
     left_out = f", {count:,} bad ones left out, the first: {bad[0]}" if count else ""
     rows = f"{job.shape}, {totals['documents']:,} rows" if job.shape else f"{totals['documents']:,} documents"
-    print(f"{job.flag}: {rows}, tokenised: {totals['tokens']:,} tokens in {seconds:.1f} s{left_out}", flush=True)
+    said = f"{job.flag}: {rows}, tokenised: {totals['tokens']:,} tokens in {seconds:.1f} s{left_out}"
+    print(printable(said), flush=True)
 
 
 def _check_bad(count: int, job: Job, lines: list[str]) -> None:

@@ -95,8 +95,8 @@ class Template:
 def _limited(flag: str) -> Iterator[None]:
     """A template's run, which may take SECONDS of this process's time and MEMORY bytes more than it has.
 
-    Raises UserError where it takes more; whatever else it does wrong is a TemplateError. Where the system has no such limits, or in another thread than the main
-    one, there is none of time.
+    Raises UserError where it takes more; whatever else it does wrong is a TemplateError. There is no limit of memory
+    where the system has none, nor one of time in another thread than the main one.
     """
     from jinja2 import TemplateError, TemplateRuntimeError
 
@@ -260,9 +260,7 @@ def _environment() -> Any:
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
 
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
     return environment

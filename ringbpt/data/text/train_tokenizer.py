@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ringbpt.config import DatasetConfig, TextProcessorConfig, UserError
+from ringbpt.config import DatasetConfig, TextProcessorConfig, UserError, one_line, printable
 from ringbpt.data.loader import cache_folder
 from ringbpt.data.reading.catalogue import make_source, parts_of
 from ringbpt.data.reading.files import optional
@@ -66,7 +66,7 @@ def train_sentencepiece(texts: Iterator[str], output: Path, vocab_size: int) -> 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise UserError(f"--vocab_size={vocab_size}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--vocab_size={vocab_size}: {one_line(error)}") from None
     if output.suffix != ".model":
         output.with_suffix(".model").rename(output)
 
@@ -109,4 +109,4 @@ def train(dataset: DatasetConfig, output: Path, kind: str, vocab_size: int, most
             progress.update(task, completed=done, total=total, description=what)
 
         KINDS[kind](texts_of(dataset, most, say=say), output, vocab_size)
-    print(f"{output}: use it as --tokenizer.vocab_file={output}")
+    print(printable(f"{output}: use it as --tokenizer.vocab_file={output}"))
