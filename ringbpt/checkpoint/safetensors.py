@@ -174,7 +174,7 @@ def _stored(file: Path, name: str, about: Any, begin: int) -> Stored:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{file}: the header of tensor {name} is malformed; copy it again") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{file}: tensor {name} is {dtype!r}: only {', '.join(DTYPES)} are supported")
     stored = Stored(file, DTYPES[dtype], tuple(shape), begin + start)
     if end - start != _nbytes(stored):

@@ -260,7 +260,7 @@ def model_settings(path: Path) -> tuple[dict[str, Any], str]:
 
     Raises UserError for what is wrong with either.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_json(path / "config.json"), str(path / "config.json")
     return gguf_settings(read_gguf(path)), str(path)
 

@@ -11,7 +11,7 @@ import sys
 import unicodedata
 from typing import Any, TextIO
 
-LONGEST_LINE = 4000  # characters of a message; the rest says no more
+LONGEST_LINE = 2000  # characters of a message; the rest says no more
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 # Who may look at what: variables whose values are nobody's to see.
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -40,7 +40,9 @@ def for_terminal(text: str, out: TextIO | None = None) -> str:
 def one_line(text: object, most: int = 200) -> str:
     """A message in one printable line of at most `most` characters; of an exception without words, its type."""
     words = " ".join(str(text).split()) or type(text).__name__
-    return printable(words if len(words) <= most else words[: most - 3] + "...")
+    if len(words) > most:  # what would work stands at its end
+        words = f"{words[: most - most // 4 - 5]} ... {words[len(words) - most // 4 :]}"
+    return printable(words)
 
 
 def json_line(value: Any) -> str:
