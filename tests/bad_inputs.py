@@ -627,12 +627,14 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
     "scripts/context_lengths.py": [("--close=0", "above 1"), ("--most=0", "below 1")],
     "scripts/compare_splash.py": [("--tokens=0", "below 512"), ("--topology=v9-1", "did you mean")],
 }
+OPEN_CACHE = f"{SMALL} --output={{out}} --train_dataset.cache_dir={{f}}/open"
+TOKENS = f"{SMALL} --train_dataset.type=tokens --train_dataset.files_dataset.path={{f}}/tokens"
 STORAGE: dict[str, tuple[str, str, str]] = {
     "an open cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/open", "can be written by others"),
     "a file for a cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/good.jsonl", "give a folder with room"),
-    "rows in an open cache": ("scripts/prepare_data.py", f"{SMALL} --output={{out}} --train_dataset.cache_dir={{f}}/open", "written by others"),
-    "tokens without sense": ("inspect", f"{SMALL} --train_dataset.type=tokens --train_dataset.files_dataset.path={{f}}/tokens", "offset.npy"),
-}  # fmt: skip
+    "rows in an open cache": ("scripts/prepare_data.py", OPEN_CACHE, "written by others"),
+    "tokens without sense": ("inspect", TOKENS, "offset.npy"),
+}
 
 
 def of_files() -> Iterator[tuple[str, Case]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import UserError
-from ringbpt.config.foreign import open_regular, parse_json, read_json
+from ringbpt.config.foreign import open_regular, read_json, strict_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -155,9 +155,12 @@ def _entries(file: Path) -> dict[str, Stored]:
 
 def _read_header(file: Path, content: bytes) -> dict[str, Any]:
     """The JSON object of a header, each key of which stands once."""
-    header = parse_json(content, f"{file}: its header", numbered=False)
-    if not isinstance(header, dict):
-        raise UserError(f"{file}: no safetensors file: its header is no JSON object; copy it again")
+    try:
+        header = strict_json(content, f"{file}: its header")
+        if not isinstance(header, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: no safetensors file: its header is not JSON; copy it again") from None
     about = header.get("__metadata__")
     if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
         raise UserError(f"{file}: __metadata__ of its header is more than texts by name; copy it again")

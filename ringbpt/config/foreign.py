@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,11 +76,15 @@ def read_json(file: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
 def parse_json(content: bytes | str, where: str, numbered: bool = True) -> Any:
     """What JSON text says. Raises UserError that begins with `where`, and (numbered) the line inside of the text."""
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].count(b"\n")
-        line = f":{before + 1}" if numbered else ""
-        raise UserError(f"{where}{line}: malformed JSON (no UTF-8 at byte {error.start}); copy it again") from None
+        return strict_json(content, where)
+    except (ValueError, RecursionError) as error:
+        line = f":{getattr(error, 'lineno', 1)}" if numbered else ""
+        raise UserError(f"{where}{line}: malformed JSON; copy it again") from None
+
+
+def strict_json(content: bytes | str, where: str) -> Any:
+    """What JSON text says. Raises ValueError, or RecursionError, for what is none, and UserError for too much of it."""
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     if sum(map(text.count, ",[{")) > MOST_VALUES:
         raise UserError(f"{where}: more than {MOST_VALUES} values, and no such file has so many")
 
@@ -89,11 +94,7 @@ def parse_json(content: bytes | str, where: str, numbered: bool = True) -> Any:
             raise UserError(f"{where}: {_twice(key for key, _ in pairs)} stands there twice: leave one of them out")
         return found
 
-    try:
-        value = json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        line = f":{getattr(error, 'lineno', 1)}" if numbered else ""
-        raise UserError(f"{where}{line}: malformed JSON; copy it again") from None
+    value = json.loads(text, object_pairs_hook=once, parse_constant=_no_number, parse_float=_finite)
     check_depth(value, where)
     if _HALF.search(text):
         try:
@@ -104,8 +105,7 @@ def parse_json(content: bytes | str, where: str, numbered: bool = True) -> Any:
 
 
 def _twice(keys: Iterable[str]) -> str:
-    seen: set[str] = set()
-    return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+    return Counter(keys).most_common(1)[0][0]
 
 
 def _no_number(constant: str) -> float:

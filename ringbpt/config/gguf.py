@@ -114,9 +114,13 @@ class _Reader:
     def __init__(self, content: mmap.mmap):
         self.content, self.at = content, 0
 
-    def bytes(self, count: int) -> bytes:
+    def expect(self, count: int) -> None:
+        """Raises _Damaged where so many bytes are not left."""
         if count > len(self.content) - self.at:
             raise _Damaged("it ends inside its header")
+
+    def bytes(self, count: int) -> bytes:
+        self.expect(count)
         if self.at + count > HEADER_BYTES:
             raise _Damaged(f"its header has more than {HEADER_BYTES} bytes")
         self.at += count
@@ -140,6 +144,7 @@ class _Reader:
         if kind != _ARRAY:
             raise _Damaged(f"a value is of type {kind}, which there is not")
         kind, count = self.number("I"), self.number("Q")
+        self.expect(count)
         if count > MOST_IN_ARRAY:
             raise _Damaged(f"an array has {count} values, and none has more than {MOST_IN_ARRAY}")
         if kind in _NUMBERS:
@@ -197,7 +202,8 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]
         name = reader.text()
         if name in raw:
             raise _Damaged(f"tensor {name} stands in it twice")
-        if (count := reader.number("I")) > MOST_DIMS:
+        reader.expect(8 * (count := reader.number("I")))
+        if count > MOST_DIMS:
             raise _Damaged(f"tensor {name} has {count} dims, and none has more than {MOST_DIMS}")
         dims = reader.numbers("Q", count)
         raw[name] = (dims[::-1], reader.number("I"), reader.number("Q"))  # the columns stand first in the file

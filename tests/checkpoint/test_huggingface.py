@@ -362,7 +362,10 @@ def test_a_damaged_folder_of_ours_is_one_line(tmp_path, capsys):
     file, spec = tmp_path / "ours" / "params.safetensors", f"--load_checkpoint=params::{tmp_path}/ours"
     file.write_bytes(file.read_bytes()[:5000])
     assert jax2hf(spec, f"--output_dir={tmp_path}/back") == 2
-    assert run_main(generate.main, [spec, "--prompt=a", "--tokenizer=bytes"]) == 2
+    words = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+    (tmp_path / "words.json").write_text(words)
+    asked = [spec, "--prompt=a", f"--tokenizer={tmp_path}/words.json", "--max_new_tokens=1"]
+    assert run_main(generate.main, asked) == 2
     errors = capsys.readouterr().err
     assert errors.count("truncated: tensor") == errors.count("\n") == 2
     assert not (tmp_path / "back").exists()

@@ -205,8 +205,8 @@ FILES = {
     "gap": (edited(a=of("F32", [2, 2], 8, 24), c=of("F32", [0, 3], 24, 24)), "a begins 8 bytes after"),
     "not covered": (FILE + b"\0", "1 bytes after tensor b belong to no tensor"),
     "truncated": (FILE[:-1], "truncated: tensor b ends 1 bytes after the file does"),
-    "twice": (FILE.replace(b'"c":{', b'"a":{'), "a stands twice in its header"),
-    "a key twice": (whole(HEADER.replace(b'"shape":[4]', b'"shape":[4],"shape":[4]')), "shape stands twice"),
+    "twice": (FILE.replace(b'"c":{', b'"a":{'), "its header: a stands there twice"),
+    "a key twice": (whole(HEADER.replace(b'"shape":[4]', b'"shape":[4],"shape":[4]')), "shape stands there twice"),
     "wrong dtype size": (edited(a=of("F16", [2, 3], 0, 24)), "tensor a contradicts itself"),
     "half a dimension": (edited(a=of("F32", [2, 3.0], 0, 24)), "tensor a is malformed"),
     "a text as dimension": (edited(a=of("F32", ["2", 3], 0, 24)), "tensor a is malformed"),
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_what_its_own_library_says_it_is(seed, tmp_path):
         try:
             files = TensorFolder(tmp_path)
         except UserError as error:  # a dtype that no weight has, or a name twice, which the library lets pass
-            assert "only F32, F16, BF16" in str(error) or "stands twice" in str(error)
+            assert "only F32, F16, BF16" in str(error) or "stands there twice" in str(error)
             continue
         assert {name: files.read(name).tobytes() for name in files.entries} == {
             name: bytes(about["data"]) for name, about in want.items()

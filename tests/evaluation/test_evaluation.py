@@ -143,9 +143,9 @@ def test_choices(loaded, tmp_path):
 
 def test_texts_of_a_file(tmp_path):
     file = tmp_path / "t.jsonl"
-    file.write_text('{"text": "a"}\n\n{"text": 2}\n')
+    file.write_text('{"text": "a"}\n\n{"text": "2"}\n')
     assert read_texts(str(file)) == ["a", "2"]
-    for line in ('{"txt": "a"}', "{", "3"):
+    for line in ('{"txt": "a"}', '{"text": 2}', "{", "3"):
         file.write_text(line)
         with pytest.raises(UserError, match=r't\.jsonl:1: no {"text"'):
             read_texts(str(file))

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ringbpt.config import UserError
-from ringbpt.config.foreign import open_regular, parse_json, read_file, user_path
+from ringbpt.config.foreign import open_regular, read_file, strict_json, user_path
 from ringbpt.config.shown import one_line
 
 BOM = b"\xef\xbb\xbf"
@@ -127,12 +127,10 @@ def read_rows(file: Path, flag: str, wanted: str, make: Callable[[Any], Any]) ->
             if not (line := line.removeprefix(BOM) if number == 1 else line).strip():
                 continue
             try:
-                text = line.decode("utf-8")
+                rows.append(make(strict_json(line.decode("utf-8"), where)))
             except UnicodeDecodeError:
-                raise UserError(f"{where}: no UTF-8 text, and so {wanted}; save it as UTF-8") from None
-            try:
-                rows.append(make(parse_json(text, where, numbered=False)))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{where}: no UTF-8 text; save it as UTF-8") from None
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{where}: {wanted}") from None
     if not rows:
         raise UserError(f"--{flag}={file} holds no row")
