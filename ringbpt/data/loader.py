@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed
+from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed, printable
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Row
 from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
@@ -166,7 +166,7 @@ class Loader:
         bad = f" ({counts})" if counts else ""
         bytes_per_token = self.bytes_per_token
         said_bytes = "no text takes loss" if math.isinf(bytes_per_token) else f"{bytes_per_token:.2f} bytes a token"
-        return (
+        return printable(
             f"{summary['documents']:,} documents{bad}, {summary['tokens']:,} tokens"
             + (f" and {repeated:,} repeated by the weights" if repeated > 0 else "")
             + f", {said_bytes}; {self._request.dataset.packing}: "

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ringbpt.config import TokenizerConfig, UserError
+from ringbpt.config import TokenizerConfig, UserError, printable
 from ringbpt.config.fields import LARGEST_VOCABULARY
 from ringbpt.config.foreign import quiet, read_file, read_json, refusing, shown, user_path
 from ringbpt.config.gguf import is_gguf
@@ -216,7 +216,7 @@ class SentencePieceTokenizer(PlainTokenizer):
         return f"sentencepiece {self._digest}"
 
     def describe(self) -> str:
-        return f"SentencePiece {self.path.name}, {self.vocab_size:,} pieces"
+        return printable(f"SentencePiece {self.path.name}, {self.vocab_size:,} pieces")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -287,7 +287,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.to_str()
 
     def describe(self) -> str:
-        return f"{self.path.parent.name}/{self.path.name}, {self.vocab_size:,} tokens"
+        return printable(f"{self.path.parent.name}/{self.path.name}, {self.vocab_size:,} tokens")
 
 
 def reads_as(tokenizer: Tokenizer, token: int) -> str:
@@ -310,7 +310,7 @@ def describe_ends(tokenizer: Tokenizer) -> str:
         return f"{name} ({token})".strip()
 
     begin = f"begins with {named(ends.bos)}" if ends.begins and ends.bos is not None else "begins with no bos"
-    return f"a text {begin}, ends with {', '.join(map(named, sorted(ends.stop))) or 'nothing'}"
+    return printable(f"a text {begin}, ends with {', '.join(map(named, sorted(ends.stop))) or 'nothing'}")
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path, begins: bool = True) -> None:
