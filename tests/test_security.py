@@ -74,7 +74,7 @@ def test_documents_keys_and_names_of_files_reach_no_terminal(tmp_path, monkeypat
     out, err = capfd.readouterr()
     assert is_plain(out) and is_plain(err)
     if more == ["--json"]:
-        assert NASTY[1] in json.loads(out.splitlines()[0])["texts"]
+        assert f" {NASTY[1]}" in json.loads(out.splitlines()[0])["texts"]
     if bad:
         assert r"\x1b[2J" in out
     assert run_main(inspect.main, [*flags, "--train_dataset.text_processor.fields=other"]) == 2
