@@ -224,6 +224,8 @@ CHATS: dict[str, Any] = {
     "a noncharacter": {"messages": [{"role": "user", "content": "\ufdd0"}]},
     "a speaker is a list": {"conversations": [{"from": ["human"], "value": "x"}]},
     "a turn without a value": {"conversations": [{"from": "human"}]},
+    "an instruction is a number": {"instruction": 3, "output": "y"},
+    "margin of 400 digits": {"chosen": "a", "rejected": "b", "margin": 10**400},
     "tools are a number": {"messages": [{"role": "user", "content": "x"}], "tools": 3},
     "settings are a list": {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": [1]},
 }
@@ -287,6 +289,8 @@ def make_files(f: Path) -> None:
     write(f / "x.parquet", b"PAR1" + bytes(40) + b"PAR1")
     write(f / "x.arrow", b"ARROW1\0\0" + bytes(40))
     write(f / "x.csv", 'text\n"never closed\n')
+    write(f / "latin.csv", b"te\xffxt,x\na,b\n")
+    write(f / "blank.csv", "\n\ntext,x\na,b\n")
     (f / "open").mkdir()
     (f / "open").chmod(0o777)
 
@@ -497,6 +501,8 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{SMALL} {DATA}/dev/zero", "a pipe or a device"),
         (f"{SMALL} {DATA}{{f}}/{ESC}.jsonl", r"\x1b"),
         (f"{SMALL} --train_dataset.type=csv --train_dataset.files_dataset.path={{f}}/x.csv", "never closed"),
+        (f"{SMALL} --train_dataset.type=csv --train_dataset.files_dataset.path={{f}}/latin.csv", "latin.csv:1: "),
+        (f"{SMALL} --train_dataset.type=csv --train_dataset.files_dataset.path={{f}}/blank.csv", "blank.csv:1: "),
         (f"{SMALL} --train_dataset.type=parquet --train_dataset.files_dataset.path={{f}}/x.parquet", "x.parquet"),
         (f"{SMALL} --train_dataset.type=arrow --train_dataset.files_dataset.path={{f}}/x.arrow", "x.arrow"),
         (f"{SMALL} --train_dataset.type=arrow --train_dataset.files_dataset.path={{f}}/stale", "state.json"),

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +70,15 @@ def open_folder(folder: Path, own: bool = False, architecture: Architecture | No
 
 def describe_settings(settings: dict[str, Any], where: str) -> Architecture:
     """The model that a config.json describes. Raises UserError, with `where` as the culprit, for what ours is not."""
-    return complete(replace(Architecture(), **llama_fields(settings, where)))
+    return whole_architecture(llama_fields(settings, where), where)
+
+
+def whole_architecture(said: dict[str, Any], where: str) -> Architecture:
+    """The architecture of what a file says of it, by our names. Raises UserError, with `where` as the culprit."""
+    try:
+        return complete(Architecture(**said))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def is_own(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder
+from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder, whole_architecture
 from ringbpt.checkpoint.original import load_original
 from ringbpt.checkpoint.store import Rule, Wanted, newest_step
 from ringbpt.config import (
@@ -19,7 +19,6 @@ from ringbpt.config import (
     UserError,
     check_mesh,
     choices,
-    complete,
     model_folder,
 )
 from ringbpt.config.foreign import read_field, read_json, user_path
@@ -64,15 +63,12 @@ def describe_checkpoint(spec: str) -> Found:
         huggingface = f": it is a Hugging Face folder's, use huggingface::{run}" if "model_type" in tree else ""
         raise UserError(f"--load_checkpoint={spec}: {file} is no run's config.json{huggingface}")
     known = {item.name for item in fields(Architecture)}
-    architecture = complete(
-        Architecture(
-            **{
-                name: read_field(value, RUN_FLAGS[f"llama.{name}"], f"{file}: llama.{name}")
-                for name, value in tree["llama"].items()
-                if name in known
-            }
-        )
-    )
+    said = {
+        name: read_field(value, RUN_FLAGS[f"llama.{name}"], f"{file}: llama.{name}")
+        for name, value in tree["llama"].items()
+        if name in known
+    }
+    architecture = whole_architecture(said, str(file))
     origin, vocab_file = tree.get("load_checkpoint", ""), tree["tokenizer"].get("vocab_file", "")
     for key, value in (("load_checkpoint", origin), ("tokenizer.vocab_file", vocab_file)):
         read_field(value, RUN_FLAGS[key], f"{file}: {key}")

@@ -19,6 +19,7 @@ from ringbpt.config.shown import one_line
 from ringbpt.data.reading.files import digest_of, file_digest, nearest_path, optional
 from ringbpt.data.reading.sources import JsonSource, scan_lines
 
+MOST_ROWS_A_BYTE = 1000
 WINDOW_ROWS = 256  # turned into Python objects at a time
 
 
@@ -42,11 +43,19 @@ class CsvSource(JsonSource):
     def _columns(self, file: int) -> tuple[list[str], str]:
         """The names of a file's columns, and its delimiter."""
         if file not in self._header:
-            with open(self._files[file], encoding="utf-8-sig", newline="") as lines:
-                first = lines.readline()
-                delimiter = max(",;\t", key=first.count)
-                lines.seek(0)
-                columns = next(csv.reader(lines, delimiter=delimiter))
+            try:
+                with open(self._files[file], encoding="utf-8-sig", newline="") as lines:
+                    first = lines.readline()
+                    delimiter = max(",;\t", key=first.count)
+                    lines.seek(0)
+                    columns = next(csv.reader(lines, delimiter=delimiter), [])
+            except (UnicodeDecodeError, csv.Error) as error:
+                what = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+                raise UserError(
+                    f"{self._names[file]}:1: the row that names the columns cannot be read: {what}"
+                ) from None
+            if not columns:
+                raise UserError(f"{self._names[file]}:1: the first row is blank, and should name the columns")
             if len({*columns}) < len(columns):
                 twice = max(columns, key=columns.count)
                 raise UserError(f"{self._names[file]}:1: two columns are called {twice!r}")
@@ -94,6 +103,9 @@ class TableSource:
             for file, name in enumerate(self._names):
                 with _refusing(name):
                     counts, _ = self._file(name)
+                    # Each row of text takes a byte, unless it stands there again and again.
+                    if not all(0 <= rows <= MOST_ROWS_A_BYTE * os.path.getsize(name) for rows in counts):
+                        raise ValueError("it says that it has more rows, or fewer, than its bytes can hold")
                 self._blocks += [(file, block, rows) for block, rows in enumerate(counts) if rows]
             self._ends = np.cumsum([rows for _, _, rows in self._blocks], dtype=np.int64).tolist()
             if not self._blocks:
@@ -116,7 +128,7 @@ class TableSource:
                     _, read = self._file(self._names[file])
                     table = read(inside)
                     if number not in self._valid:
-                        _check(table)
+                        _check(table, self._blocks[number][2] if self._blocks else 0)
                         self._valid.add(number)
                     self._table = (number, table)
             begin = start - start % WINDOW_ROWS
@@ -156,9 +168,11 @@ def _refusing(name: str) -> Iterator[None]:
         raise UserError(f"{where}: cannot be read: {one_line(error)}; write it again") from None
 
 
-def _check(table: Any) -> None:
+def _check(table: Any, rows: int) -> None:
     """Raises ValueError for a table or record batch that cannot be followed: a bad offset would end the process."""
     table.validate(full=True)
+    if table.num_rows != rows:
+        raise ValueError(f"it has {table.num_rows} rows where {rows} are announced")
     names = table.schema.names
     if len({*names}) < len(names):
         raise ValueError(f"two columns are called {max(names, key=names.count)!r}")

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from ringbpt.config import TextProcessorConfig, UserError
-from ringbpt.config.foreign import check_depth
+from ringbpt.config.foreign import check_depth, is_finite
 from ringbpt.data.reading.files import json_type
 
 Message = dict[str, Any]  # role, content, and what a template may know: tool_calls, name, ...; weight and train
@@ -258,7 +258,8 @@ def _alpaca(example: dict[str, Any], config: TextProcessorConfig, where: Any) ->
     messages: list[Message] = []
     if example.get("system"):
         messages.append({"role": "system", "content": _text(example, "system", where)})
-    for turn in example.get("history") or []:
+    turns = example.get("history") or []
+    for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(side, str) for side in turn):
             raise UserError(f"{where}: 'history' must hold pairs of texts, what was asked and what was answered")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -295,6 +296,6 @@ def preference(example: dict[str, Any], config: TextProcessorConfig, where: Any)
         prompt = chosen[: next(differ, min(len(chosen), len(rejected)))]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     margin = example.get("margin")
-    if margin is not None and not isinstance(margin, int | float):
+    if margin is not None and not (type(margin) in (int, float) and is_finite(margin)):
         raise UserError(f"{where}: 'margin' is {json_type(margin)}; it must be a number")
     return _alike(Pair(prompt, chosen), where), _alike(Pair(prompt, rejected), where), float(margin or 0.0)

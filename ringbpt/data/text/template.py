@@ -144,7 +144,9 @@ def _told(raw: str) -> Rendered:
     written: list[tuple[int | None, int, int]] = []  # whose, begin, end
     marked: list[Span] = []
     loops: list[tuple[str, int]] = []  # those under way, the innermost last: the loop, its message
-    for piece in PIECES.split(raw):
+    for at, piece in enumerate(PIECES.split(raw)):
+        if not at % 2:  # between two marks; half of one is the template's own
+            piece = NONCHARACTERS.sub("", piece)
         if piece == OPEN:
             opened = length
         elif piece == CLOSE:
