@@ -583,6 +583,16 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--heads=3 --kv_heads=2", "does not divide"),
         ("--budget_s=0", "below 1"),
     ],
+    "checkpoint": [
+        ("", "did you mean"),
+        ("ls", "did you mean"),
+        ("lss {f}/model", "checkpoint ls runs/<run>"),
+        ("ls {f}/none", "no such folder"),
+        ("verify {f}/good.jsonl", "no such folder"),
+        (f"verify {{f}}/{LONG}", "no such folder"),
+        (f"verify {{f}}/{ESC}", r"\x1b"),
+        ("ls {f}/model --json={f}/none/x", "make it first"),
+    ],
     "scripts/hf2jax.py": [
         ("", "--checkpoint_dir is missing"),
         ("--checkpoint_dir={f}/model", "--output_file is missing"),
@@ -649,6 +659,7 @@ STORAGE: dict[str, tuple[str, str, str]] = {
     "an open cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/open", "can be written by others"),
     "a file for a cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/good.jsonl", "give a folder with room"),
     "rows in an open cache": ("scripts/prepare_data.py", OPEN_CACHE, "written by others"),
+    "no checkpoints": ("checkpoint", "ls {f}/model", "no checkpoints"),
     "tokens without sense": ("inspect", TOKENS, "offset.npy"),
 }
 
@@ -701,4 +712,7 @@ CASES: dict[str, Case] = {
     for entry, every in FLAGS.items()
     for number, (flags, said) in enumerate(every)
 }
+ENTRIES = ("train", "generate", "evaluate", "inspect", "plan", "verify", "autotune", "checkpoint")
+SCRIPTS = [f"scripts/{path.name}" for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))]
+CASES |= {f"{entry}: no such flag": Case(entry, f"--nosuch={ESC}") for entry in (*ENTRIES, *SCRIPTS)}
 CASES |= {name: Case(*about, code=4) for name, about in STORAGE.items()} | dict(of_files())

@@ -7,12 +7,24 @@ A run's folder, its checkpoints/ or one step of it. Reads, and changes nothing.
 """
 
 import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import JSON, UserError, json_to, nearest_name, printed_help, run_main, split_flags
+from ringbpt.config import (
+    JSON,
+    UserError,
+    check_folders,
+    json_to,
+    nearest_name,
+    printable,
+    printed_help,
+    run_main,
+    split_flags,
+    user_path,
+)
 
 FLAGS = {"json": JSON}
 WORDS = ("ls", "verify")
@@ -25,11 +37,12 @@ def main(argv: list[str]) -> int:
     if len(words) != 2 or words[0] not in WORDS or words[1].startswith("--"):
         near = nearest_name(words[0], WORDS) if words else "ls"
         raise UserError(f"'{' '.join(words)}': did you mean python -m ringbpt.checkpoint {near} runs/<run>?")
+    check_folders(asked, "json")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # no device is asked for anything
     with json_to(asked["json"]) as write:
-        steps = [describe(folder, words[0] == "verify") for folder in step_folders(Path(words[1]).expanduser())]
+        steps = [describe(folder, words[0] == "verify") for folder in step_folders(user_path(words[1]))]
         write(json.dumps(steps, indent=2) + "\n")
     bad = [step for step in steps if step["problem"]]
     if words[0] == "verify" and bad:
@@ -41,7 +54,7 @@ def step_folders(path: Path) -> list[Path]:
     """The steps that a folder means, the oldest first. Raises UserError where there is none."""
     from ringbpt.checkpoint.store import is_whole, numbered
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder")
     if path.name.isdecimal() and is_whole(path):
         return [path]
@@ -69,7 +82,7 @@ def describe(folder: Path, read: bool) -> dict[str, Any]:
     state = found["problem"] or ("as it was written" if read else "")
     when = found["written"][:16].replace("T", " ")
     line = f"{folder.name:>10}  {when}  {size / 1e6:>12,.1f} MB  {', '.join(found['entries']):<28}  {kind:<9}  {state}"
-    print(line.rstrip(), flush=True)
+    print(printable(line.rstrip()), flush=True)
     return found
 
 
