@@ -62,9 +62,9 @@ def main(argv: list[str]) -> int:
     from ringbpt.checkpoint.load import describe_checkpoint
     from ringbpt.evaluation.choices import read_choices, report_choices
     from ringbpt.evaluation.passkey import report_passkeys
-    from ringbpt.evaluation.perplexity import report_perplexity
+    from ringbpt.evaluation.perplexity import read_texts, report_perplexity
     from ringbpt.evaluation.score import Scorer
-    from ringbpt.evaluation.texts import LONGEST
+    from ringbpt.evaluation.texts import LONGEST, room_of
     from ringbpt.generation.text import find_tokenizer
 
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
@@ -76,6 +76,9 @@ def main(argv: list[str]) -> int:
             f"--passkey={flags['passkey']} is more than the {works} tokens that there may be: --passkey={works}"
         )
     encode = find_tokenizer(found, flags["tokenizer"], flags["chat_template"]).encode_prompt
+    for length in lengths:
+        room_of(length - 1, lambda text: len(encode(text)))
+    texts = read_texts(flags["perplexity"]) if flags["perplexity"] else []
     with json_to(flags["json"]) as write:
         model, params = start_model(flags)
         scorer = Scorer(model, flags["batch_size"])
@@ -83,9 +86,9 @@ def main(argv: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
         results: dict[str, Any] = {"load_checkpoint": flags["load_checkpoint"], "mesh": list(model.mesh.shape.values())}
         if flags["perplexity"]:
-            texts, limit, batches, buckets = (flags[x] for x in ("perplexity", "seq_length", "batches", "buckets"))
+            file, limit, batches, buckets = (flags[x] for x in ("perplexity", "seq_length", "batches", "buckets"))
             results["perplexity"] = report_perplexity(
-                scorer, params, encode, texts, limit, batches, buckets, output, name
+                scorer, params, encode, texts, file, limit, batches, buckets, output, name
             )
         if lengths:
             depths, samples, seed = (flags[name] for name in ("depths", "samples", "seed"))

@@ -325,6 +325,7 @@ READERS: dict[str, tuple[str, str]] = {
     "folder": ("train", "{small} --load_checkpoint=huggingface::{}"),
     "prompts": ("generate", "--load_checkpoint=huggingface::{f}/model --prompts={}"),
     "choices": ("evaluate", "--load_checkpoint=huggingface::{f}/model --choices={}"),
+    "texts": ("evaluate", "--load_checkpoint=huggingface::{f}/model --perplexity={}"),
     "converted": ("scripts/hf2jax.py", "--checkpoint_dir={} --output_file={out}"),
 }
 HEADER, DATA_BYTES = whole_header()
@@ -534,6 +535,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{MODEL} --passkey=9999999999", "--passkey=64"),
         (f"{MODEL} --passkey=" + "9" * 5000, "no list of lengths"),
         (f"{MODEL} --passkey=65", "--passkey=64"),
+        (f"{MODEL} --passkey=3 --tokenizer=bytes", "no room for its question"),
         (f"{MODEL} --passkey=\u0661\u0662", "no list of lengths"),
         (f"{MODEL} --passkey=32 --samples=99999999", "10000 at most"),
         (f"{MODEL} --passkey=32 --depths=0", "below 1"),
@@ -656,6 +658,9 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
 OPEN_CACHE = f"{SMALL} --output={{out}} --train_dataset.cache_dir={{f}}/open"
 TOKENS = f"{SMALL} --train_dataset.type=tokens --train_dataset.files_dataset.path={{f}}/tokens"
 STORAGE: dict[str, tuple[str, str, str]] = {
+    "where nothing can be made": ("train", f"{SMALL} --logger.output_dir=/proc/ringbpt", "/proc"),
+    "an output where nothing can be made": ("evaluate", f"{MODEL} --passkey=32 --output=/proc/ringbpt/x", "/proc"),
+    "a picture where nothing can be made": ("plan", "--topology=cpu-8 --png=/proc/x.png", "/proc"),
     "an open cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/open", "can be written by others"),
     "a file for a cache": ("inspect", f"{SMALL} --train_dataset.cache_dir={{f}}/good.jsonl", "give a folder with room"),
     "rows in an open cache": ("scripts/prepare_data.py", OPEN_CACHE, "written by others"),

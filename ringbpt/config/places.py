@@ -1,7 +1,9 @@
 """Where things are to be written, and where processes are to meet: judged before anything is started or written."""
 
+import errno
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ LONGEST_NAME = 240
 
 
 def check_writable(flag: str, path: Path, folder: bool = True) -> None:
-    """Raises UserError where a folder, or a file, of this name could not be written; nothing is written to see it.
+    """Raises UserError where a folder, or a file, of this name could not be written; nothing of it stays.
 
     Code 4 where it is the storage that refuses.
     """
@@ -29,8 +31,13 @@ def check_writable(flag: str, path: Path, folder: bool = True) -> None:
     if wants_folder != os.path.isdir(there) or (not wants_folder and not os.path.exists(there)):
         what = "no folder" if wants_folder else "no file"
         raise UserError(f"{shown}: {there} is there already, and is {what}: give another name")
-    if not os.access(there, os.W_OK | os.X_OK if wants_folder else os.W_OK):
-        raise UserError(f"{shown}: {there} cannot be written: give another folder", code=4)
+    try:
+        if wants_folder:
+            tempfile.TemporaryFile(dir=there).close()  # without a name, where the system can do that
+        elif not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{shown}: {there}: {error.strerror}; give another name", code=4) from None
 
 
 def check_output(tree: ConfigDict) -> None:

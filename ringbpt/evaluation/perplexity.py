@@ -81,16 +81,16 @@ def read_texts(file: str) -> list[str]:
 
 
 def report_perplexity(
-    scorer: Scorer, params: Params, encode: Encode, file: str, limit: int, batches: int, buckets: int, output: Path,
-    model: str,
+    scorer: Scorer, params: Params, encode: Encode, texts: Iterable[str], file: str, limit: int, batches: int,
+    buckets: int, output: Path, model: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Draws perplexity.png, prints and returns the loss, of texts cut at `limit` tokens, packed into rows.
+    """Draws perplexity.png, prints and returns the loss, of a file's texts, cut at `limit` tokens, packed into rows.
 
     Each document counts from its own first token on, and no more texts are taken than fill so many `batches`.
     """
     length = scorer.row_length(limit)
     items: list[Item] = []
-    for text in read_texts(file):
+    for text in texts:
         tokens = encode(text)[:limit]
         if len(tokens) > 1:
             items.append(Item(tokens, 1))

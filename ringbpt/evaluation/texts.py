@@ -51,6 +51,17 @@ class Haystack:
         return text
 
 
+def room_of(length: int, count: Callable[[str], int], key: str = "9" * KEY_DIGITS) -> int:
+    """How many of a text's tokens are left for what the key is hidden in. Raises UserError where none are, and for a
+    text that is too long."""
+    if length > LONGEST:
+        raise UserError(f"a passkey text of {length} tokens: {LONGEST} at most")
+    room = length - count(NEEDLE.format(key=key) + QUESTION + ANSWER.format(key=key))
+    if room < 0:
+        raise UserError(f"a passkey text of {length} tokens has no room for its question: {length - room} would do")
+    return room
+
+
 def make_passkey(
     haystack: Haystack, rng: np.random.Generator, length: int, depth: float, count: Callable[[str], int] = len
 ) -> Passkey:
@@ -58,13 +69,8 @@ def make_passkey(
 
     Raises UserError where the needle and the question alone are longer.
     """
-    if length > LONGEST:
-        raise UserError(f"a passkey text of {length} tokens: {LONGEST} at most")
     key = str(rng.integers(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
-    needle, answer = NEEDLE.format(key=key), ANSWER.format(key=key)
-    room = length - count(needle + QUESTION + answer)
-    if room < 0:
-        raise UserError(f"a passkey text of {length} tokens has no room for its question: {length - room} would do")
+    needle, answer, room = NEEDLE.format(key=key), ANSWER.format(key=key), room_of(length, count, key)
     hay = haystack.cut(rng, room)
     # A tokenizer makes fewer tokens than characters: take more text until it is full, then cut back to fit.
     while count(hay) < room:
