@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ringbpt.config import (
     JSON,
     Flag,
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> int:
     from ringbpt.evaluation.perplexity import read_texts, report_perplexity
     from ringbpt.evaluation.score import Scorer
     from ringbpt.evaluation.texts import LONGEST, room_of
+    from ringbpt.generation.generator import check_vocabulary
     from ringbpt.generation.text import find_tokenizer
 
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
@@ -75,10 +78,18 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--passkey={flags['passkey']} is more than the {works} tokens that there may be: --passkey={works}"
         )
-    encode = find_tokenizer(found, flags["tokenizer"], flags["chat_template"]).encode_prompt
+    tokenizer = find_tokenizer(found, flags["tokenizer"], flags["chat_template"])
+
+    def encode(text: str) -> np.ndarray:
+        tokens = tokenizer.encode_prompt(text)
+        check_vocabulary([tokens], found.architecture.vocab_size)  # a device does not notice an id that is none
+        return tokens
+
     for length in lengths:
-        room_of(length - 1, lambda text: len(encode(text)))
+        room_of(length - 1, lambda text: len(tokenizer.encode_prompt(text)))
     texts = read_texts(flags["perplexity"]) if flags["perplexity"] else []
+    for text in (*texts[:1], *(row["prompt"] for row in rows[:1])):
+        encode(text)
     with json_to(flags["json"]) as write:
         model, params = start_model(flags)
         scorer = Scorer(model, flags["batch_size"])

@@ -278,6 +278,7 @@ def make_files(f: Path) -> None:
     for name, line in CHOICES.items():
         write(f / "choices" / f"{name}.jsonl", line)
     write(f / "good.jsonl", '{"text": "a good document"}\n' * 64)
+    write(f / "asked.jsonl", '{"prompt": "x", "choices": ["a", "b"]}\n')
     write(f / "question.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')
     write(f / "bomb.jsonl.gz", gzip.compress(bytes(150 << 20), 9))
     write(f / f"{ESC}.jsonl", "{\n")
@@ -537,6 +538,8 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{MODEL} --passkey=65", "--passkey=64"),
         (f"{MODEL} --passkey=3 --tokenizer=bytes", "no room for its question"),
         (f"{MODEL} --passkey=\u0661\u0662", "no list of lengths"),
+        (f"{MODEL} --perplexity={{f}}/good.jsonl --tokenizer=bytes", "has a vocabulary of 32"),
+        (f"{MODEL} --choices={{f}}/asked.jsonl --tokenizer=bytes", "has a vocabulary of 32"),
         (f"{MODEL} --passkey=32 --samples=99999999", "10000 at most"),
         (f"{MODEL} --passkey=32 --depths=0", "below 1"),
         (f"{MODEL} --passkey=32 --output={{f}}/good.jsonl", "no folder"),

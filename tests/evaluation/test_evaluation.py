@@ -196,7 +196,9 @@ def test_the_verb(loaded, tmp_path, capsys, monkeypatch):
     questions.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n')
     texts = tmp_path / "t.jsonl"
     texts.write_text('{"text": "def f(x): return x"}\n' * 3)
-    # The bytes tokenizer's ids do not fit this vocabulary, and are cut off by the embedding: the numbers mean nothing.
+    # The bytes tokenizer's ids do not fit this vocabulary, and are cut off by the embedding: the numbers mean nothing,
+    # and would be refused.
+    monkeypatch.setattr("ringbpt.generation.generator.check_vocabulary", lambda *_: None)
     argv = [
         f"--load_checkpoint=huggingface::{loaded[0]}", "--tokenizer=bytes", "--mesh_dim=1,1,1,-1",
         f"--choices={questions}", f"--perplexity={texts}", "--passkey=160", "--depths=2", "--samples=1",
