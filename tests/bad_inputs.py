@@ -563,6 +563,8 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--topology=cpu-0", "cpu-0"),
         ("--topology=" + "9" * 400, "no machine"),
         (f"--topology={ESC}", r"\x1b"),
+        ("--topology=999999x999999xh100", "16384 at most"),
+        ("--topology=" + "9" * 5000 + "xh100", "no machine"),
         ("--topology=cpu-8 --llama.num_hidden_layers=1000000000", "4096 at most"),
         ("--topology=cpu-8 --png={f}/folder", "no file"),
         ("--topology=cpu-8 --json={f}/none/x", "make it first"),

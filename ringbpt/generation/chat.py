@@ -6,7 +6,7 @@ from typing import TextIO
 
 import numpy as np
 
-from ringbpt.config import for_terminal
+from ringbpt.config import UserError, for_terminal
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import BatchShape, Generator
 from ringbpt.generation.sampling import Sampling
@@ -37,6 +37,10 @@ def chat(
         line = sys.stdin.readline().strip()
         if not line:
             return 0
+        try:
+            line.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("what was typed is no UTF-8 text: type it again") from None
         messages.append({"role": "user", "content": line})
         prompt = encode(messages, None, "the conversation")
         longest = architecture.max_sequence_length - len(prompt)

@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ringbpt import hardware
 from ringbpt.config import UserError, nearest_name
+from ringbpt.config.foreign import quiet
 from ringbpt.hardware import Hardware
 
 _CUBES = {
@@ -50,10 +51,11 @@ _GPUS = {
     "H100": (132, 128, 233472, 50, 1.98, 84942979072, "major: 9 feature_extension: ACCELERATED_FEATURES"),
     "H200": (132, 128, 233472, 50, 1.98, 151397597184, "major: 9 feature_extension: ACCELERATED_FEATURES"),
 }
-_GPU_NAME = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?(a100|h100|h200)(?:-(?:sxm-?)?(80|141)gb?)?")
+_GPU_NAME = re.compile(r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?(a100|h100|h200)(?:-(?:sxm-?)?(80|141)gb?)?")
 
 # The part of a GPU's memory that a run can be given: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax's own default is 0.75).
 GPU_FRACTION = 0.95
+MOST_GPUS = 1 << 14  # each is described apart, which takes time and memory
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ def _gpu(name: str, match: re.Match[str]) -> Topology:
     assert known
     if nodes < 1 or gpus < 1 or (gib and (gib == "141") != (model == "h200")):
         raise UserError(_unknown(name))
+    if nodes * gpus > MOST_GPUS:
+        raise UserError(f"--topology={name}: {nodes * gpus} GPUs: {MOST_GPUS} at most, as --topology=2048x8{model}")
     need("cuda")
     from jax.experimental import topologies
 
@@ -244,19 +248,3 @@ def need(platform: str) -> None:
                 "the compiler for NVIDIA GPUs is not installed: make aot-cuda, or pip install 'jax[cuda13]'"
             )
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """While it lasts, nothing reaches the process's stderr: compilers without a device complain at length there.
-
-    An exception still carries its own message.
-    """
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
