@@ -28,7 +28,6 @@ from ringbpt.config.fields import (
     Config,
     flag_values,
     group_name,
-    to_dict,
 )
 from ringbpt.config.gguf import find_foreign, model_settings
 from ringbpt.config.rates import complete_rates
@@ -320,3 +319,15 @@ def format_config(config: Config | ConfigDict) -> str:
     """
     values = flag_values(config if isinstance(config, Config) else _build(config))
     return "\n".join(f"--{name}={shlex.quote(str(values[name]))}" for name in sorted(values) if name != UPDATE)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json."""
+    tree: dict[str, Any] = {}
+    for name, value in flag_values(config).items():
+        *groups, leaf = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[leaf] = value
+    return tree | {"mesh_shape": list(config.mesh_shape)}
