@@ -91,7 +91,8 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
             if step == run.start:
                 compile_ahead("the step", train_step, state, batch)
                 signals.hold()  # from here on there is something to save
-            watchdog.at(step)
+            # The first metrics are waited for in the second step: until then connections are made.
+            watchdog.at(step, watched=step > run.start + 1)
             state, metrics = train_step(state, batch)
             done = step + 1
             run.checkpointer.poll()

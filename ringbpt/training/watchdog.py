@@ -49,10 +49,8 @@ class Watchdog:
         self._until = 0.0
         with open(self._path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        self._give_up(
-            f"step {self._step + 1} has taken more than {self._limit:g} s (--jax_distributed.step_timeout): all stacks are in "
-            f"{self._path}"
-        )
+        limit = f"{self._limit:g} s (--jax_distributed.step_timeout)"
+        self._give_up(f"step {self._step + 1} has taken more than {limit}: all stacks are in {self._path}")
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._limit / 4)):
