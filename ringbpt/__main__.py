@@ -12,6 +12,7 @@ from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, Flag, UserError, nea
 
 VERBS = {
     "train": "trains a model, or goes on from a checkpoint",
+    "launch": "trains in several processes of this machine, and starts them again when one is lost",
     "plan": "does a run fit a machine that need not be here, and how long does a step take",
     "verify": "is the step the same on other meshes, layouts, strategies and kernels",
     "inspect": "the first batches: what takes loss, as text, as a page or as JSON",

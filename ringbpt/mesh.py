@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ringbpt.config import UserError
+from ringbpt import processes
+from ringbpt.config import RUN_FLAGS, UserError, check_value
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
 from ringbpt.layouts import permutation
 from ringbpt.types import Batch
@@ -30,18 +31,9 @@ def start_jax(tree: ConfigDict) -> int:
         ids = distributed.local_device_ids or ""
         if not re.fullmatch(r"([0-9]+(,[0-9]+)*)?", ids):
             raise UserError(f"--jax_distributed.local_device_ids={ids!r} is no list of numbers, as 0,1")
-        try:
-            jax.distributed.initialize(
-                distributed.coordinator_address,
-                distributed.num_processes,
-                distributed.process_id,
-                local_device_ids=[int(i) for i in ids.split(",")] if ids else None,
-            )
-        except ValueError as error:  # nothing was given, and this is no cluster that jax knows
-            raise UserError(
-                f"--jax_distributed.initialize_jax_distributed: {error} Give --jax_distributed.coordinator_address="
-                "<host>:<port>, num_processes and process_id"
-            ) from None
+        for name, value in distributed.items():
+            check_value(f"jax_distributed.{name}", RUN_FLAGS[f"jax_distributed.{name}"], value)
+        processes.join(distributed)
     return jax.device_count()
 
 

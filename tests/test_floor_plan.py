@@ -20,8 +20,8 @@ PACKAGE = ROOT / "ringbpt"
 
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
-    {"", "dims", "types", "layouts", "hardware", "config"},
-    {"mesh", "host_memory", "attention", "data"},
+    {"", "dims", "types", "layouts", "hardware", "config", "ending"},
+    {"mesh", "processes", "host_memory", "attention", "data"},
     {"model", "objectives"},
     {"checkpoint"},
     {"generation", "evaluation"},
@@ -136,9 +136,10 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # The house as it was made ready had 17,498 lines. What is added since is written here, so that it is meant:
 # +1,600 what a user means by chats, tools, ends, weights and files; +400 what a new user meets on the command line;
 # +650 GGUF files, their tokenizers among them; +350 what holds foreign files to themselves; +1,000 checkpoints that
-# are compared with their digests, and guards of the step; +650 what bad input may not do: limits of what is
-# read, places judged beforehand, what is shown.
-WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 650
+# are compared with their digests, and guards of the step; +700 what bad input may not do: limits of what is
+# read, places judged beforehand, what is shown; +900 how processes end, together and when one is lost, and what starts
+# them again.
+WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

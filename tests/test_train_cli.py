@@ -1,4 +1,4 @@
-"""`python -m ringbpt.train` as users run it: the original's commands, bad input, Ctrl-C, and two processes."""
+"""`python -m ringbpt.train` as users run it: the original's commands, bad input, signals, and two processes."""
 
 import argparse
 import inspect
@@ -191,57 +191,7 @@ def test_processes_that_cannot_meet_are_one_line(tmp_path, flag):
     assert done.stderr.startswith("error: --jax_distributed")
 
 
-# ---------------------------------------------------------------------------------------------- Ctrl-C
-
-
-def interrupted(tmp_path: Path, command: list[str], steps: int) -> tuple[str, str]:
-    """(stdout up to so many lines of steps, stderr) of a command that is then told Ctrl-C."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background jobs, and so perhaps these tests, are started with SIGINT ignored, and hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    )
-    try:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if len([line for line in said if line.startswith("step")]) >= steps:
-                break
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    return "".join(said), stderr
-
-
-def test_ctrl_c_is_one_line_that_says_how_to_go_on_and_nothing_is_lost(files, tmp_path):
-    flags = (*SMALL.format(files=files).split(), "--total_steps=1000000", "--log_freq=1", "--num_cpu_devices=1")
-    run_dir = tmp_path / "with a space" / "stopped"
-    folder = f"--logger.output_dir={run_dir.parent}", "--logger.experiment_id=stopped"
-    _, stderr = interrupted(tmp_path, [*TRAIN, *flags, *folder], 3)
-    begin = "interrupted: go on with python -m ringbpt.train "
-    assert stderr.startswith(begin) and stderr.count("\n") == 1
-    rows = read_rows(run_dir / "metrics.jsonl")
-    last = len(rows)
-    assert [row["step"] for row in rows] == list(range(1, last + 1)) and last >= 3
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [str(last)]
-    assert StoredStep(run_dir / "checkpoints" / str(last)).trees == {"params", "opt_state"}
-    assert (run_dir / "loss.png").exists()
-    said, stderr = interrupted(tmp_path, [*TRAIN, *shlex.split(stderr.removeprefix(begin))], 2)
-    assert f"{run_dir}, from step {last}\n" in said and stderr.startswith(begin)
-    rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > last + 1
-    assert shlex.split(stderr.removeprefix(begin)).count("--autoresume") == 1
-
-
-# ---------------------------------------------------------------------------------------------- two processes
+# ---------------------------------------------------------------------------------------------- signals, two processes
 
 PROCESSES, DEVICES = 2, 4
 # Runs the command in its arguments, then prints which rows it asks the loader for where dp is over the processes.
@@ -249,7 +199,7 @@ TRAIN_AND_COUNT = """
 import sys
 from ringbpt.config import run_main
 from ringbpt.train import main
-assert run_main(main) == 0
+code = run_main(main)
 import json, jax, numpy as np
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.types import Batch
@@ -259,7 +209,18 @@ def rows(start, stop):
     return Batch(*[np.zeros((stop - start, 8), np.int32)] * 5)
 put_batch(rows, (4, 8), make_mesh((2, 1, 1, 2)), "zigzag")
 print(json.dumps({"process": jax.process_index(), "asked": asked}), flush=True)
+sys.exit(code)
 """
+SPLITS = ("train_dataset.python_dataset", "eval_dataset.python_dataset")
+DEBUG = [
+    *("--config=configs/debug.py", "--mesh_dim=1,1,1,4", "--log_freq=1", "--eval_steps=2", "--eval_batches=1"),
+    "--update_llama_config=dict(hidden_size=32,intermediate_size=64,num_hidden_layers=1,scan_mlp=False)",
+    *(f"--{split}.{size}" for split in SPLITS for size in ("seq_length=64", "batch_size=4")),
+    *(f"--{split}.path={Path(json.__file__).parent}" for split in SPLITS),  # a few files of the library
+    *("--eval_dataset.python_dataset.split=all", "--llama.remat_block=", "--llama.attention_type=ring_standard"),
+]
+FULL = ("--checkpointer.save_optimizer_state",)
+ENDLESS = "--total_steps=1000000"
 
 
 def free_port() -> int:
@@ -268,54 +229,107 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_two_processes_are_one_run(tmp_path):
-    """Two processes with two devices each, with the ring going round both: the losses of one with four devices."""
-    splits = ("train_dataset.python_dataset", "eval_dataset.python_dataset")
-    debug = [
-        *("--config=configs/debug.py", "--mesh_dim=1,1,1,4", "--total_steps=4", "--log_freq=1", "--eval_steps=2"),
-        *("--eval_batches=1", "--update_llama_config=dict(hidden_size=32,intermediate_size=64,scan_mlp=False)"),
-        *(f"--{split}.{size}" for split in splits for size in ("seq_length=64", "batch_size=4")),
-        *(f"--{split}.path={Path(json.__file__).parent}" for split in splits),  # a few files of the library
-        *("--eval_dataset.python_dataset.split=all", "--llama.remat_block=", "--llama.attention_type=ring_standard"),
-        *("--save_model_freq=2", "--save_minutes=1e-9", "--checkpointer.save_optimizer_state"),
-    ]
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_until(process: subprocess.Popen, steps: int) -> list[str]:
+    """What it says, up to so many lines of steps."""
+    assert process.stdout is not None
+    said: list[str] = []
+    for line in process.stdout:
+        said.append(line)
+        if len([line for line in said if line.startswith("step") and "held-out" not in line]) >= steps:
+            break
+    return said
+
+
+def numbers(run_dir: Path, last: int) -> list[dict]:
+    """The rows up to a step, one each, and held-out ones."""
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= last]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, last + 1))
+    return rows
+
+
+def test_a_signal_to_one_process_stops_both_and_their_numbers_are_those_of_one(tmp_path):
+    """Four starts that share their work: two processes with two devices each, with the ring going round both, of which
+    one is told SIGTERM; one with four devices, whose output is closed at its third line; and one that goes on from
+    the checkpoint of the two, until Ctrl-C.
+    """
+    runs = tmp_path / "with a space"
     together = [
-        *debug,
-        *(f"--logger.output_dir={tmp_path / 'runs'}", "--logger.experiment_id=two"),
-        f"--num_cpu_devices={DEVICES // PROCESSES}",
-        *("--jax_distributed.initialize_jax_distributed", f"--jax_distributed.num_processes={PROCESSES}"),
-        f"--jax_distributed.coordinator_address=127.0.0.1:{free_port()}",
+        *(*DEBUG, ENDLESS, f"--logger.output_dir={runs}", "--logger.experiment_id=two", "--save_minutes=0.005"),
+        *(f"--num_cpu_devices={DEVICES // PROCESSES}", "--jax_distributed.initialize_jax_distributed"),
+        *(
+            f"--jax_distributed.num_processes={PROCESSES}",
+            f"--jax_distributed.coordinator_address=localhost:{free_port()}",
+        ),
     ]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN_AND_COUNT, *together, f"--jax_distributed.process_id={number}"],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    both = [
+        start(tmp_path, "-c", TRAIN_AND_COUNT, *together, f"--jax_distributed.process_id={number}")
         for number in range(PROCESSES)
     ]
     try:
-        outputs = [process.communicate(timeout=400) for process in processes]
+        said = "".join(lines_until(both[0], 3))
+        both[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=200) for process in both]
     finally:
-        for process in processes:
+        for process in both:
             process.kill()
-    for process, (_, stderr) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, stderr
-    alone = run(tmp_path, *debug, "--logger.experiment_id=one", f"--num_cpu_devices={DEVICES}")
-    assert alone.returncode == 0, alone.stderr
-    rows = [read_rows(tmp_path / "runs" / name / "metrics.jsonl") for name in ("two", "one")]
-    for two, one in zip(*rows, strict=True):
-        for key in ("step", "loss", "eval_loss", "gradient_norm", "param_norm"):
-            assert two.get(key) == pytest.approx(one.get(key), abs=1e-6), (one["step"], key)
-    assert [path.name for path in (tmp_path / "runs" / "two" / "checkpoints").iterdir()] == ["4"]
-    steps = [StoredStep(tmp_path / "runs" / name / "checkpoints" / "4") for name in ("two", "one")]
-    assert steps[0].dtypes("opt_state") == steps[1].dtypes("opt_state")
-    for name in ("embed", "layers.w_q"):
-        np.testing.assert_allclose(*(step.read("params", name) for step in steps), rtol=0, atol=1e-5)
-    # The second process says nothing, and each asks for the rows of its own devices alone.
+    begin = r"preempted: saved step (\d+); go on with (python -m ringbpt\.train .*)\n"
+    ends = [re.fullmatch(begin, stderr) for _, stderr in outputs]
+    assert [process.returncode for process in both] == [75, 75] and all(ends), outputs
+    assert ends[0][1] == ends[1][1]
+    last = int(ends[0][1])
+    step = StoredStep(runs / "two" / "checkpoints" / str(last))
+    assert last >= 3 and {"params", "opt_state"} <= step.trees
+    # The second process says nothing of steps, and each asks for the rows of its own devices alone.
     asked = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
     assert asked == [{"process": 0, "asked": [[0, 2]]}, {"process": 1, "asked": [[2, 4]]}]
-    assert "step 4/4" in outputs[0][0] and "step 4/4" not in outputs[1][0]
+    assert "step       3/" in said and "step       3/" not in outputs[1][0]
+
+    words = (*DEBUG, f"--num_cpu_devices={DEVICES}", f"--logger.output_dir={runs}")
+    one = start(tmp_path, *TRAIN[1:], *words, "--logger.experiment_id=one", f"--total_steps={last}", *FULL)
+    try:
+        assert one.stdout is not None
+        [one.stdout.readline() for _ in range(3)]
+        one.stdout.close()
+        assert (one.wait(200), one.stderr.read()) == (0, "")
+    finally:
+        one.kill()
+    for found, wanted in zip(numbers(runs / "two", last), numbers(runs / "one", last), strict=False):
+        for key in ("step", "loss", "eval_loss", "gradient_norm", "param_norm"):
+            assert found.get(key) == pytest.approx(wanted.get(key), abs=1e-5), (wanted["step"], key)
+    other = StoredStep(runs / "one" / "checkpoints" / str(last))
+    for name in ("embed", "layers.w_q"):
+        np.testing.assert_allclose(*(each.read("params", name) for each in (step, other)), rtol=0, atol=1e-5)
+
+    more = start(
+        tmp_path,
+        *TRAIN[1:],
+        *[word for word in words if "eval_steps" not in word],
+        ENDLESS,
+        "--logger.experiment_id=two",
+        "--autoresume",
+        "--eval_steps=0",
+    )
+    try:
+        said = "".join(lines_until(more, 2))
+        more.send_signal(signal.SIGINT)
+        _, stderr = more.communicate(timeout=200)
+    finally:
+        more.kill()
+    end = re.fullmatch(begin.replace("preempted", "interrupted"), stderr)
+    assert more.returncode == 130 and end, stderr
+    assert f"{runs / 'two'}, from step {last}\n" in said and int(end[1]) >= last + 2
+    numbers(runs / "two", int(end[1]))
+    assert (runs / "two" / "loss.png").exists()
+    flags = shlex.split(end[2])
+    assert flags.count("--autoresume") == 1 and f"--logger.output_dir={runs}" in flags

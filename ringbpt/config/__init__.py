@@ -8,11 +8,13 @@ from ringbpt.config.entry import (
     SECTIONS,
     STDOUT,
     check_folders,
+    complain,
     help_text,
     json_to,
     printed_help,
     read_flags,
     run_main,
+    say,
     scan,
     split_flags,
 )
@@ -29,6 +31,7 @@ from ringbpt.config.fields import (
     FilesDatasetConfig,
     GuardConfig,
     HuggingfaceDatasetConfig,
+    JaxDistributedConfig,
     JsonDatasetConfig,
     LionConfig,
     LoggerConfig,
@@ -41,7 +44,7 @@ from ringbpt.config.fields import (
     TfdsDatasetConfig,
     TokenizerConfig,
     choices,
-    to_dict,
+    flag_values,
 )
 from ringbpt.config.foreign import user_path
 from ringbpt.config.hub import model_folder, stop_asking_where_none_answers
@@ -54,6 +57,7 @@ from ringbpt.config.parse import (
     load_recipe,
     parse,
     parse_args,
+    to_dict,
 )
 from ringbpt.config.places import check_output, check_writable
 from ringbpt.config.rates import complete_rates, describe_rates

@@ -7,10 +7,12 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from typing import Any
 
+from ringbpt import ending
 from ringbpt.config.aliases import without_effect
 from ringbpt.config.fields import RUN_FLAGS
 from ringbpt.config.foreign import user_path
@@ -199,33 +201,71 @@ class _Printed(logging.Handler):
     """What the house logs, said on stdout as it comes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(printable(self.format(record)), flush=True)
+        say(printable(self.format(record)))
+
+
+def say(text: str) -> None:
+    """Prints a line for whoever still reads: a pipe that was closed, or a full disk, ends the printing and no work."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _stop_printing()
+
+
+def _stop_printing() -> None:
+    """Whatever is printed from now on, and what is left to be flushed, goes nowhere."""
+    with suppress(OSError, ValueError, AttributeError):  # no file behind it, as in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(text: str) -> None:
+    """Prints a line on standard error, for whoever still reads."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
-    A UserError is one line on stderr and its own code, Ctrl-C is 130, with what its exception says, a pipe that nobody
-    reads is 141; whatever else is a
-    fault of ours and keeps its traceback.
+    A UserError is one line on stderr and its own code; so is a run that was told to stop (Ctrl-C: 130), with what was
+    saved; a pipe that nobody reads is 141. Whatever else is a fault of ours and keeps its traceback. Processes that
+    wait for this one hear of its end.
     """
     log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
     log.addHandler(printed)
     log.setLevel(logging.INFO)
     log.propagate = False  # a handler that some library gave to all logs would say each line again, on stderr
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it lives as long as the process)
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()
+        code = _code_of(main, sys.argv[1:] if argv is None else argv)
+        ending.end(code)
         return code
-    except UserError as error:
-        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt as stop:
-        print(printable(": ".join(filter(None, ("interrupted", str(stop))))), file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     finally:
         log.removeHandler(printed)
         log.propagate = True
+
+
+def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        complain(f"error: {one_line(error, LONGEST_LINE)}")
+        return error.code
+    except ending.Stopped as stop:
+        complain(printable(f"{ending.stopped_by(stop.code)}: {stop}"))
+        return stop.code
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return ending.INTERRUPTED
+    except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
+        _stop_printing()
+        return 141
+    except Exception:
+        if not ending.is_awaited():
+            raise
+        traceback.print_exc()
+        return 1

@@ -9,7 +9,6 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from ringbpt.config.presets import PRESETS
-from ringbpt.config.shown import without_secrets
 from ringbpt.config.values import Flag, flag
 from ringbpt.dims import MeshShape
 
@@ -414,6 +413,11 @@ class JaxDistributedConfig:
     num_processes: int | None = flag(None, at_least=1)
     process_id: int | None = flag(None, at_least=0)
     local_device_ids: str | None = None
+    coordinator_bind_address: str | None = flag(None, "host:port where process 0 listens; None: coordinator_address")
+    initialization_timeout: int = flag(300, "seconds until all processes must have come", at_least=1)
+    heartbeat_timeout: int = flag(100, "seconds without a word after which a process is lost", at_least=2)
+    shutdown_timeout: int = flag(300, "seconds that a process which is done waits for the others", at_least=1)
+    step_timeout: int = flag(3600, "seconds a step may take; longer: stacks.txt, exit code 5; 0: any", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -494,18 +498,3 @@ def choices(name: str) -> tuple[str, ...]:
 def flag_values(config: Config) -> dict[str, Any]:
     """Every flag's dotted name and its value in `config`."""
     return {name: value for name, _, value in _leaves(config)}
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json.
-
-    Passwords are left out of it.
-    """
-    tree: dict[str, Any] = {}
-    for name, value in flag_values(config).items():
-        *groups, leaf = name.split(".")
-        group = tree
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[leaf] = without_secrets(value) if isinstance(value, str) else value
-    return tree | {"mesh_shape": list(config.mesh_shape)}

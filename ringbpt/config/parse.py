@@ -29,11 +29,11 @@ from ringbpt.config.fields import (
     Config,
     flag_values,
     group_name,
-    to_dict,
 )
 from ringbpt.config.gguf import find_foreign, model_settings
 from ringbpt.config.places import check_start
 from ringbpt.config.rates import complete_rates
+from ringbpt.config.shown import without_secrets
 from ringbpt.config.values import UserError, mesh_sizes, nearest_name, parse_mesh_dim, read_literals, read_value
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -323,3 +323,18 @@ def format_config(config: Config | ConfigDict) -> str:
     """
     values = flag_values(config if isinstance(config, Config) else _build(config))
     return "\n".join(f"--{name}={shlex.quote(str(values[name]))}" for name in sorted(values) if name != UPDATE)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The flags as nested dicts, a group each, and mesh_shape: what JSON knows, for the run's config.json.
+
+    Passwords are left out of it.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in flag_values(config).items():
+        *groups, leaf = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[leaf] = without_secrets(value) if isinstance(value, str) else value
+    return tree | {"mesh_shape": list(config.mesh_shape)}

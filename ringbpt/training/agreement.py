@@ -1,17 +1,14 @@
-"""After which step a run saves by time, and after which it stops for Ctrl-C: the same on all its processes."""
+"""After which step a run saves by time, and after which it stops for a signal: the same on all its processes."""
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ringbpt.ending import INTERRUPTED, PREEMPTED
 
 LOOK_SECONDS, MOST_STEPS = 2.0, 100  # between two times that processes ask each other, about; and at most
 
@@ -21,43 +18,13 @@ class Wish(IntEnum):
 
     GO_ON = 0
     SAVE = 1
-    STOP = 2
+    STOP = 2  # PREEMPTED is to be the exit code
+    INTERRUPT = 3  # INTERRUPTED
 
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, of a run whose folder is there. experiment_id: its name, by which it goes on."""
-
-    def __init__(self, experiment_id: str):
-        super().__init__()
-        self.experiment_id = experiment_id
-
-
-@contextmanager
-def ctrl_c(experiment_id: str) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, as a function: an exception in the midst of a step would leave no state to save.
-
-    The second one is a KeyboardInterrupt, and each of those goes on as Interrupted. Outside of the main thread, which
-    alone may listen, it is always False.
-    """
-    pressed = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        with suppress(OSError):  # not print, which may have been interrupted itself
-            os.write(1, b"\nstopping after this step; Ctrl-C again: at once\n")
-
-    listens = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, note) if listens else None
-    try:
-        yield lambda: pressed
-    except KeyboardInterrupt:
-        raise Interrupted(experiment_id) from None
-    finally:
-        if listens:
-            signal.signal(signal.SIGINT, before)
+    @property
+    def code(self) -> int:
+        """The exit code with which the run is to end after this step; 0: it goes on."""
+        return {Wish.STOP: PREEMPTED, Wish.INTERRUPT: INTERRUPTED}.get(self, 0)
 
 
 class Agreement:
@@ -68,9 +35,9 @@ class Agreement:
     waits for it. That is done about every LOOK_SECONDS, or each step where steps are longer.
     """
 
-    def __init__(self, minutes: float, pressed: Callable[[], bool], seconds: Callable[[], float] = time.monotonic):
-        """minutes: between two saves by time, 0 for none. pressed: whether this process was told to stop."""
-        self._limit, self._pressed, self._seconds = minutes * 60, pressed, seconds
+    def __init__(self, minutes: float, told: Callable[[], int], seconds: Callable[[], float] = time.monotonic):
+        """minutes: between two saves by time, 0 for none. told: the exit code that a signal asked for, or 0."""
+        self._limit, self._told, self._seconds = minutes * 60, told, seconds
         self._saved = self._looked = seconds()
         self._sent: jax.Array | None = None
         self._asked = 0  # the step after which the others were asked, and after which they are asked again
@@ -98,8 +65,8 @@ class Agreement:
         return Wish.GO_ON
 
     def _wish(self) -> Wish:
-        if self._pressed():
-            return Wish.STOP
+        if code := self._told():
+            return Wish.INTERRUPT if code == INTERRUPTED else Wish.STOP
         late = self._limit > 0 and self._seconds() - self._saved >= self._limit
         return Wish.SAVE if late and jax.process_index() == 0 else Wish.GO_ON
 

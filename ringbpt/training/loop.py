@@ -5,20 +5,23 @@ from contextlib import closing
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from ringbpt import processes
 from ringbpt.config import Config, describe_rates
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.chat import set_chat_template
 from ringbpt.data.text.tokenizers import Tokenizer, describe_ends, make_tokenizer
+from ringbpt.ending import Signals, Stopped
 from ringbpt.evaluation.probe import make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
-from ringbpt.training.agreement import Agreement, Wish, ctrl_c
+from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
@@ -26,21 +29,22 @@ from ringbpt.training.replicas import make_compare
 from ringbpt.training.run import Run, open_run
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
+from ringbpt.training.watchdog import Watchdog
 from ringbpt.types import Batch
 
 
-def train(config: Config) -> Path:
+def train(config: Config, signals: Signals | None = None) -> Path:
     """Trains as the config says and returns the run's folder; what is wrong with the data or a checkpoint is a
     UserError before anything is written. Stopped by an exception, it leaves the metrics, their picture and whole
-    checkpoints behind; Ctrl-C ends it after a step, with a checkpoint of that step, by Interrupted.
+    checkpoints behind; what `signals` are told ends it after a step, with a checkpoint of that step, by Stopped.
     """
     with closing(open_run(config)) as run:
-        _train(config, run)
+        _train(config, run, signals or Signals())
     say(f"done: {run.folder}")
     return run.folder
 
 
-def _train(config: Config, run: Run) -> None:
+def _train(config: Config, run: Run, signals: Signals) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
@@ -51,6 +55,7 @@ def _train(config: Config, run: Run) -> None:
     evaluate, held_out = None, None
     if config.eval_steps:
         evaluate, held_out = _evaluation(config, model, objective, tokenizer, run.folder)
+    processes.agree("the data", {"the training data that --train_dataset finds": loader.fingerprint})
     state = run.first_state(layout, loader.fingerprint)
     processor = "train_dataset.text_processor"
     set_chat_template(tokenizer, config.train_dataset.text_processor.chat_template, f"{processor}.chat_template")
@@ -70,18 +75,25 @@ def _train(config: Config, run: Run) -> None:
     compare = make_compare(layout)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with (
-        ctrl_c(run.folder.name) as pressed,
         closing(run.start_writing(tokenizer)) as writer,
         closing(run.checkpointer),
         closing(source),
+        closing(Watchdog(config.jax_distributed.step_timeout, run.folder)) as watchdog,
+        processes.guarded(),
     ):
         run.save_first(state)
-        agreement = Agreement(config.save_minutes or 0.0, pressed)
         if evaluate and run.start == 0:
             log(evaluate(state, 0))
+        agreement = Agreement(config.save_minutes or 0.0, signals.told)
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
         for step in range(run.start, config.total_steps):
-            state, metrics = train_step(state, source.batch(step, state))
+            batch = source.batch(step, state)
+            if step == run.start:
+                compile_ahead("the step", train_step, state, batch)
+                signals.hold()  # from here on there is something to save
+            # The first metrics are waited for in the second step: until then connections are made.
+            watchdog.at(step, watched=step > run.start + 1)
+            state, metrics = train_step(state, batch)
             done = step + 1
             run.checkpointer.poll()
             if pending is not None and (row := clock.tick(*pending)):
@@ -95,9 +107,11 @@ def _train(config: Config, run: Run) -> None:
                 if row := clock.tick(*pending):
                     log(row)
                 pending = None
-                if evaluate and (last or (evaluates and wish is not Wish.STOP)):
+                if evaluate and (last or (evaluates and not wish.code)):
+                    watchdog.at(done, watched=False)  # it may compile
                     log(evaluate(state, done))
-                ends = (last or wish is Wish.STOP) and config.save_final
+                watchdog.at(done)
+                ends = (last or wish.code) and config.save_final
                 if saves or milestone or ends or (wish is Wish.SAVE and not last):
                     compare(state, done, now=True)
                     whole = bool(wish) and not last  # a step to go on from
@@ -105,8 +119,9 @@ def _train(config: Config, run: Run) -> None:
                     if whole or config.checkpointer.save_optimizer_state:
                         agreement.saved()
                 clock.restart()  # what was just done is no step's time
-                if wish is Wish.STOP and not last:
-                    raise KeyboardInterrupt
+                if wish.code and not last:
+                    saved = f"saved step {done}" if ends else f"after step {done}, not saved (--nosave_final)"
+                    raise Stopped(wish.code, saved, run.folder.name)
 
 
 def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset") -> Loader:
@@ -115,6 +130,14 @@ def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset")
     settings = {"columns": objective.columns, "shapes": objective.shapes, "taker": name, "seed": config.seed}
     vocab_size = config.architecture.vocab_size
     return make_loader(getattr(config, flag), tokenizer, vocab_size=vocab_size, flag=flag, **settings)
+
+
+def compile_ahead(name: str, program: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, and waits until all processes have: its collectives then start
+    at one time, and none gives up waiting for a process that still compiles.
+    """
+    program.lower(*arguments).compile()
+    processes.meet(f"{name} is compiled")
 
 
 def _put(model: Model, loader: Loader, step: int) -> Batch:
@@ -131,8 +154,12 @@ def _evaluation(
     loader = loader_of(config, tokenizer, "eval_dataset")
     eval_step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
     numbers = range(min(config.eval_batches, loader.steps_per_epoch))
+    compiled: list[bool] = []
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        if not compiled:
+            compile_ahead("the evaluation", eval_step, state, _put(model, loader, 0))
+            compiled.append(True)
         sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
         means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
         values = objective.values(jax.device_get(means), config)

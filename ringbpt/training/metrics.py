@@ -18,6 +18,7 @@ import jax
 
 from ringbpt import hardware
 from ringbpt.config import Config, UserError, to_dict
+from ringbpt.config import say as print_line
 from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.model.flops import forward_flops
 from ringbpt.objectives import Objective
@@ -151,7 +152,7 @@ class MetricsWriter:
 
     def _say(self, line: str) -> None:
         if self._bar is None:
-            print(line, flush=True)
+            print_line(line)
         else:
             self._bar.console.print(line, highlight=False)  # above the bar
 
@@ -284,7 +285,7 @@ def _device_memory() -> dict[str, float]:
 def say(text: str) -> None:
     """Print, on the main process alone."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print_line(text)
 
 
 def format_row(row: MetricsRow, keys: Iterable[str] | None = None) -> str:

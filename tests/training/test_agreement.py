@@ -1,23 +1,22 @@
-"""After which step a run saves or stops: by a clock and by Ctrl-C, and the same on two processes."""
+"""After which step a run saves or stops: by a clock and by a signal, and the same on two processes."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from ringbpt.ending import INTERRUPTED, PREEMPTED
 from ringbpt.train import goes_on
-from ringbpt.training.agreement import Agreement, Interrupted, Wish, ctrl_c
+from ringbpt.training.agreement import Agreement, Wish
 
 
 def test_the_clock_of_one_process():
-    now, pressed = [0.0], [False]
-    agreement = Agreement(10, lambda: pressed[0], lambda: now[0])
+    now, told = [0.0], [0]
+    agreement = Agreement(10, lambda: told[0], lambda: now[0])
     wishes = []
     for minute in (0, 5, 9.9, 10, 10.5):  # saved after that of ten minutes
         now[0] = minute * 60
@@ -26,30 +25,12 @@ def test_the_clock_of_one_process():
             agreement.saved()
     assert wishes == [Wish.GO_ON, Wish.GO_ON, Wish.GO_ON, Wish.SAVE, Wish.GO_ON]
     now[0] += 3600
-    assert Agreement(0, lambda: False, lambda: now[0]).after(1) is Wish.GO_ON
-    pressed[0] = True
-    assert agreement.after(9) is Wish.STOP
-
-
-def press() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.01)  # a signal is taken between two instructions of Python
-
-
-def test_the_first_ctrl_c_is_noted_and_the_second_ends_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have put off
-    try:
-        with pytest.raises(Interrupted) as stop, ctrl_c("mine") as pressed:
-            assert not pressed()
-            press()
-            assert pressed()
-            press()
-            pytest.fail("went on")
-        assert stop.value.experiment_id == "mine"
-        with pytest.raises(KeyboardInterrupt):
-            press()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert Agreement(0, lambda: 0, lambda: now[0]).after(1) is Wish.GO_ON
+    told[0] = PREEMPTED
+    assert agreement.after(9) is Wish.STOP and Wish.STOP.code == PREEMPTED
+    told[0] = INTERRUPTED
+    assert agreement.after(9) is Wish.INTERRUPT and Wish.INTERRUPT.code == INTERRUPTED
+    assert Wish.GO_ON.code == Wish.SAVE.code == 0
 
 
 def test_the_command_that_goes_on():
@@ -78,7 +59,7 @@ step = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpe
 ones = jax.make_array_from_callback((4,), NamedSharding(mesh, PartitionSpec("all")), lambda index: np.ones(1))
 found, pending, done = [], None, 0
 # Process 0's clock alone counts: that of process 1 runs ten times as fast.
-agreement = Agreement(1.5 / 60, lambda: number == 1 and done > 250, lambda: done * 0.01 * 10**number)
+agreement = Agreement(1.5 / 60, lambda: 75 * (number == 1 and done > 250), lambda: done * 0.01 * 10**number)
 for done in range(1, 1000):
     result = step(ones)
     assert pending is None or float(pending) == 4
@@ -92,6 +73,8 @@ print(json.dumps(found), flush=True)
 """
 
 
+# What tests/test_train_cli.py does with a real run, by clocks that are known.
+@pytest.mark.slow
 def test_two_processes_save_and_stop_after_the_same_step():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -9,7 +9,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -28,8 +27,9 @@ from ringbpt.checkpoint.load import load_checkpoint
 from ringbpt.checkpoint.original import ROWS
 from ringbpt.checkpoint.store import Rule, Wanted
 from ringbpt.checkpoint.tensors import flatten
-from ringbpt.config import Config, UserError, parse, parse_args, run_main
+from ringbpt.config import Config, UserError, parse, parse_args
 from ringbpt.data.loader import Loader
+from ringbpt.ending import PREEMPTED, Signals, Stopped
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.training import loop
@@ -78,8 +78,9 @@ def configured(*given: str) -> Config:
     return parse(parse_args(words), math.prod(int(size) for size in mesh.split(",")))
 
 
-def train(folder: Path, *given: str, name: str = "run") -> Path:
-    run_dir = loop.train(configured(*given, f"--logger.output_dir={folder}", f"--logger.experiment_id={name}"))
+def train(folder: Path, *given: str, name: str = "run", signals: Signals | None = None) -> Path:
+    config = configured(*given, f"--logger.output_dir={folder}", f"--logger.experiment_id={name}")
+    run_dir = loop.train(config, signals)
     assert run_dir == folder / name
     return run_dir
 
@@ -390,25 +391,22 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_any_data_is_read(tmp_p
 # ---------------------------------------------------------------------------------------------- stopped
 
 
-def test_an_interrupted_run_leaves_its_curve_and_its_last_step(whole, tmp_path, data, monkeypatch, capsys):
-    rows, calls = Loader.rows, itertools.count()
+def test_a_stopped_run_leaves_its_curve_and_its_last_step(whole, tmp_path, data, monkeypatch):
+    rows, calls, signals = Loader.rows, itertools.count(), Signals()
 
     def interrupted(*args):
         if next(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            signals.note(signal.SIGTERM, 0.0)
         return rows(*args)
 
     monkeypatch.setattr(Loader, "rows", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever runs the tests may have put off
     given = (*data, f"--total_steps={STEPS}", "--save_model_freq=2", "--autoresume")
-    try:
-        assert run_main(lambda argv: train(tmp_path, *given) and 0, []) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(Stopped) as stop:
+        train(tmp_path, *given, signals=signals)
+    assert (stop.value.code, stop.value.experiment_id) == (PREEMPTED, "run")
     run_dir = tmp_path / "run"
     done = max(losses(run_dir))
+    assert str(stop.value) == f"saved step {done}"
     assert (run_dir / "loss.png").exists() and 2 <= done < STEPS
     assert steps_of(run_dir)[-1] == str(done)
     # It has the optimizer's state, though no flag asked for it: the run goes on as if nothing had been.
