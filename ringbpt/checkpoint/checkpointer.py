@@ -207,6 +207,7 @@ class Checkpointer:
     def _name(self, step: int) -> None:
         """The step's folder has its own name from now on; an older one of that name goes."""
         folder, old = self._folder(step), self._folder(step, DELETED)
+        digests.sync(self._folder(step, SAVING))
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

@@ -34,9 +34,8 @@ def write(folder: Path, index: int = 0, count: int = 1) -> None:
     file = folder / NAME.format(index, count)
     unfinished = folder.with_name(f"{folder.name}.{file.name}")
     unfinished.write_text(f"{lines}{zlib.crc32(lines.encode()):08x}\n", encoding="utf-8")
-    unfinished.replace(file)
-    for path in (file, folder):
-        sync(path)
+    sync(unfinished)
+    unfinished.replace(file)  # from here on the folder may get its name, and another process is at work in it
 
 
 def has_all(folder: Path, count: int) -> bool:
