@@ -689,7 +689,7 @@ def of_files() -> Iterator[tuple[str, Case]]:
         ("indexes", INDEXES),
     ):
         for name in names:
-            yield f"{folder}: {name}", Case("scripts/hf2jax.py", hf2jax % f"{folder}/{name}")
+            yield f"{folder}, {name}", Case("scripts/hf2jax.py", hf2jax % f"{folder}/{name}")
     for name in GGUFS:
         yield f"gguf: {name}", Case("scripts/hf2jax.py", hf2jax % f"gguf/{name}.gguf", name + ".gguf")
     for name in TOKENIZERS:

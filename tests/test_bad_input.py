@@ -115,7 +115,8 @@ def used(
 def test_a_process_says_so_at_once(files, tmp_path, seconds_to_import_jax, name):
     case = CASES[name]
     entry = [str(ROOT / case.entry)] if case.entry.endswith(".py") else ["-m", f"ringbpt.{case.entry}"]
-    environment = {"RINGBPT_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {"RINGBPT_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    environment |= {"PYTHONPATH": str(ROOT)}
     done, seconds, memory = used([sys.executable, *entry, *words(case, files, tmp_path / "out")], environment, tmp_path)
     check(case, done.returncode, done.stdout, done.stderr)
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
