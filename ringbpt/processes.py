@@ -224,7 +224,7 @@ class Peers:
             one = int(key.rpartition("/")[2])
             if self._heard[one][0] != value:
                 self._heard[one] = (value, now)
-        if verdicts and not self._ended.is_set():
+        if verdicts and self._code < 0:  # else it ends with a code of its own
             code, line = json.loads(verdicts[0][1])
             self._leave(code, line)
 

@@ -100,6 +100,9 @@ def test_a_verdict_is_read_by_all():
     world.peers[1]._tell(75, "preempted")
     world.peers[2].speak()
     assert world.ends == [(2, 75, "preempted")]
+    world.peers[0]._code = 4  # it ends with a code of its own
+    world.peers[0].speak()
+    assert len(world.ends) == 1
 
 
 @pytest.mark.parametrize(
