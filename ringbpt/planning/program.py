@@ -72,7 +72,9 @@ def compile_program(config: Config, machine: Topology) -> Program:
     step, (state, batch), away = step_and_arguments(config, machine.devices)
     arguments = {
         "parameters": _shard_bytes(state.trained, away.trained) + _shard_bytes(state.frozen, away.frozen),
-        "optimizer state": _shard_bytes(state.opt_state, away.opt_state) + _shard_bytes(state.step, away.step),
+        "optimizer state": sum(
+            _shard_bytes(getattr(state, name), getattr(away, name)) for name in ("opt_state", "step", "guard")
+        ),
         "batch": _shard_bytes(batch, jax.tree.map(lambda _: False, batch)),
     }
     with tempfile.TemporaryDirectory() as folder:
