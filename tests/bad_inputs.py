@@ -588,7 +588,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--head_dim=" + "9" * 5000, "no list of numbers"),
         ("--blocks=0", "no list of numbers"),
         ("--heads=3 --kv_heads=2", "does not divide"),
-        ("--budget_s=0", "below 1"),
+        ("--budget_s=-1", "below 0"),
     ],
     "checkpoint": [
         ("", "did you mean"),

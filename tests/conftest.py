@@ -50,3 +50,14 @@ def _room_for_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
+
+
+# Whole runs in processes of their own, and programs that take long to compile: at the end of all others one of two
+# test processes would wait for them.
+FIRST = ("tests/test_golden.py", "tests/test_train_cli.py", "tests/planning/test_plan.py", "tests/test_chaos.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, in the order of FIRST; the others as they come."""
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(FIRST)))

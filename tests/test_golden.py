@@ -14,7 +14,7 @@ from tests.golden.make_losses import FILE, STEPS, losses
 MESHES = ((1, 1, 1, 1), (1, 1, 1, 8), (1, 2, 2, 2), (2, 2, 1, 2), (1, 8, 1, 1))
 # (mesh, layout, scan_layers, accumulate): steps. The recipe's own and the one that is least like it, as far as the
 # weights have changed: no loss depends on how many steps are to come. The product, to the end, is slow.
-CASES = {((1, 1, 1, 8), "zigzag", True, 1): 8, ((1, 2, 2, 2), "striped", False, 4): 6}
+CASES = {((1, 1, 1, 8), "zigzag", True, 1): 5, ((1, 2, 2, 2), "striped", False, 4): 4}
 PRODUCT = list(product(MESHES, ("contiguous", "zigzag", "striped"), (True, False), (1, 4)))
 
 

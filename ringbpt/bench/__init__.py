@@ -10,6 +10,6 @@ AUTOTUNE_FLAGS = {
     "heads": Flag(int, 8, "query heads of a device", at_least=1, at_most=1 << 16),
     "kv_heads": Flag(int, 2, "key/value heads of a device", at_least=1, at_most=1 << 16),
     "dtype": Flag(str, "bf16", choices=tuple(dict.fromkeys(DTYPES.values()))),
-    "budget_s": Flag(int, 540, "seconds after which nothing further is tried", at_least=1, at_most=1 << 20),
+    "budget_s": Flag(int, 540, "seconds after which nothing further is tried", at_least=0, at_most=1 << 20),
     "print_only": Flag(bool, False, "leave the table as it is"),
 }

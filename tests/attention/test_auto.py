@@ -100,7 +100,7 @@ def test_autotune_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     [
         ("--kernel=reference", "those that do: blockwise, "),
         ("--kernel=pallas_tpu", "this is cpu: use blockwise"),
-        ("--heads=0", "--heads=8"),
+        ("--heads=0", "--heads=0 is below 1"),
         ("--kv_heads=3", "--kv_heads=3 does not divide --heads=8"),
         ("--blocks=a", "--blocks=128,256,512,1024"),
         ("--dtype=int8", "none of fp32, bf16, fp16"),

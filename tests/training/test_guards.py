@@ -113,7 +113,7 @@ def test_a_run_skips_says_goes_on_and_stops(data, tmp_path, monkeypatch, capsys)
     assert [(row["step"], row.get("skipped", 0)) for row in found] == list(enumerate((0, 0, 0, 1, 1, 1, 2, 3), 1))
     assert ["loss" in row for row in found] == [row["step"] not in (4, 7, 8) for row in found]
     assert capsys.readouterr().out.count("this update is skipped") == 3
-    for step in steps_of(tmp_path / "run"):
+    for step in steps_of(tmp_path / "run")[::4]:
         read = StoredStep(tmp_path / "run" / "checkpoints" / step)
         assert all(np.isfinite(read.read(entry, name)).all() for entry in read.trees for name in read.dtypes(entry))
     # What the guard has seen is in the checkpoint: the run goes on counting.
