@@ -16,6 +16,10 @@ os.environ.setdefault(
 # What one test has compiled, in whatever process, no other compiles again, nor the next run of the tests.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Nor does any process byte-compile what another has, wherever the environment was installed without: a second each of
+# jax and transformers, in every command that a test runs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode"))
 
 import jax
 import pytest
