@@ -55,9 +55,8 @@ class Checkpointer:
         self.directory = directory.absolute()
         self._keep, self._keep_period = keep, keep_period
         self._thread: threading.Thread | None = None
-        self._last_save: tuple[int, bool] | None = (
-            None  # step, milestone; of a save begun, and not known to have failed
-        )
+        # Step and milestone of a save that was begun, and is not known to have failed.
+        self._last_save: tuple[int, bool] | None = None
         self._error: BaseException | None = None  # of the newest save
         self._said: set[str] = set()
 
@@ -118,7 +117,7 @@ class Checkpointer:
     close = wait
 
     def steps(self) -> list[int]:
-        """Numbers of the steps' folders, whole or not, newest first; what a killed process left is cleared first."""
+        """Numbers of the steps' folders, whole or not, newest first."""
         return numbered(self.directory)[::-1]
 
     def latest_step(self) -> int | None:
@@ -136,7 +135,7 @@ class Checkpointer:
     def clear(self) -> None:
         """What a killed process left: a step that is whole but for its name gets it, all else unfinished is deleted.
 
-        For the one run that may write here, before its first save.
+        For the one run that may write here, before it asks for its steps.
         """
         if jax.process_index() == 0 and self.directory.is_dir():
             for folder in self.directory.iterdir():

@@ -133,7 +133,6 @@ class Run:
         is_main = jax.process_index() == 0
         writer = MetricsWriter(self.folder, self.config, is_main)
         self.lock()
-        self.checkpointer.clear()
         if is_main:
             (self.folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
             begins = self.config.train_dataset.text_processor.add_bos_token
@@ -221,6 +220,7 @@ def open_run(config: Config) -> Run:
     run = Run(config, folder, Checkpointer(folder / "checkpoints", *keep), data_step=data_step)
     if folder.is_dir():
         run.lock()
+        run.checkpointer.clear()  # before it is asked for its steps: one that lacks nothing but its name is one
     return run
 
 

@@ -279,6 +279,15 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(resumed, data):
     )
 
 
+def test_a_step_that_lacks_nothing_but_its_name_is_gone_on_from(whole, tmp_path, data, capsys):
+    """A run killed between the last byte and the name: it neither begins before that step nor leaves rows out."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "7").rename(tmp_path / "run" / "checkpoints" / "7.saving")
+    train(tmp_path, *data, *FULL, "--autoresume", f"--total_steps={STEPS + 1}")
+    assert ", from step 7" in capsys.readouterr().out
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 2))
+
+
 def test_resuming_from_weights_alone_says_that_the_optimizer_starts_anew(tmp_path, data, capsys):
     exact = ("--checkpointer.float_dtype=fp32", "--autoresume")
     run_dir = train(tmp_path, *data, *exact, "--total_steps=2")
