@@ -16,10 +16,13 @@ class TokenMeta:
 
     position_BT: int32, the position inside its document, from 0.
     segment_BT: int32, the id of its document inside the row, from 1; 0 is padding and sees nothing.
+    last_BT: int32, the last document that the token is part of, where several begin alike and what they share stands in
+    the row once: it is in documents segment..last. None where no document shares anything: last is the segment then.
     """
 
     position_BT: Array
     segment_BT: Array
+    last_BT: Array = None
 
 
 class Column(NamedTuple):
@@ -45,6 +48,7 @@ COLUMNS: dict[str, Column] = {
     "weight": Column("float32", 0, "target", "how much the target counts in the loss; 0: not at all", source="mask"),
     "position": Column("int32", 0, "token", "the position inside the document, from 0, in tokens"),
     "segment": Column("int32", 0, "token", "the id of the document inside the row, from 1; 0 is padding"),
+    "last": Column("int32", 0, "token", "the id of the last document that shares this token with its own"),
 }
 
 
@@ -66,7 +70,7 @@ class Batch:
 
     @property
     def meta(self) -> TokenMeta:
-        return TokenMeta(position_BT=self.position_BT, segment_BT=self.segment_BT)
+        return TokenMeta(self.position_BT, self.segment_BT, self.columns.get("last"))
 
     @staticmethod
     def of(arrays: dict[str, Array]) -> "Batch":
