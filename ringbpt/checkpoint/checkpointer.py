@@ -145,7 +145,7 @@ class Checkpointer:
                         if folder.name == f"{name}{SAVING}" and _is_finished(folder):
                             self._name(int(name))
                         else:
-                            shutil.rmtree(folder)
+                            _delete(folder)
 
     def _folder(self, step: int, suffix: str = "") -> Path:
         return self.directory / f"{step}{suffix}"
@@ -157,7 +157,7 @@ class Checkpointer:
             with storage_errors(step_folder):
                 self.directory.mkdir(parents=True, exist_ok=True)
             for unfinished in self.directory.glob(f"*{SAVING}*"):  # Orbax may still have written while it failed
-                shutil.rmtree(unfinished, ignore_errors=True)
+                _delete(unfinished, ignore_errors=True)
             needed, free = sum(map(_bytes, entries.values())), shutil.disk_usage(self.directory).free
             if needed > free:  # Orbax would find out in the middle, once in each of its threads
                 what = f"No space left on device: it takes {needed:,} bytes of {free:,} that are free"
@@ -307,6 +307,14 @@ def _check_finite(folder: Path, entry: Entry | dict[str, Any]) -> None:
     for name, leaf in flatten(entry.tree).items() if isinstance(entry, Entry) else ():
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not math.isfinite(np.sum(np.abs(leaf), dtype=np.float64)):
             raise UserError(f"checkpoint {folder}: {name} is not finite, and is not saved", code=3)
+
+
+def _delete(path: Path, ignore_errors: bool = False) -> None:
+    """A folder, or a file: digests lie beside the folder that is being written until they are whole."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_finished(folder: Path) -> bool:

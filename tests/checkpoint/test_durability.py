@@ -132,6 +132,7 @@ def test_what_a_killed_process_leaves_is_cleared_or_finished(two, tmp_path):
     shutil.copytree(two / "7", tmp_path / "8.saving")
     (tmp_path / "8.saving" / "digests.0-of-1").unlink()
     (tmp_path / "9.saving.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "9.saving.digests.0-of-1").write_text("killed while it was written")
     (tmp_path / "notes").mkdir()
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.latest_step() == 3
