@@ -23,6 +23,7 @@ from ringbpt.config import (
     scan,
     split_flags,
 )
+from ringbpt.config.foreign import user_path
 from ringbpt.ending import COMMAND, Signals, Stopped, listening
 
 
@@ -67,7 +68,7 @@ def named(argv: list[str]) -> tuple[list[str], Path]:
     tree = parse_args(argv)
     name = tree.logger.experiment_id or f"{datetime.now():%Y%m%d-%H%M%S}-{tree.load_llama_config or 'run'}"
     words = argv if tree.logger.experiment_id else [*argv, f"--logger.experiment_id={name}"]
-    return words or [f"--config={DEFAULT_RECIPE}"], Path(tree.logger.output_dir).expanduser() / name
+    return words or [f"--config={DEFAULT_RECIPE}"], user_path(tree.logger.output_dir) / name
 
 
 def going_on(argv: list[str], experiment_id: str) -> list[str]:

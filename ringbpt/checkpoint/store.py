@@ -7,6 +7,7 @@ end: a numbered folder is a whole one, whenever the process is killed. Whatever 
 that Orbax, which takes a flipped bit without a word and a missing file with a hundred lines, never meets a damaged one.
 """
 
+import errno
 import json
 import logging
 import re
@@ -208,8 +209,11 @@ def _verified(folder: Path, where: str) -> StoredStep:
 
 
 def read_object(folder: Path, entry: str = "meta") -> dict[str, Any]:
-    """A JSON entry of a step's folder."""
-    return json.loads((folder / entry / "metadata").read_text())
+    """A JSON entry of a step's folder. Raises OSError, also for what is no file, and ValueError for what is no JSON."""
+    file = folder / entry / "metadata"
+    if not file.is_file():  # nobody may ever write into a pipe
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(file))
+    return json.loads(file.read_text())
 
 
 def open_orbax(trees: Iterable[str], objects: Iterable[str]) -> ocp.AsyncCheckpointer:

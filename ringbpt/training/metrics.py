@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import jax
 
 from ringbpt import hardware
-from ringbpt.config import Config, UserError, to_dict
+from ringbpt.config import Config, UserError, printable, to_dict
 from ringbpt.config import say as print_line
 from ringbpt.evaluation.pictures import plain_log, set_title, thousands
 from ringbpt.model.flops import forward_flops
@@ -283,9 +283,9 @@ def _device_memory() -> dict[str, float]:
 
 
 def say(text: str) -> None:
-    """Print, on the main process alone."""
+    """Print, on the main process alone, what may hold names that others have given."""
     if jax.process_index() == 0:
-        print_line(text)
+        print_line(printable(text))
 
 
 def format_row(row: MetricsRow, keys: Iterable[str] | None = None) -> str:

@@ -21,6 +21,7 @@ from ringbpt.checkpoint.load import TOKENIZER, find_checkpoint, load_checkpoint
 from ringbpt.checkpoint.store import Entry, Rule, StoredStep, Wanted, first_good, first_of_all, read_object
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
+from ringbpt.config.foreign import user_path
 from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
 from ringbpt.training.metrics import MetricsWriter, check_wandb, say
@@ -205,7 +206,7 @@ def open_run(config: Config) -> Run:
             if jax.process_count() > 1:
                 now = multihost_utils.broadcast_one_to_all(now)  # one run, one folder
             name = f"{datetime.fromtimestamp(int(now)):%Y%m%d-%H%M%S}-{name}"
-    folder = Path(config.logger.output_dir).expanduser() / name
+    folder = user_path(config.logger.output_dir) / name
     if (folder / "metrics.jsonl").exists() and not config.autoresume:
         raise UserError(
             f"--logger.experiment_id={name}: {folder} holds a run already: add --autoresume to go on with it, or "
