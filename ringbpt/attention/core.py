@@ -1,7 +1,7 @@
 """What every attention shares: who sees whom, a partial result, and how two partial results become one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from ringbpt.types import Array, TokenMeta
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class MaskSpec:
-    """The static half of a mask. A query sees a key of its own segment (0, padding, sees and is seen by none) ...
+    """The static half of a mask. A query sees a key of its own document (0, padding, sees and is seen by none) ...
+
+    which is a key of the query's segment or, where documents share their beginning, of segment..last around it.
 
     causal: ... at its own position or before it. window: ... at most window - 1 positions away.
     """
@@ -55,10 +57,17 @@ class Local:
 
 
 def visible(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> jax.Array:
-    """The mask itself, bool [B, T, S]: only blocks of it are ever made outside local/reference.py."""
+    """The mask itself, bool [B, T, S]: only blocks of it are ever made outside local/reference.py.
+
+    Of a query, last is not read: what several documents share is computed as part of the first of them.
+    """
     distance_BTS = q_meta.position_BT[:, :, None] - kv_meta.position_BT[:, None, :]
     q_segment_BT1, kv_segment_B1S = q_meta.segment_BT[:, :, None], kv_meta.segment_BT[:, None, :]
-    seen_BTS = (q_segment_BT1 == kv_segment_B1S) & (q_segment_BT1 != 0)
+    if kv_meta.last_BT is None:
+        seen_BTS = (q_segment_BT1 == kv_segment_B1S) & (q_segment_BT1 != 0)
+    else:
+        kv_last_B1S = kv_meta.last_BT[:, None, :]
+        seen_BTS = (kv_segment_B1S <= q_segment_BT1) & (q_segment_BT1 <= kv_last_B1S) & (q_segment_BT1 != 0)
     if mask.causal:
         seen_BTS &= distance_BTS >= 0
     if mask.window is not None:
@@ -74,10 +83,11 @@ Bounds = tuple[Array, Array]  # least and greatest
 class _Range:
     """Bounds of what is in each block of each row, [B, blocks]; padding is in nobody's.
 
-    lowest and highest: of the positions in the block's first and last segment alone.
+    lowest and highest: of the positions of the least segment and of the greatest last alone.
     """
 
     segment: Bounds
+    last: Bounds
     position: Bounds
     lowest: Bounds
     highest: Bounds
@@ -86,7 +96,8 @@ class _Range:
 
 def _ranges(meta: TokenMeta, size: int, axis: int) -> _Range:
     """With one more dim at `axis`, for the blocks on the other side."""
-    position, segment = (x.reshape(x.shape[0], -1, size) for x in (meta.position_BT, meta.segment_BT))
+    blocks = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), meta)
+    position, segment = blocks.position_BT, blocks.segment_BT
     xp = position.__array_namespace__()
     real = segment != 0
 
@@ -97,9 +108,12 @@ def _ranges(meta: TokenMeta, size: int, axis: int) -> _Range:
         return xp.expand_dims(pair[0], axis), xp.expand_dims(pair[1], axis)
 
     segments = bounds(segment, real)
-    lowest, highest = (bounds(position, real & (segment == bound[..., None])) for bound in segments)
+    last, lasts = (segment, segments) if blocks.last_BT is None else (blocks.last_BT, bounds(blocks.last_BT, real))
+    lowest = bounds(position, real & (segment == segments[0][..., None]))
+    highest = bounds(position, real & (last == lasts[1][..., None]))
     return _Range(
         segment=widen(segments),
+        last=widen(lasts),
         position=widen(bounds(position, real)),
         lowest=widen(lowest),
         highest=widen(highest),
@@ -115,22 +129,23 @@ def row_visibility(
     `some` is never wrong about a visible pair and may be wrong about an invisible block. The sizes divide the
     lengths here. Of jax arrays on the device, of numpy arrays on the host: one rule for what is done and counted.
     """
-    q, k = _ranges(q_meta, query_chunk_size, axis=2), _ranges(kv_meta, key_chunk_size, axis=1)
+    q = _ranges(replace(q_meta, last_BT=None), query_chunk_size, axis=2)
+    k = _ranges(kv_meta, key_chunk_size, axis=1)
     xp = q.padded.__array_namespace__()
-    # Blocks of one text share one segment at most, the last of the one and the first of the other: where documents
-    # meet inside a block, only the positions of the shared one count.
-    first, last = xp.maximum(q.segment[0], k.segment[0]), xp.minimum(q.segment[1], k.segment[1])
+    # The documents that both sides may be part of. Blocks of one text have one in common at most, the last of the one
+    # and the first of the other, but for what documents share: where there is one, only its positions count.
+    first, last = xp.maximum(q.segment[0], k.segment[0]), xp.minimum(q.last[1], k.last[1])
 
     def positions(side: _Range) -> Bounds:
         shared = [
-            xp.where(side.segment[0] == last, low, xp.where(side.segment[1] == first, high, either))
+            xp.where(side.segment[0] == last, low, xp.where(side.last[1] == first, high, either))
             for low, high, either in zip(side.lowest, side.highest, side.position, strict=True)
         ]
         return shared[0], shared[1]
 
     (q_min, q_max), (k_min, k_max) = positions(q), positions(k)
     some = first <= last
-    every = (q.segment[0] == k.segment[1]) & (q.segment[1] == k.segment[0]) & ~q.padded & ~k.padded
+    every = (k.segment[1] <= q.segment[0]) & (q.segment[1] <= k.last[0]) & ~q.padded & ~k.padded
     if mask.causal:
         some &= k_min <= q_max
         every &= k_max <= q_min

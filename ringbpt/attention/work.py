@@ -98,26 +98,42 @@ def count(
     return Work(pairs, blocks, full, -(-tokens // size_T) * -(-tokens // size_S))
 
 
-# Documents stand this far apart on one line: further than any window reaches.
-_FAR = 2**32
+# What different documents are part of stands this far apart on one line: further than any window reaches.
+_FAR = 2**34
 
 
 def visible_pairs(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> int:
-    """Pairs of a query and a key that see each other, without making the mask: n log n in the number of tokens."""
+    """Pairs of a query and a key that see each other, without making the mask: n log n in the number of tokens.
+
+    n: where documents share their beginning, a query counts once for each of the shared parts that it goes on from.
+    """
     total = 0
     for row in range(len(q_meta.position_BT)):
-        (q, q_real), (k, k_real) = (_places(meta, row) for meta in (q_meta, kv_meta))
-        q, k = q[q_real], np.sort(k[k_real])
-        reach = _FAR if mask.window is None else mask.window - 1
+        q, k = _on_one_line(*(jax.tree.map(lambda x, row=row: np.asarray(x)[row], meta) for meta in (q_meta, kv_meta)))
+        reach = _FAR // 4 if mask.window is None else mask.window - 1
         ahead = 0 if mask.causal else reach
         total += int((np.searchsorted(k, q + ahead, "right") - np.searchsorted(k, q - reach, "left")).sum())
     return total
 
 
-def _places(meta: TokenMeta, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """(each token's place on one line on which documents lie far apart, whether it is a token at all)."""
-    segment = meta.segment_BT[row].astype(np.int64)
-    return meta.position_BT[row] + segment * (4 * _FAR), segment != 0
+def _on_one_line(q_meta: TokenMeta, kv_meta: TokenMeta) -> tuple[np.ndarray, np.ndarray]:
+    """Places of queries and, sorted, of keys of a row on a line, on which near each other means of one document.
+
+    Keys of the same documents, segment..last, lie side by side by position, others far away; a query stands once
+    beside each lot of keys that its document has.
+    """
+    real = kv_meta.segment_BT != 0
+    segment = kv_meta.segment_BT[real].astype(np.int64)
+    last = segment if kv_meta.last_BT is None else kv_meta.last_BT[real].astype(np.int64)
+    lots, lot = np.unique(segment << 32 | last, return_inverse=True)
+    k = np.sort(kv_meta.position_BT[real] + lot * _FAR)
+    order = np.argsort(q_meta.segment_BT, kind="stable")
+    q_segment = q_meta.segment_BT[order]
+    start = np.searchsorted(q_segment, lots >> 32, "left")
+    count = np.searchsorted(q_segment, lots & 0xFFFFFFFF, "right") - start
+    skipped = np.repeat(start - (np.cumsum(count) - count), count)
+    q_position = q_meta.position_BT[order][np.arange(len(skipped)) + skipped]
+    return q_position + np.repeat(np.arange(len(lots)), count) * _FAR, k
 
 
 def _padded(meta: TokenMeta, size: int) -> TokenMeta:

@@ -8,7 +8,7 @@ so that nothing is left out in silence:
         check(make_it(128, 128), case, refuses={"odd heads"})
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -34,6 +34,7 @@ class Case:
 
     hop: (layout, devices, whose queries, whose keys): one hop of a ring; empty: queries and keys of one text.
     split: the first so many keys go in first, the rest with their result as the carry; 0: all at once.
+    trees: the documents are those of `forest`.
     strangers: queries and keys are of different documents, from this row on.
     """
 
@@ -48,6 +49,7 @@ class Case:
     padding: int = 0
     hop: tuple[str, int, int, int] | None = None
     split: int = 0
+    trees: bool = False
     strangers: int | None = None
     dtype: str = "float32"
 
@@ -72,6 +74,10 @@ CASES = (
     Case("bf16", head_dim=128, heads=(4, 2), documents=3, padding=20, split=128, dtype="bfloat16"),
     Case("bf16 hop", hop=("zigzag", 2, 1, 0), heads=(2, 1), split=128, dtype="bfloat16"),
     Case("one token", T=1, S=1, heads=(1, 1)),
+    Case("trees", T=256, S=256, heads=(2, 1), trees=True, split=128),
+    Case("trees, window", T=384, S=384, heads=(1, 1), trees=True, mask=MaskSpec(window=70)),
+    Case("trees, both sides", heads=(2, 2), batch=2, trees=True, mask=MaskSpec(causal=False)),
+    Case("trees, hop", hop=("zigzag", 4, 1, 2), heads=(2, 1), trees=True, split=128),
 )
 
 # For interpreters that take a second for each block of a head: whatever several of CASES ask, in few blocks.
@@ -86,12 +92,13 @@ SMALL = (
         mask=MaskSpec(window=70),
     ),
     Case("small, nothing visible", T=64, S=64, heads=(1, 1), strangers=0),
+    Case("small trees", T=192, S=192, heads=(1, 1), trees=True),
     Case("small odd heads and lengths", T=40, S=100, head_dim=96, heads=(1, 1), mask=MaskSpec(causal=False)),
 )  # fmt: skip
 # Of CASES, what is run in `make test`: together they ask all that CASES ask one by one; the others are slow.
 COVERING = (
     "window over documents", "window, both sides", "zigzag hop", "a row without keys", "odd lengths", "wide heads",
-    "bf16",
+    "bf16", "trees",
 )  # fmt: skip
 COVERING_WITH_SMALL = ("wide heads",)
 
@@ -101,8 +108,9 @@ def features(case: Case) -> set[str]:
     mask, T, S = case.mask, case.T, case.S
     asked = {
         "a carry": case.split > 0,
-        "documents": case.documents > 1,
-        "padding": case.padding > 0,
+        "documents": case.documents > 1 or case.trees,
+        "documents that share": case.trees,
+        "padding": case.padding > 0 or case.trees,
         "rows": case.batch > 1,
         "grouped heads": case.heads[0] > case.heads[1],
         "a hop": case.hop is not None,
@@ -136,20 +144,74 @@ def packed_meta(rng: np.random.Generator, batch: int, length: int, documents: in
     return TokenMeta(position, segment)
 
 
+# A document's length; or the length of what several documents begin with, and the trees of how they go on from there.
+Tree = int | tuple
+
+
+def paths(tree: Tree) -> list[list[int]]:
+    """Of each document of a tree, in order, the lengths of what it is made of."""
+    return [[tree]] if isinstance(tree, int) else [[tree[0], *path] for child in tree[1:] for path in paths(child)]
+
+
+def _walk(tree: Tree, segment: int, position: int) -> Iterator[tuple[int, int, int, int]]:
+    """(length, first position, segment, last) of what stands in a row for a tree, depth first."""
+    length, children = (tree, ()) if isinstance(tree, int) else (tree[0], tree[1:])
+    yield length, position, segment, segment + len(paths(tree)) - 1
+    for child in children:
+        yield from _walk(child, segment, position + length)
+        segment += len(paths(child))
+
+
+def tree_metas(trees: Collection[Tree], padding: int = 0) -> tuple[TokenMeta, TokenMeta, np.ndarray]:
+    """(a row of the trees, a row of the same documents one after the other, the former's place for each of the latter).
+
+    What documents share stands in the first row once. Both rows end in `padding` places.
+    """
+    parts, documents = [], []
+    for tree in trees:
+        parts += list(_walk(tree, 1 + len(documents), 0))
+        documents += paths(tree)
+    columns = [(position + i, segment, last) for n, position, segment, last in parts for i in range(n)]
+    position_T, segment_T, last_T = np.array(columns + [(0, 0, 0)] * padding, np.int32).T
+    place = [np.flatnonzero((segment_T <= d) & (d <= last_T)) for d in range(1, 1 + len(documents))]
+    assert [len(of) for of in place] == [sum(path) for path in documents]
+    apart_T = np.concatenate([*place, np.flatnonzero(segment_T == 0)])
+    numbers = np.array([*range(1, 1 + len(documents)), 0], np.int32)
+    apart = TokenMeta(position_T[None, apart_T], np.repeat(numbers, [*map(len, place), padding])[None])
+    return TokenMeta(position_T[None], segment_T[None], last_T[None]), apart, apart_T
+
+
+def forest(length: int) -> list[Tree]:
+    """Trees three levels deep, a document alone and a tree of two levels; the rest of `length` is padding."""
+    u = length // 32
+    return [(8 * u + 1, (2 * u, u, 2 * u - 1), (2 * u - 1, u, u + 1, u)), 4 * u - 1, (4 * u, 2 * u + 1, u, u)]
+
+
+def forest_meta(batch: int, length: int) -> TokenMeta:
+    padding = length - tree_metas(forest(length))[0].position_BT.shape[1]
+    return jax.tree.map(lambda x: np.repeat(x, batch, 0), tree_metas(forest(length), padding)[0])
+
+
 def arrays(rng, batch, length_T, length_S, heads, kv_heads, head_dim, dtype=np.float32):
     shapes = [(batch, length_T, heads, head_dim), *[(batch, length_S, kv_heads, head_dim)] * 2]
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
+
+
+def _meta(case: Case, rng: np.random.Generator, length: int) -> TokenMeta:
+    if case.trees:
+        return forest_meta(case.batch, length)
+    return packed_meta(rng, case.batch, length, case.documents, case.padding)
 
 
 def metas(case: Case, rng: np.random.Generator) -> tuple[TokenMeta, TokenMeta]:
     """Where the queries and where the keys of a case stand."""
     if case.hop:
         layout, devices, queries, keys = case.hop
-        meta = packed_meta(rng, case.batch, case.T * devices, case.documents, case.padding)
+        meta = _meta(case, rng, case.T * devices)
         order = permutation(layout, case.T * devices, devices).reshape(devices, case.T)
         q_meta, kv_meta = (jax.tree.map(lambda x, i=i: x[:, order[i]], meta) for i in (queries, keys))
     else:
-        meta = packed_meta(rng, case.batch, max(case.T, case.S), case.documents, case.padding)
+        meta = _meta(case, rng, max(case.T, case.S))
         q_meta, kv_meta = (jax.tree.map(lambda x, n=n: x[:, :n], meta) for n in (case.T, case.S))
     if case.strangers is not None:
         segment_BT = kv_meta.segment_BT.copy()

@@ -141,7 +141,7 @@ def with_binding(binding: Binding, otherwise: Local) -> Local:
     )
 
 
-def _check(q, k, mask: MaskSpec) -> None:
+def _check(q, k, kv_meta: TokenMeta, mask: MaskSpec) -> None:
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {q.dtype}: use {or_blockwise(q, k)}")
@@ -151,6 +151,10 @@ def _check(q, k, mask: MaskSpec) -> None:
         )
     if mask.window is not None:
         raise NotImplementedError("cudnn knows no window by positions: use pallas_hopper or pallas_triton")
+    if kv_meta.last_BT is not None:
+        raise NotImplementedError(
+            "cudnn knows no documents that share their beginning: use pallas_hopper or pallas_triton"
+        )
     if S % 2 or T not in (S, S // 2):
         raise NotImplementedError(
             f"cudnn takes an even number of keys and as many queries or half of them, not {T} x {S}: use pallas_triton"
@@ -198,7 +202,7 @@ def attend(
     *, binding: Binding, otherwise: Local,
 ) -> Partial:  # fmt: skip
     """See core.Local; cuDNN rounds its out to the dtype of q before it is merged."""
-    _check(q, k, mask)
+    _check(q, k, kv_meta, mask)
     otherwise_attend = partial(otherwise.attend, q_meta=q_meta, kv_meta=kv_meta, mask=mask)
 
     def dense(calls: list[_Call], q, k, v, carry):
@@ -222,7 +226,7 @@ def attend_bwd(
     *, binding: Binding, otherwise: Local,
 ):  # fmt: skip
     """See core.Local."""
-    _check(q, k, mask)
+    _check(q, k, kv_meta, mask)
 
     def dense(calls: list[_Call], q, k, v, out, lse, d_out):
         grads = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]

@@ -9,7 +9,7 @@ Ref: FlashAttention-3, arXiv:2407.08608.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility
 from ringbpt.attention.local.pallas_triton import or_blockwise
-from ringbpt.attention.local.visits import BlockLists, block_lists
+from ringbpt.attention.local.visits import block_lists
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -124,14 +124,21 @@ def _along_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _masked(scores, of_queries, of_keys, mask: MaskSpec) -> jax.Array:
-    """-inf where core.visible is false; positions and segments come as functions, to be fetched one after the other."""
-    (q_position, q_segment), (kv_position, kv_segment) = of_queries, of_keys
-    segment = q_segment()
-    scores = jnp.where((segment == kv_segment()) & (segment != 0), scores, -jnp.inf)
+    """-inf where core.visible is false; of_queries and of_keys are TokenMetas of functions.
+
+    They are called one after the other: all at once they would be fetched into too many registers.
+    """
+    segment = of_queries.segment_BT()
+    if of_keys.last_BT is None:
+        scores = jnp.where((segment == of_keys.segment_BT()) & (segment != 0), scores, -jnp.inf)
+    else:
+        scores = jnp.where((of_keys.segment_BT() <= segment) & (segment != 0), scores, -jnp.inf)
+        scores = lax.optimization_barrier(scores)
+        scores = jnp.where(of_queries.segment_BT() <= of_keys.last_BT(), scores, -jnp.inf)
     if not mask.causal and mask.window is None:
         return scores
-    scores = lax.optimization_barrier(scores)  # or all four would be fetched at once, into too many registers
-    ahead = q_position() - kv_position()
+    scores = lax.optimization_barrier(scores)
+    ahead = of_queries.position_BT() - of_keys.position_BT()
     if mask.causal:
         scores = jnp.where(ahead >= 0, scores, -jnp.inf)
     if mask.window is not None:
@@ -158,12 +165,13 @@ def _visit(counts_ref, row, step, state):
 
 
 def _forward(
-    q, k, v, q_position, q_segment, kv_position, kv_segment, blocks, counts, *rest,
+    q, k, v, q_meta, kv_meta, lists, *rest,
     mask: MaskSpec, scale: float, tile: Tile, unit: _Unit, kv_heads: int, has_carry: bool,
 ):  # fmt: skip
     carry, (out, lse), scratch = rest[: 2 * has_carry], rest[2 * has_carry :][:2], rest[2 * has_carry + 2 :]
     q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
     wg, i, bk, g = (lax.axis_index(name) for name in ("wg", "i", "bk", "g"))
+    blocks, counts = lists.blocks, lists.counts
     i = blocks.shape[1] - 1 - i  # the long rows of a causal mask first
     b, kv_head = lax.div(bk, jnp.int32(kv_heads)), lax.rem(bk, jnp.int32(kv_heads))
     head = kv_head * (q.shape[2] // kv_heads) + g
@@ -205,10 +213,8 @@ def _forward(
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
                 keys = pl.ds(blocks[b, i, n] * tile.key, tile.key)
-                of_queries = [unit.later(_along_rows, x.at[b, rows], _ROWS, shape) for x in (q_position, q_segment)]
-                of_keys = [
-                    unit.later(_along_columns, x.at[b, keys], _COLUMNS, shape) for x in (kv_position, kv_segment)
-                ]
+                of_queries = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, rows], _ROWS, shape), q_meta)
+                of_keys = jax.tree.map(lambda x: unit.later(_along_columns, x.at[b, keys], _COLUMNS, shape), kv_meta)
                 scores = _masked(scores, of_queries, of_keys, mask)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1) * (scale * _LOG2E))
             finite = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
@@ -242,13 +248,14 @@ def _forward(
 
 
 def _backward(
-    q, k, v, d_out, lse, delta, q_position, q_segment, kv_position, kv_segment, blocks, counts, dq, dk, dv,
+    q, k, v, d_out, lse, delta, q_meta, kv_meta, lists, dq, dk, dv,
     q_smem, k_smem, v_smem, d_out_smem, lse_smem, delta_smem, ds_smem, dq_smem,
     kv_ready, q_ready, d_out_ready, q_free, d_out_free, both,
     *, mask: MaskSpec, scale: float, tile: Tile, unit: _Unit,
 ):  # fmt: skip
     wg, b, kv_head, j = (lax.axis_index(name) for name in ("wg", "b", "h", "j"))
     G, H, stages = q.shape[2] // k.shape[2], q.shape[3], jnp.int32(tile.stages)
+    blocks, counts = lists.blocks, lists.counts
     partly, total = counts[b, j, 0], counts[b, j, 1]
 
     def place(n):
@@ -307,10 +314,8 @@ def _backward(
 
             def with_mask(scores):
                 rows = pl.ds(start, tile.query)
-                of_queries = [
-                    unit.later(_along_columns, x.at[b, rows], _COLUMNS, shape) for x in (q_position, q_segment)
-                ]
-                of_keys = [unit.later(_along_rows, x.at[b, keys], _ROWS, shape) for x in (kv_position, kv_segment)]
+                of_queries = jax.tree.map(lambda x: unit.later(_along_columns, x.at[b, rows], _COLUMNS, shape), q_meta)
+                of_keys = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, keys], _ROWS, shape), kv_meta)
                 return _masked(scores, of_queries, of_keys, mask)
 
             # One loop and a branch: two loops would not fit the registers.
@@ -421,7 +426,7 @@ def attend(
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
     (B, padded_T, N, padded_H), K = q.shape, k.shape[2]
     lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key))
-    inputs = [q, k, v, *_places(q_meta, kv_meta, lists)]
+    inputs = [q, k, v, replace(q_meta, last_BT=None), kv_meta, lists]
     if carry is not None:
         inputs += [carry.out_BTNH, jnp.swapaxes(carry.lse_BTN, 1, 2)]
     barriers = (plgpu.Barrier(num_barriers=2), *[plgpu.Barrier(num_barriers=tile.stages)] * 2)
@@ -458,11 +463,6 @@ def _call(body, name: str, grid: dict[str, int], scratch, outputs, inputs, unit:
     )(*inputs)
 
 
-def _places(q_meta: TokenMeta, kv_meta: TokenMeta, lists: BlockLists) -> list[jax.Array]:
-    metas = [q_meta.position_BT, q_meta.segment_BT, kv_meta.position_BT, kv_meta.segment_BT]
-    return [*metas, lists.blocks, lists.counts]
-
-
 def attend_bwd(
     q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, *, unit: _Unit
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -491,7 +491,8 @@ def attend_bwd(
         plgpu.Barrier(num_arrivals=2), *[plgpu.Barrier(num_arrivals=2, num_barriers=stages)] * 4,
         plgpu.Barrier(num_arrivals=2),
     ]  # fmt: skip
-    inputs = [q, k, v, d_out, *(jnp.swapaxes(x, 1, 2) for x in (lse, delta)), *_places(q_meta, kv_meta, lists), dq]
+    inputs = [q, k, v, d_out, *(jnp.swapaxes(x, 1, 2) for x in (lse, delta))]
+    inputs += [replace(q_meta, last_BT=None), kv_meta, lists, dq]
     grid = {"b": B, "h": K, "j": padded_S // tile.key}
     dk, dv = _call(kernel, "hopper_backward", grid, scratch, [k.shape, k.shape], inputs, unit)
     return dq[...][:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]

@@ -57,14 +57,21 @@ def _column(row_1S, lanes: int):
     return jnp.tile(block, (1, lanes // LANES))
 
 
-def _scores_ST(q_HT, k_HS, q_meta_2T, kv_meta_2S, mask: MaskSpec, masked: bool):
-    """log2(e) * the scores, transposed; -inf where invisible, if `masked`. kv segments have -1 for padding."""
+def _scores_ST(q_HT, k_HS, q_meta_2T, kv_meta_xS, mask: MaskSpec, masked: bool):
+    """log2(e) * the scores, transposed; -inf where invisible, if `masked`.
+
+    Metas are position and segment and, of keys, last, where there is one; keys have -1 for padding.
+    """
     scores = _dot(k_HS, q_HT, TN) * (q_HT.shape[0] ** -0.5 * LOG2_E)
     if not masked:
         return scores
     shape_T = q_HT.shape[1]
-    seen = q_meta_2T[1:2] == _column(kv_meta_2S[1:2], shape_T)
-    distance = q_meta_2T[0:1] - _column(kv_meta_2S[0:1], shape_T)
+    if kv_meta_xS.shape[0] == 2:
+        seen = q_meta_2T[1:2] == _column(kv_meta_xS[1:2], shape_T)
+    else:
+        seen = _column(kv_meta_xS[1:2], shape_T) <= q_meta_2T[1:2]
+        seen &= q_meta_2T[1:2] <= _column(kv_meta_xS[2:3], shape_T)
+    distance = q_meta_2T[0:1] - _column(kv_meta_xS[0:1], shape_T)
     if mask.causal:
         seen &= distance >= 0
     if mask.window is not None:
@@ -218,15 +225,16 @@ def _block(length: int, most: int) -> tuple[int, int]:
 
 
 def _blocks(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, sizes: tuple[int, int]):
-    """((T block, T padded), (S block, S padded), metas as int32 [B, 2, tokens], (some, every))."""
+    """((T block, T padded), (S block, S padded), metas as int32 [B, 2 or 3, tokens], (some, every))."""
     t, s = (_block(meta.position_BT.shape[1], size) for meta, size in zip((q_meta, kv_meta), sizes, strict=True))
     q_meta, kv_meta = (
         jax.tree.map(lambda x, length=length: _pad(x, length), meta)
         for meta, length in ((q_meta, t[1]), (kv_meta, s[1]))
     )
+    documents = [x for x in (kv_meta.segment_BT, kv_meta.last_BT) if x is not None]
     metas = (
         jnp.stack([q_meta.position_BT, q_meta.segment_BT], axis=1),
-        jnp.stack([kv_meta.position_BT, jnp.where(kv_meta.segment_BT == 0, -1, kv_meta.segment_BT)], axis=1),
+        jnp.stack([kv_meta.position_BT, *(jnp.where(x == 0, -1, x) for x in documents)], axis=1),
     )
     if (entries := q_meta.position_BT.shape[0] * (t[1] // t[0]) * (s[1] // s[0])) > MOST_VISITS:
         raise NotImplementedError(
@@ -312,8 +320,8 @@ def attend(
                 q_block,
                 kv_block,
                 kv_block,
-                _meta_block(block_T, q_map),
-                _meta_block(block_S, kv_map),
+                _meta_block(metas[0], block_T, q_map),
+                _meta_block(metas[1], block_S, kv_map),
                 *[q_block, row_block][: len(carried)],
             ],
             out_specs=[q_block, row_block],
@@ -327,12 +335,12 @@ def attend(
     return Partial(_from_lanes(out, length), lse[:, :, 0, :length].transpose(0, 2, 1))
 
 
-def _meta_block(size: int, index_map) -> pl.BlockSpec:
+def _meta_block(meta: jax.Array, size: int, index_map) -> pl.BlockSpec:
     def without_heads(*args):
         b, _, _, i = index_map(*args)
         return b, 0, i
 
-    return pl.BlockSpec((None, 2, size), without_heads)
+    return pl.BlockSpec((None, meta.shape[1], size), without_heads)
 
 
 def attend_bwd(
@@ -378,8 +386,8 @@ def attend_bwd(
                 kv_block,
                 q_block,
                 row_block,
-                _meta_block(block_T, q_map),
-                _meta_block(block_S, kv_map),
+                _meta_block(metas[0], block_T, q_map),
+                _meta_block(metas[1], block_S, kv_map),
                 whole,
             ],
             out_specs=[kv_block, kv_block, whole],

@@ -149,7 +149,7 @@ def _dot(a: jax.Array, b: jax.Array, transpose: str = "") -> jax.Array:
 
 
 def _pallas_call(kernel, grid, inputs, outputs, tile: Tile, interpret: bool, aliases: dict[int, int]):
-    """inputs: (array, spec), outputs: (shape, spec); all outputs are float32."""
+    """inputs: (array, spec) or trees of both, outputs: (shape, spec); all outputs are float32."""
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
     return pl.pallas_call(
@@ -189,20 +189,24 @@ def _scores(a, b, scale: float, seen) -> jax.Array:
     return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
 
 
-def _seen(q_place, kv_place, mask: MaskSpec) -> jax.Array:
-    """core.visible for one block of queries and one of keys, each (positions, segments)."""
-    q_meta, kv_meta = (TokenMeta(position[None], segment[None]) for position, segment in (q_place, kv_place))
-    return visible(q_meta, kv_meta, mask)[0]
+def _read(meta: TokenMeta, tokens=...) -> TokenMeta:
+    """The places of these tokens, all if none are named."""
+    return jax.tree.map(lambda ref: ref[tokens], meta)
 
 
-def _forward(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, k, v, *rest, mask, scale, size_S):
+def _seen(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> jax.Array:
+    """core.visible for one block of queries and one of keys, without a batch."""
+    return visible(*jax.tree.map(lambda x: x[None], (q_meta, kv_meta)), mask)[0]
+
+
+def _forward(blocks, counts, q_meta, kv_meta, q, k, v, *rest, mask, scale, size_S):
     *carry, out, lse = rest
-    q_TH, q_place = q[...], (q_position[...], q_segment[...])
+    q_TH, q_place = q[...], _read(q_meta)
 
     def body(j, state, _, masked):
         out_TH, max_T, sum_T = state
         keys = pl.ds(j * size_S, size_S)
-        seen = _seen(q_place, (kv_position[keys], kv_segment[keys]), mask) if masked else None
+        seen = _seen(q_place, _read(kv_meta, keys), mask) if masked else None
         scores = _scores(q_TH, k[keys, :], scale, seen)
         new_max_T = jnp.maximum(max_T, jnp.max(scores, axis=1))
         finite_T = jnp.where(new_max_T == -jnp.inf, 0.0, new_max_T) if masked else new_max_T
@@ -222,15 +226,14 @@ def _forward(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, 
     lse[...] = jnp.where(sum_T == 0, -jnp.inf, (max_T + jnp.log2(some_T)) / _LOG2E)
 
 
-def _dq(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, k, v, d_out, lse, delta, dq,
-        *, mask, scale, size_S):  # fmt: skip
+def _dq(blocks, counts, q_meta, kv_meta, q, k, v, d_out, lse, delta, dq, *, mask, scale, size_S):
     q_TH, d_out_TH, lse_T, delta_T = q[...], d_out[...], lse[...], delta[...]
-    q_place = (q_position[...], q_segment[...])
+    q_place = _read(q_meta)
 
     def body(j, dq_TH, _, masked):
         keys = pl.ds(j * size_S, size_S)
         k_SH = k[keys, :]
-        seen = _seen(q_place, (kv_position[keys], kv_segment[keys]), mask) if masked else None
+        seen = _seen(q_place, _read(kv_meta, keys), mask) if masked else None
         p_TS = jnp.exp2(_scores(q_TH, k_SH, scale, seen) - lse_T[:, None])
         ds_TS = p_TS * (_dot(d_out_TH, v[keys, :], "b") - delta_T[:, None])
         return dq_TH + _dot(ds_TS.astype(k_SH.dtype), k_SH)
@@ -238,16 +241,15 @@ def _dq(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, k, v,
     dq[...] = _visit((blocks, counts), body, jnp.zeros(q_TH.shape, jnp.float32)) * scale
 
 
-def _dkv(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, k, v, d_out, lse, delta, dk, dv,
-         *, mask, scale, size_T):  # fmt: skip
-    k_SH, v_SH, kv_place = k[...], v[...], (kv_position[...], kv_segment[...])
+def _dkv(blocks, counts, q_meta, kv_meta, q, k, v, d_out, lse, delta, dk, dv, *, mask, scale, size_T):
+    k_SH, v_SH, kv_place = k[...], v[...], _read(kv_meta)
 
     def body(i, state, g, masked):
         dk_SH, dv_SH = state
         rows = pl.ds(i * size_T, size_T)
         q_TH, d_out_TH = q[rows, g, :], d_out[rows, g, :]
         # With keys in the rows, no product needs its left operand turned.
-        seen = _seen((q_position[rows], q_segment[rows]), kv_place, mask).T if masked else None
+        seen = _seen(_read(q_meta, rows), kv_place, mask).T if masked else None
         p_ST = jnp.exp2(_scores(k_SH, q_TH, scale, seen) - lse[g, rows][None])
         dv_SH += _dot(p_ST.astype(q_TH.dtype), d_out_TH)
         ds_ST = p_ST * (_dot(v_SH, d_out_TH, "b") - delta[g, rows][None])
@@ -256,6 +258,11 @@ def _dkv(blocks, counts, q_position, q_segment, kv_position, kv_segment, q, k, v
     zeros = jnp.zeros(k_SH.shape, jnp.float32)
     dk_SH, dv_SH = _visit((blocks, counts), body, (zeros, zeros), repeat=q.shape[1])
     dk[...], dv[...] = dk_SH * scale, dv_SH
+
+
+def _with_spec(meta: TokenMeta, spec: pl.BlockSpec) -> list[tuple]:
+    """As an input of _pallas_call."""
+    return [(meta, jax.tree.map(lambda _: spec, meta))]
 
 
 def _by_query(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
@@ -278,8 +285,7 @@ def _by_query(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
     lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key))
     rows, keys = (spec((None, tile.query), lambda b, i, n, h: (b, i)), spec((None, S), lambda b, i, n, h: (b, 0)))
     inputs = [(x, spec((None, None, x.shape[2]), lambda b, i, n, h: (b, i, 0))) for x in (lists.blocks, lists.counts)]
-    inputs += [(q_meta.position_BT, rows), (q_meta.segment_BT, rows)]
-    inputs += [(kv_meta.position_BT, keys), (kv_meta.segment_BT, keys)]
+    inputs += _with_spec(replace(q_meta, last_BT=None), rows) + _with_spec(kv_meta, keys)
     return (G, blocks, B * K), inputs, specs
 
 
@@ -299,8 +305,7 @@ def _by_key(q, k, q_meta, kv_meta, mask: MaskSpec, tile: Tile):
     inputs = [
         (x, pl.BlockSpec((None, None, x.shape[2]), lambda j, h, b: (b, j, 0))) for x in (lists.blocks, lists.counts)
     ]
-    inputs += [(q_meta.position_BT, rows), (q_meta.segment_BT, rows)]
-    inputs += [(kv_meta.position_BT, keys), (kv_meta.segment_BT, keys)]
+    inputs += _with_spec(replace(q_meta, last_BT=None), rows) + _with_spec(kv_meta, keys)
     return (S // tile.key, K, B), inputs, specs
 
 
@@ -317,7 +322,8 @@ def attend(
     inputs += [(q, specs["BTNH"]), (k, specs["BSKH"]), (v, specs["BSKH"])]
     aliases = {}
     if carry is not None:
-        aliases = {len(inputs): 0, len(inputs) + 1: 1}  # the carry's memory takes the result
+        before = len(jax.tree.leaves([array for array, _ in inputs]))
+        aliases = {before: 0, before + 1: 1}  # the carry's memory takes the result
         inputs += [(carry.out_BTNH, specs["BTNH"]), (carry.lse_BTN, specs["BTN"])]
     outputs = [(q.shape, specs["BTNH"]), (q.shape[:-1], specs["BTN"])]
     kernel = partial(_forward, mask=mask, scale=scale, size_S=tile.key)
