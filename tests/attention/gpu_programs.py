@@ -26,12 +26,17 @@ class Kernel:
     shared_bytes: int
 
 
-def train_like(machine: Topology, local: Local, head_dim: int, dtype: str, dump: Path, length: int = 2048):
-    """A forward with a carry, and a backward, of 8 query and 2 kv heads; XLA's files go to `dump`."""
+def train_like(
+    machine: Topology, local: Local, head_dim: int, dtype: str, dump: Path, length: int = 2048, trees: bool = False
+):  # fmt: skip
+    """A forward with a carry, and a backward, of 8 query and 2 kv heads; XLA's files go to `dump`.
+
+    trees: documents may share their beginning.
+    """
     mesh = Mesh(machine.devices[:1], ("one",))
     array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     q, k = (array((1, length, heads, head_dim), dtype) for heads in (8, 2))
-    meta = TokenMeta(*[array((1, length), jnp.int32)] * 2)
+    meta = TokenMeta(*[array((1, length), jnp.int32)] * (3 if trees else 2))
     carry = Partial(array(q.shape, jnp.float32), array(q.shape[:-1], jnp.float32))
 
     def both(q, k, v, d_out, meta, carry):

@@ -53,13 +53,17 @@ def test_what_it_cannot_do_it_refuses_by_name():
 @pytest.mark.slow  # test_pallas_triton.py looks for spills in every test run
 # Mosaic GPU compiles what it has compiled before no second time, and says nothing of it: no two tests share a length.
 @pytest.mark.parametrize(
-    ("name", "head_dim", "length"),
-    [("h200", 128, 1920), ("h100", 128, 1792), ("h200", 64, 1920)],
-)
-def test_no_kernel_spills(name, head_dim, length, tmp_path, monkeypatch):
+    ("name", "head_dim", "length", "trees"),
+    [
+        ("h200", 128, 1920, False), ("h100", 128, 1792, False), ("h200", 64, 1920, False), ("h200", 128, 1664, True),
+        ("h200", 64, 1664, True),
+    ],
+)  # fmt: skip
+def test_no_kernel_spills(name, head_dim, length, trees, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     machine = compiler(name)
-    train_like(machine, make_pallas_hopper(machine.devices[0], None, None), head_dim, "bfloat16", tmp_path, length)
+    local = make_pallas_hopper(machine.devices[0], None, None)
+    train_like(machine, local, head_dim, "bfloat16", tmp_path, length, trees)
     found = [kernel for kernel in kernels(tmp_path, machine) if kernel.name.endswith("_mosaic_gpu_kernel")]
     print(name, head_dim, *found, sep="\n  ")
     assert len(found) == 2, found  # forward and backward; more shared memory than there is would not have compiled

@@ -1,5 +1,7 @@
 """The Triton kernels in Pallas's interpreter, through the suite; and compiled for GPUs that aren't here."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,21 +69,25 @@ def test_the_table_of_block_sizes_is_read(monkeypatch):
 MACHINES = ("a100", "h100", "h200")
 SHARED_MEMORY = {"a100": 166912, "h100": 232448, "h200": 232448}  # bytes that one block of threads can have
 PROGRAMS = [
-    ("a100", "bfloat16", 128),
-    *[pytest.param(name, "bfloat16", 128, marks=pytest.mark.slow) for name in MACHINES[1:]],
+    ("a100", "bfloat16", 128, False),
+    *[pytest.param(name, "bfloat16", 128, False, marks=pytest.mark.slow) for name in MACHINES[1:]],
     *[
-        pytest.param(name, dtype, head_dim, marks=pytest.mark.slow)
+        pytest.param(name, dtype, head_dim, False, marks=pytest.mark.slow)
         for name in MACHINES
         for dtype, head_dim in (("bfloat16", 64), ("float16", 256), ("float32", 64), ("float32", 128))
+    ],
+    *[
+        pytest.param(name, dtype, head_dim, True, marks=pytest.mark.slow)
+        for name, dtype, head_dim in product(("a100", "h200"), ("bfloat16", "float32"), (64, 128))
     ],
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "head_dim"), PROGRAMS)
-def test_no_kernel_spills(name, dtype, head_dim, tmp_path):
+@pytest.mark.parametrize(("name", "dtype", "head_dim", "trees"), PROGRAMS)
+def test_no_kernel_spills(name, dtype, head_dim, trees, tmp_path):
     machine = compiler(name)
     local = make_pallas_triton(machine.devices[0], None, None)
-    train_like(machine, local, head_dim, dtype, dump=tmp_path)
+    train_like(machine, local, head_dim, dtype, dump=tmp_path, trees=trees)
     found = {kernel.name: kernel for kernel in kernels(tmp_path, machine)}
     print(name, dtype, head_dim, *[kernel for kernel in found.values() if "triton" in kernel.name], sep="\n  ")
     for kernel in ("triton_forward", "triton_dq", "triton_dkv"):

@@ -133,8 +133,7 @@ def _masked(scores, of_queries, of_keys, mask: MaskSpec) -> jax.Array:
         scores = jnp.where((segment == of_keys.segment_BT()) & (segment != 0), scores, -jnp.inf)
     else:
         scores = jnp.where((of_keys.segment_BT() <= segment) & (segment != 0), scores, -jnp.inf)
-        scores = lax.optimization_barrier(scores)
-        scores = jnp.where(of_queries.segment_BT() <= of_keys.last_BT(), scores, -jnp.inf)
+        scores = jnp.where(segment <= of_keys.last_BT(), scores, -jnp.inf)
     if not mask.causal and mask.window is None:
         return scores
     scores = lax.optimization_barrier(scores)
@@ -315,7 +314,9 @@ def _backward(
             def with_mask(scores):
                 rows = pl.ds(start, tile.query)
                 of_queries = jax.tree.map(lambda x: unit.later(_along_columns, x.at[b, rows], _COLUMNS, shape), q_meta)
-                of_keys = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, keys], _ROWS, shape), kv_meta)
+                # Nor would the addresses of three arrays of the keys fit, were they the same in every visit.
+                own = keys if kv_meta.last_BT is None else pl.ds(j * tile.key + mine.start, _WARPGROUP)
+                of_keys = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, own], _ROWS, shape), kv_meta)
                 return _masked(scores, of_queries, of_keys, mask)
 
             # One loop and a branch: two loops would not fit the registers.
