@@ -27,7 +27,7 @@ def test_the_kernels_pass_the_suite(case):
 @pytest.mark.slow
 def test_heads_of_64():
     """dq is shared otherwise between the warpgroups than where heads are of 128."""
-    (window,) = (case for case in SMALL if case.name == "a small window over documents")
+    (window,) = (case for case in SMALL if case.name == "a small window over trees")
     case = replace(window, head_dim=64, dtype="bfloat16", name="heads of 64")
     suite.check(make_interpreted(jax.devices()[0], None, None), case)
 

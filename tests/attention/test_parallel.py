@@ -1,7 +1,7 @@
 """The global attention by every strategy against the dense reference in float64; and what it compiles to."""
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -14,8 +14,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ringbpt.attention import MaskSpec, make_attention, permutation
-from ringbpt.attention.api import LOCALS
-from ringbpt.attention.core import Local
 from ringbpt.attention.local import reference
 from ringbpt.attention.parallel.ring import needed_hops
 from ringbpt.attention.work import count
@@ -167,47 +165,6 @@ def test_any_packing(program, layout, documents, padding, seed):
 def test_the_product(program):
     for layout, documents in product(LAYOUTS, (1, 4)):
         check(program, layout, documents)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Coloured(TokenMeta):
-    """A TokenMeta that says one more thing of each token."""
-
-    colour_BT: Any
-
-
-def colours_apart(device, *sizes) -> Local:
-    """A local attention in which a query sees keys of its own colour only."""
-
-    def plain(meta: Coloured) -> TokenMeta:
-        return TokenMeta(meta.position_BT, jnp.where(meta.segment_BT == 0, 0, 2 * meta.segment_BT + meta.colour_BT))
-
-    def attend(q, k, v, q_meta, kv_meta, mask, carry=None):
-        return reference.attend(q, k, v, plain(q_meta), plain(kv_meta), mask, carry)
-
-    def attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask):
-        return reference.attend_bwd(q, k, v, out, lse, d_out, plain(q_meta), plain(kv_meta), mask)
-
-    return Local(attend, attend_bwd)
-
-
-@pytest.mark.parametrize("program", [Program(options=SKIP), Program("ulysses_ring", BY_2 + TWO_WAYS)], ids=str)
-def test_what_a_meta_says_more_travels_along(program, monkeypatch):
-    monkeypatch.setitem(LOCALS, "colours_apart", colours_apart)
-    rng = np.random.default_rng(0)
-    inputs = arrays(rng, 2, LENGTH, LENGTH, *program.heads, HEAD_DIM)
-    meta = packed_meta(rng, 2, LENGTH, 2, 7)
-    colour_BT = rng.integers(0, 2, meta.segment_BT.shape, dtype=np.int32)
-    got = computed(
-        replace(program, local="colours_apart"),
-        "zigzag",
-        inputs,
-        Coloured(meta.position_BT, meta.segment_BT, colour_BT),
-    )
-    apart = TokenMeta(meta.position_BT, np.where(meta.segment_BT == 0, 0, 2 * meta.segment_BT + colour_BT))
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, truth(inputs, apart, program.mask), strict=True):
-        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -55,7 +55,8 @@ def _send(x: jax.Array, axis: str, size: int, step: int = 1) -> jax.Array:
 def _all_metas(meta: TokenMeta, axis: str, streams: Streams = ONE_WAY) -> Callable[[jax.Array | int], TokenMeta]:
     """hop -> the places of the keys that this device holds at that hop.
 
-    Gathered once, eight bytes a token (twelve where documents share any), and not sent along: so each hop is one transfer, which schedulers overlap.
+    Gathered once, eight or twelve bytes a token, and not sent along: so each hop is one transfer, which schedulers
+    overlap.
     """
     everybody = lax.all_gather(meta, axis)
     device, size = lax.axis_index(axis), lax.axis_size(axis)
