@@ -92,8 +92,11 @@ class Model:
         """The model that a training run's flags describe."""
         return Model(config.architecture, config.execution, mesh, config.dtype)
 
-    def check_kernel(self, seq_length: int) -> None:
-        """Raises UserError where the kernel that was asked for cannot do it: now, and not when the step compiles."""
+    def check_kernel(self, seq_length: int, shared: bool = False) -> None:
+        """Raises UserError where the kernel that was asked for cannot do it: now, and not when the step compiles.
+
+        shared: documents may share their beginning (TokenMeta.last_BT).
+        """
         kernel = self.execution.attention_kernel
         if kernel in ("auto", "reference", "blockwise"):
             return
@@ -105,7 +108,7 @@ class Model:
             return jax.vjp(lambda *qkv: self._attend(*qkv, meta), q, k, v)[1](q)
 
         try:
-            jax.eval_shape(gradients, q, k, k, TokenMeta(place, place))
+            jax.eval_shape(gradients, q, k, k, TokenMeta(place, place, place if shared else None))
         except NotImplementedError as refusal:
             raise UserError(f"--llama.attention_kernel={kernel}: {refusal}") from None
 

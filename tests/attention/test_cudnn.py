@@ -1,5 +1,6 @@
 """Which hops go to cuDNN and what is made of its results, with a stand-in for it; and its calls compiled for GPUs."""
 
+import logging
 import re
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from ringbpt.attention import api
 from ringbpt.attention.core import Local, MaskSpec, Partial
 from ringbpt.attention.local import cudnn, reference
 from ringbpt.types import TokenMeta
@@ -106,7 +108,7 @@ def test_half_of_the_queries(part):
 def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
     meta = TokenMeta(np.zeros((1, 16), np.int32), np.ones((1, 16), np.int32))
 
-    def attend(head_dim=16, dtype=jnp.bfloat16, mask=MaskSpec(), keys=16):
+    def attend(head_dim=16, dtype=jnp.bfloat16, mask=MaskSpec(), keys=16, meta=meta):
         x = jnp.ones((1, 16, 1, head_dim), dtype)
         cudnn.with_binding(STAND_IN, REFERENCE).attend(x, x[:, :keys], x[:, :keys], meta, meta, mask)
 
@@ -116,6 +118,8 @@ def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
         attend(head_dim=256)
     with pytest.raises(NotImplementedError, match="window by positions: use pallas_hopper"):
         attend(mask=MaskSpec(window=4))
+    with pytest.raises(NotImplementedError, match="share their beginning: use pallas_hopper or pallas_triton"):
+        attend(meta=replace(meta, last_BT=meta.segment_BT))
     with pytest.raises(NotImplementedError, match="not 16 x 12: use pallas_triton"):
         attend(keys=12)
     with pytest.raises(NotImplementedError, match="this is cpu: use blockwise"):
@@ -123,6 +127,21 @@ def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "_dot_product_attention_bwd_impl", lambda query: query)
     with pytest.raises(NotImplementedError, match="binds cuDNN's attention otherwise: use pallas_hopper"):
         cudnn.jax_binding()
+
+
+def test_auto_leaves_it_out_where_documents_share(monkeypatch, caplog):
+    """And only there: one Local serves rows of either kind."""
+    monkeypatch.setitem(api.LOCALS, "cudnn", lambda *args: cudnn.with_binding(STAND_IN, NEVER))
+    monkeypatch.setitem(api.FASTEST, "cpu", ("cudnn", "blockwise"))
+    api._log_once.cache_clear()
+    auto = api.LOCALS["auto"](jax.devices()[0], None, None)
+    x, place = jax.ShapeDtypeStruct((1, 16, 1, 16), jnp.bfloat16), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    with caplog.at_level(logging.INFO, logger="ringbpt"):
+        for last in (None, place, None):
+            jax.eval_shape(lambda x, m: auto.attend(x, x, x, m, m, MaskSpec()), x, TokenMeta(place, place, last))
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "attend on cpu: cudnn" and len(said) == 2
+    assert said[1].startswith("attend on cpu: blockwise; cudnn knows no documents that share their beginning")
 
 
 def test_an_old_cudnn_is_refused(monkeypatch):

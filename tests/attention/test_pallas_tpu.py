@@ -108,12 +108,15 @@ def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
 # --- for TPUs that aren't here ---
 
 
-def compiled(name: str, head_dim: int, dtype, length: int = 4096):
-    """(forward with a carry, backward), compiled for one device of the machine, with the table's blocks."""
+def compiled(name: str, head_dim: int, dtype, length: int = 4096, columns: int = 2):
+    """(forward with a carry, backward), compiled for one device of the machine, with the table's blocks.
+
+    columns: of a TokenMeta; 3 where documents may share their beginning.
+    """
     machine = compiler(name)
     array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(machine.devices[0]))
     q, k = (array((1, length, n, head_dim), dtype) for n in (8, 2))
-    meta = TokenMeta(*(array((1, length), jnp.int32) for _ in range(2)))
+    meta = TokenMeta(*(array((1, length), jnp.int32) for _ in range(columns)))
     out, lse = array(q.shape, jnp.float32), array(q.shape[:3], jnp.float32)
     local, mask = make_pallas_tpu(machine.devices[0], None, None), MaskSpec()
     forward = jax.jit(lambda q, k, v, meta, carry: local.attend(q, k, v, meta, meta, mask, carry))
@@ -129,6 +132,12 @@ def compiled(name: str, head_dim: int, dtype, length: int = 4096):
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_size_compiles_for_every_tpu(name, head_dim, dtype):
     compiled(name, head_dim, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MACHINES)
+def test_trees_compile_for_every_tpu(name):
+    compiled(name, 128, jnp.bfloat16, columns=3)
 
 
 @pytest.mark.slow

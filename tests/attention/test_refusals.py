@@ -23,6 +23,7 @@ class Request:
     mask: MaskSpec = MaskSpec()
     lengths: tuple[int, int] = (256, 256)
     blocks: tuple[int | None, int | None] = (None, None)
+    trees: bool = False
 
 
 KERNELS = [name for name in LOCALS if re.fullmatch("cudnn|pallas_[a-z]+", name)]  # blockwise refuses nothing
@@ -34,6 +35,7 @@ REQUESTS = [
     *[Request(dtype="float32", head_dim=head_dim) for head_dim in (12, 256)],
     *[Request(mask=mask) for mask in (MaskSpec(False), MaskSpec(window=50), MaskSpec(False, 50))],
     *[Request(lengths=lengths) for lengths in ((77, 201), (1, 256), (128, 256), (256, 128))],
+    Request(trees=True),
     *[Request(blocks=blocks) for blocks in ((16, 16), (1000, 1000), (None, 64))],
 ]
 
@@ -43,7 +45,8 @@ def refusal(name: str, request: Request, device: jax.Device) -> str | None:
     T, S = request.lengths
     q, k = (jax.ShapeDtypeStruct((1, n, 2, request.head_dim), request.dtype) for n in (T, S))
     out, lse = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:-1]))
-    q_meta, kv_meta = (TokenMeta(*[jax.ShapeDtypeStruct((1, n), jnp.int32)] * 2) for n in (T, S))
+    columns = 3 if request.trees else 2
+    q_meta, kv_meta = (TokenMeta(*[jax.ShapeDtypeStruct((1, n), jnp.int32)] * columns) for n in (T, S))
 
     def both(q, k, out, lse, q_meta, kv_meta):
         local = LOCALS[name](device, *request.blocks)

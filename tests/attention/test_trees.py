@@ -84,7 +84,7 @@ def padded(trees: list, multiple: int, more: int = 0) -> TokenMeta:
     seed=st.integers(0, 2**16),
 )
 def test_bounds_are_never_wrong(trees, mask, sizes, order, padding, seed):
-    """`some` is never wrong about a visible pair, and `every` never at all; on each side stand any tokens of the row."""
+    """`some` is never wrong about a visible pair, `every` never at all; on each side stand any tokens of the row."""
     meta = padded(trees, 48, padding)
     length = meta.position_BT.shape[1]
     rng = np.random.default_rng(seed)

@@ -38,13 +38,17 @@ def make_model(mesh_shape=(1, 1, 1, 1), dtype="fp32", **llama) -> Model:
     return Model.of(config, make_mesh(mesh_shape))
 
 
-def make_batch(model: Model, rows=2, length=32, seed=0) -> Batch:
-    """Two documents a row; the first 4 places of each take no loss."""
+def make_batch(model: Model, rows=2, length=32, seed=0, shared=False) -> Batch:
+    """Two documents a row; the first 4 places of each take no loss. shared: the second goes on from the first's 8th."""
     rng = np.random.default_rng(seed)
     token, target = rng.integers(0, model.architecture.vocab_size, (2, rows, length)).astype(np.int32)
     position = np.tile(np.concatenate([np.arange(length - 12), np.arange(12)]).astype(np.int32), (rows, 1))
     segment = np.tile(np.repeat([1, 2], [length - 12, 12]).astype(np.int32), (rows, 1))
-    host = Batch(token, target, (position >= 4).astype(np.float32), position, segment)
+    columns = {}
+    if shared:
+        position[:, -12:] += 8
+        columns["last"] = np.where(np.arange(length) < 8, 2, segment).astype(np.int32)
+    host = Batch(token, target, (position >= 4).astype(np.float32), position, segment, columns)
     layout = model.execution.sequence_layout
     return put_batch(lambda a, b: jax.tree.map(lambda x: x[a:b], host), (rows, length), model.mesh, layout)
 

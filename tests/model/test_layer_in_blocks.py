@@ -43,6 +43,17 @@ def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
     check(mesh, at_a_time, **llama)
 
 
+@pytest.mark.slow
+def test_what_documents_share_is_seen_by_each():
+    whole, blocks = (
+        make_model((1, 1, 1, 4), kv_heads_at_a_time=n, sequence_layout="zigzag", **FAMILY) for n in (None, 2)
+    )
+    params = whole.init(jax.random.key(0))
+    want = loss_and_grads(whole, params, make_batch(whole, shared=True))
+    assert_same(loss_and_grads(blocks, params, make_batch(blocks, shared=True)), want)
+    assert abs(want[0] - loss_and_grads(whole, params, make_batch(whole))[0]) > 1e-3
+
+
 def test_chunks_that_leave_tokens_over_are_refused():
     model = make_model(kv_heads_at_a_time=1, scan_mlp_chunk_size=5, **FAMILY)
     with pytest.raises(ValueError, match="chunks of 5 do not divide"):
