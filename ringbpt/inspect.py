@@ -123,7 +123,7 @@ def documents(tokenizer: Any, views: list[Any]) -> Iterator[dict[str, Any]]:
 
     for view in views:
         for number, row in enumerate(view.rows):
-            for document, (length, values) in enumerate(pieces_of(row), start=1):
+            for document, (length, values, *_) in enumerate(pieces_of(row, apart=True), start=1):
                 loss = [int(weight > 0) for weight in values["mask"]]
                 # What the last place predicts stands in no place of this row.
                 count = length + loss[-1]

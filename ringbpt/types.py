@@ -28,9 +28,10 @@ class TokenMeta:
 class Column(NamedTuple):
     """What one column of a batch is; its arrays are [B, T] (a row's [T]) and nothing else.
 
-    What belongs to a whole document is repeated over its tokens. dtype: numpy's name. padding: the value where no token
-    stands. of: whose value stands at a place, that of the "token" there or of its "target", the document's next token.
-    meaning: with its unit. source: the name of the documents' values that it is filled from, where it has another one.
+    dtype: numpy's name. padding: the value where no token stands. of: whose value stands at a place, that of the
+    "token" there, of its "target", the document's next token, that of the whole "document", repeated wherever it has a
+    target, or "row": none is given, and it follows from what stands in the row. meaning: with its unit. source: the
+    name of the documents' values that it is filled from, where it has another one.
     """
 
     dtype: str
@@ -46,9 +47,13 @@ COLUMNS: dict[str, Column] = {
     "token": Column("int32", 0, "token", "the input's id"),
     "target": Column("int32", 0, "target", "the id to predict", source="token"),
     "weight": Column("float32", 0, "target", "how much the target counts in the loss; 0: not at all", source="mask"),
-    "position": Column("int32", 0, "token", "the position inside the document, from 0, in tokens"),
-    "segment": Column("int32", 0, "token", "the id of the document inside the row, from 1; 0 is padding"),
-    "last": Column("int32", 0, "token", "the id of the last document that shares this token with its own"),
+    "position": Column("int32", 0, "row", "the position inside the document, from 0, in tokens"),
+    "segment": Column("int32", 0, "row", "the id of the document inside the row, from 1; 0 is padding"),
+    "last": Column("int32", 0, "row", "the id of the last document that shares this token with its own"),
+    "unit": Column("int32", 0, "row", "the number of the packing unit inside the row, from 1; 0 is padding"),
+    "label": Column("int8", 0, "document", "1: chosen or desirable; -1: not; 2: a prompt with another's completion"),
+    "margin": Column("float32", 0, "document", "by how much the chosen is better, as the data say; no unit"),
+    "ref_logp": Column("float32", 0, "target", "its log-probability by the reference model, in nats"),
 }
 
 

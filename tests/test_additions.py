@@ -52,9 +52,9 @@ TOYS = {
         "objectives/toy.py": OBJECTIVE,
         "objectives/__init__.py": [
             ("from ringbpt.objectives.objective", "from ringbpt.objectives import toy\n"),
-            ('"sft": sft.OBJECTIVE', '"toy": toy.OBJECTIVE, '),
+            ('"pretrain": sft', '"toy": toy.OBJECTIVE, '),
         ],
-        "config/fields.py": [('"sft",))', '"toy", ')],
+        "config/fields.py": [('"pretrain", "sft",', '"toy", ')],
     },
     "a kernel": {
         "attention/local/toy.py": KERNEL,

@@ -177,7 +177,7 @@ def test_nearest_split_of_the_weights():
 # (name, value, what the message proposes)
 SINGLES = [
     ("dtype", "bf15", "--dtype='bf16'"),
-    ("objective", "dpo", "--objective='sft'"),
+    ("objective", "dop", "--objective='dpo'"),
     ("checkpointer.float_dtype", "int8", "none of"),
     ("llama.attention_type", "ring", "--llama.attention_type='ring_"),
     ("llama.sequence_layout", "zig-zag", "'zigzag'"),

@@ -6,7 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ringbpt.config.fields import DatasetConfig, OptimizerConfig, TextProcessorConfig
+from ringbpt.config.fields import OptimizerConfig
+from ringbpt.config.fields_of_data import DatasetConfig, TextProcessorConfig
 from ringbpt.config.values import Flag, UserError, mesh_sizes
 
 SPLITS = ("train_dataset", "eval_dataset")

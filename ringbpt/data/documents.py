@@ -19,17 +19,36 @@ class Piece(NamedTuple):
     """What stands together in a row as one segment.
 
     length: how many of its tokens take a place. values: arrays [length], or [length + 1] where the document goes on
-    behind its last place, which then has that next token as its target. Positions count from 0, unless values have
-    a "position".
+    behind its last place, which then has that next token as its target. Positions count from `shared`, unless values
+    have a "position". unit: pieces next to each other with one such number are a unit; None: a unit of its own. shared:
+    how many tokens of the document stand in the row already, as the beginning of the unit's piece before this one.
     """
 
     length: int
     values: Values
+    unit: int | None = None
+    shared: int = 0
 
 
-def columns_of(values: Iterable[str]) -> tuple[str, ...]:
-    """The columns of a row whose pieces have these values."""
-    return ALWAYS + tuple(name for name in values if name in COLUMNS and name not in ALWAYS)
+class Known(NamedTuple):
+    """What is known of a document as a whole.
+
+    first: whether a packing unit begins with it. shared: how many of its first tokens, none of which takes loss, it has
+    in common with the document before it. label, margin: as in COLUMNS.
+    """
+
+    first: bool = True
+    shared: int = 0
+    label: int = 0
+    margin: float = 0.0
+
+
+ALONE = Known()
+
+
+def columns_of(values: Iterable[str], *more: str) -> tuple[str, ...]:
+    """The columns of a row whose pieces have these values; more: of those that follow from the row itself."""
+    return ALWAYS + tuple(name for name in (*values, *more) if name in COLUMNS and name not in ALWAYS)
 
 
 def make_row(pieces: Iterable[Piece], length: int, columns: Sequence[str] = ALWAYS) -> Row:
@@ -56,19 +75,43 @@ def _padding(shape: tuple[int, ...], columns: Sequence[str]) -> Row:
 
 def _fill(row: Row, pieces: Iterable[Piece]) -> None:
     told = [
-        (array, COLUMNS[name].source or name, int(COLUMNS[name].of == "target"))
+        (array, COLUMNS[name].source or name, int(COLUMNS[name].of != "token"))
         for name, array in row.items()
-        if name not in ("position", "segment")
+        if COLUMNS[name].of != "row"
     ]
-    start = 0
-    for number, (length, values) in enumerate(pieces, start=1):
+    start, units, unit, path = 0, 0, None, list[tuple[int, int]]()
+    for number, piece in enumerate(pieces, start=1):
+        length, values = piece.length, piece.values
         stop = start + length
-        row["position"][start:stop] = values["position"] if "position" in values else np.arange(length, dtype=np.int32)
+        if piece.unit is None or piece.unit != unit:
+            units, path = units + 1, []
+        unit = piece.unit
+        row["position"][start:stop] = values.get("position", np.arange(piece.shared, piece.shared + length))
         row["segment"][start:stop] = number
+        if "unit" in row:
+            row["unit"][start:stop] = units
+        if "last" in row:
+            row["last"][start:stop] = number
+            path = _beginning(path, piece.shared)
+            for begin, end in path:
+                row["last"][begin:end] = number
+            path.append((start, stop))
         for array, source, shift in told:
             found = values[source][shift : length + shift]
             array[start : start + len(found)] = found
         start = stop
+
+
+def _beginning(path: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The first `count` places of a document whose tokens stand at these stretches of the row, in this order."""
+    found = []
+    for begin, end in path:
+        end = min(end, begin + count)
+        if begin < end:
+            found.append((begin, end))
+        count -= end - begin
+    assert not count, "a document shares more than the one before it has"
+    return found
 
 
 def learnt(row: Row) -> np.ndarray:
@@ -77,16 +120,25 @@ def learnt(row: Row) -> np.ndarray:
     return np.concatenate([[False], follows & (row["weight"][:-1] > 0)])
 
 
-def pieces_of(row: Row) -> list[Piece]:
-    """The pieces of a row: make_row makes the same row of them. The first token's mask is not known, and is 0."""
+def pieces_of(row: Row, apart: bool = False) -> list[Piece]:
+    """The pieces of a row: make_row makes the same row of them. The first token's mask is not known, and is 0.
+
+    apart: each document whole, as if it shared nothing with another.
+    """
     found = []
     for number in np.unique(row["segment"][row["segment"] > 0]):
-        inside = row["segment"] == number
+        own = row["segment"] == number
+        # What a document shares stands in front of what is its own.
+        inside = own | ((row["segment"] < number) & (row["last"] >= number)) if apart and "last" in row else own
         values: Values = {"position": row["position"][inside]}
-        for name in row.keys() - {"target", "position", "segment"}:
+        for name in [name for name in row if COLUMNS[name].of != "row" and name != "target"]:
             column, array = COLUMNS[name], row[name][inside]
-            first = np.full(int(column.of == "target"), column.padding, array.dtype)
+            if column.of == "document":  # as it stands at a place of its own
+                array = np.full_like(array, row[name][own][0])
+            first = np.full(int(column.of != "token"), column.padding, array.dtype)
             values[column.source or name] = np.concatenate([first, array])
         values["token"] = np.concatenate([values["token"], row["target"][inside][-1:]])
-        found.append(Piece(int(inside.sum()), values))
+        unit = int(row["unit"][own][0]) if "unit" in row else None
+        shared = 0 if apart else int(row["position"][own][0]) if "last" in row else 0
+        found.append(Piece(int(inside.sum()), values, unit, shared))
     return found

@@ -7,79 +7,35 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from copy import copy
+from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ringbpt.config import DatasetConfig, UserError, bad_lines_allowed, printable
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Row
-from ringbpt.data.packing import PACKINGS, Arrays, Corpus, Packing, interleave, mix
+from ringbpt.data.epochs import Request, Taken, cache_folder, check_size, make_plan, units_in
+from ringbpt.data.packing import Packing
 from ringbpt.data.reading.catalogue import Part, make_source, parts_of
-from ringbpt.data.reading.files import cached, check_cache, default_cache, digest_of, load_array, remove
+from ringbpt.data.reading.files import digest_of
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.columns import with_columns
 from ringbpt.data.stored.megatron import open_megatron
 from ringbpt.data.stored.rows import open_rows
 from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
 from ringbpt.data.stored.tokens import COUNTED, FORMAT, FORMAT_OF_SHAPES, Joined, TokenStore, open_store
-from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
+from ringbpt.data.text.shapes import AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS, Batch
 
-PLAN_FORMAT = "2"  # part of a kept plan's key
-KEPT_DOCUMENTS = 100_000  # the plan of more documents is kept on disk: making it takes longer than a start should
 SAMPLED_TOKENS = 100_000  # to tell how many bytes a token has, where only tokens are there
 # Rows are counted that take no loss: all of them where they are few, else in a sample, which a start has time for.
 COUNTED_ROWS, COUNTED_TOKENS, SAMPLED_ROWS = 4096, 1 << 22, 256
 WARNED_SHARE = 0.1  # of documents, or of rows, that may take no loss without a warning
-
-
-class Taken(NamedTuple):
-    """What an epoch takes of one part of a list: documents and tokens, as often as they are taken."""
-
-    path: str
-    documents: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a loader is made of.
-
-    vocab_size: the model's. flag: the dataset's name on the command line, for the messages. columns: of COLUMNS, what
-    its batches have besides those of every batch. shapes: of the examples that are taken, and what takes them, for the
-    message.
-    """
-
-    dataset: DatasetConfig
-    tokenizer: Tokenizer
-    seed: int
-    vocab_size: int
-    flag: str = "train_dataset"
-    columns: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = LEARNT_AS_TEXT
-    taker: str = "training on text"
-
-    @property
-    def group(self) -> str:
-        """Before the name of a flag of the dataset's own type."""
-        return f"--{self.flag}.{self.dataset.group}"
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """always_start_with_bos overwrites the first input token of each row by this, as in the original."""
-        always = getattr(self.dataset.source, "always_start_with_bos", False)
-        if always and self.tokenizer.ends.bos is None:
-            raise UserError(
-                f"{self.group}.always_start_with_bos=True: the tokenizer ({self.tokenizer.describe()}) has "
-                "no bos token; False works"
-            )
-        return self.tokenizer.ends.bos if always else None
 
 
 class Loader:
@@ -91,12 +47,23 @@ class Loader:
     as often as an epoch has them; tokens_used, tokens_dropped (by reason) of the first epoch add up to it.
     utilisation: the share of the places of its batches that hold a token. fingerprint: of the batches, whatever the
     step. lengths: tokens of each document, int64. epoch_rows: with those that fill no batch; packing_dropped: what
-    stands in none of them. summary: see TokenStore. columns: of its batches. taken: of each part of a list.
+    stands in none of them. summary: see TokenStore. columns: of its batches. taken: of each part of a list. stores: of
+    its parts, whose documents it has one after the other; none where the rows were packed before. shares: whether what
+    documents share stands in a row once. reference: the fingerprint of the model that said its ref_logp.
     """
 
-    def __init__(self, data: TokenStore, plan: Packing, request: Request, identity: str, taken: Sequence[Taken] = ()):
+    def __init__(
+        self,
+        data: TokenStore,
+        plan: Packing,
+        request: Request,
+        identity: str,
+        taken: Sequence[Taken] = (),
+        stores: Sequence[TokenStore] = (),
+    ):
         dataset = request.dataset
-        self.columns, self.taken = (*ALWAYS, *request.columns), taken
+        self.columns, self.taken, self.stores = (*ALWAYS, *request.columns), taken, stores
+        self.shares, self.reference = "last" in request.columns, ""
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
         self.bytes_per_token = (data.summary["loss_bytes"] or math.inf) / data.summary["loss_tokens"]
@@ -147,6 +114,19 @@ class Loader:
     def row(self, epoch: int, row: int) -> Row:
         """Row `row` of an epoch, of epoch_rows."""
         return self._plan.row(epoch, row, self._data.values)
+
+    @property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns of its batches that a document's own values and the row give."""
+        return tuple(name for name in self.columns if name in ALWAYS or COLUMNS[name].of == "row")
+
+    def with_column(self, name: str, values: Sequence[Any], reference: str) -> "Loader":
+        """This loader with one more column, whose values are given for each of `stores`."""
+        found = copy(self)
+        joined = Joined(values, [store.summary["tokens"] for store in self.stores])
+        found._data = replace(self._data, values=self._data.values | {name: joined})
+        found.columns, found.reference = (*self.columns, name), reference
+        return found
 
     def digest(self, steps: int) -> str:
         """sha256 of the first `steps` global batches: every column's bytes, little-endian, batch by batch."""
@@ -213,6 +193,9 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     doesn't have.
     """
     request = Request(dataset, tokenizer, **rest)
+    if dataset.packing == "auto":
+        dataset = replace(dataset, packing="best_fit" if request.whole_documents else "concat")
+        request = replace(request, dataset=dataset)
     bos, flag, seed, vocab_size = request.bos_token_id, request.flag, request.seed, request.vocab_size
     plan: Packing
     taken: list[Taken] = []
@@ -227,27 +210,21 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     if parts[0].kind == "tokens" and (packed := open_rows(parts[0].path, dataset, tokenizer, seed, flag, every)):
         if len(parts) > 1:
             raise UserError(f"{request.group}.path: packed rows cannot be mixed; pack them together")
-        data, plan = packed[0], packed[1]
+        data, plan, stores = packed[0], packed[1], list[TokenStore]()
         check_vocabulary(data.summary["max_token"], tokenizer, vocab_size)
         identity = f"packed {dataset.batch_size} {order}"
     else:
         stores = [_store(request, part) for part in parts]
         data = _joined(stores)
-        plan, shares, taken = _plan(request, stores, parts, data)
+        more = [name for name in request.optional if name in data.values]
+        if data.shared is not None and dataset.share_prompts:
+            more.append("last")
+        request = replace(request, columns=(*request.columns, *more))
+        plan, shares, taken = make_plan(request, stores, parts, data)
         dropping = "" if dataset.long_documents == "split" else f" {dataset.long_documents}"
         identity = f"{dataset.packing} {dataset.seq_length} {dataset.batch_size} {order}{shares}{dropping}"
-    _check_size(plan, data, request)
-    return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]), taken)
-
-
-def cache_folder(dataset: DatasetConfig, flag: str = "train_dataset") -> Path:
-    """`cache_dir`, else $RINGBPT_CACHE, else ~/.cache/ringbpt; it need not be there yet. flag: the data set's name.
-
-    Raises UserError for one that others could have written.
-    """
-    if not dataset.cache_dir:
-        return default_cache()
-    return check_cache(user_path(dataset.cache_dir), flag)
+    check_size(plan, data, request)
+    return Loader(data, plan, request, " ".join([identity, str(bos), *request.columns]), taken, stores)
 
 
 # --- tokens ---
@@ -272,7 +249,8 @@ def _store(request: Request, part: Part) -> TokenStore:
     else:
         store = _tokenised(request, part)
     check_vocabulary(store.summary["max_token"], tokenizer, request.vocab_size)  # Megatron's is -1: not known yet
-    return with_columns(store, request.columns, where)
+    further = [name for name in request.columns if name not in store.values and COLUMNS[name].of != "row"]
+    return with_columns(store, further, where)
 
 
 def _tokenised(request: Request, part: Part) -> TokenStore:
@@ -283,7 +261,8 @@ def _tokenised(request: Request, part: Part) -> TokenStore:
     bad = f"skip {allowed}" if allowed else ""
     how = {name: value for name, value in asdict(processor).items() if value or name != "chat_template_kwargs"}
     version = FORMAT if processor.fields or processor.fields_from_example else FORMAT_OF_SHAPES
-    parts = [version, source.fingerprint(), tokenizer.fingerprint(), json.dumps(how), bad]
+    mismatched = "mismatched" * request.mismatched
+    parts = [version, source.fingerprint(), tokenizer.fingerprint(), json.dumps(how), bad + mismatched]
     key = digest_of(parts)
     folder = cache_dir / f"tokens-{key[:32]}"
     if (store := open_store(folder, key)) is not None:  # without a look at the source
@@ -296,6 +275,7 @@ def _tokenised(request: Request, part: Part) -> TokenStore:
         flag=flag,
         vocab_size=request.vocab_size,
         allowed=allowed,
+        mismatched=request.mismatched,
     )
     return make_store(job, tokenizer, folder, key, getattr(dataset.source, "tokenizer_processes", 1))
 
@@ -337,132 +317,15 @@ def _joined(stores: list[TokenStore]) -> TokenStore:
     summary = {name: sum(store.summary.get(name, 0) for store in stores) for name in COUNTED}
     largest = [store.summary["max_token"] for store in stores]
     summary["max_token"] = -1 if -1 in largest else max(largest)
-    values = {name: Joined([store.values[name] for store in stores], totals) for name in stores[0].values}
-    units = None
+    names = [name for name in stores[0].values if all(name in store.values for store in stores)]
+    values = {name: Joined([store.values[name] for store in stores], totals) for name in names}
+    units, shared = None, None
     if any(store.units is not None for store in stores):
-        counts = np.cumsum([0, *map(_units_in, stores)]).tolist()
-        numbers = [np.arange(_units_in(s)) if s.units is None else s.units for s in stores]
+        counts = np.cumsum([0, *map(units_in, stores)]).tolist()
+        numbers = [np.arange(units_in(s)) if s.units is None else s.units for s in stores]
         units = np.concatenate([some + before for some, before in zip(numbers, counts, strict=False)])
+    if any(store.shared is not None for store in stores):
+        none = [np.zeros(len(store.offset) - 1, np.int64) if store.shared is None else store.shared for store in stores]
+        shared = np.concatenate(none)
     key = digest_of([store.key for store in stores])
-    return TokenStore(values, offset, summary, key, units)
-
-
-def _units_in(store: TokenStore) -> int:
-    return len(store.offset) - 1 if store.units is None else int(store.units[-1]) + 1
-
-
-# --- the plan ---
-
-
-def _plan(
-    request: Request, stores: list[TokenStore], parts: list[Part], data: TokenStore
-) -> tuple[Packing, str, list[Taken]]:
-    """(the plan, what its mixture adds to the data's identity, what it takes of each part of a list)."""
-    dataset, flag, seq_length = request.dataset, request.flag, request.dataset.seq_length
-    seed, weights = request.seed if dataset.shuffle else None, [part.weight for part in parts]
-    corpus = Corpus(data.offset[:-1], data.offset[1:], seq_length, seed, units=data.units)
-    if corpus.units is not None and dataset.packing == "concat":
-        raise UserError(
-            f"--{flag}.packing=concat: some documents must share a row: --{flag}.packing=best_fit keeps them"
-        )
-    dropped, mixture, taken = dict[str, int](), "", list[Taken]()
-    if len(parts) > 1 or corpus.units is not None or dataset.long_documents != "split":
-        corpus, dropped, mixture, taken = _choose(corpus, request, stores, parts)
-    shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
-    key = digest_of([PLAN_FORMAT, data.key, shares + mixture])
-    if len(corpus.starts) >= KEPT_DOCUMENTS:
-        corpus = replace(corpus, store=partial(_kept, cache_folder(dataset, flag), key, flag))
-    plan = PACKINGS[dataset.packing](corpus)
-    plan.dropped |= dropped
-    return plan, ("" if weights[0] is None else f" {weights}") + mixture, taken
-
-
-def _choose(
-    corpus: Corpus, request: Request, stores: list[TokenStore], parts: list[Part]
-) -> tuple[Corpus, dict[str, int], str, list[Taken]]:
-    """(what is packed of the joined stores, the tokens that are left out, by reason, how they were mixed where it was
-    in another way than by documents and in their order, what is taken of each part of a list).
-    """
-    dataset, weights, seed = request.dataset, [part.weight for part in parts], corpus.seed
-    lengths, fits, edges = corpus.unit_lengths(), _fits(corpus, request), np.cumsum([0, *map(_units_in, stores)])
-    order, dropped, mixture, taken = np.arange(len(lengths)), dict[str, int](), "", list[Taken]()
-    if weights[0] is not None:
-        by_tokens = dataset.weights_by == "tokens"
-        # What is left out for its length counts for no tokens.
-        own = np.split(lengths * fits if by_tokens else lengths, edges[1:-1])
-        times = list(mix(own, [weight or 0.0 for weight in weights], seed, by_tokens))
-        dropped["left out by the weights"] = int(lengths[np.concatenate(times) == 0].sum())
-        order = interleave(times, own if by_tokens else None)
-        repeats = max(int(each.max(initial=0)) for each in times) > 1
-        mixture = " by tokens" * by_tokens + " apart" * (repeats and dataset.packing == "best_fit")
-    if not fits.all():
-        dropped["documents longer than seq_length"] = int(lengths[order[~fits[order]]].sum())
-        order = order[fits[order]]
-    if len(parts) > 1:
-        part_of = np.searchsorted(edges, order, side="right") - 1
-        documents = np.ones(len(lengths)) if corpus.units is None else np.bincount(corpus.units)
-        counts = [np.bincount(part_of, each[order], len(parts)).astype(int).tolist() for each in (documents, lengths)]
-        taken = [Taken(part.path, *of_part) for part, *of_part in zip(parts, *counts, strict=True)]
-    return corpus.take(order), dropped, mixture, taken
-
-
-def _fits(corpus: Corpus, request: Request) -> np.ndarray:
-    """Which units are packed, bool: those that are split, and those that are no longer than a row.
-
-    Raises UserError where there are others, unless these are to be dropped.
-    """
-    dataset, flag, lengths = request.dataset, request.flag, corpus.unit_lengths()
-    alone = np.ones(len(lengths), bool) if corpus.units is None else np.bincount(corpus.units) == 1
-    fits = (lengths <= dataset.seq_length) | (alone & (dataset.long_documents == "split"))
-    long = np.flatnonzero(~fits)
-    if dataset.long_documents != "drop" and len(long):
-        what, works = ("document", "split or =drop") if corpus.units is None else ("packing unit", "drop")
-        raise UserError(
-            f"--{flag}.long_documents={dataset.long_documents}: {len(long)} {what}s are longer than "
-            f"{request.group}.seq_length={dataset.seq_length}, the first of them {what} {int(long[0]) + 1} with "
-            f"{int(lengths[long[0]])} tokens: --{flag}.long_documents={works}, or seq_length={int(lengths.max())}"
-        )
-    return fits
-
-
-def _kept(cache_dir: Path, key: str, flag: str, name: str, build) -> Arrays:  # type: ignore[no-untyped-def]
-    """The arrays of a plan, kept in the cache and mapped from there."""
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        for array_name, array in build().items():
-            np.save(folder / f"{array_name}.npy", array)
-
-    kept = f"plan-{key[:32]}-{name.replace(' ', '-')}"
-    for again in (True, False):
-        folder = cached(cache_dir, kept, write, flag)
-        try:
-            return {path.stem: load_array(path, mapped=True) for path in folder.glob("*.npy")}
-        except UserError:
-            if not again:
-                raise
-            remove(folder)  # damaged: it can be made again
-    raise AssertionError(kept)
-
-
-def _check_size(plan: Packing, data: TokenStore, request: Request) -> None:
-    """Raises UserError where there is nothing to learn, or not one whole batch."""
-    dataset, flag, group = request.dataset, request.flag, request.group
-    if not data.summary["loss_tokens"]:
-        fields, roles = dataset.text_processor.fields, dataset.text_processor.roles_to_train
-        given, works = f"fields={fields!r}", "take the [..] off the fields to be learnt"
-        if not fields:
-            given, works = f"roles_to_train={roles!r}", "name a role that says something, as assistant"
-        raise UserError(f"--{flag}.text_processor.{given}: no token takes loss; {works}")
-    if plan.rows >= dataset.batch_size:
-        return
-    tokens, works = data.summary["tokens"], "give more data"
-    shorter = (tokens - 1) // dataset.batch_size
-    if plan.rows:
-        works = f"{group}.batch_size={plan.rows} is the largest that fits"
-    elif shorter and dataset.packing == "concat":
-        works = f"{group}.seq_length={shorter} is the longest that fits"
-    raise UserError(
-        f"{group}.batch_size={dataset.batch_size} of seq_length={dataset.seq_length} is more than the data: "
-        f"{data.summary['documents']} documents of {tokens} tokens make {plan.rows} rows; {works}"
-    )
+    return TokenStore(values, offset, summary, key, units, shared=shared)

@@ -34,7 +34,9 @@ class Corpus:
     """What is packed: document d is tokens[starts[d]:stops[d]], both int64 [documents].
 
     seed: of the order; None: as they are. units int64 [documents], 0, 0, 1, ...: documents of one number must share a
-    row (a pair, the branches of a prompt); None: each is a unit of its own. store: where a plan is kept.
+    row (a pair, the branches of a prompt); None: each is a unit of its own. shared int64 [documents]: how many of its
+    first tokens a document has in common with the one before it in its unit, where they stand once; None: nothing is
+    shared. store: where a plan is kept.
     """
 
     starts: np.ndarray
@@ -43,21 +45,28 @@ class Corpus:
     seed: int | None = None
     store: Store = lambda name, build: build()
     units: np.ndarray | None = None
+    shared: np.ndarray | None = None
+
+    @property
+    def own_starts(self) -> np.ndarray:
+        """Where what each document takes a place for begins, int64."""
+        return self.starts if self.shared is None else self.starts + self.shared
 
     def unit_lengths(self) -> np.ndarray:
-        """The tokens of each unit, int64."""
-        lengths = self.stops - self.starts
+        """The places that each unit takes, int64."""
+        lengths = self.stops - self.own_starts
         return lengths if self.units is None else np.bincount(self.units, weights=lengths).astype(np.int64)
 
     def take(self, order: np.ndarray) -> "Corpus":
         """The units in this order, numbered from 0 in it."""
-        if self.units is None:
-            return replace(self, starts=self.starts[order], stops=self.stops[order])
-        counts = np.bincount(self.units)
-        first, counts = (np.cumsum(counts) - counts)[order], counts[order]
-        units = np.repeat(np.arange(len(order)), counts)
-        documents = np.arange(len(units)) + (first - np.cumsum(counts) + counts)[units]
-        return replace(self, starts=self.starts[documents], stops=self.stops[documents], units=units)
+        units, documents = None, order
+        if self.units is not None:
+            counts = np.bincount(self.units)
+            first, counts = (np.cumsum(counts) - counts)[order], counts[order]
+            units = np.repeat(np.arange(len(order)), counts)
+            documents = np.arange(len(units)) + (first - np.cumsum(counts) + counts)[units]
+        shared = None if self.shared is None else self.shared[documents]
+        return replace(self, starts=self.starts[documents], stops=self.stops[documents], units=units, shared=shared)
 
 
 class Packing(Protocol):
@@ -193,20 +202,23 @@ class WholeDocuments:
         packed = self._store("rows", lambda: self._pack(corpus, fit, spreads))
         self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
         self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
-        self._copies = packed.get("copy")
+        self._copies, self._unit, self._shared = packed.get("copy"), packed.get("unit"), packed.get("shared")
+        self._more = ("unit",) * (self._unit is not None) + ("last",) * (self._shared is not None)
         self.rows = len(self._row_ends)
         tokens, lone = packed["counts"].tolist()
         self.dropped = {
             "documents of one token": lone,
             "last tokens of split documents": tokens - lone - int(self._row_tokens.sum()),
         }
+        if corpus.shared is not None:
+            self.dropped["beginnings that stand in the row already"] = int(corpus.shared.sum())
         self._order = lru_cache(maxsize=2)(self._make_order)
 
     def _pack(self, corpus: Corpus, fit: Fit, spreads: bool) -> Arrays:
         """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
         if self._seed is not None:
             corpus = corpus.take(shuffled(len(corpus.unit_lengths()), self._seed))
-        starts, stops, units = corpus.starts, corpus.stops, corpus.units
+        starts, stops, units = corpus.own_starts, corpus.stops, corpus.units
         together = np.zeros(len(starts), bool) if units is None else (np.bincount(units) > 1)[units]
         start, stop, document = split_documents(starts, stops, self._seq_length, together)
         lengths = stop - start
@@ -221,7 +233,12 @@ class WholeDocuments:
         row_of_piece = row_of_item[item]
         by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
         lone = (stops - starts == 1) & ~together
-        return ({} if copies is None else {"copy": copies[item][by_row]}) | {
+        more = {} if copies is None else {"copy": copies[item][by_row]}
+        if units is not None:
+            more["unit"] = units[document][by_row]
+        if corpus.shared is not None:
+            more["shared"] = corpus.shared[document][by_row]
+        return more | {
             "counts": np.array([np.sum(stops - starts), np.sum(lone)], np.int64),
             "start": start[by_row],
             "stop": stop[by_row],
@@ -251,8 +268,10 @@ class WholeDocuments:
         for piece in self._pieces(epoch, row):
             start, stop = int(self._start[piece]), int(self._stop[piece])
             read = slice(start, stop + bool(self._has_next[piece]))
-            pieces.append(Piece(stop - start, {name: array[read] for name, array in values.items()}))
-        return make_row(pieces, self._seq_length, columns_of(values))
+            unit = None if self._unit is None else int(self._unit[piece])
+            shared = 0 if self._shared is None else int(self._shared[piece])
+            pieces.append(Piece(stop - start, {name: array[read] for name, array in values.items()}, unit, shared))
+        return make_row(pieces, self._seq_length, columns_of(values, *self._more))
 
     def tokens_in(self, epoch: int, rows: int) -> int:
         return int(self._row_tokens[self._order(0 if self._seed is None else epoch)[:rows]].sum())

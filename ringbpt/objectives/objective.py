@@ -22,8 +22,10 @@ class Objective:
     whole(stats, batch, config) -> means that stand inside something that is not linear in them, and so are needed of
     the whole step before the first gradient: `function` finds their values, without a gradient, in stats.whole.
     head: what reads the hidden states: "unembed", which gives the statistics of the vocabulary, or "", nothing.
-    needs: the fields of TokenStats that are read. columns: those of the batch, beyond what every batch has.
-    shapes: the shapes of examples that it learns from, as data/ names them.
+    needs: the fields of TokenStats that are read. columns: those of the batch, beyond what every batch has; optional:
+    those that it reads where the data have them. reference: whether it reads `ref_logp`, what the reference model says
+    of each target. shapes: the shapes of examples that it learns from, as data/ names them. whole_documents: whether
+    no document may be cut. mismatched: whether each prompt comes with another example's completion too.
     """
 
     function: Function
@@ -33,6 +35,14 @@ class Objective:
     head: str = "unembed"
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    reference: bool = False
+    whole_documents: bool = False
+    mismatched: bool = False
+
+    def is_in_nats(self, config: Config) -> bool:
+        """Whether its own loss is in nats a token, so that it says how many bits a byte of text takes."""
+        return "loss" in self.parts(config)
 
     def weights(self, batch: Batch, config: Config) -> dict[str, Array]:
         """Each part's weight in these rows, float32 [].

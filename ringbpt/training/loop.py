@@ -1,5 +1,6 @@
 """The training run, from a Config to the last checkpoint; `train` reads top to bottom."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial, reduce
@@ -25,6 +26,7 @@ from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
+from ringbpt.training.reference import Reference
 from ringbpt.training.replicas import make_compare
 from ringbpt.training.run import Run, open_run
 from ringbpt.training.state import StateLayout, TrainState
@@ -51,14 +53,15 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     loader = loader_of(config, tokenizer)
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length)
-    layout = StateLayout(config, model)
-    evaluate, held_out = None, None
-    if config.eval_steps:
-        evaluate, held_out = _evaluation(config, model, objective, tokenizer, run.folder)
+    layout = StateLayout(config, model, has_reference=objective.reference and config.reference == "step")
+    held_out = loader_of(config, tokenizer, "eval_dataset") if config.eval_steps else None
     processes.agree("the data", {"the training data that --train_dataset finds": loader.fingerprint})
     state = run.first_state(layout, loader.fingerprint)
-    processor = "train_dataset.text_processor"
-    set_chat_template(tokenizer, config.train_dataset.text_processor.chat_template, f"{processor}.chat_template")
+    if objective.reference:
+        state, loader, held_out = Reference(config, model, run, state).asked(layout, state, loader, held_out)
+    evaluate = held_out and _evaluation(config, model, objective, tokenizer, run.folder, held_out)
+    template = config.train_dataset.text_processor.chat_template
+    set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
     say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
@@ -71,7 +74,8 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     train_step = make_train_step(layout, objective)
     source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
     watch = Watch(config.guard, say)
-    clock = Clock(config, objective, loader.bytes_per_token, source.take_waited, run.means, watch.look)
+    bytes_per_token = loader.bytes_per_token if objective.is_in_nats(config) else math.inf
+    clock = Clock(config, objective, bytes_per_token, source.take_waited, run.means, watch.look)
     compare = make_compare(layout)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with (
@@ -127,9 +131,19 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
 def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset") -> Loader:
     """The loader of one of the config's data sets, with what its objective reads."""
     objective, name = objective_of(config), f"--objective={config.objective}"
-    settings = {"columns": objective.columns, "shapes": objective.shapes, "taker": name, "seed": config.seed}
-    vocab_size = config.architecture.vocab_size
-    return make_loader(getattr(config, flag), tokenizer, vocab_size=vocab_size, flag=flag, **settings)
+    return make_loader(
+        getattr(config, flag),
+        tokenizer,
+        vocab_size=config.architecture.vocab_size,
+        flag=flag,
+        seed=config.seed,
+        columns=objective.columns,
+        optional=objective.optional,
+        shapes=objective.shapes,
+        taker=name,
+        whole_documents=objective.whole_documents,
+        mismatched=objective.mismatched,
+    )
 
 
 def compile_ahead(name: str, program: Any, *arguments: Any) -> None:
@@ -146,12 +160,11 @@ def _put(model: Model, loader: Loader, step: int) -> Batch:
 
 
 def _evaluation(
-    config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path
-) -> tuple[Callable[[TrainState, int], dict[str, float]], Loader]:
-    """(evaluate, the held-out data): evaluate(state, step) measures the objective over the first eval_batches batches,
-    and what is probed, as a row of metrics.
+    config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path, loader: Loader
+) -> Callable[[TrainState, int], dict[str, float]]:
+    """evaluate(state, step) measures the objective over the first eval_batches batches of the held-out data, and what
+    is probed, as a row of metrics.
     """
-    loader = loader_of(config, tokenizer, "eval_dataset")
     eval_step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
     numbers = range(min(config.eval_batches, loader.steps_per_epoch))
     compiled: list[bool] = []
@@ -163,7 +176,7 @@ def _evaluation(
         sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
         means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
         values = objective.values(jax.device_get(means), config)
-        values |= bits_per_byte(values, loader.bytes_per_token)
+        values |= bits_per_byte(values, loader.bytes_per_token) if objective.is_in_nats(config) else {}
         row = {f"eval_{name}": value for name, value in values.items()}
         if probe:
             # Text is made with all weights on the device, wherever training keeps them.
@@ -171,7 +184,7 @@ def _evaluation(
             row |= probe(params, (_put(model, loader, i) for i in numbers))
         return {"step": step, **row}
 
-    return evaluate, loader
+    return evaluate
 
 
 def _describe(

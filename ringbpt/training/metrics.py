@@ -33,6 +33,9 @@ SHOWN = (
     ("loss", "loss ", "7.4f", ""),
     ("bits_per_byte", "", "6.3f", " bits/byte"),
     ("accuracy", "accuracy ", "5.3f", ""),
+    ("rewards/accuracies", "accuracy ", "5.3f", ""),
+    ("rewards/margins", "margin ", "6.3f", ""),
+    ("kl", "kl ", "6.3f", ""),
     ("learning_rate", "lr ", "8.2e", ""),
     ("gradient_norm", "grad ", "8.3f", ""),
     ("tokens_per_second", "", "10,.0f", " tokens/s"),
@@ -312,7 +315,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss against the step, training and held-out in the same axes, and on the right what it is in bits per byte.
+    """Loss against the step, training and held-out in the same axes, and on the right what it is in bits per byte, or
+    of which share of the pairs the chosen answer has the greater reward.
 
     A training row is the mean of the steps since the one before; pale behind it are the steps' own.
     """
@@ -345,17 +349,30 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         shown[1].set_ylim(*(limit * rates[0] for limit in axis.get_ylim()))
         others = any(abs(rate / rates[0] - 1) > 0.005 for rate in _bits_a_nat(rows, "eval_"))
         shown[1].set_ylabel("bits per byte of the training data" if others else "bits per byte")
+    elif accuracies := {prefix: _curve(rows, f"{prefix}rewards/accuracies") for prefix in ("", "eval_")}:
+        _draw_accuracies(axis, accuracies)
     if steep:
         for each in shown:
             each.set_yscale("log")
             plain_log(each.yaxis)
     set_title(axis, title)
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats a token)")
+    axis.set_ylabel("loss (nats a token)" if rates else "loss")
     thousands(axis.xaxis)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def _draw_accuracies(axis: Any, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+    """On the right of an axis, dashed; nothing where there are none."""
+    if not any(values for _, values in curves.values()):
+        return
+    right = axis.twinx()
+    for (_, (steps, values)), color in zip(curves.items(), ("C0", "C1"), strict=True):
+        right.plot(steps, values, color=color, linestyle="--", linewidth=1)
+    right.set_ylim(-0.02, 1.02)
+    right.set_ylabel("accuracy of the rewards (dashed)")
 
 
 def _bits_a_nat(rows: list[dict[str, Any]], prefix: str) -> list[float]:

@@ -35,6 +35,7 @@ class Run:
 
     fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from. means:
     of the steps before `start` that no row of metrics holds yet. is_stored: whether a checkpoint of it is on the disk.
+    goes_on: whether it began with one of its own. reference: what it is compared with (training/reference.py).
     """
 
     config: Config
@@ -45,6 +46,8 @@ class Run:
     start: int = 0
     means: Means = field(default_factory=dict)
     is_stored: bool = False
+    goes_on: bool = False
+    reference: dict[str, str] | None = None
     _lock: IO[str] | None = None
 
     def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:
@@ -64,7 +67,7 @@ class Run:
         found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
         own = self._own_checkpoint(wanted) if config.autoresume else None
         if own is not None:
-            found, self.is_stored = own, True
+            found, self.is_stored, self.goes_on = own, True, True
             where = f"--autoresume from {self.checkpointer.directory}"
         elif config.load_checkpoint:
             found, note = load_checkpoint(config.load_checkpoint, wanted, config.architecture)
@@ -74,6 +77,7 @@ class Run:
         else:
             found["params"] = layout.model.init(jax.random.key(config.seed))
         params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
+        self.reference = (meta or {}).get("reference")
         if meta is None:
             return layout.start(params)
         if meta["data"]["fingerprint"] != fingerprint:
@@ -177,6 +181,8 @@ class Run:
         whole: the optimizer's state too, whatever the flags say: a run is to go on from here as if nothing had been.
         """
         meta: dict[str, Any] = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
+        if self.reference:
+            meta["reference"] = self.reference
         if means:
             meta["means"] = {name: [mean.total, mean.weight] for name, mean in means.items()}
         config = self.config.checkpointer

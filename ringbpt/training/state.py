@@ -5,7 +5,7 @@ optimizer state, offload and checkpoints know the former alone, and the two are 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import Config, complete_rates
-from ringbpt.model.llama import Model
+from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.training import offload
 from ringbpt.training.guards import Guard
 from ringbpt.training.optimizer import make_optimizer, state_specs
@@ -29,7 +29,8 @@ IS_SPEC = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
 class TrainState:
     """step: int32, optimizer steps done. trained: float32, nested dicts. opt_state: what the optimizer's init made of
     them. frozen: the rest of the model's weights, in whatever dtype they were given; {} where all are trained. guard:
-    what the steps' guard remembers; None where there is none.
+    what the steps' guard remembers; None where there is none. reference: another model's weights, in the dtype that it
+    is computed in, where each step asks it what it says; None where none does. It is in no checkpoint.
     """
 
     step: Array
@@ -37,6 +38,7 @@ class TrainState:
     opt_state: Any
     frozen: Params = field(default_factory=dict)
     guard: Guard | None = None
+    reference: Params | None = None
 
 
 def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -> tuple[PyTree, PyTree]:
@@ -55,12 +57,14 @@ def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -
 class StateLayout:
     """Which weights a run trains, by which optimizer, and where each leaf of its TrainState lives.
 
-    is_frozen(dotted name) says of a weight that it stays as it is. Nothing is allocated but by `start`.
+    is_frozen(dotted name) says of a weight that it stays as it is. has_reference: whether a reference model is computed
+    in each step. Nothing is allocated but by `start`.
     """
 
     config: Config
     model: Model
     is_frozen: Callable[[str], bool] = lambda name: False
+    has_reference: bool = False
 
     @cached_property
     def made(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -73,7 +77,8 @@ class StateLayout:
         abstract, _ = divide(self.model.abstract_params, self.is_frozen)
         opt_state = state_specs(self.made[0], abstract, trained)
         guard = jax.tree.map(lambda _: PartitionSpec(), self._guard)
-        return TrainState(PartitionSpec(), trained, opt_state, frozen, guard)
+        reference = self.model.specs if self.has_reference else None
+        return TrainState(PartitionSpec(), trained, opt_state, frozen, guard, reference)
 
     @property
     def _guard(self) -> Guard | None:
@@ -89,7 +94,8 @@ class StateLayout:
         specs, config = self._specs, self.config.optimizer
         trained, frozen = away((specs.trained, specs.frozen), config.offload_params)
         guard = jax.tree.map(lambda _: False, self._guard)
-        return TrainState(False, trained, away(specs.opt_state, config.offload_state), frozen, guard)
+        reference = jax.tree.map(lambda _: False, specs.reference, is_leaf=IS_SPEC)
+        return TrainState(False, trained, away(specs.opt_state, config.offload_state), frozen, guard, reference)
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -107,8 +113,20 @@ class StateLayout:
         trained, frozen = divide(self.model.abstract_params, self.is_frozen)
         opt_state = jax.eval_shape(self.made[0].init, trained)
         guard = jax.eval_shape(lambda: self._guard)
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen, guard)
+        reference = jax.tree.map(self._in_reference, self.model.abstract_params) if self.has_reference else None
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen, guard, reference)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
+
+    def _in_reference(self, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[self.config.dtype])
+
+    def with_reference(self, state: TrainState, params: Params) -> TrainState:
+        """The state with all of another model's params as the reference."""
+        dtype = COMPUTE_DTYPES[self.config.dtype]
+        cast = jax.jit(
+            lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=self.shardings.reference
+        )
+        return replace(state, reference=cast(params))
 
     def start(self, params: Params, step: int = 0, opt_state: Any = None, guard: Guard | None = None) -> TrainState:
         """The state for all of the model's params; opt_state None starts the optimizer afresh, guard None the guard."""

@@ -62,7 +62,7 @@ Totals = tuple[Params, jax.Array, Means, jax.Array]
 
 
 def make_totals(config: Config, model: Model, objective: Objective) -> Callable[..., Totals]:
-    """totals(trained, frozen, batch) -> (gradients, divisor, means, loss), to be jitted by the caller.
+    """totals(trained, frozen, batch, reference=None) -> (gradients, divisor, means, loss), to be jitted by the caller.
 
     Divided by the divisor, loss and gradients are the loss and its gradients towards the trained weights; they and the
     means are sums over micro-batches and shards. Parts of the loss are weighed over the whole batch first, so that
@@ -74,7 +74,10 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
     def statistics(trained: Params, frozen: Params, batch: Batch) -> TokenStats:
         return model.token_stats(merge(trained, frozen), batch, objective.head)
 
-    def total_loss(trained: Params, frozen: Params, batch: Batch, scales: Whole, whole: Whole | None) -> tuple:
+    def total_loss(
+        trained: Params, frozen: Params, batch: Batch, scales: Whole, whole: Whole | None, reference: Params | None
+    ) -> tuple:
+        batch = with_reference(model, objective, reference, batch)
         stats = statistics(trained, frozen, batch)
         stats = objective.knowing_whole(stats, batch, config) if whole is None else replace(stats, whole=whole)
         means = objective.function(stats, batch, config)
@@ -83,32 +86,44 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
 
     gradient = jax.grad(total_loss, has_aux=True)
 
-    def totals(trained: Params, frozen: Params, batch: Batch) -> Totals:
+    def totals(trained: Params, frozen: Params, batch: Batch, reference: Params | None = None) -> Totals:
         scales, divisor = objective.scales(objective.weights(batch, config), config)
         loss_of = lambda means: sum((scale * means[name].total for name, scale in scales.items()), jnp.float32(0))  # noqa: E731
         if count == 1:
-            grads, means = gradient(trained, frozen, batch, scales, None)
+            grads, means = gradient(trained, frozen, batch, scales, None, reference)
             return grads, divisor, means, loss_of(means)
         micros = micro_batches(batch, count)
         one = jax.tree.map(lambda x: x[0], micros)
         whole: Whole = {}
         if measure := objective.whole:
-            part = lambda micro: measure(statistics(trained, frozen, micro), micro, config)  # noqa: E731
+
+            def part(micro: Batch) -> Means:
+                micro = with_reference(model, objective, reference, micro)
+                return measure(statistics(trained, frozen, micro), micro, config)
+
             nothing = _zeros(jax.eval_shape(part, one))
             sums, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, part(x)), None), nothing, micros)
             whole = stopped(sums)
 
         def add(sums: tuple[Params, Means], micro: Batch) -> tuple[tuple[Params, Means], None]:
-            grads, means = gradient(trained, frozen, micro, scales, whole)
+            grads, means = gradient(trained, frozen, micro, scales, whole, reference)
             return (offload.add(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), None
 
-        zeros, no_means = _zeros(jax.eval_shape(gradient, trained, frozen, one, scales, whole))
+        zeros, no_means = _zeros(jax.eval_shape(gradient, trained, frozen, one, scales, whole, reference))
         zeros = jax.lax.with_sharding_constraint(zeros, part_of(model.shardings, trained))
         zeros = jax.tree.map(placed_like, zeros, trained)
         grads, means = jax.lax.scan(add, (zeros, no_means), micros)[0]
         return grads, divisor, means, loss_of(means)
 
     return totals
+
+
+def with_reference(model: Model, objective: Objective, reference: Params | None, batch: Batch) -> Batch:
+    """The batch with what the reference model says of it, where one is computed beside the policy."""
+    if reference is None:
+        return batch
+    logp_BT = jax.lax.stop_gradient(model.token_stats(reference, batch, objective.head).logp_BT)
+    return replace(batch, columns=batch.columns | {"ref_logp": logp_BT})
 
 
 def _zeros(shapes: PyTree) -> PyTree:
@@ -160,7 +175,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
         state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, layout.on_host)
-        grads, divisor, means, loss = totals(state.trained, state.frozen, batch)
+        grads, divisor, means, loss = totals(state.trained, state.frozen, batch, state.reference)
         if config.optimizer.is_offloaded:  # divided with the rest of the update, a piece at a time
             norm = offload.norm(grads) / divisor
         else:
@@ -193,6 +208,7 @@ def make_eval_step(config: Config, model: Model, objective: Objective) -> Callab
     """
 
     def eval_step(state: TrainState, batch: Batch) -> Means:
+        batch = with_reference(model, objective, state.reference, batch)
         stats = model.token_stats(merge(state.trained, state.frozen), batch, objective.head)
         return objective.function(objective.knowing_whole(stats, batch, config), batch, config)
 

@@ -34,8 +34,9 @@ def llama_flags(case: str) -> dict:
     }
 
 
-def our_params(case: str) -> dict:
-    theirs, H = weights(case), CASES[case]["head_dim"]
+def our_params(case: str, theirs: dict | None = None) -> dict:
+    """theirs: other weights than the case's own, by transformers' names."""
+    theirs, H = theirs or weights(case), CASES[case]["head_dim"]
 
     def stacked(name, convert=lambda w: w):
         return np.stack([convert(theirs[f"model.layers.{i}.{name}.weight"]) for i in range(L)])

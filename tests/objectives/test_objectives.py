@@ -37,7 +37,10 @@ def batch_of(real, weighted, length=32, **columns) -> Batch:
 @pytest.mark.parametrize("experts", [0, 4])
 def test_weights_depend_on_the_batch_alone_and_parts_are_means(name, experts):
     config = Config(objective=name, architecture=Architecture(num_experts=experts, router_aux_loss_coef=0.1))
-    objective, batch = objective_of(config), batch_of([32, 9], [20, 3])
+    # Two units a row, and in each an answer of every label.
+    label = np.array([1, 1, -1, -1, 2, 2, 1, -1] * 4, np.int8)
+    columns = {"label": np.stack([label, label[::-1]]), "unit": np.repeat([[1] * 12 + [2] * 20], 2, 0)}
+    objective, batch = objective_of(config), batch_of([32, 9], [20, 3], **columns)
     weights = {name: float(weight) for name, weight in objective.weights(batch, config).items()}
     assert all(np.isfinite(weight) for weight in weights.values()), weights
     stats = stats_of((2, 32), experts)

@@ -196,7 +196,8 @@ def _read(meta: TokenMeta, tokens=...) -> TokenMeta:
 
 def _seen(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec) -> jax.Array:
     """core.visible for one block of queries and one of keys, without a batch."""
-    return visible(*jax.tree.map(lambda x: x[None], (q_meta, kv_meta)), mask)[0]
+    q_meta, kv_meta = jax.tree.map(lambda x: x[None], (q_meta, kv_meta))
+    return visible(q_meta, kv_meta, mask)[0]
 
 
 def _forward(blocks, counts, q_meta, kv_meta, q, k, v, *rest, mask, scale, size_S):

@@ -37,7 +37,8 @@ SAY_EVERY = 30.0  # seconds, where there is no terminal
 class Job:
     """What a worker process must know to make a shard.
 
-    vocab_size: the model's. allowed: how many bad examples may be left out.
+    vocab_size: the model's. allowed: how many bad examples may be left out. mismatched: each prompt is to come with
+    the completion of the example before it too, the first one's with the last one's.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Job:
     flag: str
     vocab_size: int
     allowed: int
+    mismatched: bool = False
 
     def token_dtype(self, tokenizer: Tokenizer) -> str:
         """The smallest type for the ids; fields may name any id."""
@@ -163,17 +165,18 @@ def _make_shard(
         try:
             for index in range(start, stop):
                 try:
-                    documents = processor.documents(job.source[index], Where(job.source, index))
+                    other = job.source[(index or len(job.source)) - 1] if job.mismatched else None
+                    documents = processor.documents(job.source[index], Where(job.source, index), other)
                 except UserError as error:
                     if not job.allowed:
                         raise
                     count, lines = writer.add_bad(str(error))
                     _check_bad(count, job, lines)
                     continue
-                if len(documents) > 1:
+                if len(documents) > 1 and not documents[0].known.label:
                     writer.add_split()
                 for document in documents:
-                    writer.add(document.token, document.mask, document.loss_bytes)
+                    writer.add(*document)
             return writer.close()
         finally:
             writer.abandon()

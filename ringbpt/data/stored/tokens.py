@@ -2,7 +2,7 @@
 
 The folder of a finished store holds, for each shard N of consecutive documents, N.token (uint16 or int32), N.mask
 (uint8) and N.check (crc32 of each block of both), and of all shards offset.npy and, written last, summary.json.
-units.npy says which documents must share a row, where there are such; further columns: see columns.py.
+Of documents that come several an example, BY_DOCUMENT says more, an array each; further columns: see columns.py.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from ringbpt.config import UserError
 from ringbpt.config.foreign import read_file
 from ringbpt.config.shown import one_line
-from ringbpt.data.documents import Values
+from ringbpt.data.documents import ALONE, Known, Values
 from ringbpt.data.reading.files import digest_of, load_array, replacing, write_whole
 
 # Part of every key; raised when the same inputs give other files.
@@ -31,6 +31,9 @@ BLOCK_BYTES = 1 << 16  # checked as one when first read
 # Of a store. without_loss: documents of which no token is learnt; split: conversations that make several documents.
 COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad", "without_loss", "split")
 COUNTED_LATER = COUNTED[-2:]  # which a store of an older version lacks
+# What is known of whole documents, each in a file of its own, [documents]: units, whose documents must share a row;
+# shared, how many first tokens a document has in common with the one before it, and neither learns; and of COLUMNS.
+BY_DOCUMENT = {"units": "int64", "shared": "int64", "label": "int8", "margin": "float32"}
 
 
 class Joined:
@@ -71,6 +74,19 @@ class Checked:
         return self._bytes[start:stop].view(self._dtype)
 
 
+class Spread:
+    """What is known of whole documents, read in slices of their tokens, as if each token had it."""
+
+    def __init__(self, each: np.ndarray, offset: np.ndarray):
+        self._each, self._offset = each, offset
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """A slice inside one document."""
+        count = max(0, index.stop - index.start)
+        document = int(np.searchsorted(self._offset, index.start, side="right")) - 1 if count else 0
+        return np.full(count, self._each[document], self._each.dtype)
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """All documents as tokens.
@@ -78,8 +94,8 @@ class TokenStore:
     values: what is known of the tokens, read in slices: token (integers), mask (uint8) and any further column. offset:
     int64 [documents + 1]. summary: documents, tokens, max_token (-1 where it is not known), loss_tokens (mask 1),
     loss_bytes (UTF-8 bytes of the text behind those; 0 where it is not known), bad (examples left out; a document of no
-    tokens stands for each). key: the hex digest of everything that decides the content. units: int64 [documents], see
-    packing.Corpus. folder: where its files are, if it has one.
+    tokens stands for each). key: the hex digest of everything that decides the content. units, shared: int64
+    [documents], see packing.Corpus. folder: where its files are, if it has one.
     """
 
     values: Values
@@ -88,6 +104,7 @@ class TokenStore:
     key: str
     units: np.ndarray | None = None
     folder: Path | None = None
+    shared: np.ndarray | None = None
 
 
 # --- writing ---
@@ -123,13 +140,15 @@ class ShardWriter:
         self._files = [open(path, "wb") for path in paths]  # noqa: SIM115  (closed by close and abandon)
         self._token, self._mask = map(CheckedWriter, self._files)
         self._lengths: list[int] = []
+        self._known: list[Known] = []
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # tokens and masks that are not written yet
         self._waiting_tokens = 0
         self._counts = dict.fromkeys(COUNTED, 0)
         self._max_token, self._bad_lines = 0, list[str]()
 
-    def add(self, token: np.ndarray, mask: np.ndarray, loss_bytes: int) -> None:
+    def add(self, token: np.ndarray, mask: np.ndarray, loss_bytes: int, known: Known = ALONE) -> None:
         self._waiting.append((token, mask))
+        self._known.append(known)
         self._counts["without_loss"] += not mask[1:].any()
         self._waiting_tokens += len(token)
         self._lengths.append(len(token))
@@ -160,6 +179,7 @@ class ShardWriter:
     def add_bad(self, message: str) -> tuple[int, list[str]]:
         """An example that is left out: a document of no tokens. Returns how many there are, and what the first were."""
         self._lengths.append(0)
+        self._known.append(ALONE)
         self._counts["bad"] += 1
         if len(self._bad_lines) < 3:
             self._bad_lines.append(message)
@@ -171,6 +191,8 @@ class ShardWriter:
         checks = np.array(self._token.all_checks() + self._mask.all_checks(), np.uint32)
         self.abandon()
         np.array(self._lengths, np.int64).tofile(self._base.with_suffix(".length"))
+        if any(known is not ALONE for known in self._known):
+            np.save(self._base.with_suffix(".known.npy"), np.array(self._known, np.float64))
         checks.tofile(self._base.with_suffix(".check"))
         summary = {
             **self._counts,
@@ -209,15 +231,30 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
     offset = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
     with replacing(folder / "offset.npy") as file:
         np.save(file, offset)
+    arrays = _by_document(folder, [len(each) for each in lengths])
+    for name, array in arrays.items():
+        with replacing(folder / f"{name}.npy") as file:
+            np.save(file, array)
     checks = [np.fromfile(folder / f"{shard:05d}.check", np.uint32) for shard in range(shards)]
     totals: dict[str, Any] = {name: sum(summary.get(name, 0) for summary in summaries) for name in COUNTED}
     totals["max_token"] = max(summary["max_token"] for summary in summaries)
     totals["bad_lines"] = [line for summary in summaries for line in summary["bad_lines"]][:3]
     kept = ("documents", "tokens", "dtype", "sha256")
     totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
-    totals["crc32"] = _crc32(offset, checks)
+    totals["crc32"] = _crc32(offset, checks) | {name: zlib.crc32(array) for name, array in arrays.items()}
     write_whole(folder / "summary.json", json.dumps(totals | extra))
     return totals
+
+
+def _by_document(folder: Path, documents: list[int]) -> dict[str, np.ndarray]:
+    """The arrays of BY_DOCUMENT of the shards of so many documents; {} where nothing is known of any."""
+    files = [folder / f"{shard:05d}.known.npy" for shard in range(len(documents))]
+    if not any(file.exists() for file in files):
+        return {}
+    known = [np.load(f) if f.exists() else np.tile(ALONE, (n, 1)) for f, n in zip(files, documents, strict=True)]
+    by_name = dict(zip(Known._fields, np.concatenate(known).T, strict=True))
+    by_name["units"] = np.cumsum(by_name.pop("first")) - 1
+    return {name: by_name[name].astype(dtype) for name, dtype in BY_DOCUMENT.items()}
 
 
 def _crc32(offset: np.ndarray, checks: list[np.ndarray]) -> dict[str, int]:
@@ -262,12 +299,24 @@ def _read_store(folder: Path, key: str) -> TokenStore:
         tokens.append(Checked(paths[0], dtype.name, checks[: blocks[0]]))
         masks.append(Checked(paths[1], "uint8", checks[blocks[0] :]))
     _check_offset(offset, summary)
-    _require(_crc32(offset, all_checks) == summary["crc32"], "crc32: offset.npy or a .check is not what was written")
-    units, lengths = _read_units(folder, len(offset) - 1), [shard["tokens"] for shard in summary["shards"]]
+    whole = {**_crc32(offset, all_checks)}
+    _require(whole.items() <= summary["crc32"].items(), "crc32: offset.npy or a .check is not what was written")
+    lengths = [shard["tokens"] for shard in summary["shards"]]
+    known = _read_by_document(folder, len(offset) - 1, summary["crc32"])
+    units, shared = known.pop("units", None), known.pop("shared", None)
     if units is not None:
         key = digest_of([key, hashlib.sha256(units).hexdigest()])
-    values = {"token": Joined(tokens, lengths), "mask": Joined(masks, lengths)}
-    return TokenStore(values, offset, summary, key, units, folder)
+    if shared is not None:
+        _require(units is not None and bool(np.all(shared[_first_of(units)] == 0)), "shared.npy: a unit begins with it")
+        _require(bool(np.all((shared == 0) | ((shared > 0) & (shared < np.diff(offset))))), "shared.npy: not so long")
+        shared = shared if shared.any() else None
+    values: Values = {"token": Joined(tokens, lengths), "mask": Joined(masks, lengths)}
+    values |= {name: Spread(array, offset) for name, array in known.items()}
+    return TokenStore(values, offset, summary, key, units, folder, shared)
+
+
+def _first_of(units: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(np.diff(units, prepend=-1))
 
 
 def is_count(value: Any) -> bool:
@@ -296,14 +345,28 @@ def _check_offset(offset: np.ndarray, summary: dict[str, Any]) -> None:
     _require(offset[documents].tolist() == tokens, "offset.npy: its documents are not those of the shards")
 
 
-def _read_units(folder: Path, documents: int) -> np.ndarray | None:
-    """The units of a store's documents, None where each is one of its own. Raises ValueError for what are none."""
-    if not (folder / "units.npy").exists():
-        return None
-    units = load_array(folder / "units.npy")
-    whole = units.dtype == np.int64 and units.shape == (documents,)
-    if not whole or not set(np.diff(units, prepend=-1).tolist()) <= {0, 1} or units[:1].any():
-        raise UserError(
-            f"{folder}/units.npy:1: not 0, 0, 1, ... for {documents} documents; copy the folder again", code=4
-        )
-    return units if units[-1] + 1 < documents else None
+def _read_by_document(folder: Path, documents: int, checks: dict[str, int]) -> dict[str, np.ndarray]:
+    """The arrays of BY_DOCUMENT that a store has. Raises UserError for units that are none, ValueError for the rest.
+
+    units are as good as none where each document is a unit of its own; they may be given to a store later, by hand.
+    """
+    found = {}
+    for name, dtype in BY_DOCUMENT.items():
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            _require(name not in checks, f"{path.name}: it is missing")
+            continue
+        array = load_array(path)
+        whole = array.dtype == dtype and array.shape == (documents,)
+        if name == "units":
+            rises = whole and set(np.diff(array, prepend=-1).tolist()) <= {0, 1} and not array[:1].any()
+            if not rises:
+                raise UserError(
+                    f"{folder}/units.npy:1: not 0, 0, 1, ... for {documents} documents; copy the folder again", code=4
+                )
+            if array[-1] + 1 == documents and "units" not in checks:
+                continue
+        _require(whole, f"{path.name}: not one for each document")
+        _require(name not in checks or zlib.crc32(array) == checks[name], f"{path.name}: not what was written")
+        found[name] = array
+    return found

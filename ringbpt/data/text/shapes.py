@@ -244,8 +244,8 @@ def prompt_and_completion(example: dict[str, Any], shape: str, config: TextProce
     if shape == "alpaca":
         return _alpaca(example, config, where)
     keys = keys_of(config)
-    pair = Pair(*(_text_or_messages(example, keys.get(name, name), where) for name in ("prompt", "completion")))
-    return _alike(pair, where)
+    prompt, completion = (_text_or_messages(example, keys.get(name, name), where) for name in ("prompt", "completion"))
+    return alike(prompt, completion, where)
 
 
 def _alpaca(example: dict[str, Any], config: TextProcessorConfig, where: Any) -> Pair:
@@ -267,9 +267,8 @@ def _alpaca(example: dict[str, Any], config: TextProcessorConfig, where: Any) ->
     return Pair(messages, [{"role": "assistant", "content": output}])
 
 
-def _alike(pair: Pair, where: Any) -> Pair:
-    """Messages on both sides where there are any on one."""
-    prompt, completion = pair
+def alike(prompt: Any, completion: Any, where: Any) -> Pair:
+    """Messages on both sides where there are any on one. Raises UserError where nothing is answered."""
     if isinstance(prompt, list) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str) and isinstance(completion, list):
@@ -277,6 +276,15 @@ def _alike(pair: Pair, where: Any) -> Pair:
     if not len(completion):
         raise UserError(f"{where}: the completion is empty; leave the example out")
     return Pair(prompt, completion)
+
+
+def desirable(example: dict[str, Any], config: TextProcessorConfig, where: Any) -> bool:
+    """The label of a "kto" example."""
+    key = keys_of(config).get("label", "label")
+    label = _get(example, key, where)
+    if label not in (True, False):
+        raise UserError(f"{where}: {key!r} is {label!r}; it must be true (desirable) or false")
+    return bool(label)
 
 
 def preference(example: dict[str, Any], config: TextProcessorConfig, where: Any) -> tuple[Pair, Pair, float]:
@@ -298,4 +306,4 @@ def preference(example: dict[str, Any], config: TextProcessorConfig, where: Any)
     margin = example.get("margin")
     if margin is not None and not (type(margin) in (int, float) and is_finite(margin)):
         raise UserError(f"{where}: 'margin' is {json_type(margin)}; it must be a number")
-    return _alike(Pair(prompt, chosen), where), _alike(Pair(prompt, rejected), where), float(margin or 0.0)
+    return alike(prompt, chosen, where), alike(prompt, rejected, where), float(margin or 0.0)

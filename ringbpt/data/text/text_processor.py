@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringbpt.config import TextProcessorConfig, UserError, read_literals
+from ringbpt.data.documents import ALONE, Known
 from ringbpt.data.reading.files import json_type
 from ringbpt.data.text.chat import ChatTemplate
 from ringbpt.data.text.shapes import (
     Message,
     Pair,
+    alike,
     conversation,
+    desirable,
     preference,
     prompt_and_completion,
     settings_of,
@@ -37,12 +40,13 @@ class FieldGroup(NamedTuple):
 class Document(NamedTuple):
     """token int32 and mask uint8 [n]: the mask is 1 where predicting that token takes loss.
 
-    loss_bytes: UTF-8 bytes of the text that takes loss.
+    loss_bytes: UTF-8 bytes of the text that takes loss. known: of the document as a whole.
     """
 
     token: np.ndarray
     mask: np.ndarray
     loss_bytes: int
+    known: Known = ALONE
 
 
 class TextProcessor:
@@ -76,9 +80,10 @@ class TextProcessor:
         """The only document of an example, or the last of several; arguments and errors as of `documents`."""
         return self.documents(example, location)[-1]
 
-    def documents(self, example: dict[str, Any], location: Any) -> list[Document]:
-        """The documents of an example: of a "preference" one the chosen and the rejected; of a conversation one for
-        each text in which some of its turns are learnt (see ChatTemplate.learnt); of another shape one.
+    def documents(self, example: dict[str, Any], location: Any, other: dict[str, Any] | None = None) -> list[Document]:
+        """The documents of an example: of a "preference" one the chosen and the rejected; of a "kto" one the example
+        and, where there is `other`, its prompt with the other example's completion; of a conversation one for each text
+        in which some of its turns are learnt (see ChatTemplate.learnt); of another shape one.
 
         location: anything whose text is `file:line`. Raises UserError that begins with it where a field is missing, no
         string, or all of them empty.
@@ -86,11 +91,25 @@ class TextProcessor:
         if self._shape in CONVERSATIONS:
             return self._chat(conversation(example, self._shape, self._config, location), example, location)
         if self._shape == "preference":
-            chosen, rejected, _ = preference(example, self._config, location)
-            return [self._whole(self._pair(pair, example, location), location) for pair in (chosen, rejected)]
+            chosen, rejected, margin = preference(example, self._config, location)
+            pair = [self._whole(self._pair(pair, example, location), location) for pair in (chosen, rejected)]
+            return _unit(pair, (CHOSEN, REJECTED), margin)
+        if self._shape == "kto":
+            own, label = (
+                self._answer(example, location),
+                CHOSEN if desirable(example, self._config, location) else REJECTED,
+            )
+            return _unit([own] if other is None else [own, self._answer(example, location, other)], (label, MISMATCHED))
         if self._shape:
             return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
         return [self._joined(example, location)]
+
+    def _answer(self, example: dict[str, Any], location: Any, other: dict[str, Any] | None = None) -> Document:
+        """The prompt and the completion of a "kto" example, or of another one."""
+        pair = prompt_and_completion(example, "kto", self._config, location)
+        if other is not None:
+            pair = alike(pair.prompt, prompt_and_completion(other, "kto", self._config, location).completion, location)
+        return self._whole(self._pair(pair, example, location), location)
 
     def _whole(self, documents: list[Document], location: Any) -> Document:
         if len(documents) > 1:
@@ -255,6 +274,25 @@ class TextProcessor:
 
 
 CONVERSATIONS = ("messages", "sharegpt")
+CHOSEN, REJECTED, MISMATCHED = 1, -1, 2  # what COLUMNS says of `label`
+
+
+def _unit(documents: list[Document], labels: Sequence[int], margin: float = 0.0) -> list[Document]:
+    """The documents as one packing unit, each sharing with the one before it what neither learns."""
+    found: list[Document] = []
+    for document, label in zip(documents, labels, strict=False):
+        shared = _shared(found[-1], document) if found else 0
+        found.append(document._replace(known=Known(not found, shared, label, margin)))
+    return found
+
+
+def _shared(before: Document, document: Document) -> int:
+    """How many first tokens of a document can stand in the row once for both: their targets too are in both, and take
+    no loss in either, so that each begins anew with the last token of what they have in common."""
+    length = min(len(before.token), len(document.token))
+    alike = (before.token[:length] == document.token[:length]) & (before.mask[:length] + document.mask[:length] == 0)
+    alike[:1] = before.token[:1] == document.token[:1]  # the first token is nobody's target
+    return max(0, (length if alike.all() else int(np.argmin(alike))) - 1)
 
 
 def _covers(places: Places, span: Span) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""The model that a run is compared with: which weights it has, and how what it says comes to the objective."""
+
+from functools import cached_property
+
+import jax
+
+from ringbpt.checkpoint.load import load_checkpoint
+from ringbpt.checkpoint.store import Wanted
+from ringbpt.config import Config, UserError
+from ringbpt.data.epochs import cache_folder
+from ringbpt.data.loader import Loader
+from ringbpt.evaluation.reference import ReferenceColumns, weights_fingerprint
+from ringbpt.model.llama import Model
+from ringbpt.model.weights import merge
+from ringbpt.training.metrics import say
+from ringbpt.training.run import Run
+from ringbpt.training.state import StateLayout, TrainState
+from ringbpt.types import Params
+
+
+class Reference:
+    """The weights that --reference_checkpoint names, else those that the run has started from.
+
+    A run that goes on keeps to the reference it has begun with: its fingerprint is in the checkpoints.
+    """
+
+    def __init__(self, config: Config, model: Model, run: Run, state: TrainState):
+        self._config, self._model = config, model
+        self._first = None if run.goes_on or config.reference_checkpoint else state
+        self.source = config.reference_checkpoint or config.load_checkpoint or f"seed {config.seed}"
+        known = run.reference or {}
+        self._known = known.get("fingerprint", "")
+        self._is_known = bool(self._known) and known.get("source") == self.source
+        run.reference = {"source": self.source, "fingerprint": self.fingerprint}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self._known if self._is_known else weights_fingerprint(self.params())
+
+    def params(self) -> Params:
+        """All of its weights, on the devices. Raises UserError where they are others than the run began with."""
+        if self._first is not None:
+            return jax.device_put(merge(self._first.trained, self._first.frozen), self._model.shardings)
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Params:
+        model, config = self._model, self._config
+        abstract = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            model.abstract_params,
+            model.shardings,
+        )
+        if spec := config.reference_checkpoint or config.load_checkpoint:
+            wanted = {"params": Wanted(abstract, tables=model.tables)}
+            params = load_checkpoint(spec, wanted, config.architecture)[0]["params"]
+        else:
+            params = model.init(jax.random.key(config.seed))
+        if self._known and weights_fingerprint(params) != self._known:
+            raise UserError(
+                f"--reference_checkpoint={config.reference_checkpoint}: {self.source} has other weights than the "
+                "reference that this run began with: give that one, or another --logger.experiment_id"
+            )
+        return params
+
+    def asked(
+        self, layout: StateLayout, state: TrainState, loader: Loader, held_out: Loader | None
+    ) -> tuple[TrainState, Loader, Loader | None]:
+        """The state with the reference's weights in it, or the loaders with what it says of each token as a column."""
+        if layout.has_reference:
+            return layout.with_reference(state, self.params()), loader, held_out
+        columns = ReferenceColumns(self._config, self._model, self.fingerprint, self.params, say)
+        named = {"train_dataset": loader} | ({"eval_dataset": held_out} if held_out else {})
+        for name, each in named.items():
+            if not each.stores:
+                raise UserError(
+                    f"--reference=columns does not go with --{name} that was packed before: --reference=step does"
+                )
+            named[name] = columns.added_to(each, cache_folder(getattr(self._config, name), name), name)
+        return state, named["train_dataset"], named.get("eval_dataset")
