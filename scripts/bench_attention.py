@@ -4,6 +4,7 @@ pip install -e '.[bench]'
 python scripts/bench_attention.py                                  # 8 CPU devices, against ringattention 0.1.2
 python scripts/bench_attention.py --rival=cudnn --dtype=bfloat16 --T=32768 --heads=32 --kv_heads=8 --H=128   # one GPU
 python scripts/bench_attention.py --rival=one_device --ranks=8     # a ring's ranks one by one, without transfers
+python scripts/bench_attention.py --rival=unshared --strategy=none # 2 and 8 answers to one prompt, there once or not
 """
 
 import json
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from ringbpt.config import Flag, UserError, check_writable, choices, printed_help, read_flags, run_main, user_path
 
+RIVALS = ("ringattention", "cudnn", "one_device", "unshared")
 FLAGS = {
-    "rival": Flag(str, "ringattention", "what to compare with", choices=("ringattention", "cudnn", "one_device")),
-    "T": Flag(int, 8192, "tokens", at_least=1, at_most=1 << 30),
+    "rival": Flag(str, RIVALS[0], "what to compare with", choices=RIVALS),
+    "T": Flag(int, 8192, "tokens; with --rival=unshared, of a document", at_least=1, at_most=1 << 30),
     "heads": Flag(int, 4, "query heads", at_least=1, at_most=1 << 16),
     "kv_heads": Flag(int, 0, "key/value heads; 0: as many as query heads", at_least=0, at_most=1 << 16),
     "H": Flag(int, 64, "head dim", at_least=1, at_most=1 << 16),

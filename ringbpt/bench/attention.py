@@ -9,7 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -23,6 +23,7 @@ from ringbpt.attention.core import MaskSpec
 from ringbpt.bench.kernels import Problem, ring_rank
 from ringbpt.layouts import permutation
 from ringbpt.mesh import make_mesh
+from ringbpt.types import TokenMeta
 
 Contender = Callable[..., jax.Array]
 KINDS = ("forward", "forward+backward")
@@ -30,7 +31,10 @@ KINDS = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. rival: ringattention, cudnn, or one_device: the ranks of a ring against one device alone."""
+    """What is measured. rival: ringattention, cudnn, one_device: the ranks of a ring against one device alone, or
+
+    unshared: answers to one prompt that stands in the row once, against documents of T tokens one after the other.
+    """
 
     rival: str
     T: int
@@ -52,7 +56,7 @@ class Case:
     """Causal attention over `documents` packed documents of equal length, each query seeing `window` tokens at most.
 
     layout and skip_hops are ours, as one would choose them: balanced where everybody sees far, neighbours side by side
-    where nobody does.
+    where nobody does. Of unshared, documents are the answers, and their prompt is PROMPT of a document.
     """
 
     name: str
@@ -71,6 +75,9 @@ CASES = (
     Case("8 documents", documents=8),
     Case("window 512", window=512),
 )
+PROMPT = 0.9
+SHARED_OR_NOT = ("shared", "unshared")
+ANSWERS = (Case("2 answers", documents=2), Case("8 answers", documents=8))
 
 
 def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[Any, ...]:
@@ -80,6 +87,26 @@ def inputs(settings: Settings, case: Case, mesh: Mesh, layout: str) -> tuple[Any
     order = permutation(layout, settings.T, settings.ranks if settings.rival == "one_device" else mesh.shape["sp"])
     in_order = jax.tree.map(lambda x: x[:, order], (q, k, v, problem.meta()))
     return jax.device_put(in_order, NamedSharding(mesh, PartitionSpec(None, "sp")))
+
+
+def shared_or_not(settings: Settings, case: Case, shared: bool) -> tuple[Any, ...]:
+    """(q, k, v, meta), the numbers random: of the documents as they are, or `shared`, what they begin with once.
+
+    Each answer begins with a copy of the prompt's last token, which has to predict its first: that one is not shared.
+    The row ends in padding up to a whole block, as rows of a data set do.
+    """
+    s, answers = settings, case.documents
+    once = round(PROMPT * s.T) - 1 if shared else 0
+    length = once + answers * (s.T - once)
+    place = np.arange(length + -length % s.chunk_size, dtype=np.int32)[None]
+    answer, own = np.divmod(place - once, s.T - once)
+    in_prompt = place < once
+    segment = np.where(in_prompt, 1, np.where(place < length, 1 + answer, 0))
+    meta = TokenMeta(np.where(in_prompt, place, once + own), segment)
+    if shared:
+        meta = replace(meta, last_BT=np.where(in_prompt, answers, segment))
+    q, k, v, _ = Problem(place.size, s.H, s.heads, s.kv_heads).inputs(s.dtype)
+    return jax.device_put((q, k, v, meta))
 
 
 def ringattention(case: Case, mesh: Mesh, chunk_size: int) -> Contender:
@@ -137,11 +164,15 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
     """{contender: (its program, what it is given)}, ours first."""
     s = settings
     mesh = make_mesh((1, 1, 1, s.devices if s.rival == "ringattention" else 1))
-    laid_out, in_order = (inputs(s, case, mesh, layout) for layout in (case.layout, "contiguous"))
 
     def build(function: Callable, arrays: tuple, *more: Any) -> tuple[Callable, tuple]:
         return jax.jit(function).lower(*arrays, *more).compile(), (*arrays, *more)
 
+    spec = AttentionSpec(s.strategy, s.local, case.mask, s.chunk_size, s.chunk_size, skip_hops=case.skip_hops)
+    own = make_attention(mesh, spec)
+    if s.rival == "unshared":
+        return {name: build(program(own, kind), shared_or_not(s, case, name == "shared")) for name in SHARED_OR_NOT}
+    laid_out, in_order = (inputs(s, case, mesh, layout) for layout in (case.layout, "contiguous"))
     if s.rival == "one_device":
         local = LOCALS[s.local](jax.devices()[0], s.chunk_size, s.chunk_size)
 
@@ -152,8 +183,6 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
         ring = build(rank_of(s.ranks), laid_out, 0)[0]
         ranks = {f"rank {r} of {s.ranks}": (ring, (*laid_out, r)) for r in range(s.ranks)}
         return ranks | {"one device": build(rank_of(1), in_order, 0)}
-    spec = AttentionSpec(s.strategy, s.local, case.mask, s.chunk_size, s.chunk_size, skip_hops=case.skip_hops)
-    own = make_attention(mesh, spec)
     if s.rival == "cudnn":
         contenders = {"cudnn": cudnn(case)}
     else:
@@ -166,10 +195,11 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str
     """A row for each case, kind and contender: median seconds, every run, temporary bytes of a device.
 
     'ratio': a rival's seconds over ours. Of one_device: one device's seconds over the sum that so many ranks would
-    take at this rank's pace, the share of the ideal that is left before any transfer.
+    take at this rank's pace, the share of the ideal that is left before any transfer. Of unshared: seconds, and
+    temporary bytes, over those of documents that share nothing.
     """
     rows = []
-    for case, kind in product(CASES, KINDS):
+    for case, kind in product(ANSWERS if settings.rival == "unshared" else CASES, KINDS):
         programs = compiled(settings, case, kind)
         times: dict[str, list[float]] = {name: [] for name in programs}
         for turn in range(settings.repeats + 1):
@@ -179,16 +209,23 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str
                 if turn:  # the first one warms up
                     times[name].append(time.perf_counter() - start)
         seconds = {name: statistics.median(runs) for name, runs in times.items()}
-        for name, (call, _) in programs.items():
-            temp_bytes = call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
-            if settings.rival == "one_device":
+        memory = {
+            name: call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
+            for name, (call, _) in programs.items()
+        }
+        for name in programs:
+            of_memory = ""
+            if settings.rival == "unshared":
+                ratio = seconds[name] / seconds["unshared"]
+                of_memory = f"{memory[name] / memory['unshared']:6.2f} x"
+            elif settings.rival == "one_device":
                 ratio = seconds["one device"] / seconds[name] / (settings.ranks if "rank" in name else 1)
             else:
                 ratio = seconds[name] / seconds[next(iter(seconds))]
             row = {"case": case.name, "kind": kind, "contender": name, "seconds": seconds[name], "ratio": ratio}
-            rows.append(row | {"temp_bytes": temp_bytes, "all": times[name]})
+            rows.append(row | {"temp_bytes": memory[name], "all": times[name]})
             say(f"{case.name:12} {kind:17} {name:26} {seconds[name]:9.4f} s {ratio:6.2f} x"
-                f" {temp_bytes / 2**20:8.1f} MiB")  # fmt: skip
+                f" {memory[name] / 2**20:8.1f} MiB{of_memory}")  # fmt: skip
     return rows
 
 
