@@ -26,7 +26,8 @@ QUICK = [
     Program("ulysses_ring", BY_2 + TWO_WAYS + SKIP, mesh=EIGHT),
 ]
 MORE = [
-    Program("ring", mesh=(1, 1, 1, 1)),
+    *[Program(strategy, mesh=ALONE.mesh) for strategy in ("ring", "all_gather", "ulysses")],
+    Program("ulysses_ring", options(ulysses_degree=1), mesh=ALONE.mesh),
     Program("ring", mesh=EIGHT),
     Program("ring", SKIP, mesh=EIGHT, mask=WINDOW, heads=(4, 1)),
     Program("all_gather", mesh=EIGHT, mask=WINDOW),

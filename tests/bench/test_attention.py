@@ -1,5 +1,7 @@
 """The simulated ring computes what the ring does, and a measurement is written down whole."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from ringbpt.attention.local import reference
 from ringbpt.bench import attention as bench
 from ringbpt.layouts import permutation
 from ringbpt.mesh import make_mesh
+from tests.attention.suite import tree_metas
 
 SETTINGS = bench.Settings(
     rival="one_device", T=64, heads=2, kv_heads=1, H=8, dtype="float32", local="blockwise", strategy="ring",
@@ -37,3 +40,15 @@ def test_a_table_a_row_for_each_and_a_plot(monkeypatch, tmp_path):
     assert rows[2]["ratio"] == 1 and rows[0]["ratio"] == rows[2]["seconds"] / rows[0]["seconds"] / 2
     bench.plot(rows, str(tmp_path / "ratios.png"))
     assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
+def test_answers_share_their_prompt_or_repeat_it():
+    """They begin with a copy of its last token; the row ends in padding up to a block."""
+    settings, case = replace(SETTINGS, rival="unshared", T=40), bench.Case("answers", documents=3)
+    (*_, shared), (q, _, _, apart) = (bench.shared_or_not(settings, case, once) for once in (True, False))
+    want, want_apart, _ = tree_metas([(35, 5, 5, 5)])
+    for meta, of in ((shared, want), (apart, want_apart)):
+        length = of.position_BT.shape[1]
+        assert meta.segment_BT.shape[1] == length + -length % 16 and not meta.segment_BT[:, length:].any()
+        assert jax.tree.all(jax.tree.map(lambda a, b, n=length: bool((a[:, :n] == b).all()), meta, of))
+    assert q.shape[:2] == apart.segment_BT.shape == (1, 128)
