@@ -15,13 +15,14 @@ VERBS = {
     "launch": "trains in several processes of this machine, and starts them again when one is lost",
     "plan": "does a run fit a machine that need not be here, and how long does a step take",
     "verify": "is the step the same on other meshes, layouts, strategies and kernels",
+    "columns": "what the reference model of a preference run says of each token, before the run",
     "inspect": "the first batches: what takes loss, as text, as a page or as JSON",
     "generate": "text from a checkpoint: completions, or a conversation",
     "evaluate": "what a checkpoint knows: perplexity, passkeys, choices",
     "checkpoint": "what a run has saved, and whether it is as it was written",
     "autotune": "measures block sizes of attention on the device that is here",
 }
-OF_A_RUN = ("train", "plan", "verify", "inspect")  # besides their own, these take the flags of a run
+OF_A_RUN = ("train", "plan", "verify", "inspect", "columns")  # besides their own, these take the flags of a run
 
 
 def main(argv: list[str]) -> int:

@@ -51,7 +51,9 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of computing the same step. packing "alone": each document in a row of its own."""
+    """One way of computing the same step. packing "alone": each unit (a document, a pair) in a row of its own, "apart":
+    nothing that documents share stands in a row once.
+    """
 
     mesh: MeshShape
     execution: Execution
@@ -117,7 +119,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
         *({"attention_type": ring + name, "attention_kernel": "auto"} for name in ("standard", "blockwise")),
         # On a CPU, those that are asked for.
         *({"attention_kernel": kernel} for kernel in FASTEST.get(jax.default_backend(), ())),
-        {"packing": "alone"},
+        *({"packing": packing} for packing in ("alone", "apart")),
         *({"accumulate_gradient_steps": count} for count in (1, 2, 4)),
         *({"scan_layers": scanned} for scanned in (False, True)),
         *({"scan_mlp": blockwise} for blockwise in (False, True)),
@@ -138,14 +140,40 @@ def _fits(variant: Variant, config: Config) -> bool:
     return True
 
 
-def alone(batch: "Batch", rows: int) -> "Batch":
-    """Each document of a packed host batch in a row of its own, padded; `rows` divides the number of rows."""
+def repacked(batch: "Batch", packing: str, rows: int) -> "Batch":
+    """The documents of a packed host batch, whole, with nothing shared: "apart" in the rows that they were in, "alone"
+    each unit in a row of its own, of which `rows` divides the number. Rows are as many times as long as they must be.
+    """
     from ringbpt.data.documents import make_batch, pieces_of
 
-    by_row = [{name: array[row] for name, array in batch.by_name().items()} for row in range(len(batch.token_BT))]
-    documents = [[document] for row in by_row for document in pieces_of(row)]
-    shape = (-(-len(documents) // rows) * rows, batch.token_BT.shape[1])
-    return make_batch(documents, shape, tuple(batch.by_name()))
+    columns = tuple(name for name in batch.by_name() if name != "last")
+    found: list[list[Any]] = []
+    for row in range(len(batch.token_BT)):
+        pieces = pieces_of({name: array[row] for name, array in batch.by_name().items()}, apart=True)
+        if packing == "apart":
+            found.append(pieces)
+            continue
+        for number, piece in enumerate(pieces):
+            if number and piece.unit is not None and piece.unit == pieces[number - 1].unit:
+                found[-1].append(piece)
+            else:
+                found.append([piece])
+    longest, T = max(sum(piece.length for piece in pieces) for pieces in found), batch.token_BT.shape[1]
+    return make_batch(found, (-(-len(found) // rows) * rows, -(-longest // T) * T), columns)
+
+
+def with_reference(config: Config, host: "Batch", seed: int) -> "Batch":
+    """The host batch with what another model says of it, by the plainest program, as the reference's column."""
+    import jax
+    import numpy as np
+
+    from ringbpt.mesh import make_mesh, put_batch
+    from ringbpt.model.llama import Model
+
+    model = Model.of(config, make_mesh(config.mesh_shape))
+    batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+    logp_BT = jax.jit(lambda params, b: model.token_stats(params, b).logp_BT)(model.init(jax.random.key(seed)), batch)
+    return replace(host, columns=host.columns | {"ref_logp": np.asarray(logp_BT)})
 
 
 def first_batch(loader: "Loader") -> "Batch":
@@ -158,7 +186,7 @@ def first_batch(loader: "Loader") -> "Batch":
 
 
 def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
-    """{"loss": float, group: the gradients of its weights as one float64 vector} of one step."""
+    """{"loss": float, "metrics": all that is measured, group: its weights' gradients as one float64 vector}."""
     import jax
     import numpy as np
 
@@ -168,12 +196,13 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     from ringbpt.training.step import make_gradients
 
     model = Model.of(config, make_mesh(config.mesh_shape))
-    model.check_kernel(config.train_dataset.seq_length)
+    model.check_kernel(config.train_dataset.seq_length, "last" in host.columns)
     batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     params = model.init(jax.random.key(seed))
     objective = objective_of(config)
     grads, means = jax.jit(make_gradients(config, model, objective))(params, batch)
-    numbers: dict[str, Any] = {"loss": objective.values(jax.device_get(means), config)["loss"]}
+    values = objective.values(jax.device_get(means), config)
+    numbers: dict[str, Any] = {"loss": values["loss"], "metrics": values}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
     for group, names in GROUPS.items():
@@ -182,10 +211,14 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
 
 
 def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
-    """{"loss": relative difference, group: ||got - want|| / ||want||, "group norm", "group direction": 1 - cosine}."""
+    """{"loss": relative difference, "metrics": the largest, group: ||got - want|| / ||want||, "group norm", "group
+    direction": 1 - cosine}. A metric below 1 is compared by what it is, and not by its share.
+    """
     import numpy as np
 
     found = {"loss": abs(got["loss"] - want["loss"]) / abs(want["loss"])}
+    pairs = [(got["metrics"].get(name, math.inf), value) for name, value in want["metrics"].items()]
+    found["metrics"] = max(abs(a - b) / max(abs(b), 1.0) for a, b in pairs)
     for group in GROUPS:
         a, b = got[group], want[group]
         norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
@@ -213,18 +246,21 @@ def parting(passed: list[Variant], failed: list[Variant]) -> list[str]:
 def verify(config: Config, device_count: int, tolerance: float, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Runs every variant and compares; the report as a JSON-serialisable dict with "ok" and "parting"."""
     from ringbpt.data.text.tokenizers import make_tokenizer
+    from ringbpt.objectives import objective_of
     from ringbpt.training.loop import loader_of
 
     loader = loader_of(config, make_tokenizer(config.tokenizer))
     host = first_batch(loader)
     plain = plainest(config)
+    if objective_of(config).reference:
+        host = with_reference(plain.apply(config), host, config.seed + 1)
     todo = variants(config, device_count)
     say(f"{len(todo)} variants against the plainest; tolerance {tolerance:g}; {loader.describe()}")
     want = step_numbers(plain.apply(config), host, config.seed)
     rows, compared, started = [], [], time.perf_counter()
     for i, variant in enumerate(todo):
         divisor = variant.mesh.row_shards * variant.accumulate_gradient_steps
-        batch = alone(host, divisor) if variant.packing == "alone" else host
+        batch = host if variant.packing == "as given" else repacked(host, variant.packing, divisor)
         try:
             numbers = step_numbers(variant.apply(config), batch, config.seed)
         except UserError as refusal:  # a kernel that cannot do this; where it was asked for, that is the answer
@@ -247,7 +283,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
 def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
     known = plain.dims()
     what = " ".join(f"{name}={value}" for name, value in variant.dims().items() if value != known[name])
-    groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", *GROUPS))
+    groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", "metrics", *GROUPS))
     return f"{groups}  {what}"
 
 

@@ -119,7 +119,7 @@ def test_alone_keeps_every_token_and_its_target():
     segment = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]], np.int32)
     token = np.arange(12, dtype=np.int32).reshape(2, 6)
     batch = Batch(token, token + 1, (segment > 0).astype(np.float32), token % 3, segment)
-    split = verify.alone(batch, 4)
+    split = verify.repacked(batch, "alone", 4)
     assert split.segment_BT.tolist() == [[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0] * 6]
     assert split.token_BT[1].tolist() == [2, 3, 4, 0, 0, 0]
     for name in ("token_BT", "target_BT", "weight_BT", "position_BT"):

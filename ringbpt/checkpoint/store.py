@@ -76,7 +76,9 @@ class StoredStep:
             {path.parent.name for path in folder.glob(f"*/{file}")} for file in ("_METADATA", "metadata")
         )
         for entry in {path.name for path in folder.iterdir() if path.is_dir()} - self.trees - self.objects:
-            raise UserError(f"{self._where}: its entry {entry} is damaged: a file is missing", code=4)
+            of_arrays = any(path.is_dir() or path.suffix == ".ocdbt" for path in (folder / entry).iterdir())
+            lost = f"{entry}/{'_METADATA' if of_arrays else 'metadata'}"
+            raise UserError(f"{self._where}: its entry {entry} is damaged: {lost} is missing", code=4)
 
     def verify(self, entries: Iterable[str] | None = None) -> None:
         """Raises UserError, code 4, naming the file, where one of these entries (None: of any) is not as it was

@@ -172,7 +172,10 @@ def pair_of(stats: TokenStats, batch: Batch) -> Pair:
 
 
 def pair_means(pair: Pair, loss: Loss, rewards: list[Array], config: Config) -> Means:
-    """The mean loss of a pair; and, to be looked at, the means of its rewards, of which the chosen is to have more."""
+    """The mean loss of a pair; and, to be looked at, the means of its rewards, of which the chosen is to have more.
+
+    accuracies: the share of pairs where it does; two rewards that are the same count half, as at the first step.
+    """
     c, there = config.preference, pair.chosen.is_there * pair.rejected.is_there
     count = jnp.sum(there)
     chosen, rejected = (c.beta * reward for reward in rewards)
@@ -184,7 +187,7 @@ def pair_means(pair: Pair, loss: Loss, rewards: list[Array], config: Config) -> 
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
         "rewards/margins": mean(chosen - rejected),
-        "rewards/accuracies": mean((chosen > rejected).astype(jnp.float32)),
+        "rewards/accuracies": mean(0.5 + 0.5 * jnp.sign(chosen - rejected)),
         "logps/chosen": mean(pair.chosen.logp),
         "logps/rejected": mean(pair.rejected.logp),
     }

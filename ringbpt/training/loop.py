@@ -26,13 +26,15 @@ from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
-from ringbpt.training.reference import Reference
+from ringbpt.training.reference import ask_reference
 from ringbpt.training.replicas import make_compare
 from ringbpt.training.run import Run, open_run
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
 from ringbpt.training.watchdog import Watchdog
 from ringbpt.types import Batch
+
+TRAIN, EVAL = "train_dataset", "eval_dataset"
 
 
 def train(config: Config, signals: Signals | None = None) -> Path:
@@ -50,15 +52,16 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
-    loader = loader_of(config, tokenizer)
+    loaders = loaders_of(config, tokenizer)
     model = Model.of(config, mesh)
-    model.check_kernel(config.train_dataset.seq_length)
+    model.check_kernel(config.train_dataset.seq_length, any(loader.shares for loader in loaders.values()))
     layout = StateLayout(config, model, has_reference=objective.reference and config.reference == "step")
-    held_out = loader_of(config, tokenizer, "eval_dataset") if config.eval_steps else None
-    processes.agree("the data", {"the training data that --train_dataset finds": loader.fingerprint})
-    state = run.first_state(layout, loader.fingerprint)
+    fingerprint = loaders[TRAIN].fingerprint
+    processes.agree("the data", {"the training data that --train_dataset finds": fingerprint})
+    state = run.first_state(layout, fingerprint)
     if objective.reference:
-        state, loader, held_out = Reference(config, model, run, state).asked(layout, state, loader, held_out)
+        state, loaders = ask_reference(run, layout, state, loaders)
+    loader, held_out = loaders[TRAIN], loaders.get(EVAL)
     evaluate = held_out and _evaluation(config, model, objective, tokenizer, run.folder, held_out)
     template = config.train_dataset.text_processor.chat_template
     set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
@@ -128,7 +131,12 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
                     raise Stopped(wish.code, saved, run.folder.name)
 
 
-def loader_of(config: Config, tokenizer: Tokenizer, flag: str = "train_dataset") -> Loader:
+def loaders_of(config: Config, tokenizer: Tokenizer) -> dict[str, Loader]:
+    """The loaders of a run's data sets by their names, of the held-out one where it is evaluated."""
+    return {flag: loader_of(config, tokenizer, flag) for flag in (TRAIN, *([EVAL] if config.eval_steps else []))}
+
+
+def loader_of(config: Config, tokenizer: Tokenizer, flag: str = TRAIN) -> Loader:
     """The loader of one of the config's data sets, with what its objective reads."""
     objective, name = objective_of(config), f"--objective={config.objective}"
     return make_loader(

@@ -1,5 +1,6 @@
 """The model that a run is compared with: which weights it has, and how what it says comes to the objective."""
 
+from collections.abc import Mapping
 from functools import cached_property
 
 import jax
@@ -24,24 +25,27 @@ class Reference:
     A run that goes on keeps to the reference it has begun with: its fingerprint is in the checkpoints.
     """
 
-    def __init__(self, config: Config, model: Model, run: Run, state: TrainState):
+    def __init__(self, config: Config, model: Model, known: dict[str, str] | None = None, first: Params | None = None):
+        """known: what `described` was when the run began. first: the weights that it starts from, where it does now."""
         self._config, self._model = config, model
-        self._first = None if run.goes_on or config.reference_checkpoint else state
+        self._first = None if config.reference_checkpoint else first
         self.source = config.reference_checkpoint or config.load_checkpoint or f"seed {config.seed}"
-        known = run.reference or {}
+        known = known or {}
         self._known = known.get("fingerprint", "")
         self._is_known = bool(self._known) and known.get("source") == self.source
-        run.reference = {"source": self.source, "fingerprint": self.fingerprint}
 
     @cached_property
     def fingerprint(self) -> str:
         return self._known if self._is_known else weights_fingerprint(self.params())
 
+    @property
+    def described(self) -> dict[str, str]:
+        """Which weights these are, for a run's checkpoints."""
+        return {"source": self.source, "fingerprint": self.fingerprint}
+
     def params(self) -> Params:
         """All of its weights, on the devices. Raises UserError where they are others than the run began with."""
-        if self._first is not None:
-            return jax.device_put(merge(self._first.trained, self._first.frozen), self._model.shardings)
-        return self._loaded
+        return self._loaded if self._first is None else jax.device_put(self._first, self._model.shardings)
 
     @cached_property
     def _loaded(self) -> Params:
@@ -63,18 +67,26 @@ class Reference:
             )
         return params
 
-    def asked(
-        self, layout: StateLayout, state: TrainState, loader: Loader, held_out: Loader | None
-    ) -> tuple[TrainState, Loader, Loader | None]:
-        """The state with the reference's weights in it, or the loaders with what it says of each token as a column."""
-        if layout.has_reference:
-            return layout.with_reference(state, self.params()), loader, held_out
+    def column_of(self, loaders: Mapping[str, Loader]) -> dict[str, Loader]:
+        """The loaders, by the names of their data sets, with what the reference says of each token as a column."""
         columns = ReferenceColumns(self._config, self._model, self.fingerprint, self.params, say)
-        named = {"train_dataset": loader} | ({"eval_dataset": held_out} if held_out else {})
-        for name, each in named.items():
-            if not each.stores:
+        found = {}
+        for name, loader in loaders.items():
+            if not loader.stores:
                 raise UserError(
                     f"--reference=columns does not go with --{name} that was packed before: --reference=step does"
                 )
-            named[name] = columns.added_to(each, cache_folder(getattr(self._config, name), name), name)
-        return state, named["train_dataset"], named.get("eval_dataset")
+            found[name] = columns.added_to(loader, cache_folder(getattr(self._config, name), name), name)
+        return found
+
+
+def ask_reference(
+    run: Run, layout: StateLayout, state: TrainState, loaders: dict[str, Loader]
+) -> tuple[TrainState, dict[str, Loader]]:
+    """The state with the reference's weights in it, or the loaders with what it says of each token as a column."""
+    first = None if run.goes_on else merge(state.trained, state.frozen)
+    reference = Reference(layout.config, layout.model, run.reference, first)
+    run.reference = reference.described
+    if layout.has_reference:
+        return layout.with_reference(state, reference.params()), loaders
+    return state, reference.column_of(loaders)
