@@ -28,7 +28,7 @@ LEVELS = [
     {"rollout"},
     {"training"},
     {"planning", "bench"},
-    {"train", "plan", "verify", "inspect", "generate", "evaluate", "launch", "autotune", "__main__"},
+    {"train", "plan", "verify", "inspect", "columns", "generate", "evaluate", "launch", "autotune", "__main__"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

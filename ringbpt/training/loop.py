@@ -56,9 +56,8 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length, any(loader.shares for loader in loaders.values()))
     layout = StateLayout(config, model, has_reference=objective.reference and config.reference == "step")
-    fingerprint = loaders[TRAIN].fingerprint
-    processes.agree("the data", {"the training data that --train_dataset finds": fingerprint})
-    state = run.first_state(layout, fingerprint)
+    processes.agree("the data", {"the training data that --train_dataset finds": loaders[TRAIN].fingerprint})
+    state = run.first_state(layout, loaders[TRAIN].fingerprint)
     if objective.reference:
         state, loaders = ask_reference(run, layout, state, loaders)
     loader, held_out = loaders[TRAIN], loaders.get(EVAL)
