@@ -133,8 +133,8 @@ def pieces_of(row: Row, apart: bool = False) -> list[Piece]:
         values: Values = {"position": row["position"][inside]}
         for name in [name for name in row if COLUMNS[name].of != "row" and name != "target"]:
             column, array = COLUMNS[name], row[name][inside]
-            if column.of == "document":  # as it stands at a place of its own
-                array = np.full_like(array, row[name][own][0])
+            if column.of == "document":  # as it stands at a place of its own; the last one predicts nothing
+                array = np.append(np.full_like(array[1:], row[name][own][0]), array[-1:])
             first = np.full(int(column.of != "token"), column.padding, array.dtype)
             values[column.source or name] = np.concatenate([first, array])
         values["token"] = np.concatenate([values["token"], row["target"][inside][-1:]])
