@@ -169,11 +169,12 @@ def with_reference(config: Config, host: "Batch", seed: int) -> "Batch":
 
     from ringbpt.mesh import make_mesh, put_batch
     from ringbpt.model.llama import Model
+    from ringbpt.objectives.objective import REFERENCE
 
     model = Model.of(config, make_mesh(config.mesh_shape))
     batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
     logp_BT = jax.jit(lambda params, b: model.token_stats(params, b).logp_BT)(model.init(jax.random.key(seed)), batch)
-    return replace(host, columns=host.columns | {"ref_logp": np.asarray(logp_BT)})
+    return replace(host, columns=host.columns | {REFERENCE: np.asarray(logp_BT)})
 
 
 def first_batch(loader: "Loader") -> "Batch":

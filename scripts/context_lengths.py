@@ -35,6 +35,7 @@ KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offloa
 BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
 FP32, BF16 = ("--dtype=fp32", KEPT, BLOCKS), ("--dtype=bf16", KEPT)
 OFFLOAD = ("--dtype=bf16", AWAY, STATE)
+DPO = ("--objective=dpo", "--train_dataset.share_prompts=False")  # a pair of answers in a row, each half as long
 PARAMS = "--optimizer.offload_params"
 RING, ALST, LF = "Ring Attention", "ALST", "360-LLaMA-Factory"
 
@@ -51,6 +52,8 @@ ROWS = [
     (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", (*OFFLOAD, BLOCKS)),
     (LF, "8 A800", ("Qwen2.5-7B", QWEN7), 210_000, "8xa100-80g", "1,1,1,8", BF16),
     (LF, "8 A800", ("Qwen2.5-14B", QWEN14), 175_000, "8xa100-80g", "1,1,1,8", BF16),
+    (LF, "8 A100-80", ("Qwen2.5-7B DPO", QWEN7), 168_000, "8xa100-80g", "1,1,1,8", (*BF16, *DPO)),
+    (LF, "8 A100-80", ("Qwen2.5-14B DPO", QWEN14), 144_000, "8xa100-80g", "1,1,1,8", (*BF16, BLOCKS, *DPO)),
     (LF, "32 A800", ("Qwen2.5-72B", QWEN72), 128_000, "4x8xa100-80g", "1,1,1,32", OFFLOAD),
     (RING, "TPU v3-512", "7b", 2048 * K, "v3-512", "!1,1,4,128", (*FP32, OVER_TP)),
     (RING, "TPU v4-1024", "3b", 16384 * K, "v4-1024", "1,1,8,64", (*FP32, OVER_TP)),
@@ -91,7 +94,8 @@ def write_page(known: dict) -> None:
         "Theirs were run; ours were compiled, not run. Written by `python scripts/context_lengths.py`, which says how",
         f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit, not the longest: a row begins at",
         "their length, and ends after one to three compiles. A GPU's program may use 95 % of its memory. Host: of each",
-        "device, so a node of 8 needs 8 times that.",
+        "device, so a node of 8 needs 8 times that. DPO: a row is a pair, each answer with its prompt half as long;",
+        "what the reference says is a column, so one model is in memory.",
         "",
         "| source | hardware | model | theirs | ours | of one device | host | mesh | with |",
         "|---|---|---|---|---|---|---|---|---|",

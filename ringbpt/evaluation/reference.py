@@ -27,9 +27,9 @@ from ringbpt.data.stored.tokens import TokenStore
 from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
+from ringbpt.objectives.objective import REFERENCE
 from ringbpt.types import Array, Params
 
-COLUMN = "ref_logp"
 SAY_EVERY = 30.0  # seconds
 Row = list[int]  # numbers of the documents that stand in it
 
@@ -82,19 +82,19 @@ class ReferenceColumns:
             key = self._key(store, loader)
             folder = cache / f"columns-{key[:32]}"
             self._complete(store, loader, folder, key, name)
-            columns.append(read_column(store, COLUMN, folder, key))
-        return loader.with_column(COLUMN, columns, self._fingerprint)
+            columns.append(read_column(store, REFERENCE, folder, key))
+        return loader.with_column(REFERENCE, columns, self._fingerprint)
 
     def _key(self, store: TokenStore, loader: Loader) -> str:
         """Of all that the column depends on; of the length of a row only where documents are left out for it."""
         longest = int(_unit_lengths(store, loader).max(initial=0))
         left_out = f"{loader.seq_length}" if longest > loader.seq_length else ""
         architecture = json.dumps(asdict(self._config.architecture), sort_keys=True)
-        return digest_of([COLUMN, store.key, self._fingerprint, architecture, self._config.dtype, left_out])
+        return digest_of([REFERENCE, store.key, self._fingerprint, architecture, self._config.dtype, left_out])
 
     def _complete(self, store: TokenStore, loader: Loader, folder: Path, key: str, name: str) -> None:
         make_private(folder)
-        todo = missing_shards(store, COLUMN, folder, key)
+        todo = missing_shards(store, REFERENCE, folder, key)
         if jax.process_count() > 1:  # all compute what any of them lacks
             mask = np.zeros(len(store.summary["shards"]), bool)
             mask[todo] = True
@@ -110,11 +110,13 @@ class ReferenceColumns:
                 now, tokens = time.monotonic(), done + sum(map(len, values.values()))
                 if now - said > SAY_EVERY:
                     said, left = now, (now - begin) / max(1, tokens) * (total - tokens)
-                    self._say(f"{name}: {COLUMN} of {tokens:,} of {total:,} tokens, {left:.0f} s left")
+                    self._say(f"{name}: {REFERENCE} of {tokens:,} of {total:,} tokens, {left:.0f} s left")
             done += store.summary["shards"][shard]["tokens"]
-            add_column(store, COLUMN, values.__getitem__, [shard], folder, key)
+            add_column(store, REFERENCE, values.__getitem__, [shard], folder, key)
         seconds = time.monotonic() - begin
-        self._say(f"{name}: {COLUMN} of {total:,} tokens by the reference model in {seconds:.1f} s, kept in {folder}")
+        self._say(
+            f"{name}: {REFERENCE} of {total:,} tokens by the reference model in {seconds:.1f} s, kept in {folder}"
+        )
 
     def _scored(self, params: Params, store: TokenStore, loader: Loader, shard: int) -> Iterator[dict[int, np.ndarray]]:
         """{document: float32 [tokens]} of a shard, some at a time; NaN of those that no row can hold."""

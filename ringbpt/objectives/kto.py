@@ -51,8 +51,12 @@ def objective(loss: Loss, has_kl: bool) -> Objective:
             z = jnp.maximum(known["kl"], 0.0)
         losses = loss(good.ratio, bad.ratio, c.beta, z)
         total = c.desirable_weight * losses[0] * good.is_there + c.undesirable_weight * losses[1] * bad.is_there
-        means = {"kto_loss": Mean(jnp.sum(total), jnp.sum(good.is_there) + jnp.sum(bad.is_there))}
-        shown = {}
+        count = jnp.sum(good.is_there) + jnp.sum(bad.is_there)
+        means = {"kto_loss": Mean(jnp.sum(total), count)}
+        # Of an answer that is as probable as others' are by the reference, half.
+        right = [0.5 + 0.5 * jnp.sign(some.ratio - z) for some in (good, bad)]
+        hits = right[0] * good.is_there + (1 - right[1]) * bad.is_there
+        shown = {"rewards/accuracies": Mean(jnp.sum(hits), count)}
         for name, some in (("chosen", good), ("rejected", bad)):
             count = jnp.sum(some.is_there)
             shown[f"rewards/{name}"] = Mean(jnp.sum(c.beta * some.ratio * some.is_there), count)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ringbpt.config import Config
 from ringbpt.types import Array, Batch, Means, TokenStats
 
+REFERENCE = "ref_logp"  # the column of what the reference model says
 Function = Callable[[TokenStats, Batch, Config], Means]
 
 
@@ -39,6 +40,10 @@ class Objective:
     reference: bool = False
     whole_documents: bool = False
     mismatched: bool = False
+
+    def in_step(self, config: Config) -> bool:
+        """Whether each step computes the reference model beside the policy."""
+        return self.reference and config.reference == "step"
 
     def is_in_nats(self, config: Config) -> bool:
         """Whether its own loss is in nats a token, so that it says how many bits a byte of text takes."""

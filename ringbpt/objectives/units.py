@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from ringbpt.objectives.objective import REFERENCE
 from ringbpt.types import Array, Batch
 
 
@@ -47,7 +48,7 @@ def answers(logp_BT: Array, batch: Batch, label: int) -> Answers:
     """
     is_label_BT = (batch.columns["label"] == label).astype(jnp.float32)
     learnt_BT = is_label_BT * (batch.weight_BT > 0)
-    reference_BT = batch.columns.get("ref_logp", 0.0)
+    reference_BT = batch.columns.get(REFERENCE, 0.0)
     own = jnp.where(learnt_BT > 0, logp_BT, 0.0)
     ratio = jnp.where(learnt_BT > 0, logp_BT - reference_BT, 0.0)
     return Answers(

@@ -15,6 +15,7 @@ from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
+from ringbpt.objectives.objective import REFERENCE
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import make_train_step
@@ -55,13 +56,22 @@ def step_and_arguments(
     """(the jitted train step of the loop, its abstract arguments, which of the state is in the host's memory)."""
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
     model = Model.of(config, mesh)
-    model.check_kernel(config.train_dataset.seq_length)
-    layout = StateLayout(config, model)
-    step = make_train_step(layout, objective_of(config))
+    objective, names = objective_of(config), batch_columns(config)
+    model.check_kernel(config.train_dataset.seq_length, "last" in names)
+    layout = StateLayout(config, model, has_reference=objective.in_step(config))
+    step = make_train_step(layout, objective)
     shape_BT = (config.train_dataset.batch_size, config.train_dataset.seq_length)
     sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))  # as put_batch gives it
-    columns = {name: jax.ShapeDtypeStruct(shape_BT, COLUMNS[name].dtype, sharding=sharding) for name in ALWAYS}
+    columns = {name: jax.ShapeDtypeStruct(shape_BT, COLUMNS[name].dtype, sharding=sharding) for name in names}
     return step, (layout.abstract, Batch.of(columns)), layout.on_host
+
+
+def batch_columns(config: Config) -> tuple[str, ...]:
+    """The columns of a batch of the run: as of data whose answers share their prompts, where the objective has such."""
+    objective = objective_of(config)
+    shared = ("last",) * (objective.whole_documents and config.train_dataset.share_prompts)
+    reference = (REFERENCE,) * (objective.reference and not objective.in_step(config))
+    return (*ALWAYS, *objective.columns, *shared, *reference)
 
 
 def compile_program(config: Config, machine: Topology) -> Program:
@@ -71,7 +81,9 @@ def compile_program(config: Config, machine: Topology) -> Program:
     """
     step, (state, batch), away = step_and_arguments(config, machine.devices)
     arguments = {
-        "parameters": _shard_bytes(state.trained, away.trained) + _shard_bytes(state.frozen, away.frozen),
+        "parameters": sum(
+            _shard_bytes(getattr(state, name), getattr(away, name)) for name in ("trained", "frozen", "reference")
+        ),
         "optimizer state": sum(
             _shard_bytes(getattr(state, name), getattr(away, name)) for name in ("opt_state", "step", "guard")
         ),

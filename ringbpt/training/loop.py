@@ -55,7 +55,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     loaders = loaders_of(config, tokenizer)
     model = Model.of(config, mesh)
     model.check_kernel(config.train_dataset.seq_length, any(loader.shares for loader in loaders.values()))
-    layout = StateLayout(config, model, has_reference=objective.reference and config.reference == "step")
+    layout = StateLayout(config, model, has_reference=objective.in_step(config))
     processes.agree("the data", {"the training data that --train_dataset finds": loaders[TRAIN].fingerprint})
     state = run.first_state(layout, loaders[TRAIN].fingerprint)
     if objective.reference:

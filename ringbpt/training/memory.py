@@ -17,6 +17,7 @@ from ringbpt.config import Config
 from ringbpt.dims import AXES
 from ringbpt.hardware import find
 from ringbpt.model.llama import COMPUTE_DTYPES, Model, make_dims
+from ringbpt.objectives import objective_of
 from ringbpt.training.state import StateLayout, TrainState
 
 
@@ -137,7 +138,8 @@ def _stored(config: Config) -> dict[str, int]:
     state = _abstract_state(config)
     params = 0 if config.optimizer.offload_params else _shard_bytes(state.trained)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
-    return {
+    beside = {} if state.reference is None else {"reference": _shard_bytes(state.reference)}
+    return beside | {
         "params": params,
         "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
         "gradients": max(0, sums + params - _shard_bytes(state.trained.get("unembed", ()))),
@@ -146,7 +148,8 @@ def _stored(config: Config) -> dict[str, int]:
 
 def _abstract_state(config: Config) -> TrainState:
     mesh = AbstractMesh(config.mesh_shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return StateLayout(config, Model.of(config, mesh)).abstract
+    has_reference = objective_of(config).in_step(config)
+    return StateLayout(config, Model.of(config, mesh), has_reference=has_reference).abstract
 
 
 def _shard_bytes(tree: Any) -> int:

@@ -13,7 +13,7 @@ from ringbpt.host_memory import placed_like, to_host
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge, part_of
 from ringbpt.objectives import Objective
-from ringbpt.objectives.objective import stopped
+from ringbpt.objectives.objective import REFERENCE, stopped
 from ringbpt.training import offload
 from ringbpt.training.guards import Verdict, chosen, judge
 from ringbpt.training.optimizer import clip_factor
@@ -123,7 +123,7 @@ def with_reference(model: Model, objective: Objective, reference: Params | None,
     if reference is None:
         return batch
     logp_BT = jax.lax.stop_gradient(model.token_stats(reference, batch, objective.head).logp_BT)
-    return replace(batch, columns=batch.columns | {"ref_logp": logp_BT})
+    return replace(batch, columns=batch.columns | {REFERENCE: logp_BT})
 
 
 def _zeros(shapes: PyTree) -> PyTree:
