@@ -1,0 +1,87 @@
+"""A train step on answers that share their prompt, against the same answers each with a prompt of its own.
+
+The two steps compute one thing (the loss is compared); they take turns, so that what else a machine does meets both.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ringbpt.attention.core import MaskSpec
+from ringbpt.attention.work import visible_pairs
+from ringbpt.config import Config
+from ringbpt.data.documents import Piece, make_batch
+from ringbpt.mesh import make_mesh, put_batch
+from ringbpt.model.llama import Model
+from ringbpt.objectives import objective_of
+from ringbpt.training.step import make_gradients
+from ringbpt.types import ALWAYS, Batch
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Ratios of the shared step to the unshared one. pairs: visible ones of a query and a key. loss: the difference."""
+
+    answers: int
+    tokens: float
+    pairs: float
+    seconds: float
+    temporaries: float
+    loss: float
+
+
+def answers_of(length: int, prompt: float, answers: int, vocab_size: int, shared: bool, multiple: int) -> Batch:
+    """One row of documents of `length` tokens, of which the share `prompt` is the same in all and takes no loss; the
+    row is padded to a multiple. An answer shares all of its prompt but the last token, which predicts its first one.
+    """
+    rng = np.random.default_rng(0)
+    common = round(prompt * length)
+    start, pieces = rng.integers(1, vocab_size, common), []
+    for number in range(answers):
+        token = np.concatenate([start, rng.integers(1, vocab_size, length - common)])
+        cut = common - 1 if shared and number else 0
+        values = {"token": token[cut:], "mask": (np.arange(length) >= common)[cut:].astype(np.float32)}
+        pieces.append(Piece(length - cut, values, 0, cut))
+    places = sum(piece.length for piece in pieces)
+    columns = (*ALWAYS, "last") if shared else ALWAYS
+    return make_batch([pieces], (1, -(-places // multiple) * multiple), columns)
+
+
+def measure(config: Config, length: int, prompt: float, answers: int, repeats: int) -> Sharing:
+    """Gradients of `config`'s model and objective on its mesh; `repeats` timed runs of each, of which the median."""
+    model = Model.of(config, make_mesh(config.mesh_shape))
+    gradients = make_gradients(config, model, objective_of(config))
+    params = model.init(jax.random.key(0))
+    multiple = 2 * config.mesh_shape.sp * max(config.execution.loss_chunk_size, config.execution.scan_mlp_chunk_size)
+    found: dict[bool, dict[str, Any]] = {}
+    for shared in (True, False):
+        host = answers_of(length, prompt, answers, config.architecture.vocab_size, shared, multiple)
+        batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+        program = jax.jit(gradients).lower(params, batch).compile()
+        memory = program.memory_analysis()
+        found[shared] = {
+            "run": lambda program=program, batch=batch: jax.block_until_ready(program(params, batch)),
+            "tokens": np.count_nonzero(host.segment_BT),
+            "pairs": visible_pairs(host.meta, host.meta, MaskSpec()),
+            "temporaries": memory.temp_size_in_bytes if memory else 0,
+            "seconds": [],
+        }
+        found[shared]["loss"] = float(found[shared]["run"]()[1]["loss"].value())
+    for _ in range(repeats):
+        for one in found.values():
+            begin = time.perf_counter()
+            one["run"]()
+            one["seconds"].append(time.perf_counter() - begin)
+    a, b = found[True], found[False]
+    return Sharing(
+        answers,
+        a["tokens"] / b["tokens"],
+        a["pairs"] / b["pairs"],
+        statistics.median(a["seconds"]) / statistics.median(b["seconds"]),
+        a["temporaries"] / b["temporaries"],
+        abs(a["loss"] - b["loss"]) / b["loss"],
+    )
