@@ -10,14 +10,13 @@ question: the chosen one in their order, the rejected one in another. Nothing el
 import json
 import random
 import sys
-from pathlib import Path
 
-from ringbpt.config import Flag, UserError, printed_help, run_main, split_flags
+from ringbpt.config import Flag, check_writable, printed_help, read_flags, run_main, user_path
 
 FLAGS = {
     "output": Flag(str, "", "the folder, made where it is not there", required=True),
-    "pairs": Flag(int, 2000, "to learn from", at_least=1),
-    "held_out": Flag(int, 200, "for evaluations", at_least=1),
+    "pairs": Flag(int, 2000, "to learn from", at_least=1, at_most=1 << 30),
+    "held_out": Flag(int, 200, "for evaluations", at_least=1, at_most=1 << 30),
     "seed": Flag(int, 0, "of every choice", at_least=0),
 }
 WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay"]
@@ -32,26 +31,22 @@ def pair(chosen: random.Random) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    if printed_help(argv, "make_preferences", __doc__, FLAGS):
+    if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
-    args, rest = split_flags(argv, FLAGS)
-    if rest:
-        raise UserError(f"{rest[0]!r} is no flag of this script: see --help")
-    folder, source = Path(args["output"]), random.Random(args["seed"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, count in (("", args["pairs"]), ("_held_out", args["held_out"])):
-            pairs = [pair(source) for _ in range(count)]
-            answers = [
-                {"prompt": each["prompt"], "completion": each[which], "label": which == "chosen"}
-                for each in pairs
-                for which in ("chosen", "rejected")
-            ]
-            for kind, rows in (("pairs", pairs), ("answers", answers)):
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                (folder / f"{kind}{name}.jsonl").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output={args['output']}: {error.strerror}; give a folder with room", code=4) from None
+    args = read_flags(argv, FLAGS)
+    folder, source = user_path(args["output"]), random.Random(args["seed"])
+    check_writable("--output", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("", args["pairs"]), ("_held_out", args["held_out"])):
+        pairs = [pair(source) for _ in range(count)]
+        answers = [
+            {"prompt": each["prompt"], "completion": each[which], "label": which == "chosen"}
+            for each in pairs
+            for which in ("chosen", "rejected")
+        ]
+        for kind, rows in (("pairs", pairs), ("answers", answers)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{kind}{name}.jsonl").write_text(text, encoding="utf-8")
     print(f"{folder}: {args['pairs']:,} pairs, {args['held_out']:,} held out, and their answers one by one")
     return 0
 

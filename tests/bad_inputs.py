@@ -557,6 +557,14 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{SMALL} --digest=-1", "below 0"),
         (f"{SMALL} --train_dataset.type=tokens --train_dataset.files_dataset.path={{f}}/model", "neither a manifest"),
     ],
+    "columns": [
+        (f"{SMALL}", "--objective=sft is compared with no reference model"),
+        (f"{SMALL} --objective=dpo", "a 'text' example does not go with --objective=dpo"),
+        (f"{SMALL} --objective=exo --preference.label_smoothing=0", "--preference.label_smoothing=0.1"),
+        (f"{SMALL} --objective=dpo --preference.beta=0", "must be above 0"),
+        (f"{SMALL} --objective=dpo --reference_checkpoint=here", "params::here"),
+        (f"{SMALL} --objective=dpoo", "--objective='dpo'"),
+    ],
     "plan": [
         ("", "--topology is missing"),
         ("--topology=v9-1", "did you mean"),
@@ -626,6 +634,16 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--output={out}.jsonl --length=99999999999", "16777216 at most"),
         ("--output={out}.jsonl --length=10", "no room for its question"),
         ("--output={out}.jsonl --seed=-1", "below 0"),
+    ],
+    "scripts/make_preferences.py": [
+        ("", "--output is missing"),
+        ("--output={f}/good.jsonl/x", "no folder"),
+        ("--output={out} --pairs=0", "below 1"),
+        ("--output={out} --seed=-1", "below 0"),
+    ],
+    "scripts/bench_shared_prompts.py": [
+        (f"{SMALL} --answers=x", "--answers=2"),
+        (f"{SMALL} --prompt=1", "must be below 1"),
     ],
     "scripts/prepare_data.py": [
         ("", "--output is empty"),

@@ -77,7 +77,7 @@ def check_values(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    """The run's name, what it starts from, what it evaluates, and its processes."""
+    """The run's name, what it starts from, what it evaluates, its objective, and its processes."""
     if config.eval_passkey and not re.fullmatch(r"[1-9][0-9]{0,9}(,[1-9][0-9]{0,9})*", config.eval_passkey):
         raise UserError(f"--eval_passkey={config.eval_passkey!r} is no list of lengths: as --eval_passkey=512,1024")
     for name in ("eval_passkey", "eval_by_position"):
@@ -97,6 +97,13 @@ def check_run(config: Config) -> None:
         raise UserError(
             f"--logger.experiment_id={name!r} is not a plain name (letters, digits, _ . = + -): "
             f"--logger.experiment_id={plain} would work; --logger.output_dir chooses the folder"
+        )
+    smoothing = config.preference.label_smoothing
+    if config.objective in ("exo", "cdpo") and smoothing == 0:
+        what = "the logarithm of none" if config.objective == "exo" else "--objective=dpo"
+        raise UserError(
+            f"--preference.label_smoothing=0 makes --objective={config.objective} {what}: "
+            "--preference.label_smoothing=0.1"
         )
     count, number = config.jax_distributed.num_processes, config.jax_distributed.process_id
     if count is not None and number is not None and number >= count:

@@ -34,7 +34,7 @@ class TextProcessorConfig:
     chosen_key: str = ""
     rejected_key: str = ""
     label_key: str = ""
-    input_template: str = flag("", "around a prompt that is text, as 'User: {}\\nAssistant: '")
+    input_template: str = flag("", "around a prompt that is text: 'User: {}\\nAssistant: '; {key}: a field")
     apply_chat_template: bool = flag(False, "also to prompts and completions that are text")
     chat_template: str = flag("", "of conversations: a .jinja file, chatml; empty: the tokenizer's", shown="data")
     chat_template_kwargs: str = flag("", "for the chat template: 'dict(enable_thinking=False)'; a row's own go before")

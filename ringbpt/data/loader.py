@@ -193,9 +193,6 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     doesn't have.
     """
     request = Request(dataset, tokenizer, **rest)
-    if dataset.packing == "auto":
-        dataset = replace(dataset, packing="best_fit" if request.whole_documents else "concat")
-        request = replace(request, dataset=dataset)
     bos, flag, seed, vocab_size = request.bos_token_id, request.flag, request.seed, request.vocab_size
     plan: Packing
     taken: list[Taken] = []
@@ -216,6 +213,10 @@ def make_loader(dataset: DatasetConfig, tokenizer: Tokenizer, **rest: Any) -> Lo
     else:
         stores = [_store(request, part) for part in parts]
         data = _joined(stores)
+        if dataset.packing == "auto":
+            whole = request.whole_documents or data.units is not None
+            dataset = replace(dataset, packing="best_fit" if whole else "concat")
+            request = replace(request, dataset=dataset)
         more = [name for name in request.optional if name in data.values]
         if data.shared is not None and dataset.share_prompts:
             more.append("last")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringbpt.attention.core import MaskSpec, visible
-from ringbpt.config import Config, DatasetConfig, JsonDatasetConfig, TokenizerConfig, UserError
+from ringbpt.config import Config, DatasetConfig, JsonDatasetConfig, TextProcessorConfig, TokenizerConfig, UserError
 from ringbpt.data.documents import Piece, columns_of, make_row, pieces_of
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.tokenizers import BytesTokenizer
@@ -59,7 +59,7 @@ def said(row, apart=True) -> list[tuple[str, str, int]]:
             "".join(chr(t) if t < 256 else {256: "^", 257: "$"}[t] for t in some)
             for some in (token[~mask], token[mask])
         ]
-        found.append((text[0], text[1], int(values["label"][1])))
+        found.append((text[0], text[1], int(values["label"][1]) if "label" in values else 0))
     return found
 
 
@@ -137,6 +137,40 @@ def test_a_store_that_was_changed_is_made_again(tmp_path):
     label = next((tmp_path / "cache").glob("tokens-*/shared.npy"))
     label.unlink()
     assert all_said(load(tmp_path, PAIRS)) == before
+
+
+def test_several_answers_to_one_prompt(tmp_path):
+    rows = [
+        {"prompt": "Name a colour: ", "completion": ["red", "green", "blue"]},
+        {"prompt": "Hello", "completion": " you"},
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "completion": [[{"role": "assistant", "content": c}] for c in "ab"],
+        },
+    ]
+    template = TextProcessorConfig(chat_template="chatml")
+    loader = load(tmp_path, rows, "sft", text_processor=template)
+    rows_of = [loader.row(0, number) for number in range(loader.epoch_rows)]
+    found = sorted((prompt, answer) for row in rows_of for prompt, answer, _ in said(row))
+    assert [(prompt, answer) for prompt, answer in found if "colour" in prompt] == [
+        ("^Name a colour: ", f"{colour}$") for colour in ("blue", "green", "red")
+    ]
+    assert len(found) == 6 and {answer[0] for prompt, answer in found if "user" in prompt} == {"a", "b"}
+    assert loader.summary["split"] == 0 and "best_fit" in loader.describe()
+    assert sum(np.count_nonzero(row["last"] > row["segment"]) for row in rows_of) == loader.tokens_dropped[
+        "beginnings that stand in the row already"
+    ] - len("^Name a colour:")  # shared by three, it is counted once more
+
+
+def test_a_field_in_the_template_of_a_prompt(tmp_path):
+    rows = [{"prompt": "2 + 2 = {}", "completion": "4", "reward": 0.5}, {"prompt": "x", "completion": "y", "reward": 1}]
+    template = TextProcessorConfig(input_template="{} <score>: {reward}\\n")
+    loader = load(tmp_path, rows, "sft", text_processor=template, packing="first_fit")
+    assert [prompt for prompt, _, _ in said(loader.row(0, 0))] == ["^2 + 2 = {} <score>: 0.5\n", "^x <score>: 1\n"]
+    with pytest.raises(
+        UserError, match=r":2: field 'reward', which --train_dataset.text_processor.input_template names"
+    ):
+        load(tmp_path, [rows[0], {"prompt": "x", "completion": "y"}, rows[1]], "sft", text_processor=template)
 
 
 # --- trees of any depth ---

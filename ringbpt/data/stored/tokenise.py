@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError, printable
+from ringbpt.data.documents import ALONE
 from ringbpt.data.reading.files import make_private, open_lock, remove, unwritable
 from ringbpt.data.reading.sources import Source
 from ringbpt.data.stored.tokens import ShardWriter, TokenStore, join_shards, open_store, shard_summary
@@ -173,7 +174,7 @@ def _make_shard(
                     count, lines = writer.add_bad(str(error))
                     _check_bad(count, job, lines)
                     continue
-                if len(documents) > 1 and not documents[0].known.label:
+                if len(documents) > 1 and documents[0].known is ALONE:
                     writer.add_split()
                 for document in documents:
                     writer.add(*document)

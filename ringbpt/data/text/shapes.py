@@ -248,6 +248,16 @@ def prompt_and_completion(example: dict[str, Any], shape: str, config: TextProce
     return alike(prompt, completion, where)
 
 
+def answers_of(example: dict[str, Any], shape: str, config: TextProcessorConfig, where: Any) -> list[Pair]:
+    """An example as prompt and completion, once for each of its completions where they are a list of texts, or of lists
+    of messages."""
+    key = keys_of(config).get("completion", "completion")
+    given = example.get(key) if shape == "prompt_completion" else None
+    if not isinstance(given, list) or not given or not all(isinstance(each, str | list) for each in given):
+        return [prompt_and_completion(example, shape, config, where)]
+    return [prompt_and_completion(example | {key: each}, shape, config, where) for each in given]
+
+
 def _alpaca(example: dict[str, Any], config: TextProcessorConfig, where: Any) -> Pair:
     prompt = _text(example, "instruction", where)
     if example.get("input"):

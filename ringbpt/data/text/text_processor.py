@@ -1,10 +1,11 @@
 """From an example to token ids and a loss mask: by the `fields` that the flags name, or by the shape it has."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from ringbpt.data.text.shapes import (
     Message,
     Pair,
     alike,
+    answers_of,
     conversation,
     desirable,
     preference,
@@ -83,7 +85,8 @@ class TextProcessor:
     def documents(self, example: dict[str, Any], location: Any, other: dict[str, Any] | None = None) -> list[Document]:
         """The documents of an example: of a "preference" one the chosen and the rejected; of a "kto" one the example
         and, where there is `other`, its prompt with the other example's completion; of a conversation one for each text
-        in which some of its turns are learnt (see ChatTemplate.learnt); of another shape one.
+        in which some of its turns are learnt (see ChatTemplate.learnt); of another shape one, or one for each of the
+        completions that are given for a prompt.
 
         location: anything whose text is `file:line`. Raises UserError that begins with it where a field is missing, no
         string, or all of them empty.
@@ -101,7 +104,10 @@ class TextProcessor:
             )
             return _unit([own] if other is None else [own, self._answer(example, location, other)], (label, MISMATCHED))
         if self._shape:
-            return self._pair(prompt_and_completion(example, self._shape, self._config, location), example, location)
+            pairs = answers_of(example, self._shape, self._config, location)
+            if len(pairs) == 1:
+                return self._pair(pairs[0], example, location)
+            return _unit([self._whole(self._pair(pair, example, location), location) for pair in pairs], repeat(0))
         return [self._joined(example, location)]
 
     def _answer(self, example: dict[str, Any], location: Any, other: dict[str, Any] | None = None) -> Document:
@@ -206,10 +212,25 @@ class TextProcessor:
         if not isinstance(prompt, str):
             return self._chat([*prompt, *completion], example, location, len(prompt))
         if self._config.input_template:
-            prompt = self._config.input_template.replace("\\n", "\n").replace("{}", prompt)
+            prompt = self._around(prompt, example, location)
         text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
         places = self._encode(text, False, location)
         return [self._framed(places.ids, _covers(places, span).astype(np.uint8), _bytes_of(text, [span]))]
+
+    def _around(self, prompt: str, example: dict[str, Any], location: Any) -> str:
+        """The prompt in input_template, where {} is the prompt itself and {key} a field of the example: its reward,
+        say, where the model is to learn answers by what they were worth.
+        """
+
+        def value(found: re.Match[str]) -> str:
+            if not (key := found[1]):
+                return prompt
+            if not isinstance(example.get(key), str | int | float):
+                kind = json_type(example[key]) if key in example else "missing"
+                raise UserError(f"{location}: field {key!r}, which {self._flag}.input_template names, is {kind}")
+            return str(example[key])
+
+        return re.sub(r"\{(\w*)\}", value, self._config.input_template.replace("\\n", "\n"))
 
     def _encode(self, text: str, special: bool, location: Any) -> Places:
         try:
@@ -277,7 +298,7 @@ CONVERSATIONS = ("messages", "sharegpt")
 CHOSEN, REJECTED, MISMATCHED = 1, -1, 2  # what COLUMNS says of `label`
 
 
-def _unit(documents: list[Document], labels: Sequence[int], margin: float = 0.0) -> list[Document]:
+def _unit(documents: list[Document], labels: Iterable[int], margin: float = 0.0) -> list[Document]:
     """The documents as one packing unit, each sharing with the one before it what neither learns."""
     found: list[Document] = []
     for document, label in zip(documents, labels, strict=False):
