@@ -635,6 +635,11 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--output={out}.jsonl --length=10", "no room for its question"),
         ("--output={out}.jsonl --seed=-1", "below 0"),
     ],
+    "scripts/compare_runs.py": [
+        ("", "--run is missing"),
+        ("--run={f}/folder --output={out}.png", "no metrics.jsonl there"),
+        ("--run={f}/folder --output={f}/good.jsonl/x.png", "no folder"),
+    ],
     "scripts/make_preferences.py": [
         ("", "--output is missing"),
         ("--output={f}/good.jsonl/x", "no folder"),
