@@ -1,6 +1,6 @@
 """A preference set to learn from without a network: questions, and two answers each, of which one was chosen.
 
-  python scripts/make_preferences.py --output=FOLDER [--pairs=2000] [--held_out=200] [--seed=0]
+  python scripts/make_preferences.py --output=FOLDER [--pairs=2000] [--held_out=1000] [--seed=0]
 
 Writes pairs.jsonl and pairs_held_out.jsonl ({"prompt", "chosen", "rejected"}), and the same answers one by one as
 answers.jsonl and answers_held_out.jsonl ({"prompt", "completion", "label"}). An answer repeats the words of its
@@ -16,7 +16,7 @@ from ringbpt.config import Flag, check_writable, printed_help, read_flags, run_m
 FLAGS = {
     "output": Flag(str, "", "the folder, made where it is not there", required=True),
     "pairs": Flag(int, 2000, "to learn from", at_least=1, at_most=1 << 30),
-    "held_out": Flag(int, 200, "for evaluations", at_least=1, at_most=1 << 30),
+    "held_out": Flag(int, 1000, "for evaluations", at_least=1, at_most=1 << 30),
     "seed": Flag(int, 0, "of every choice", at_least=0),
 }
 WORDS = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay"]
