@@ -105,6 +105,9 @@ class OptimizerConfig:
     offload_state: bool = flag(False, "the optimizer's state in the host's memory, updated a layer at a time")
     offload_params: bool = flag(False, "weights and gradients there too, a layer's at a time on the device")
     accumulate_gradient_steps: int = flag(1, "parts of a batch, one after the other", at_least=1, shown="training")
+    rows_at_a_time: int | None = flag(
+        None, "of a device; None: the batch in accumulate_gradient_steps parts", at_least=1
+    )
     adamw_optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     palm_optimizer: PalmConfig = field(default_factory=PalmConfig)
     lion_optimizer: LionConfig = field(default_factory=LionConfig)

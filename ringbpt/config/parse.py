@@ -17,7 +17,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ringbpt.config.aliases import ALIASES, MEANINGS, OF_DATA, SPLITS
-from ringbpt.config.checks import check, check_datasets, check_same_mesh, check_values, complete
+from ringbpt.config.checks import (
+    check,
+    check_datasets,
+    check_same_mesh,
+    check_values,
+    complete,
+    either,
+    nearest_multiples,
+)
 from ringbpt.config.entry import ENTRY_FLAGS, scan
 from ringbpt.config.families import llama_fields
 from ringbpt.config.fields import (
@@ -27,14 +35,18 @@ from ringbpt.config.fields import (
     SAVE_MINUTES,
     Architecture,
     Config,
+    OptimizerConfig,
     flag_values,
     group_name,
 )
+from ringbpt.config.fields_of_data import DatasetConfig
 from ringbpt.config.gguf import find_foreign, model_settings
+from ringbpt.config.openrlhf import as_theirs, one_word_each
 from ringbpt.config.places import check_start
 from ringbpt.config.rates import complete_rates
 from ringbpt.config.shown import without_secrets
 from ringbpt.config.values import UserError, mesh_sizes, nearest_name, parse_mesh_dim, read_literals, read_value
+from ringbpt.dims import MeshShape
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -119,10 +131,11 @@ def parse_args(argv: list[str]) -> ConfigDict:
     DEFAULT_RECIPE. A recipe's virtual devices are as many as a mesh that is given in its place needs. --print_config is
     left to the caller. Raises UserError for what is no flag, is given twice, or is of another type.
     """
-    given, others = scan(argv, ENTRY_FLAGS | ALIASES | RUN_FLAGS)
+    given, others = scan(one_word_each(argv), ENTRY_FLAGS | ALIASES | RUN_FLAGS)
     given.pop("print_config", None)
     if others:
         raise UserError(_unknown(others[0]))
+    given = as_theirs(given)
     path = given.pop("config", "" if any(_says_what(*one) for one in given.items()) else DEFAULT_RECIPE)
     tree = load_recipe(path) if path else default_config()
     if given.get("load_llama_config"):
@@ -132,7 +145,7 @@ def parse_args(argv: list[str]) -> ConfigDict:
     for name, value in given.items():
         if name in RUN_FLAGS and name != UPDATE:
             _set(tree, name, value)
-    for name in [name for name in given if name in MEANINGS]:
+    for name in [name for name in MEANINGS if name in given]:
         _apply_alias(tree, name, given)
     if UPDATE in given:
         _update_llama(tree, given[UPDATE])
@@ -241,9 +254,9 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
     """The frozen Config for a mesh over `device_count` devices: every value checked, everything derived filled in.
 
     Derived are mesh_shape, llama.num_key_value_heads, llama.head_dim, llama.attention_type and llama.sequence_layout
-    (never "auto"), the optimizer's rates, the short names of dtypes, and save_minutes and save_model_freq (0, where
-    nothing is saved by them). `tree` is left as it is. Raises UserError for the first value, or pair of values, that
-    cannot work.
+    (never "auto"), the optimizer's rates, accumulate_gradient_steps where rows_at_a_time says it, the short names of
+    dtypes, and save_minutes and save_model_freq (0, where nothing is saved by them). `tree` is left as it is. Raises
+    UserError for the first value, or pair of values, that cannot work.
     """
     config = _build(tree)
     check_values(config)
@@ -266,11 +279,30 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         architecture=complete(config.architecture),
         execution=execution,
         mesh_shape=mesh_shape,
-        optimizer=complete_rates(config),
+        optimizer=_in_parts(complete_rates(config), config.train_dataset, mesh_shape),
     )
     check(config)
     check_datasets(config)
     return config
+
+
+def _in_parts(optimizer: OptimizerConfig, dataset: DatasetConfig, mesh_shape: MeshShape) -> OptimizerConfig:
+    """The optimizer's flags where rows_at_a_time has become the parts that a batch is computed in."""
+    if (rows := optimizer.rows_at_a_time) is None:
+        return optimizer
+    flag, step = f"--train_dataset.{dataset.group}.batch_size", rows * mesh_shape.row_shards
+    if dataset.batch_size % step:
+        raise UserError(
+            f"{flag}={dataset.batch_size} is not divisible by --optimizer.rows_at_a_time={rows} on each of dp*fsdp="
+            f"{mesh_shape.row_shards} of --mesh_dim: {either(flag, nearest_multiples(dataset.batch_size, step))}"
+        )
+    parts = dataset.batch_size // step
+    if optimizer.accumulate_gradient_steps not in (1, parts):
+        raise UserError(
+            f"--optimizer.rows_at_a_time={rows} means --optimizer.accumulate_gradient_steps={parts}, but "
+            f"--optimizer.accumulate_gradient_steps={optimizer.accumulate_gradient_steps}: leave one of them out"
+        )
+    return replace(optimizer, accumulate_gradient_steps=parts, rows_at_a_time=None)
 
 
 def _build(tree: ConfigDict) -> Config:
