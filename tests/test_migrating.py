@@ -113,6 +113,7 @@ BASE = ["--objective=dpo", "--total_steps=100", "--pretrain=a/b", "--max_len=512
 
 
 ADAMW, HUB = "--optimizer.adamw_optimizer", "--train_dataset.huggingface_dataset"
+MUON = "--optimizer.muon_optimizer"
 FILES = "--train_dataset.type=files --train_dataset.files_dataset"
 
 
@@ -130,12 +131,14 @@ FILES = "--train_dataset.type=files --train_dataset.files_dataset"
         ("--min_lr_ratio=0.2 --learning_rate=1e-5", f"{ADAMW}.lr=1e-5 {ADAMW}.end_lr=2e-6"),
         (
             "--muon.lr=0.01 --adam.lr=1e-4 --optim=muon",
-            "--optimizer.type=muon --optimizer.muon_optimizer.lr=0.01 --optimizer.muon_optimizer.adam_lr=1e-4",
+            f"--optimizer.type=muon {MUON}.lr=0.01 {MUON}.adam_lr=1e-4",
         ),
         (
             "--ring_attn_size=2 --ds_tensor_parallel_size=2 --micro_train_batch_size=2",
             "--mesh_dim=1,-1,2,2 --optimizer.accumulate_gradient_steps=4",
         ),
+        ("--muon.lr=0.01 --min_lr_ratio=0.5 --optim=muon", f"{MUON}.lr=0.01 {MUON}.end_lr=0.005 --optimizer.type=muon"),
+        ("--nogradient_checkpointing --bf16", ""),
         ("--save_steps=50", "--save_model_freq=50 --checkpointer.save_optimizer_state"),
         ("--save_steps=50 --disable_ds_ckpt", "--save_model_freq=50"),
         ("--dataset=x.jsonl,y.jsonl --dataset_probs=.7,.3", f"{FILES}.path=x.jsonl:.7,y.jsonl:.3"),
@@ -181,6 +184,7 @@ def test_what_cannot_be_meant_is_refused(name):
         (["--min_lr_ratio=0.2"], ("--learning_rate",)),
         (["--adam_betas=0.9"], ("--adam_betas=0.9,0.95",)),
         (["--use_wandb=abc"], ("wandb login",)),
+        (["--bf16=False"], ("--dtype=fp32",)),
         (["--dataset=org/a,org/b"], ("org/a", "hub")),
         (["--load_checkpoint=params::x"], ("--pretrain=a/b", "--load_checkpoint=params::x")),
         (["--micro_train_batch_size=3"], ("batch_size=16", "--optimizer.rows_at_a_time=3", "batch_size=24")),
@@ -193,6 +197,11 @@ def test_refusals_name_ours(argv, fragments):
     message = refusal(*BASE, *argv)
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("argv", ["--adam_betas 0.9 0.98 --pretrain a/b", "--pretrain a/b --adam.betas 0.9 0.98"])
+def test_two_numbers_stand_anywhere(argv):
+    assert config_of(argv.split()).optimizer.adamw_optimizer.b2 == 0.98
 
 
 def test_epochs_want_steps_beside_them():

@@ -175,8 +175,8 @@ def one_word_each(argv: list[str]) -> list[str]:
     words: list[str] = []
     there = {word.removeprefix("--").partition("=")[0] for word in argv}
     for at, word in enumerate(argv):
-        before, after = argv[max(at - 2, 0) : at], argv[at + 1 : at + 2]
-        if before[:1] in (["--adam_betas"], ["--adam.betas"]) and re.fullmatch(r"[0-9.e-]+", word):
+        after = argv[at + 1 : at + 2]
+        if at > 1 and argv[at - 2] in ("--adam_betas", "--adam.betas") and re.fullmatch(r"[0-9.e-]+", word):
             words[-1] += f",{word}"
         elif word == "--load_checkpoint" and "pretrain" in map(plain, there) and (not after or after[0][:2] == "--"):
             words.append("--ckpt.load_enable")
@@ -209,9 +209,9 @@ def as_set(*flags: str) -> Meaning:
     return meaning
 
 
-def where_on(flags: Given) -> Meaning:
-    """The meaning of a switch: these flags where it is on, and nothing where it isn't."""
-    return lambda _, value, *__: dict(flags) if value else {}
+def where_on(on: Given, off: Given | None = None) -> Meaning:
+    """The meaning of a switch: these flags where it is on, those where it is said to be off."""
+    return lambda _, value, *__: dict(on if value else off or {})
 
 
 def refused(harmless: tuple, instead: str) -> Meaning:
@@ -274,7 +274,7 @@ def _warmup_ratio(_: str, value: float, tree: ConfigDict, given: Given) -> Given
 
 def _min_lr_ratio(name: str, value: float, tree: ConfigDict, given: Given) -> Given:
     group = f"optimizer.{tree.optimizer.type}_optimizer"
-    lr = next((x for x in (said(given, "learning_rate"), given.get(f"{group}.lr"), given.get("adam.lr")) if x), None)
+    lr = said(given, "learning_rate") or given.get(f"{group}.lr")
     if lr is None:
         raise UserError(f"--{name}={value} is of a rate that isn't given: add --learning_rate, or say --{group}.end_lr")
     return {f"{group}.end_lr": float(f"{lr * value:.12g}")}
@@ -304,6 +304,12 @@ def _optim(name: str, value: str, *_: Any) -> Given:
     if value not in kinds:
         raise UserError(f"--{name}={value} is none of adam, muon: or say --optimizer.type")
     return {"optimizer.type": kinds[value]}
+
+
+def _bf16(name: str, value: bool, *_: Any) -> Given:
+    if not value:
+        raise UserError(f"--{name}=False does not say what else: --dtype=fp32, or fp16")
+    return {"dtype": "bf16"}
 
 
 def _adam_lr(_: str, value: float, tree: ConfigDict, given: Given) -> Given:
@@ -400,15 +406,15 @@ OPENRLHF: dict[str, tuple[Any, Meaning]] = {
     "min_lr_ratio": (float, _min_lr_ratio),
     "train.seed": (int, as_set("seed")),
     "param_dtype": (str, as_set("dtype")),
-    "bf16": (bool, where_on({"dtype": "bf16"})),
-    "gradient_checkpointing": (bool, where_on({"llama.remat_block": "nothing_saveable"})),
+    "bf16": (bool, _bf16),
+    "gradient_checkpointing": (bool, where_on({"llama.remat_block": "nothing_saveable"}, {"llama.remat_block": ""})),
     "adam_offload": (bool, as_set("optimizer.offload_state")),
     # Where it goes.
     "save_path": (str, _save_path),
     "save_steps": (int, _save_steps),
     "disable_ds_ckpt": (bool, where_on({"checkpointer.save_optimizer_state": False})),
     "max_ckpt_num": (int, as_set("checkpointer.keep")),
-    "ckpt.load_enable": (bool, where_on({"autoresume": True})),
+    "ckpt.load_enable": (bool, where_on({"autoresume": True}, {"autoresume": False})),
     "logging_steps": (int, as_set("log_freq")),
     "eval.steps": (int, _eval_steps),
     "use_wandb": (str, _wandb),
