@@ -51,13 +51,24 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A step with two trees of arrays, of which one need not be there."""
+    directory = tmp_path_factory.mktemp("whole")
+    checkpointer = Checkpointer(directory)
+    entries = {"params": Entry(params_like()), "guard": Entry({"losses": jnp.zeros(3)})}
+    checkpointer.save(7, entries, milestone=False)
+    checkpointer.close()
+    return directory
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_of_every_file_is_seen_and_named(two, tmp_path, damage):
-    files = [path.relative_to(two / "7") for path in (two / "7").rglob("*") if path.is_file()]
+def test_every_damage_of_every_file_is_seen_and_named(whole, tmp_path, damage):
+    files = [path.relative_to(whole / "7") for path in (whole / "7").rglob("*") if path.is_file()]
     assert len(files) > 10 and any(len(file.parts) > 2 for file in files)
     for number, file in enumerate(files):
         folder = tmp_path / str(number) / "checkpoints"
-        shutil.copytree(two / "7", folder / "7")
+        shutil.copytree(whole / "7", folder / "7")
         DAMAGES[damage](folder / "7" / file)
         with pytest.raises(UserError) as error:
             StoredStep(folder / "7").verify()
