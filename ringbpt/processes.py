@@ -27,6 +27,7 @@ from ringbpt.config import JaxDistributedConfig, UserError
 FLAG = "--jax_distributed."
 SPARE_SECONDS = 30  # that jax's own time limits come after ours, which end without a C++ stack
 ERROR_SECONDS = 10  # for the others to end with the same error, or to hear of it
+FAREWELL_SECONDS = 20.0  # for what jax does at the end of a process, once all processes have come to theirs
 ANSWER_SECONDS = 2.0  # that the service may take to answer who is about to leave
 COLLECTIVE = re.compile(r"gloo|nccl|connection (reset|closed)|broken pipe|socket closed|unavailable|deadline", re.I)
 
@@ -340,6 +341,10 @@ class Peers:
                 self._tell(ending.PEER_LOST, line)
             os._exit(code)
         self._ended.set()
+        # All that is to be saved is, and all have said so; jax's own farewell was seen to hang for minutes after that.
+        farewell = threading.Timer(FAREWELL_SECONDS, os._exit, (code,))
+        farewell.daemon = True
+        farewell.start()
 
 
 def _names(numbers: list[int]) -> str:

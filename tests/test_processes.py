@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 
 import jax
 import pytest
@@ -209,3 +210,14 @@ def test_the_words_are_json():
     world = World(1)
     world.peers[0].speak()
     assert json.loads(world.table.entries["ringbpt/alive/0"]) == [1, -1, False, -1]
+
+
+def test_a_farewell_of_jax_that_hangs_is_cut_short(monkeypatch):
+    world, exits = World(1), []
+    monkeypatch.setattr(processes, "FAREWELL_SECONDS", 0.01)
+    monkeypatch.setattr(processes.os, "_exit", exits.append)
+    world.peers[0]._end(75)
+    until = time.monotonic() + 10
+    while not exits and time.monotonic() < until:
+        time.sleep(0.01)
+    assert exits == [75]
