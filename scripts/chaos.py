@@ -26,6 +26,7 @@ from typing import Any
 from ringbpt.config import JSON, Flag, UserError, json_to, parse, parse_args, printed_help, read_flags, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
+SAY_EVERY = 60.0  # seconds
 TIMEOUT = 12  # seconds without a word after which a process is lost, in the parts with several
 MODEL = (
     "--update_llama_config=dict(vocab_size=288,hidden_size=32,intermediate_size=64,num_hidden_layers=2,"
@@ -49,6 +50,7 @@ class Score:
     def check(self, holds: bool, what: str) -> bool:
         if not holds:
             self.failures.append(what)
+            print(f"    {what}", file=sys.stderr, flush=True)
         return holds
 
     def __add__(self, other: "Score") -> "Score":
@@ -64,9 +66,15 @@ class Place:
     limit: float
 
     def trials(self, count: int, scale: float) -> Iterator[int]:
-        for number in range(max(1, round(count * scale))):
-            if time.monotonic() > self.limit:
+        total, begin = max(1, round(count * scale)), time.monotonic()
+        said = begin
+        for number in range(total):
+            now = time.monotonic()
+            if now > self.limit:
                 return
+            if now - said > SAY_EVERY:
+                said, left = now, (now - begin) / number * (total - number) / 60
+                print(f"  {number} of {total}, {left:.0f} min left", file=sys.stderr, flush=True)
             yield number
 
     def flags(self, name: str, *more: str, devices: int = 1, attention: str = "standard") -> list[str]:
