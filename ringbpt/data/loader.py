@@ -28,7 +28,7 @@ from ringbpt.data.stored.megatron import open_megatron
 from ringbpt.data.stored.rows import open_rows
 from ringbpt.data.stored.tokenise import Job, check_tokenizer, check_vocabulary, make_store
 from ringbpt.data.stored.tokens import COUNTED, FORMAT, FORMAT_OF_SHAPES, Joined, TokenStore, open_store
-from ringbpt.data.text.shapes import AS_TEXT, detect
+from ringbpt.data.text.shapes import AS_TEXT, LEARNT_AS_TEXT, detect
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.types import ALWAYS, COLUMNS, Batch
 
@@ -292,7 +292,8 @@ def _shape(request: Request, source: Source, allowed: int) -> str:
             if index == allowed or index == len(source) - 1:
                 raise
     if shape not in shapes:
-        works = f"--{flag}.{AS_TEXT[shape]}" if shape in AS_TEXT else f"it takes {', '.join(shapes)}"
+        as_text = shape in AS_TEXT and not {*shapes}.isdisjoint(LEARNT_AS_TEXT)
+        works = f"--{flag}.{AS_TEXT[shape]}" if as_text else f"it takes {', '.join(shapes)}"
         raise UserError(f"{source.location(index)}: a {shape!r} example does not go with {request.taker}: {works}")
     return shape
 
