@@ -141,7 +141,12 @@ class Loader:
         summary, dropped = self._data.summary, self.tokens_dropped
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
         repeated = self.tokens_in - summary["tokens"]
-        said = {"bad": "bad examples left out", "split": "conversations split", "without_loss": "without loss"}
+        said = {
+            "bad": "bad examples left out",
+            "split": "conversations split",
+            "without_loss": "without loss",
+            "alike": "pairs whose answers are the same",
+        }
         counts = ", ".join(f"{summary[name]:,} {what}" for name, what in said.items() if summary.get(name))
         bad = f" ({counts})" if counts else ""
         bytes_per_token = self.bytes_per_token

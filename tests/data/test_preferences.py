@@ -93,6 +93,7 @@ def test_pairs(tmp_path, share):
     assert (
         sum(np.count_nonzero(loader.row(0, n)["segment"]) for n in range(loader.epoch_rows)) == tokens - share * shared
     )
+    assert loader.summary["alike"] == 1 and "1 pairs whose answers are the same" in loader.describe()
     margins = {float(m) for n in range(loader.epoch_rows) for m in loader.row(0, n)["margin"]}
     assert margins == {0.0, 2.0}
 

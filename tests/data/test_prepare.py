@@ -108,6 +108,7 @@ def test_a_store_of_tokens_is_read_as_it_is(dataset, tmp_path):
     (store,) = Path(dataset.cache_dir).glob("tokens-*")
     assert load(packed(dataset, store)).digest(5) == plain.digest(5)
     summary = json.loads((store / "summary.json").read_text())
+    del summary["own_crc32"]  # as an older version wrote it: else the change alone would be refused
     (store / "summary.json").write_text(json.dumps(summary | {"tokenizer": "another"}))
     assert "was tokenised with another tokenizer than --tokenizer.vocab_file='bytes'" in error(
         load, packed(dataset, store)

@@ -176,6 +176,8 @@ def _make_shard(
                     continue
                 if len(documents) > 1 and documents[0].known is ALONE:
                     writer.add_split()
+                if job.shape == "preference" and np.array_equal(documents[0].token, documents[1].token):
+                    writer.add_alike()
                 for document in documents:
                     writer.add(*document)
             return writer.close()

@@ -26,11 +26,13 @@ from ringbpt.data.reading.files import digest_of, load_array, replacing, write_w
 # Part of every key; raised when the same inputs give other files.
 FORMAT, FORMAT_OF_SHAPES = "2", "3"
 TOKEN_DTYPES = ("uint16", "int32")
+OWN = "own_crc32"  # of a summary, which one of an older version lacks
 WRITTEN_TOKENS = 1 << 18  # at a time
 BLOCK_BYTES = 1 << 16  # checked as one when first read
-# Of a store. without_loss: documents of which no token is learnt; split: conversations that make several documents.
-COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad", "without_loss", "split")
-COUNTED_LATER = COUNTED[-2:]  # which a store of an older version lacks
+# Of a store. without_loss: documents of which no token is learnt; split: conversations that make several documents;
+# alike: pairs whose two answers are the same.
+COUNTED = ("documents", "tokens", "loss_tokens", "loss_bytes", "bad", "without_loss", "split", "alike")
+COUNTED_LATER = COUNTED[-3:]  # which a store of an older version lacks
 # What is known of whole documents, each in a file of its own, [documents]: units, whose documents must share a row;
 # shared, how many first tokens a document has in common with the one before it, and neither learns; and of COLUMNS.
 BY_DOCUMENT = {"units": "int64", "shared": "int64", "label": "int8", "margin": "float32"}
@@ -176,6 +178,10 @@ class ShardWriter:
         """The documents that come next are of one conversation."""
         self._counts["split"] += 1
 
+    def add_alike(self) -> None:
+        """The two documents that come next are a pair of the same answer."""
+        self._counts["alike"] += 1
+
     def add_bad(self, message: str) -> tuple[int, list[str]]:
         """An example that is left out: a document of no tokens. Returns how many there are, and what the first were."""
         self._lengths.append(0)
@@ -242,8 +248,14 @@ def join_shards(folder: Path, shards: int, extra: dict[str, Any]) -> dict[str, A
     kept = ("documents", "tokens", "dtype", "sha256")
     totals["shards"] = [{name: summary[name] for name in kept} for summary in summaries]
     totals["crc32"] = _crc32(offset, checks) | {name: zlib.crc32(array) for name, array in arrays.items()}
-    write_whole(folder / "summary.json", json.dumps(totals | extra))
+    whole = totals | extra
+    write_whole(folder / "summary.json", json.dumps(whole | {OWN: _own_crc32(whole)}))
     return totals
+
+
+def _own_crc32(summary: dict[str, Any]) -> int:
+    """Of all that a summary says: its counts are in no other file."""
+    return zlib.crc32(json.dumps(summary, sort_keys=True).encode())
 
 
 def _by_document(folder: Path, documents: list[int]) -> dict[str, np.ndarray]:
@@ -283,6 +295,8 @@ def open_store(folder: Path, key: str, foreign: bool = False) -> TokenStore | No
 def _read_store(folder: Path, key: str) -> TokenStore:
     """Raises ValueError, and what damaged JSON makes of the look into it, for whatever contradicts the summary."""
     summary: dict[str, Any] = json.loads(read_file(folder / "summary.json"))
+    own = summary.pop(OWN, None)
+    _require(own is None or own == _own_crc32(summary), f"{OWN}: the summary does not say what was written")
     offset = load_array(folder / "offset.npy", mapped=True)
     tokens, masks, all_checks = [], [], []
     for number, shard in enumerate(summary["shards"]):
