@@ -162,6 +162,21 @@ def repacked(batch: "Batch", packing: str, rows: int) -> "Batch":
     return make_batch(found, (-(-len(found) // rows) * rows, -(-longest // T) * T), columns)
 
 
+def filled_up(batch: "Batch", rows: int) -> "Batch":
+    """The host batch with rows of padding behind its own, until `rows` divides their number."""
+    import numpy as np
+
+    from ringbpt.types import COLUMNS, Batch
+
+    more = -len(batch.token_BT) % rows
+    return Batch.of(
+        {
+            name: np.pad(array, ((0, more), (0, 0)), constant_values=COLUMNS[name].padding)
+            for name, array in batch.by_name().items()
+        }
+    )
+
+
 def with_reference(config: Config, host: "Batch", seed: int) -> "Batch":
     """The host batch with what another model says of it, by the plainest program, as the reference's column."""
     import jax
@@ -262,6 +277,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
     for i, variant in enumerate(todo):
         divisor = variant.mesh.row_shards * variant.accumulate_gradient_steps
         batch = host if variant.packing == "as given" else repacked(host, variant.packing, divisor)
+        batch = filled_up(batch, divisor)
         try:
             numbers = step_numbers(variant.apply(config), batch, config.seed)
         except UserError as refusal:  # a kernel that cannot do this; where it was asked for, that is the answer

@@ -127,6 +127,17 @@ def test_alone_keeps_every_token_and_its_target():
         assert old.tolist() == new.tolist()  # rows and documents keep their order
 
 
+def test_a_batch_of_fewer_rows_than_shards_is_filled_up():
+    from ringbpt.types import Batch
+
+    token = np.arange(12, dtype=np.int32).reshape(2, 6)
+    batch = Batch(token, token + 1, np.ones((2, 6), np.float32), token % 3, np.ones_like(token), {"label": token})
+    filled = verify.filled_up(batch, 8)
+    assert filled.token_BT.shape == (8, 6) and not filled.segment_BT[2:].any() and not filled.weight_BT[2:].any()
+    for name, array in batch.by_name().items():
+        assert filled.by_name()[name][:2].tolist() == array.tolist()
+
+
 def test_every_weight_of_every_family_is_compared():
     compared = set(chain(*verify.GROUPS.values()))
     rows = {row.ours.rpartition(".")[2] for family in FAMILIES.values() for row in family.rows}
