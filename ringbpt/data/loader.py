@@ -49,7 +49,7 @@ class Loader:
     step. lengths: tokens of each document, int64. epoch_rows: with those that fill no batch; packing_dropped: what
     stands in none of them. summary: see TokenStore. columns: of its batches. taken: of each part of a list. stores: of
     its parts, whose documents it has one after the other; none where the rows were packed before. shares: whether what
-    documents share stands in a row once. reference: the fingerprint of the model that said its ref_logp.
+    documents share stands in a row once.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Loader:
     ):
         dataset = request.dataset
         self.columns, self.taken, self.stores = (*ALWAYS, *request.columns), taken, stores
-        self.shares, self.reference = "last" in request.columns, ""
+        self.shares = "last" in request.columns
         self.batch_size, self.seq_length = dataset.batch_size, dataset.seq_length
         self.steps_per_epoch = plan.rows // self.batch_size
         self.bytes_per_token = (data.summary["loss_bytes"] or math.inf) / data.summary["loss_tokens"]
@@ -120,12 +120,12 @@ class Loader:
         """The columns of its batches that a document's own values and the row give."""
         return tuple(name for name in self.columns if name in ALWAYS or COLUMNS[name].of == "row")
 
-    def with_column(self, name: str, values: Sequence[Any], reference: str) -> "Loader":
+    def with_column(self, name: str, values: Sequence[Any]) -> "Loader":
         """This loader with one more column, whose values are given for each of `stores`."""
         found = copy(self)
         joined = Joined(values, [store.summary["tokens"] for store in self.stores])
         found._data = replace(self._data, values=self._data.values | {name: joined})
-        found.columns, found.reference = (*self.columns, name), reference
+        found.columns = (*self.columns, name)
         return found
 
     def digest(self, steps: int) -> str:

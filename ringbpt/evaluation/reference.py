@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ringbpt.config import Config
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.loader import Loader
-from ringbpt.data.packing import best_fit
+from ringbpt.data.packing import Corpus, best_fit
 from ringbpt.data.reading.files import digest_of, make_private
 from ringbpt.data.stored.columns import add_column, missing_shards, read_column
 from ringbpt.data.stored.tokens import TokenStore
@@ -82,12 +82,14 @@ class ReferenceColumns:
             key = self._key(store, loader)
             folder = cache / f"columns-{key[:32]}"
             self._complete(store, loader, folder, key, name)
-            columns.append(read_column(store, REFERENCE, folder, key))
-        return loader.with_column(REFERENCE, columns, self._fingerprint)
+            columns.append(read_column(store, REFERENCE, folder))
+        return loader.with_column(REFERENCE, columns)
 
     def _key(self, store: TokenStore, loader: Loader) -> str:
         """Of all that the column depends on; of the length of a row only where documents are left out for it."""
-        longest = int(_unit_lengths(store, loader).max(initial=0))
+        starts, stops, shared = store.offset[:-1], store.offset[1:], _shared_of(store, loader)
+        corpus = Corpus(starts, stops, loader.seq_length, units=store.units, shared=shared)
+        longest = int(corpus.unit_lengths().max(initial=0))
         left_out = f"{loader.seq_length}" if longest > loader.seq_length else ""
         architecture = json.dumps(asdict(self._config.architecture), sort_keys=True)
         return digest_of([REFERENCE, store.key, self._fingerprint, architecture, self._config.dtype, left_out])
@@ -101,17 +103,17 @@ class ReferenceColumns:
             todo = np.flatnonzero(np.any(np.atleast_2d(multihost_utils.process_allgather(mask)), axis=0)).tolist()
         if not todo:
             return
-        params, begin, done, said = self._params(), time.monotonic(), 0, time.monotonic()
+        params, begin, tokens, said = self._params(), time.monotonic(), 0, time.monotonic()
         total = sum(store.summary["shards"][shard]["tokens"] for shard in todo)
         for shard in todo:
             values: dict[int, np.ndarray] = {}
             for found in self._scored(params, store, loader, shard):
                 values |= found
-                now, tokens = time.monotonic(), done + sum(map(len, values.values()))
+                tokens += sum(map(len, found.values()))
+                now = time.monotonic()
                 if now - said > SAY_EVERY:
                     said, left = now, (now - begin) / max(1, tokens) * (total - tokens)
                     self._say(f"{name}: {REFERENCE} of {tokens:,} of {total:,} tokens, {left:.0f} s left")
-            done += store.summary["shards"][shard]["tokens"]
             add_column(store, REFERENCE, values.__getitem__, [shard], folder, key)
         seconds = time.monotonic() - begin
         self._say(
@@ -161,11 +163,6 @@ class ReferenceColumns:
 
 def _shared_of(store: TokenStore, loader: Loader) -> np.ndarray:
     return store.shared if store.shared is not None and loader.shares else np.zeros(len(store.offset) - 1, np.int64)
-
-
-def _unit_lengths(store: TokenStore, loader: Loader) -> np.ndarray:
-    lengths = np.diff(store.offset) - _shared_of(store, loader)
-    return lengths if store.units is None else np.bincount(store.units, weights=lengths).astype(np.int64)
 
 
 def _pieces(store: TokenStore, row: Sequence[int], units: np.ndarray, shared: np.ndarray) -> Iterator[Piece]:

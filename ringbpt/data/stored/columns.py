@@ -29,7 +29,7 @@ def add_column(
     """Writes a column of COLUMNS beside the tokens of a store, for all of its shards or for some.
 
     values(document) are those of the document's tokens, [tokens], asked for in order. folder: where it is written, else
-    the store's own. key: what it was made of, which a reader compares. A shard that is there is left as it is: a killed
+    the store's own. key: what it was made of, which a reader compares. A shard that is there, whole, is left: a killed
     run goes on, and processes may share the shards. Raises ValueError for values of another shape.
     """
     dtype, lengths, begin = COLUMNS[name].dtype, np.diff(store.offset).tolist(), 0
@@ -37,7 +37,7 @@ def add_column(
         documents = range(begin, begin + about["documents"])
         begin = documents.stop
         path = _path(store, shard, name, folder)
-        if _about(path).exists() or (shards is not None and shard not in shards):
+        if (shards is not None and shard not in shards) or _read(store, shard, name, folder) is not None:
             continue
         with replacing(path) as file:
             writer = CheckedWriter(file)
@@ -66,16 +66,15 @@ def with_columns(store: TokenStore, names: Sequence[str], where: str) -> TokenSt
 def missing_shards(store: TokenStore, name: str, folder: Path, key: str) -> list[int]:
     """The shards whose values of the column are not in the folder, whole and made of what `key` stands for.
 
-    What is there of them is removed. Raises UserError where others' values are there.
+    Raises UserError where others' values are there.
     """
     missing = []
     for shard in range(len(store.summary["shards"])):
-        about = _about(_path(store, shard, name, folder))
         found = _read(store, shard, name, folder)
         if found is None:
-            about.unlink(missing_ok=True)
             missing.append(shard)
         elif found[2] != key:
+            about = _about(_path(store, shard, name, folder))
             raise UserError(
                 f"{about}:1: the column was computed by other weights, or of other tokens, than this run's: remove "
                 f"{folder}, and it is computed again",
@@ -84,10 +83,10 @@ def missing_shards(store: TokenStore, name: str, folder: Path, key: str) -> list
     return missing
 
 
-def read_column(store: TokenStore, name: str, folder: Path, key: str) -> Joined:
-    """The column of all shards, from a folder that misses none."""
-    assert not missing_shards(store, name, folder, key)
+def read_column(store: TokenStore, name: str, folder: Path) -> Joined:
+    """The column of all shards, from a folder that misses none (see missing_shards)."""
     parts = [_read(store, shard, name, folder) for shard in range(len(store.summary["shards"]))]
+    assert None not in parts, folder
     return _joined(store, [part[0] for part in parts if part])
 
 
