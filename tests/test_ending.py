@@ -1,4 +1,4 @@
-"""Signals and exit codes, by calls alone and in processes that never import jax."""
+"""Signals, exit codes and memory that is too small, by calls alone or in processes that never import jax."""
 
 import signal
 import subprocess
@@ -90,3 +90,22 @@ def test_a_process_whose_main_thread_never_comes_back(hold, numbers, code, said)
     finally:
         process.kill()
     assert process.returncode == code and stderr.startswith(said) and stderr.count("\n") == 1
+
+
+def test_a_devices_memory_that_is_too_small_is_one_line(capsys):
+    """jax says RESOURCE_EXHAUSTED, here of 8 PB; what else goes wrong in it keeps its traceback."""
+    import jax
+    import jax.numpy as jnp
+
+    from ringbpt.config import run_main
+
+    assert run_main(lambda argv: print(jnp.zeros(10**15).sum()), []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a device's memory is too small: Out of memory allocating 4000000000000000 bytes")
+    assert "ringbpt.plan" in line
+
+    def fails(argv):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        run_main(fails, [])

@@ -264,8 +264,22 @@ def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
         _stop_printing()
         return 141
-    except Exception:
+    except Exception as error:
+        if line := _out_of_memory(error):
+            complain(f"error: {line}")
+            return 2
         if not ending.is_awaited():
             raise
         traceback.print_exc()
         return 1
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """What to say of a device's memory that is too small, or None: jax has no type of its own for it."""
+    if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    asked = one_line(str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition(" [")[0], 200)
+    return (
+        f"a device's memory is too small: {asked}; python -m ringbpt.plan with these flags, "
+        "--topology=<machine> and --suggest says what takes it and what would fit"
+    )
