@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     check_folders(flags, "json")
     check_writable("--output", user_path(flags["output"]))
     lengths = read_lengths(flags["passkey"]) if flags["passkey"] else []
-    from ringbpt.checkpoint.load import describe_checkpoint
+    from ringbpt.checkpoint.load import describe_predicting
     from ringbpt.evaluation.choices import read_choices, report_choices
     from ringbpt.evaluation.passkey import report_passkeys
     from ringbpt.evaluation.perplexity import read_texts, report_perplexity
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     from ringbpt.generation.text import find_tokenizer
 
     rows = read_choices(Path(flags["choices"])) if flags["choices"] else []
-    found = describe_checkpoint(flags["load_checkpoint"])
+    found = describe_predicting(flags["load_checkpoint"])
     longest = flags["max_sequence_length"] or found.architecture.max_sequence_length
     if lengths and max(lengths) > min(longest, LONGEST):
         works = min(longest, LONGEST)

@@ -93,11 +93,11 @@ def main(argv: list[str]) -> int:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: flags[name] for name in names})
-    from ringbpt.checkpoint.load import describe_checkpoint
+    from ringbpt.checkpoint.load import describe_predicting
     from ringbpt.generation.generator import Generator, check_lengths, check_vocabulary
     from ringbpt.generation.text import complete, find_tokenizer, make_chat_encoder
 
-    found = describe_checkpoint(flags["load_checkpoint"])
+    found = describe_predicting(flags["load_checkpoint"])
     tokenizer = find_tokenizer(found, flags["tokenizer"], flags["chat_template"])
     chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
     encode: Any = make_chat_encoder(tokenizer) if chats else None
@@ -162,8 +162,7 @@ def start_model(flags: dict[str, Any]) -> tuple[Any, Any]:
     tree.num_cpu_devices = flags["num_cpu_devices"]
     mesh_shape, _ = parse_mesh_dim(flags["mesh_dim"], start_jax(tree))
     longest = {"max_sequence_length": flags["max_sequence_length"]} if flags["max_sequence_length"] else {}
-    model, params = load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], **longest)
-    return model, params
+    return load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], **longest)
 
 
 if __name__ == "__main__":

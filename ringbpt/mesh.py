@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -25,6 +26,7 @@ def start_jax(tree: ConfigDict) -> int:
     """
     if tree.num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", tree.num_cpu_devices)
+        be_patient()
     choose_platform()
     distributed = tree.jax_distributed
     if distributed.initialize_jax_distributed:
@@ -35,6 +37,21 @@ def start_jax(tree: ConfigDict) -> int:
             check_value(f"jax_distributed.{name}", RUN_FLAGS[f"jax_distributed.{name}"], value)
         processes.join(distributed)
     return jax.device_count()
+
+
+# A flag of XLA's that jax 0.10, 0.11 and 0.12 know; one that it doesn't know would end the process.
+COLLECTIVE_TIMEOUT, PATIENCE_SECONDS = "xla_cpu_collective_call_terminate_timeout_seconds", 600
+
+
+def be_patient() -> None:
+    """Before anything touches a device: virtual devices wait for each other for minutes where others have the cores.
+
+    XLA's own 40 seconds, after which it aborts the process with a stack of C++, were seen to pass in runs that nothing
+    was wrong with. What hangs for good is the watchdog's to end (--jax_distributed.step_timeout).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if COLLECTIVE_TIMEOUT not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{COLLECTIVE_TIMEOUT}={PATIENCE_SECONDS}".strip()
 
 
 def choose_platform() -> None:

@@ -103,9 +103,10 @@ class TokenStats:
     """What an objective may know about the model's prediction at each place; all float32.
 
     logp_BT: log-probability of the target, in nats. entropy_BT: of the distribution, in nats.
-    correct_BT: 1 where the target is the most likely token (no gradient). None where no head reads the hidden states.
+    correct_BT: 1 where the target is the most likely token (no gradient). None, all three, where no vocabulary is read.
     chosen_BTE, router_BTE: where the model has experts, how often each was chosen for the token and how probable the
     routers thought it, each the mean over layers.
+    value_BT: the score head's number of the token, of a model that has one; else None.
     whole: what the objective measured of the whole optimizer step before, by name (objectives.Objective.whole).
     """
 
@@ -114,6 +115,7 @@ class TokenStats:
     correct_BT: Array = None
     chosen_BTE: Array = None
     router_BTE: Array = None
+    value_BT: Array = None
     whole: dict[str, Array] = field(default_factory=dict)
 
 

@@ -139,8 +139,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # are compared with their digests, and guards of the step; +700 what bad input may not do: limits of what is
 # read, places judged beforehand, what is shown; +900 how processes end, together and when one is lost, and what starts
 # them again; +1,600 learning from preferences: shared beginnings through attention, units and labels of documents, the
-# reference's column, nineteen objectives; +450 what each flag of OpenRLHF's commands means, in both spellings.
-WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450
+# reference's column, nineteen objectives; +450 what each flag of OpenRLHF's commands means, in both spellings;
+# +1,600 reward models, and adapters over weights that stay as they are.
+WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

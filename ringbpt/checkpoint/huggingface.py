@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,19 @@ import numpy as np
 
 from ringbpt.checkpoint.gguf import GgufTensors, gguf_rows
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
+from ringbpt.checkpoint.store import Wanted
 from ringbpt.checkpoint.tensors import Conversion, conversions, fill, flatten, place, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError, complete
-from ringbpt.config.families import EMBED, HEAD, IGNORED, TensorRow, find_family, llama_fields, rows_for
+from ringbpt.config.families import (
+    EMBED,
+    HEAD,
+    IGNORED,
+    TensorRow,
+    find_family,
+    is_scoring,
+    llama_fields,
+    rows_for,
+)
 from ringbpt.config.gguf import TOKENIZER, model_settings, read_gguf
 from ringbpt.data.text.tokenizers import TOKENIZER_FILES, keep_tokenizer, make_tokenizer
 from ringbpt.model.llama import COMPUTE_DTYPES
@@ -132,18 +143,23 @@ def _check_tied(files: TensorFolder | GgufTensors) -> None:
         )
 
 
-def load_folder(folder: Path, architecture: Architecture, abstract_params: Params) -> Params:
-    """The params of a Hugging Face folder, or of one of our own, placed as the abstract ones say.
+def load_folder(folder: Path, architecture: Architecture, params: Wanted) -> Params:
+    """The params of a Hugging Face folder, or of one of our own, placed as the abstract ones say; those that may be
+    fresh are None where the folder has none.
 
     Raises UserError for what `open_folder` refuses, and where the folder's family has other weights than the model.
     """
-    found, wanted = open_folder(folder, is_own(folder), architecture), flatten(abstract_params)
-    if strange := wanted.keys() ^ {conversion.ours for conversion in found.table}:
+    own, wanted = is_own(folder), flatten(params.abstract)
+    if architecture.head == "score" and not is_scoring(model_settings(folder / CARRIED if own else folder)[0]):
+        architecture = replace(architecture, head="unembed")  # the base that a reward model begins from
+    found = open_folder(folder, own, architecture)
+    table = [row for row in found.table if row.ours in wanted or row.ours not in params.left]
+    if strange := (wanted.keys() ^ {row.ours for row in table}) - params.fresh:
         raise UserError(
             f"{folder}: {sorted(strange)[0]} is in only one of this model and --llama flags: leave them out"
         )
-    weights = {row.ours: place(row, wanted[row.ours], found.files.read) for row in found.table}
-    return fill(abstract_params, weights)
+    weights = {row.ours: place(row, wanted[row.ours], found.files.read) for row in table}
+    return fill(params.abstract, dict.fromkeys(params.fresh) | weights)
 
 
 def to_ours(folder: Path, output: Path, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

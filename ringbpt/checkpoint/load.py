@@ -79,6 +79,17 @@ def describe_checkpoint(spec: str) -> Found:
     return Found(architecture, folder if folder and folder.is_dir() else None, vocab_file)
 
 
+def describe_predicting(spec: str) -> Found:
+    """describe_checkpoint of a model that predicts tokens. Raises UserError for a reward model, which says scores."""
+    found = describe_checkpoint(spec)
+    if found.architecture.head == "score":
+        raise UserError(
+            f"--load_checkpoint={spec} is a reward model, which scores texts and predicts none: "
+            "python -m ringbpt.evaluate --scores=FILE scores them"
+        )
+    return found
+
+
 def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Architecture) -> tuple[dict[str, Any], str]:
     """(entries, note): what `--load_checkpoint=PREFIX::PATH` names, read straight onto the mesh.
 
@@ -99,10 +110,10 @@ def load_checkpoint(spec: str, wanted: Mapping[str, Wanted], architecture: Archi
     prefix, path = find_checkpoint(spec, weights=True)
     where, name, nothing = f"--load_checkpoint={spec}", spec.partition("::")[2], {**dict.fromkeys(wanted), "meta": None}
     if prefix in FOREIGN or (prefix == "params" and is_own(path)):
-        return nothing | {"params": load_folder(path, architecture, wanted["params"].abstract)}, ""
+        return nothing | {"params": load_folder(path, architecture, wanted["params"])}, ""
     if path.is_file():
-        train_state, abstract = prefix.startswith("trainstate"), wanted["params"].abstract
-        params = load_original(path, where, train_state, architecture, abstract)
+        train_state = prefix.startswith("trainstate")
+        params = load_original(path, where, train_state, architecture, wanted["params"])
         note = f"{where}: took the weights; the original's optimizer state is not read, a new one starts"
         return nothing | {"params": params}, note if prefix == "trainstate" else ""
     if prefix == "flax_params":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from ringbpt.checkpoint.store import Wanted
 from ringbpt.checkpoint.tensors import conversions, fill, flatten, place
 from ringbpt.config import Architecture, UserError
 from ringbpt.config.families import TensorRow
@@ -41,17 +42,15 @@ DAMAGED = (ValueError, TypeError, AttributeError)
 STACKED = "scan_decoder"  # stands for the layer's number where the file was saved with scan_layers
 
 
-def load_original(
-    path: Path, where: str, train_state: bool, architecture: Architecture, abstract_params: Params
-) -> Params:
+def load_original(path: Path, where: str, train_state: bool, architecture: Architecture, params: Wanted) -> Params:
     """The weights of a file, placed as the abstract ones say (ShapeDtypeStructs with shardings).
 
     train_state: whether the file must hold a train state, of which the weights are taken, or weights alone. Raises
     UserError, with `where` as the culprit, where it holds the other, for a pickle and a damaged file, and for a tensor
     that is missing, has no place in the model or has another shape.
     """
-    wanted = flatten(abstract_params)
-    rows = conversions((row for row in ROWS if row.ours in wanted), architecture)
+    wanted = flatten(params.abstract)
+    rows = conversions((row for row in ROWS if row.ours in {*wanted, *params.left}), architecture)
     table = {name: conversion for conversion in rows for name in (*conversion.names(), conversion.name(STACKED))}
     held: dict[str, np.ndarray] = {}  # what has come of weights that are not whole yet, a layer a tensor
     loaded: dict[str, jax.Array] = {}
@@ -74,19 +73,22 @@ def load_original(
             raise UserError(f"{where}: tensor {name} stands there twice, and which one counts is not known")
         held.update(zip(parts, layers, strict=True))
         if held.keys() >= {*names}:
-            loaded[conversion.ours] = place(conversion, wanted[conversion.ours], lambda name, box: held[name][box])
+            ours = conversion.ours
+            loaded[ours] = (
+                place(conversion, wanted[ours], lambda name, box: held[name][box]) if ours in wanted else None
+            )
             for part in names:
                 del held[part]
     for conversion in rows:
-        if conversion.ours not in loaded:
+        if conversion.ours not in {*loaded, *params.left}:
             missing = [name for name in conversion.names() if name not in held]
             name = missing[0] if missing != conversion.names() else conversion.name(STACKED)
             raise UserError(f"{where}: tensor {name} is missing from the file")
-    if strange := wanted.keys() - loaded.keys():
+    if strange := wanted.keys() - loaded.keys() - params.fresh:
         raise UserError(
             f"{where}: the original's models have no {sorted(strange)[0]}: leave out the --llama flag of it"
         )
-    return fill(abstract_params, loaded)
+    return fill(params.abstract, dict.fromkeys(params.fresh) | loaded)
 
 
 def _tensors(path: Path, where: str, train_state: bool) -> Iterator[tuple[str, np.ndarray]]:

@@ -53,12 +53,15 @@ class Wanted(NamedTuple):
     """An entry to be read. abstract: a tree's ShapeDtypeStructs, whose shardings say where each array goes.
 
     tables: last names of leaves that may be stored with more or fewer rows than are wanted -> (axis, how many there
-    are at least); what is more is zero, and cut or made (see Model.tables).
+    are at least); what is more is zero, and cut or made (see Model.tables). fresh: names of leaves that are None where
+    they are absent. left: those that are passed over where they are stored and not wanted.
     """
 
     abstract: PyTree = None
     rule: Rule = Rule.REQUIRED
     tables: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    fresh: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
 
 
 class StoredStep:
@@ -126,19 +129,27 @@ class StoredStep:
             args = {}
             for name, abstract in trees.items():
                 # Orbax itself would pad, cut or cast without a word.
-                leaves, tables = flatten(abstract), wanted[name].tables
-                _check(self._where, WHAT.get(name, name), flatten(saved[name].tree), leaves, tables)
-                tree = fill(saved[name].tree, leaves)
+                leaves, tables, there = flatten(abstract), wanted[name].tables, flatten(saved[name].tree)
+                absent = wanted[name].fresh - there.keys()
+                passed = (wanted[name].left & there.keys()) - leaves.keys()
+                leaves = {leaf: x for leaf, x in leaves.items() if leaf not in absent}
+                kept = {leaf: x for leaf, x in there.items() if leaf not in passed}
+                _check(self._where, WHAT.get(name, name), kept, leaves, tables)
+                tree = _without(saved[name].tree, passed)
+                tree = fill(tree, leaves)
                 restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
                 for leaf, args_of in flatten(restore_args).items():
                     if leaf.rpartition(".")[2] in tables:
                         args_of.strict = False
-                args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
+                args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=bool(passed))
             with storage_errors(self.folder, reading=True):
                 restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
                 found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
         found["meta"].pop("digests", None)
-        return found | {name: fill(abstract, flatten(restored[name])) for name, abstract in trees.items()}
+        return found | {
+            name: fill(abstract, dict.fromkeys(wanted[name].fresh) | flatten(restored[name]))
+            for name, abstract in trees.items()
+        }
 
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
@@ -227,6 +238,11 @@ def handler_of(trees: Iterable[str], objects: Iterable[str]) -> ocp.CompositeChe
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in objects}
     return ocp.CompositeCheckpointHandler(**handlers)
+
+
+def _without(tree: PyTree, names: Iterable[str]) -> PyTree:
+    """A nested dict without its outermost leaves of these names."""
+    return {name: leaf for name, leaf in tree.items() if name not in names} if names else tree
 
 
 def first_of_all(line: str) -> str:

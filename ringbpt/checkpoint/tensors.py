@@ -39,7 +39,7 @@ class Conversion:
         self._forth, self._back = row.pattern, f"{ours} -> {theirs}"
         self._their_groups, self._our_groups = _groups(theirs), _groups(ours)
         sizes = {**asdict(dims), "pair": dims.H // 2, "two": 2}
-        self._sizes = {letter: sizes[letter] for group in self._our_groups for letter in group}
+        self._sizes = {"1": 1} | {letter: sizes[letter] for group in self._our_groups for letter in group}
         self.their_shape = tuple(prod(self._sizes[letter] for letter in group) for group in self._their_groups)
         self.layer_axis = layer_axis if "{L}" in row.theirs else None
         self.has_experts = "{E}" in row.theirs
@@ -101,7 +101,7 @@ class Conversion:
 
     def _box(self, index: list[slice]) -> Box:
         """The box of one of their tensors that a box of one (L, E) of ours comes from."""
-        at: dict[str, slice] = {}
+        at = {"1": slice(0, 1)}
         for group, part in zip(self._our_groups, index, strict=True):
             size = prod(self._sizes[letter] for letter in group)
             whole = (part.start, part.stop) == (0, size)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ringbpt.config.fields import (
     RUN_FLAGS,
+    SCORING,
     Architecture,
     Config,
     DatasetConfig,
@@ -84,6 +85,11 @@ def check_run(config: Config) -> None:
         if getattr(config, name) and not config.eval_steps:
             raise UserError(
                 f"--{name} is looked at in evaluations, and --eval_steps=0 means none: try --eval_steps=100"
+            )
+    for name in ("eval_by_position", "eval_passkey"):
+        if getattr(config, name) and config.architecture.head == "score":
+            raise UserError(
+                f"--{name} looks at predicted tokens, and --objective={config.objective} predicts none: leave it out"
             )
     longest = max([int(part) for part in config.eval_passkey.split(",")]) if config.eval_passkey else 0
     if longest > config.architecture.max_sequence_length:
@@ -187,6 +193,19 @@ def complete(architecture: Architecture) -> Architecture:
         num_key_value_heads=heads if kv_heads is None else kv_heads,
         head_dim=hidden_size // heads if head_dim is None else head_dim,
     )
+
+
+def with_head(config: Config) -> Architecture:
+    """The architecture with the head that the objective reads. Raises UserError where flags ask for another one."""
+    architecture, name = config.architecture, config.objective
+    if name in SCORING:
+        return replace(architecture, head="score")
+    if architecture.head == "score":
+        raise UserError(
+            f"--llama.head=score says no more than a number a token, of which --objective={name} learns nothing: "
+            f"--objective={SCORING[0]}, or --llama.head=unembed"
+        )
+    return architecture
 
 
 def check_same_mesh(config: Config, mesh_shape: MeshShape, device_count: int) -> None:

@@ -55,6 +55,7 @@ _ENDS = (
     TensorRow("norm", "model.norm.weight", "D -> D"),
     TensorRow("unembed", HEAD, "V D -> D V"),
 )
+SCORE = TensorRow("score", "score.weight", "1 D -> D")  # of a reward model, which has no HEAD
 IGNORED = ".rotary_emb.inv_freq"  # tensors of a file that are no weights: they follow from its config.json
 
 
@@ -162,6 +163,8 @@ _NO_MATHS = frozenset(
 _NO_MATHS_PREFIXES = ("_", "unsloth_", "transformers.", "assistant_", "target_")
 # Which layers of Qwen's have the window, and what is meant where that is left out.
 _QWEN_WINDOW: dict[str, Any] = {"use_sliding_window": False, "max_window_layers": 28}
+_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+_SCORES = ("ForSequenceClassification", "ForCausalLM")  # the ends of architectures' names: of a reward model, and else
 _OURS_ALONE = "param_scan_axis"  # no config.json says anything of it
 # Where rotary positions are said, and what of them may stand on its own.
 _ROPE_PLACES = ("rope_scaling", "rope_parameters")
@@ -197,10 +200,11 @@ def find_family(settings: dict[str, Any], where: str) -> tuple[str, Family]:
         raise UserError(f"{where}: auto_map: this model needs code of its author's, which is never run here")
     names, kind = settings.get("architectures") or [], settings.get("model_type")
     name = names[0] if isinstance(names, list) and names else None
+    name = name.replace(*_SCORES) if isinstance(name, str) else name
     if name is None:  # a bare config without weights, or one written by hand
         name = next((name for name, family in FAMILIES.items() if family.model_type == kind), kind)
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: architecture {name!r} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: architecture {name!r} is none of {', '.join(FAMILIES)}, nor of those a {_SCORES[0]}")
     if kind not in (None, FAMILIES[name].model_type):
         raise UserError(f"{where}: architecture {name} contradicts model_type={shown(kind)}: leave one of them out")
     return name, FAMILIES[name]
@@ -226,7 +230,21 @@ def llama_fields(settings: dict[str, Any], where: str) -> dict[str, Any]:
         found[ours] = read_field(value, RUN_FLAGS[f"llama.{ours}"], f"{where}: {key}")
     found |= family.fixed | _rope_fields(settings, where, defaults)
     found["sliding_window"] = _window(settings, found, family, where)
+    if is_scoring(settings):
+        named = settings.get("id2label")
+        labels = settings.get("num_labels", len(named) if isinstance(named, dict) else 2)  # 2: transformers' default
+        if labels != 1:
+            raise UserError(
+                f"{where}: num_labels={shown(labels)}: a reward model has one, and others are not supported"
+            )
+        found["head"] = "score"
     return found
+
+
+def is_scoring(settings: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model that gives a text a number."""
+    names = settings.get("architectures")
+    return isinstance(names, list) and bool(names) and str(names[0]).endswith(_SCORES[0])
 
 
 def _check_keys(settings: dict[str, Any], family: Family, where: str) -> None:
@@ -359,12 +377,15 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
     """
     base = dict(base or {})
     names = base.get("architectures")
-    wanted = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    wanted = names[0].replace(*_SCORES) if isinstance(names, list) and names and isinstance(names[0], str) else None
     name, family = family_of(architecture, wanted)
     if base.get("model_type", family.model_type) != family.model_type:
         base = {}  # another family's settings would mean something else
-    for key in ("layer_types", "transformers_version", "auto_map", *_ROPE_PLACES, *_ROPE_BESIDE):
+    for key in ("layer_types", "transformers_version", "auto_map", *_LABELS, *_ROPE_PLACES, *_ROPE_BESIDE):
         base.pop(key, None)
+    if architecture.head == "score":
+        name = name.replace(*_SCORES[::-1])
+        base |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # num_labels follows
     settings = base | family.writes | {"architectures": [name], "model_type": family.model_type, "hidden_act": "silu"}
     for key, ours in (_READS | family.reads).items():
         value = getattr(architecture, ours)
@@ -390,5 +411,7 @@ def hf_settings(architecture: Architecture, dtype: str, base: dict[str, Any] | N
 
 
 def rows_for(family: Family, architecture: Architecture) -> tuple[TensorRow, ...]:
-    """The rows of a model's own tensors: a tied one has no lm_head."""
-    return tuple(row for row in family.rows if row.theirs != HEAD or not architecture.tie_word_embeddings)
+    """The rows of a model's own tensors: a tied one has no lm_head, a reward model a score in its place."""
+    headless = architecture.tie_word_embeddings or architecture.head == "score"
+    rows = tuple(row for row in family.rows if row.theirs != HEAD or not headless)
+    return (*rows, SCORE) if architecture.head == "score" else rows

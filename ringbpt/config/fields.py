@@ -32,7 +32,9 @@ CHECKPOINT_PREFIXES = ("params", "trainstate", "trainstate_params", "flax_params
 OBJECTIVE_NAMES = (
     "pretrain", "sft", "dpo", "ipo", "cdpo", "robust", "hinge", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down",
     "discopop", "sigmoid_norm", "simpo", "orpo", "kto", "apo_zero_unpaired",
+    "reward",
 )  # fmt: skip
+SCORING = ("reward",)  # those whose model has no vocabulary to predict, and says one number of each token
 SAVE_MINUTES = 10.0  # a run that says nothing of checkpoints loses no more
 
 
@@ -163,7 +165,10 @@ class PreferenceConfig:
         None, "the share of labels taken to be wrong; None: 0.1 for cdpo, robust and exo", at_least=0, below=0.5
     )
     nll_coefficient: float = flag(0.0, "of the chosen answers' cross-entropy, added to the loss", at_least=0)
-    margin_coefficient: float = flag(0.0, "dpo: times a pair's `margin`, to be kept between the rewards", at_least=0)
+    margin_coefficient: float | None = flag(
+        None, "dpo, reward: times a pair's `margin`, to be kept between the rewards; None: 0, of reward 1", at_least=0
+    )
+    center_coefficient: float = flag(0.0, "reward: of (chosen + rejected)^2, so that scores stay around 0", at_least=0)
     ipo_sum: bool = flag(False, "ipo of summed log-probabilities, not of means over tokens")
     simpo_gamma: float = flag(0.5, "simpo: the margin to keep", at_least=0)
     discopop_tau: float = flag(0.05, "discopop: how sharply its two losses change over", above=0)
@@ -202,6 +207,11 @@ class Architecture:
     embd_pdrop: float = 0.0
     attn_pdrop: float = 0.0
     tie_word_embeddings: bool = False
+    head: str = flag(
+        "unembed",
+        "what reads the last hidden states: the vocabulary, or one number a token",
+        choices=("unembed", "score"),
+    )
     theta: float = flag(10000.0, "base of the rotary positions", above=0)
     rope_scaling_type: str = flag("", "how rotary positions are stretched", choices=("", "linear", "llama3", "yarn"))
     rope_scaling_factor: float = flag(1.0, above=0)

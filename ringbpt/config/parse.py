@@ -25,6 +25,7 @@ from ringbpt.config.checks import (
     complete,
     either,
     nearest_multiples,
+    with_head,
 )
 from ringbpt.config.entry import ENTRY_FLAGS, scan
 from ringbpt.config.families import llama_fields
@@ -276,7 +277,7 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         save_minutes=minutes if config.save_minutes is None else config.save_minutes,
         dtype=DTYPES[config.dtype],
         checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
-        architecture=complete(config.architecture),
+        architecture=complete(with_head(config)),
         execution=execution,
         mesh_shape=mesh_shape,
         optimizer=_in_parts(complete_rates(config), config.train_dataset, mesh_shape),

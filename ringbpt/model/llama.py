@@ -21,7 +21,7 @@ from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.layer import Layer, Parts, Rope, apply_layer, rms_norm, rope_of
 from ringbpt.model.layer_in_blocks import LayerInBlocks
 from ringbpt.model.token_stats import make_token_stats
-from ringbpt.model.weights import constrain, constrain_activation, embed, ones, project, weight
+from ringbpt.model.weights import constrain, constrain_activation, dot, embed, ones, project, weight
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -74,7 +74,9 @@ class Llama(nnx.Module):
         stack = nnx.vmap(Layer, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
         self.layers = stack(rngs.split(dims.L), dims, std, config)
         self.norm = ones(dims, "D")
-        if not config.tie_word_embeddings:
+        if config.head == "score":
+            self.score = weight(rngs, dims, "D", std)
+        elif not config.tie_word_embeddings:
             self.unembed = weight(rngs, dims, "D V", std)
 
 
@@ -124,6 +126,27 @@ class Model:
                 params[name] = jnp.pad(params[name], widths)
         return params
 
+    def with_fresh(self, params: Params, key: jax.Array) -> Params:
+        """The params with fresh ones in place of those that are None, as `init` would make them."""
+        names = [name for name, leaf in params.items() if leaf is None]
+        if not names:
+            return params
+        made = jax.jit(
+            lambda key: {name: self._init(key)[name] for name in names},
+            out_shardings={name: self.shardings[name] for name in names},
+        )
+        return params | made(key)
+
+    @property
+    def fresh(self) -> frozenset[str]:
+        """The params that a checkpoint of another model may lack: a reward model's head."""
+        return frozenset({"score"} if self.architecture.head == "score" else ())
+
+    @property
+    def left(self) -> frozenset[str]:
+        """The params that such a checkpoint may have besides: the head that it predicted tokens with."""
+        return frozenset({"unembed"} if self.architecture.head == "score" else ())
+
     @property
     def tables(self) -> dict[str, tuple[int, int]]:
         """The weights with a row for each token of the vocabulary: name -> (axis, how many there are)."""
@@ -169,9 +192,16 @@ class Model:
         return f"{size:,} tokens in tables of {rows:,} rows, which tp={tp} divides" if rows > size else ""
 
     def token_stats(self, params: Params, batch: Batch, head: str = "unembed") -> TokenStats:
-        """What the model predicts at each place of a batch in layout order; head "": without the vocabulary's part."""
+        """What the model says at each place of a batch in layout order, by the vocabulary or by its "score" head.
+
+        head "": by its routers alone.
+        """
         hidden_BTD, routing = self._hidden(params, batch.token_BT, batch.meta)
-        stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT) if head else TokenStats()
+        stats = TokenStats()
+        if head == "unembed":
+            stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT)
+        elif head == "score":
+            stats = TokenStats(value_BT=self.score(params, hidden_BTD))
         if routing is None:
             return stats
         layers = self.architecture.num_hidden_layers
@@ -180,6 +210,10 @@ class Model:
     def unembed(self, params: Params) -> jax.Array:
         """The unembedding, [D, table_rows]: the embedding's own table where they are tied."""
         return fetch(params["embed"]).T if self.architecture.tie_word_embeddings else fetch(params["unembed"])
+
+    def score(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        """The score head's number of each token, [B, T] float32, summed in it whatever the compute dtype."""
+        return dot("BTD,D->BT", hidden_BTD.astype(jnp.float32), fetch(params["score"]), jnp.float32)
 
     def hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> jax.Array:
         """The last layer's normalised output, [B, T, D] in the compute dtype."""

@@ -5,7 +5,7 @@ statistics is a column of the batch.
 """
 
 from ringbpt.config import Config
-from ringbpt.objectives import balance, kto, preference, sft
+from ringbpt.objectives import balance, kto, preference, reward, sft
 from ringbpt.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": preference.objective(preference.orpo, reference=False, whole_chosen=True),
     "kto": kto.objective(kto.kto, has_kl=True),
     "apo_zero_unpaired": kto.objective(kto.apo_zero, has_kl=False),
+    "reward": reward.objective(),
 }
 
 

@@ -22,7 +22,9 @@ class Objective:
     parts(config) -> {name of a mean: its coefficient in the loss}; all but zero.
     whole(stats, batch, config) -> means that stand inside something that is not linear in them, and so are needed of
     the whole step before the first gradient: `function` finds their values, without a gradient, in stats.whole.
-    head: what reads the hidden states: "unembed", which gives the statistics of the vocabulary, or "", nothing.
+    pictured(stats, batch, config) -> means of vectors, of held-out data alone, for a picture and for no log.
+    head: what reads the hidden states: "unembed", which gives the statistics of the vocabulary, "score", the value of
+    each token, or "", nothing.
     needs: the fields of TokenStats that are read. columns: those of the batch, beyond what every batch has; optional:
     those that it reads where the data have them. reference: whether it reads `ref_logp`, what the reference model says
     of each target. shapes: the shapes of examples that it learns from, as data/ names them. whole_documents: whether
@@ -33,6 +35,7 @@ class Objective:
     parts: Callable[[Config], dict[str, float]]
     shapes: tuple[str, ...]
     whole: Function | None = None
+    pictured: Function | None = None
     head: str = "unembed"
     needs: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
@@ -55,7 +58,8 @@ class Objective:
         The statistics are NaN meanwhile: a weight that looked at them would be NaN, and not quietly wrong.
         """
         shape_BT, E = batch.token_BT.shape, config.architecture.num_experts
-        stats = TokenStats(*(jnp.full(shape, jnp.nan) for shape in (shape_BT,) * 3 + ((*shape_BT, E),) * 2))
+        shapes = (*(shape_BT,) * 3, *((*shape_BT, E),) * 2, shape_BT)
+        stats = TokenStats(*(jnp.full(shape, jnp.nan) for shape in shapes))
         means = self.function(self.knowing_whole(stats, batch, config), batch, config)
         return {name: means[name].weight for name in self.parts(config)}
 

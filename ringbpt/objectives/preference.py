@@ -41,7 +41,7 @@ Loss = Callable[[Pair, PreferenceConfig], Array]
 
 def dpo(pair: Pair, c: PreferenceConfig) -> Array:
     """-log sigma(beta delta - margin). Ref: arXiv:2305.18290, eq. 7; the margin as an offset, arXiv:2402.10571."""
-    return -log_sigmoid(c.beta * pair.delta - c.margin_coefficient * pair.margin)
+    return -log_sigmoid(c.beta * pair.delta - (c.margin_coefficient or 0.0) * pair.margin)
 
 
 def ipo(pair: Pair, c: PreferenceConfig) -> Array:
@@ -163,12 +163,17 @@ def objective(loss: Loss, reference: bool = True, whole_chosen: bool = False) ->
 
 def pair_of(stats: TokenStats, batch: Batch) -> Pair:
     chosen, rejected = (answers(stats.logp_BT, batch, label) for label in (CHOSEN, REJECTED))
-    margin = jnp.zeros_like(chosen.logp)
-    if "margin" in batch.columns:  # at each token of both answers: read at the chosen's
-        is_chosen_BT = (batch.columns["label"] == CHOSEN).astype(jnp.float32)
-        count = unit_sums(is_chosen_BT, batch)
-        margin = unit_sums(is_chosen_BT * batch.columns["margin"], batch) / jnp.maximum(count, 1.0)
-    return Pair(chosen, rejected, margin)
+    return Pair(chosen, rejected, margins(batch))
+
+
+def margins(batch: Batch) -> Array:
+    """By how much each pair's chosen answer is better, as the data say, [B, U]; 0 where they don't."""
+    is_chosen_BT = (batch.columns["label"] == CHOSEN).astype(jnp.float32)
+    if "margin" not in batch.columns:
+        return jnp.zeros_like(unit_sums(is_chosen_BT, batch))
+    # At each token of both answers: read at the chosen's.
+    count = unit_sums(is_chosen_BT, batch)
+    return unit_sums(is_chosen_BT * batch.columns["margin"], batch) / jnp.maximum(count, 1.0)
 
 
 def pair_means(pair: Pair, loss: Loss, rewards: list[Array], config: Config) -> Means:

@@ -17,6 +17,7 @@ from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.chat import set_chat_template
 from ringbpt.data.text.tokenizers import Tokenizer, describe_ends, make_tokenizer
 from ringbpt.ending import Signals, Stopped
+from ringbpt.evaluation.pairs import draw_pictured
 from ringbpt.evaluation.probe import make_probe
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
@@ -170,7 +171,7 @@ def _evaluation(
     config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path, loader: Loader
 ) -> Callable[[TrainState, int], dict[str, float]]:
     """evaluate(state, step) measures the objective over the first eval_batches batches of the held-out data, and what
-    is probed, as a row of metrics.
+    is probed, as a row of metrics; pictures go to `folder`.
     """
     eval_step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
     numbers = range(min(config.eval_batches, loader.steps_per_epoch))
@@ -181,8 +182,9 @@ def _evaluation(
             compile_ahead("the evaluation", eval_step, state, _put(model, loader, 0))
             compiled.append(True)
         sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
-        means = reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums)
-        values = objective.values(jax.device_get(means), config)
+        means = jax.device_get(reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums))
+        draw_pictured(folder, means, step)
+        values = objective.values(means, config)
         values |= bits_per_byte(values, loader.bytes_per_token) if objective.is_in_nats(config) else {}
         row = {f"eval_{name}": value for name, value in values.items()}
         if probe:

@@ -196,11 +196,17 @@ def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> 
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * -(-d.V // tp) * (gathered + 4),
+        "unembedding": d.D * _vocabulary(config) * (gathered + 4),
         "loss chunk": 0,
         "layer weights": weights,
         "layer activations": b * t * a_token + chunk,
     }
+
+
+def _vocabulary(config: Config) -> int:
+    """How many logits a device computes of a token: none where the head says a score."""
+    architecture = config.architecture
+    return -(-architecture.vocab_size // config.mesh_shape[2]) if architecture.head == "unembed" else 0
 
 
 def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) -> int:
@@ -211,12 +217,12 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
 
 def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
-    b, t, tp, size = _sizes(config, rows, seq_length)
+    b, t, _, size = _sizes(config, rows, seq_length)
     d = make_dims(config.architecture)
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * -(-d.V // tp) * (size + UNEMBEDDING_SUMS * 4),
-        "loss chunk": b * min(config.execution.loss_chunk_size, t) * -(-d.V // tp) * 4,
+        "unembedding": d.D * _vocabulary(config) * (size + UNEMBEDDING_SUMS * 4),
+        "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
     }

@@ -58,9 +58,9 @@ class Run:
         """
         config, self.fingerprint = self.config, fingerprint
         abstract = layout.abstract
-        tables = layout.model.tables
+        model, tables = layout.model, layout.model.tables
         wanted = {
-            "params": Wanted(abstract.trained, tables=tables),
+            "params": Wanted(abstract.trained, tables=tables, fresh=model.fresh, left=model.left),
             "opt_state": Wanted(abstract.opt_state, Rule.FRESH_IF_ABSENT, tables),
             "guard": Wanted(abstract.guard, Rule.FRESH_IF_ABSENT if abstract.guard else Rule.IGNORED),
         }
@@ -75,7 +75,8 @@ class Run:
             if note:
                 say(note)
         else:
-            found["params"] = layout.model.init(jax.random.key(config.seed))
+            found["params"] = model.init(jax.random.key(config.seed))
+        found["params"] = model.with_fresh(found["params"], jax.random.key(config.seed))
         params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
         self.reference = (meta or {}).get("reference")
         if meta is None:

@@ -204,12 +204,14 @@ def make_train_step(
 def make_eval_step(config: Config, model: Model, objective: Objective) -> Callable[[TrainState, Batch], Means]:
     """eval_step(state, batch) -> Means, jitted: add those of several batches, then take the objective's values once.
 
-    Each batch is a whole step by itself to what stands inside a nonlinearity.
+    With them come those that are pictured. Each batch is a whole step by itself to what stands inside a nonlinearity.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> Means:
         batch = with_reference(model, objective, state.reference, batch)
         stats = model.token_stats(merge(state.trained, state.frozen), batch, objective.head)
-        return objective.function(objective.knowing_whole(stats, batch, config), batch, config)
+        stats = objective.knowing_whole(stats, batch, config)
+        pictured = objective.pictured(stats, batch, config) if objective.pictured else {}
+        return objective.function(stats, batch, config) | pictured
 
     return jax.jit(eval_step)

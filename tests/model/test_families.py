@@ -13,6 +13,7 @@ import pytest
 
 from ringbpt.attention import permutation
 from ringbpt.checkpoint.huggingface import load_folder, open_folder
+from ringbpt.checkpoint.store import Wanted
 from ringbpt.config import Execution
 from ringbpt.layouts import inverse
 from ringbpt.mesh import make_mesh, put_batch
@@ -76,7 +77,7 @@ def make_batch(model: Model, packed: bool) -> Batch:
 def check(folder: Path, want: dict[str, np.ndarray], program: str, packed: bool) -> None:
     model = make_model(folder, program)
     architecture = model.architecture
-    params = load_folder(folder, architecture, model.abstract_params)
+    params = load_folder(folder, architecture, Wanted(model.abstract_params))
     batch = make_batch(model, packed)
 
     def loss(params):

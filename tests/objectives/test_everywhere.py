@@ -23,7 +23,7 @@ from ringbpt.verify import repacked
 from tests.flags import llama_flags
 from tests.model.helpers import LLAMA
 
-NAMES = tuple(OBJECTIVES)
+NAMES = tuple(name for name, objective in OBJECTIVES.items() if objective.head == "unembed")
 T = 64
 # mesh, layout, strategy, packing: each value of each at least once.
 WAYS = [

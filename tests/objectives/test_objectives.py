@@ -21,7 +21,7 @@ def stats_of(shape_BT, experts=0, seed=0) -> TokenStats:
     rng = np.random.default_rng(seed)
     logp, entropy = -rng.random((2, *shape_BT)).astype(np.float32)
     chosen, router = rng.random((2, *shape_BT, experts)).astype(np.float32)
-    return TokenStats(logp, -entropy, (logp > -0.5).astype(np.float32), chosen, router)
+    return TokenStats(logp, -entropy, (logp > -0.5).astype(np.float32), chosen, router, value_BT=logp)
 
 
 def batch_of(real, weighted, length=32, **columns) -> Batch:
