@@ -1,7 +1,7 @@
 """The alphabet: one letter per logical dimension, and where each letter lives on the mesh.
 
 B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N/K, H head dim, D model,
-F feedforward, V vocabulary, L layers, E experts, P prompts or pairs, R rollouts.
+F feedforward, V vocabulary, L layers, E experts, A an adapter's rank, P prompts or pairs, R rollouts.
 
 The same letters name variables (`q_BTNH`), shape strings, shardings and checkpoint patterns. An *axis* is
 an axis of the device mesh (`dp, fsdp, tp, sp`), a *dim* is a dimension of a tensor.
@@ -61,6 +61,7 @@ class Dims:
     F: int
     V: int
     E: int = 0
+    A: int = 0
 
     def shape(self, dims: str) -> tuple[int, ...]:
         """`"D N H"` -> the three sizes. Raises KeyError for a letter that is no weight dim."""

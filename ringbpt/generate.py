@@ -36,6 +36,7 @@ MODEL_FLAGS = {
         prefixes=RUN_FLAGS["load_checkpoint"].prefixes,
         required=True,
     ),
+    "adapter": Flag(str, "", "a folder in PEFT's layout, as runs/<run>/adapter, beside the checkpoint's weights"),
     "chat_template": Flag(str, "", "of conversations: chatml, a .jinja file; empty: the tokenizer's own"),
     "tokenizer": Flag(
         str, "", "bytes, a .model or .gguf file, a Hugging Face folder; empty: what the checkpoint came with"
@@ -162,7 +163,8 @@ def start_model(flags: dict[str, Any]) -> tuple[Any, Any]:
     tree.num_cpu_devices = flags["num_cpu_devices"]
     mesh_shape, _ = parse_mesh_dim(flags["mesh_dim"], start_jax(tree))
     longest = {"max_sequence_length": flags["max_sequence_length"]} if flags["max_sequence_length"] else {}
-    return load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], **longest)
+    adapter = user_path(flags["adapter"]) if flags["adapter"] else None
+    return load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], adapter=adapter, **longest)
 
 
 if __name__ == "__main__":

@@ -95,10 +95,11 @@ def test_a_shard_without_a_label_and_an_evaluation_over_shards():
             dtype="fp32", mesh_shape=(1, 1, 1, sp), optimizer=OptimizerConfig(), **llama_flags(**LLAMA | CHEAP | kind)
         )
         model = Model.of(config, make_mesh((1, 1, 1, sp)))
-        state = StateLayout(config, model).start(model.init(jax.random.key(0)))
+        layout = StateLayout(config, model)
+        state = layout.start(model.init(jax.random.key(0)))
         host = batch()
         on_mesh = put_batch(host.rows, host.token_BT.shape, model.mesh, "zigzag" if sp > 1 else "contiguous")
-        means = jax.device_get(make_eval_step(config, model, objective_of(config))(state, on_mesh))
+        means = jax.device_get(make_eval_step(layout, objective_of(config))(state, on_mesh))
         facts = jax.device_get(batch_facts(on_mesh))
         found[sp] = [
             float(means["loss"].value()),

@@ -10,6 +10,7 @@ import jax
 
 from ringbpt.checkpoint.huggingface import CARRIED, describe_settings, is_own, load_folder, whole_architecture
 from ringbpt.checkpoint.original import load_original
+from ringbpt.checkpoint.peft import read_adapter
 from ringbpt.checkpoint.store import Rule, Wanted, newest_step
 from ringbpt.config import (
     RUN_FLAGS,
@@ -69,6 +70,12 @@ def describe_checkpoint(spec: str) -> Found:
         if name in known
     }
     architecture = whole_architecture(said, str(file))
+    if isinstance(lora := tree.get("lora"), dict) and lora.get("rank"):
+        base = tree.get("load_checkpoint") or "<the weights beside them>"
+        raise UserError(
+            f"--load_checkpoint={spec}: a run of adapters, which are nothing without the weights beside them: "
+            f"--load_checkpoint={base} --adapter={run / 'adapter'}"
+        )
     origin, vocab_file = tree.get("load_checkpoint", ""), tree["tokenizer"].get("vocab_file", "")
     for key, value in (("load_checkpoint", origin), ("tokenizer.vocab_file", vocab_file)):
         read_field(value, RUN_FLAGS[key], f"{file}: {key}")
@@ -148,23 +155,26 @@ def load_model(
     mesh_shape: tuple[int, int, int, int],
     dtype: str = "fp32",
     execution: Execution | None = None,
+    adapter: Path | None = None,
     **more: Any,
 ) -> tuple[Model, Params]:
     """The model of a checkpoint on a mesh over the first devices, its params in the compute dtype.
 
-    execution None: ring attention in chunks, whatever it was trained with. more: what else of the architecture is to
-    be another, as max_sequence_length. Raises UserError where the mesh does not fit the model.
+    execution None: ring attention in chunks, whatever it was trained with. adapter: a folder of PEFT's layout, whose
+    pairs stand beside the weights. more: what else of the architecture is to be another, as max_sequence_length.
+    Raises UserError where the mesh does not fit the model.
     """
     mesh_shape = MeshShape(*mesh_shape)
     architecture = replace(describe_checkpoint(spec).architecture, **more)
     execution = execution or default_execution(mesh_shape)
     check_mesh(Config(dtype=dtype, mesh_shape=mesh_shape, architecture=architecture, execution=execution))
+    pairs = read_adapter(adapter, architecture) if adapter else None
     model = Model(architecture, execution, make_mesh(mesh_shape), dtype)
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[dtype], sharding=x.sharding), model.abstract_params
     )
     entries, _ = load_checkpoint(spec, {"params": Wanted(wanted, tables=model.tables)}, architecture)
-    return model, entries["params"]
+    return pairs.on(model, entries["params"]) if pairs else (model, entries["params"])
 
 
 def default_execution(mesh_shape: MeshShape) -> Execution:

@@ -31,6 +31,7 @@ from ringbpt.config.fields import (
     JaxDistributedConfig,
     LionConfig,
     LoggerConfig,
+    LoraConfig,
     MuonConfig,
     OptimizerConfig,
     PalmConfig,

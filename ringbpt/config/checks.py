@@ -7,7 +7,7 @@ that work. Nothing here knows how a flag was written; what one flag may be by it
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ringbpt.config.fields import (
@@ -20,6 +20,7 @@ from ringbpt.config.fields import (
     PalmConfig,
     flag_values,
 )
+from ringbpt.config.lora import pairs_of
 from ringbpt.config.values import UserError, check_value, parse_mesh_dim, read_literals
 from ringbpt.dims import MeshShape
 
@@ -104,6 +105,7 @@ def check_run(config: Config) -> None:
             f"--logger.experiment_id={name!r} is not a plain name (letters, digits, _ . = + -): "
             f"--logger.experiment_id={plain} would work; --logger.output_dir chooses the folder"
         )
+    check_lora(config)
     smoothing = config.preference.label_smoothing
     if config.objective in ("exo", "cdpo") and smoothing == 0:
         what = "the logarithm of none" if config.objective == "exo" else "--objective=dpo"
@@ -116,6 +118,24 @@ def check_run(config: Config) -> None:
         raise UserError(
             f"--jax_distributed.process_id={number} does not go with --jax_distributed.num_processes={count}: ids run "
             f"from 0 to {count - 1}"
+        )
+
+
+def check_lora(config: Config) -> None:
+    """What has low-rank pairs, and what does not go with them."""
+    lora = config.lora
+    changed = [item.name for item in fields(lora) if getattr(lora, item.name) != item.default]
+    if changed and not lora.rank:
+        raise UserError(f"--lora.{changed[0]} says how weights get low-rank pairs, and --lora.rank=0 gives none: 16?")
+    if lora.dropout:
+        raise UserError(
+            f"--lora.dropout={lora.dropout}: a step is the same on every mesh, without dropout: leave it out"
+        )
+    pairs_of(lora, config.architecture)
+    if lora.rank and config.optimizer.offload_params:
+        raise UserError(
+            "--optimizer.offload_params does not go with --lora.rank: the optimizer's state of pairs is small, and "
+            "weights that stay may be kept in --lora.base_dtype=bf16: leave one of them out"
         )
 
 

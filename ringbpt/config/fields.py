@@ -182,6 +182,20 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank pairs, which are trained, beside weights that stay as they are; the words are PEFT's."""
+
+    rank: int = flag(0, "of each pair; 0: all weights are trained", at_least=0, at_most=1 << 14, shown="training")
+    alpha: float | None = flag(None, "a pair counts alpha / rank; None: as much as the rank", above=0)
+    target_modules: str = flag("all-linear", "which: q_proj,v_proj and so on, or a pattern of whole names")
+    rslora: bool = flag(False, "alpha / sqrt(rank) instead")
+    rank_pattern: str = flag("", '"dict(q_proj=8)": other ranks, by names or patterns of them')
+    alpha_pattern: str = flag("", "the same of alpha")
+    dropout: float = flag(0.0, "of a pair's input: there is none", at_least=0, below=1)
+    base_dtype: str = flag("fp32", "in which the weights that stay are kept", choices=tuple(DTYPES))
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a model is, and a checkpoint of it: sizes, positions, norms, experts, and where its stacks have L.
 
@@ -380,6 +394,7 @@ class Config:
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     architecture: Architecture = field(default_factory=Architecture, metadata={"group": "llama"})
     execution: Execution = field(default_factory=Execution, metadata={"group": "llama"})
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.model.experts import mixture
-from ringbpt.model.feedforward import swiglu
+from ringbpt.model.feedforward import matmul_in, swiglu
 from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import dot, embed
@@ -44,7 +44,7 @@ def weight_specs(model: Model) -> Any:
     def gathered(stored: PartitionSpec, without: int = -1) -> PartitionSpec:
         return PartitionSpec(*("tp" if entry == "tp" else None for i, entry in enumerate(stored) if i != without))
 
-    layer = {name: gathered(stored, axis) for name, stored in model.specs["layers"].items()}
+    layer = {name: gathered(stored, min(axis, len(stored) - 1)) for name, stored in model.specs["layers"].items()}
     specs = {name: gathered(stored) for name, stored in model.specs.items() if name != "layers"}
     specs.setdefault("unembed", PartitionSpec(None, "tp"))
     return specs | {"layers": [layer] * model.architecture.num_hidden_layers}
@@ -60,6 +60,8 @@ def make_split(model: Model) -> Callable[[Params], Params]:
     placed = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), weight_specs(model))
 
     def cut(w):
+        if w.ndim == 1:  # a number a layer, which is not rounded
+            return list(w)
         return [lax.index_in_dim(w, i, axis, keepdims=False).astype(model.dtype) for i in range(L)]
 
     def cast(w):
@@ -168,7 +170,7 @@ def make_decode(model: Model, prompt_share: int):
     weights: of make_split. prompt_share: the places of a device's share that prefill filled. step: int32, from 0.
     """
     architecture, mesh, mask = model.architecture, model.mesh, model.mask
-    matmul = partial(dot, out_dtype=model.dtype)
+    matmul = matmul_in(model.dtype)
     experts = architecture.num_experts
     feedforward = partial(mixture, experts) if experts else partial(swiglu, matmul=matmul)
     # Each device has its heads, and its part of F.

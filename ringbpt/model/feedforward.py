@@ -8,6 +8,7 @@ Ref: Blockwise Parallel Transformer, arXiv:2305.19370.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.model import adapters
 from ringbpt.model.weights import dot, gather_shards, project, scatter_grad
 
 
@@ -25,19 +27,25 @@ def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
 
 
 def swiglu_backward(
-    x: jax.Array, dy: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    x: jax.Array, dy: jax.Array, w_gate: Any, w_up: Any, w_down: Any
+) -> tuple[jax.Array, tuple[Any, Any, Any]]:
     """(dx in x's dtype, this part's share of the weights' gradients in float32), the activations computed again.
 
     By hand, so that weights' gradients are summed in float32 while every product has the compute dtype.
     """
-    matmul, weigh = partial(dot, out_dtype=x.dtype), partial(dot, out_dtype=jnp.float32)
+    matmul = matmul_in(x.dtype)
     gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
     hidden, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-    d_gate, d_up = hidden_vjp(matmul("BTD,FD->BTF", dy, w_down))
-    dx = matmul("BTF,DF->BTD", d_gate, w_gate) + matmul("BTF,DF->BTD", d_up, w_up)
-    dws = weigh("BTD,BTF->DF", x, d_gate), weigh("BTD,BTF->DF", x, d_up), weigh("BTF,BTD->FD", hidden, dy)
-    return dx, dws
+    d_hidden, dw_down = adapters.back("BTF,FD->BTD", hidden, dy, w_down, dot)
+    d_gate, d_up = hidden_vjp(d_hidden)
+    dx, dw_gate = adapters.back("BTD,DF->BTF", x, d_gate, w_gate, dot)
+    more, dw_up = adapters.back("BTD,DF->BTF", x, d_up, w_up, dot)
+    return dx + more, (dw_gate, dw_up, dw_down)
+
+
+def matmul_in(dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    """matmul(equation, x, w) of what one device has, w being what `adapters.use` gave."""
+    return partial(adapters.apply, dot=partial(dot, out_dtype=dtype))
 
 
 def split_chunks(x: jax.Array, size: int) -> jax.Array:
@@ -61,7 +69,7 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
         return partial(swiglu, matmul=partial(project, mesh))
 
     def forward(x, w_gate, w_up, w_down):
-        return swiglu(x, w_gate, w_up, w_down, partial(dot, out_dtype=x.dtype))
+        return swiglu(x, w_gate, w_up, w_down, matmul_in(x.dtype))
 
     def backward(*args):
         dx, dws = swiglu_backward(*args)
@@ -81,47 +89,56 @@ def in_chunks(
 ) -> Callable[..., jax.Array]:
     """function(*inputs, *weights) -> [B, T, D] in the first input's dtype, in chunks of each device's share of tokens.
 
-    inputs, weights: their dims. chunk_size: divides the local length or exceeds it; None: one chunk. For a chunk, and
-    weights whole in D: forward(*chunk, *whole) -> [b, t, D], this device's part over tp; backward(*chunk, dy, *whole)
-    -> (the gradients of the first `learned` inputs, those of the weights, which are summed over chunks in float32).
+    inputs, weights: their dims; a weight may have a pair beside it, as `adapters.use` gives it. chunk_size: divides the
+    local length or exceeds it; None: one chunk. For a chunk, and weights whole in D: forward(*chunk, *whole) ->
+    [b, t, D], this device's part over tp; backward(*chunk, dy, *whole) -> (the gradients of the first `learned` inputs,
+    those of the weights, which are summed over chunks in float32).
     """
-    x_specs, w_specs = tuple(spec(dims, ACTIVATION_AXES) for dims in inputs), tuple(map(weight_spec, weights))
-    d_dims, count = [dims.split().index("D") for dims in weights], len(inputs)
+    x_specs, count = tuple(spec(dims, ACTIVATION_AXES) for dims in inputs), len(inputs)
+
+    def letters_of(stored):
+        return [adapters.dims_of(dims, w) for dims, w in zip(weights, stored, strict=True)]
 
     def gathered(x, stored):
-        return [gather_shards(w, dim, x.dtype) for w, dim in zip(stored, d_dims, strict=True)]
+        return jax.tree.map(lambda w, letters: gather_shards(w, letters, x.dtype), stored, letters_of(stored))
 
     def chunks_of(arrays):
         size = min(chunk_size or arrays[0].shape[1], arrays[0].shape[1])
         return tuple(split_chunks(a, size) for a in arrays)
 
     # Each device has its part of F: a chunk's output, and the gradients of its inputs, are summed over tp.
-    def forward_local(*args):
-        whole = gathered(args[0], args[count:])
-        return join_chunks(lax.map(lambda chunk: lax.psum(forward(*chunk, *whole), "tp"), chunks_of(args[:count])))
+    def forward_local(stored, *args):
+        whole = gathered(args[0], stored)
+        return join_chunks(lax.map(lambda chunk: lax.psum(forward(*chunk, *whole), "tp"), chunks_of(args)))
 
-    def backward_local(*args):
-        whole = gathered(args[0], args[count + 1 :])
+    def backward_local(stored, *args):
+        whole = gathered(args[0], stored)
 
         def chunk_backward(sums, chunk):
             grads, dws = backward(*chunk, *whole)
-            return [s + dw.astype(jnp.float32) for s, dw in zip(sums, dws, strict=True)], lax.psum(grads, "tp")
+            return jax.tree.map(lambda s, dw: s + dw.astype(jnp.float32), sums, list(dws)), lax.psum(grads, "tp")
 
-        zeros = [jnp.zeros(w.shape, jnp.float32) for w in whole]
-        sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args[: count + 1]))
-        return *map(join_chunks, grads), *(scatter_grad(s, dim) for s, dim in zip(sums, d_dims, strict=True))
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), list(map(adapters.learning, whole)))
+        sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args))
+        letters = list(map(adapters.learning, letters_of(stored)))
+        return *map(join_chunks, grads), jax.tree.map(scatter_grad, sums, letters)
 
-    on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
-    ahead = on_shards(forward_local, in_specs=x_specs + w_specs, out_specs=x_specs[0])
-    back = on_shards(backward_local, in_specs=(*x_specs, x_specs[0], *w_specs), out_specs=x_specs[:learned] + w_specs)
+    def on_shards(function, stored, in_specs, out_specs):
+        stored_specs = jax.tree.map(weight_spec, letters_of(stored))
+        in_specs = (stored_specs, *in_specs)
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     @jax.custom_vjp
     def function(*args):
-        return ahead(*args)
+        stored = list(args[count:])
+        return on_shards(forward_local, stored, x_specs, x_specs[0])(stored, *args[:count])
 
     def function_bwd(args, dy):
-        grads = back(*args[:count], dy, *args[count:])
-        return *grads[:learned], *(None,) * (count - learned), *grads[learned:]
+        stored = list(args[count:])
+        learning = jax.tree.map(weight_spec, list(map(adapters.learning, letters_of(stored))))
+        specs = (*x_specs, x_specs[0]), (*x_specs[:learned], learning)
+        *grads, dws = on_shards(backward_local, stored, *specs)(stored, *args[:count], dy)
+        return *grads, *(None,) * (count - learned), *dws
 
     function.defvjp(lambda *args: (function(*args), args), function_bwd)
     return function

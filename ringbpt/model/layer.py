@@ -12,6 +12,7 @@ from flax import nnx
 
 from ringbpt.config import Architecture
 from ringbpt.dims import Dims
+from ringbpt.model.adapters import Pair, use
 from ringbpt.model.experts import RouterOutput, route
 from ringbpt.model.rope import apply_rope, frequencies, rope_scale, rotation
 from ringbpt.model.weights import ones, weight, zeros
@@ -21,9 +22,9 @@ Rope = tuple[jax.Array, jax.Array]  # cos and sin of every angle, [B, T, H/2] fl
 
 
 class Layer(nnx.Module):
-    """The weights of one layer: attention, then feedforward; what only some families have comes last."""
+    """The weights of one layer: attention, then feedforward; then what only some families have, and adapters."""
 
-    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: Architecture):
+    def __init__(self, rngs: nnx.Rngs, dims: Dims, std: float, config: Architecture, pairs: tuple[Pair, ...] = ()):
         expert = "E " if config.num_experts else ""
         self.attention_norm = ones(dims, "D")
         self.w_q = weight(rngs, dims, "D N H", std)
@@ -40,6 +41,9 @@ class Layer(nnx.Module):
             self.b_q, self.b_k, self.b_v = (zeros(dims, letters) for letters in ("N H", "K H", "K H"))
         if config.qk_norm:
             self.q_norm, self.k_norm = ones(dims, "H"), ones(dims, "H")
+        for pair in pairs:
+            for name, param in pair.weights(rngs, dims).items():
+                setattr(self, name, param)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -75,9 +79,10 @@ def attention_operands(
 class Parts(NamedTuple):
     """How the parts of a layer are computed: of global arrays, or inside shard_map of one device's share.
 
-    matmul(equation, x, w): an activation by a stored weight, in x's dtype. attend(q_BTNH, k_BTKH, v_BTKH) ->
-    [B, T, N, H]. feedforward(h_BTD, w_gate, w_up, w_down) -> [B, T, D], or of experts, which takes weight_BTX and
-    expert_BTX behind h_BTD. reduce: the sum over tp of what each device has of [B, T, D]. remat_*: around each half.
+    matmul(equation, x, w): an activation by a stored weight, as `adapters.use` gives it, in x's dtype.
+    attend(q_BTNH, k_BTKH, v_BTKH) -> [B, T, N, H]. feedforward(h_BTD, w_gate, w_up, w_down) -> [B, T, D], or of
+    experts, which takes weight_BTX and expert_BTX behind h_BTD. reduce: the sum over tp of what each device has of
+    [B, T, D]. remat_*: around each half.
     """
 
     matmul: Callable[..., jax.Array]
@@ -96,14 +101,15 @@ def apply_layer(
 
     def attention(x_BTD):
         h_BTD = rms_norm(x_BTD, w["attention_norm"], eps)
-        q_BTNH = matmul("BTD,DNH->BTNH", h_BTD, w["w_q"])
-        k_BTKH, v_BTKH = matmul("BTD,DKH->BTKH", h_BTD, w["w_k"]), matmul("BTD,DKH->BTKH", h_BTD, w["w_v"])
+        q_BTNH = matmul("BTD,DNH->BTNH", h_BTD, use(w, "w_q"))
+        k_BTKH, v_BTKH = (matmul("BTD,DKH->BTKH", h_BTD, use(w, name)) for name in ("w_k", "w_v"))
         q_BTNH, k_BTKH, v_BTKH = attention_operands(architecture, w, q_BTNH, k_BTKH, v_BTKH, rope)
         out_BTNH = parts.attend(q_BTNH, k_BTKH, v_BTKH)
-        return parts.reduce(matmul("BTNH,NHD->BTD", out_BTNH, w["w_o"])), (k_BTKH, v_BTKH)
+        return parts.reduce(matmul("BTNH,NHD->BTD", out_BTNH, use(w, "w_o"))), (k_BTKH, v_BTKH)
 
     def feedforward(x_BTD):
-        h_BTD, weights = rms_norm(x_BTD, w["feedforward_norm"], eps), (w["w_gate"], w["w_up"], w["w_down"])
+        h_BTD = rms_norm(x_BTD, w["feedforward_norm"], eps)
+        weights = [use(w, name) for name in ("w_gate", "w_up", "w_down")]
         if not architecture.num_experts:
             return parts.reduce(parts.feedforward(h_BTD, *weights)), None
         choice = route(architecture, matmul("BTD,DE->BTE", h_BTD, w["w_router"]))

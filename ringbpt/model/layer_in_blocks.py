@@ -20,7 +20,8 @@ from jax.sharding import Mesh, PartitionSpec
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.feedforward import swiglu, swiglu_backward
+from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, is_of_a_pair, learning, towards_x, use
+from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
 from ringbpt.types import Params, TokenMeta
@@ -29,6 +30,7 @@ PROJECTIONS = ("w_q", "w_k", "w_v")
 HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
 FEEDFORWARD = ("w_gate", "w_up", "w_down")
 AFTER_ATTENTION = ("w_o", "feedforward_norm", *FEEDFORWARD)
+OUTWARD = "GBTQ,GQD->BTD"  # attention's output, by group, through w_o
 TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different tokens
 
 
@@ -60,7 +62,7 @@ class LayerInBlocks:
         return layer
 
     def _forward(self, w, x, meta, hops):
-        before, after = ({n: a for n, a in w.items() if (n in AFTER_ATTENTION) == later} for later in (False, True))
+        before, after = ({n: a for n, a in w.items() if (_weight(n) in AFTER_ATTENTION) == later} for later in (0, 1))
         attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
         out, lse = attend(before, x, meta, hops)
         out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED_NAMES, strict=True))
@@ -70,8 +72,10 @@ class LayerInBlocks:
     def _backward(self, residuals, dy):
         w, *rest = residuals
         in_specs = (*self._token_specs, self._out_spec, self._out_spec, self._x_spec)
-        back = self._on_shards(self._backward_local, w, in_specs, (self._stored_specs(w), self._x_spec))
-        return *back(w, *rest, dy), None, None
+        learning = [name for name in w if is_of_a_pair(name)] or list(w)
+        out_specs = self._stored_specs(dict.fromkeys(learning)), self._x_spec
+        grads, dx = self._on_shards(self._backward_local, w, in_specs, out_specs)(w, *rest, dy)
+        return dict.fromkeys(w) | grads, dx, None, None
 
     _x_spec = spec("B T D", ACTIVATION_AXES)
     _token_specs = (_x_spec, spec("B T", ACTIVATION_AXES), PartitionSpec())
@@ -96,14 +100,13 @@ class LayerInBlocks:
     def _gathered(self, w: Params, dtype: jnp.dtype) -> Params:
         """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
         return {
-            name: gather_shards(x, self.letters[name].split().index("D"), dtype) if name.startswith("w_") else x
-            for name, x in w.items()
+            name: gather_shards(x, self.letters[name], dtype) if name.startswith("w_") else x for name, x in w.items()
         }
 
     def _scattered(self, name: str, dw: jax.Array) -> jax.Array:
         """The sum of all devices' gradients, as the weight itself is stored."""
         if name.startswith("w_"):
-            return scatter_grad(dw, self.letters[name].split().index("D"))
+            return scatter_grad(dw, self.letters[name])
         # Of what all heads share, each device of tp has its own heads' part of the gradient.
         return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
 
@@ -128,7 +131,7 @@ class LayerInBlocks:
 
         def chunk(i):
             h = self.norm(_slice(x, i, size), w["attention_norm"])
-            products = (dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS)
+            products = (matmul_in(x.dtype)("BTD,DNH->BTNH", h, use(w, name)) for name in PROJECTIONS)
             return self.operands(jax.tree.map(lambda a: _slice(a, i, size), meta), w, *products)
 
         return _in_chunks(chunk, x.shape[1], size)
@@ -148,8 +151,8 @@ class LayerInBlocks:
 
     def _after_attention(self, w: Params, x, out) -> jax.Array:
         size, whole = self._chunk(x), self._gathered(w, x.dtype)
-        w_o, (w_gate, w_up, w_down) = _by_group(whole["w_o"], out), (whole[name] for name in FEEDFORWARD)
-        matmul = partial(dot, out_dtype=x.dtype)
+        w_o, (w_gate, w_up, w_down) = _by_group(use(whole, "w_o"), out), (use(whole, name) for name in FEEDFORWARD)
+        matmul = matmul_in(x.dtype)
 
         def chunk(i, y):
             x_i = _add_attended(_slice(y, i, size), _slice(out, i, size, dim=2), w_o)
@@ -164,24 +167,29 @@ class LayerInBlocks:
         dy, grads = self._after_attention_back(whole, x, out, dy)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
         dx, more = self._projections_back(whole, x, meta, d_operands, dy)
-        return {name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in w}, dx
+        learning = [name for name in w if is_of_a_pair(name)] or list(w)
+        return {name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in learning}, dx
 
     def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
-        size, w_o = self._chunk(x), _by_group(w["w_o"], out)
+        size, w_o = self._chunk(x), _by_group(use(w, "w_o"), out)
 
         def chunk(i, state):
             dy, sums = state
             out_i, dy_i = _slice(out, i, size, dim=2), _slice(dy, i, size)
             h, norm_vjp = jax.vjp(self.norm, _add_attended(_slice(x, i, size), out_i, w_o), w["feedforward_norm"])
-            dh, dws = swiglu_backward(h, dy_i, *(w[name] for name in FEEDFORWARD))
+            dh, dws = swiglu_backward(h, dy_i, *(use(w, name) for name in FEEDFORWARD))
             dx, d_norm = norm_vjp(lax.psum(dh, "tp"))
             dy_i += dx
-            dw_o = dot("GBTQ,BTD->GQD", out_i, dy_i, jnp.float32)
-            new = dict(zip(FEEDFORWARD, dws, strict=True)) | {"feedforward_norm": d_norm, "w_o": dw_o}
+            new = {"feedforward_norm": d_norm} | flat("w_o", back(OUTWARD, out_i, dy_i, w_o, dot)[1])
+            for name, dw in zip(FEEDFORWARD, dws, strict=True):
+                new |= flat(name, dw)
             return _update(dy, dy_i, i), {name: total + new[name] for name, total in sums.items()}
 
-        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, _zeros(w, AFTER_ATTENTION) | _zeros({"w_o": w_o})))
+        sums = _zeros(w, ("feedforward_norm",)) | _zeros(flat("w_o", learning(w_o)))
+        for name in FEEDFORWARD:
+            sums |= _zeros(flat(name, learning(use(w, name))))
+        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
 
     def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
@@ -191,8 +199,10 @@ class LayerInBlocks:
             part = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, g, keepdims=False), groups)
             out_g, lse_g = (lax.dynamic_index_in_dim(a, g, keepdims=False) for a in (state[0], lse))
             q, k, v = self._queries_keys_values(w | part, x, meta)
+            w_o = use(w | part, "w_o")
+            empty = jnp.zeros((x.shape[0], size, *q.shape[2:]), x.dtype)  # of which the gradient makes no use
             d_out = _in_chunks(
-                lambda i: dot("BTD,NHD->BTNH", _slice(dy, i, size), part["w_o"], x.dtype), x.shape[1], size
+                lambda i: towards_x("BTNH,NHD->BTD", empty, _slice(dy, i, size), w_o, dot), x.shape[1], size
             )
             grads = self.attention.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
             return tuple(
@@ -211,7 +221,7 @@ class LayerInBlocks:
         def chunk(i, state):
             dy, sums = state
             h, norm_vjp = jax.vjp(self.norm, _slice(x, i, size), w["attention_norm"])
-            products = [dot("BTD,DNH->BTNH", h, w[name], x.dtype) for name in PROJECTIONS]
+            products = [matmul_in(x.dtype)("BTD,DNH->BTNH", h, use(w, name)) for name in PROJECTIONS]
             meta_i = jax.tree.map(lambda a: _slice(a, i, size), meta)
             _, operands_vjp = jax.vjp(partial(self.operands, meta_i), heads, *products)
             d_heads, *grads = operands_vjp(
@@ -223,12 +233,15 @@ class LayerInBlocks:
             new = dict(d_heads)
             dh = jnp.zeros_like(h)
             for name, grad in zip(PROJECTIONS, grads, strict=True):
-                new[name] = dot("BTD,BTNH->DNH", h, grad, jnp.float32)
-                dh += dot("BTNH,DNH->BTD", grad, w[name], x.dtype)
+                more, dw = back("BTD,DNH->BTNH", h, grad, use(w, name), dot)
+                new |= flat(name, dw)
+                dh += more
             dx, new["attention_norm"] = norm_vjp(lax.psum(dh, "tp"))
             return _update(dy, _slice(dy, i, size) + dx, i), {name: total + new[name] for name, total in sums.items()}
 
-        sums = _zeros(w, ("attention_norm", *PROJECTIONS, *heads))
+        sums = _zeros(w, ("attention_norm", *heads))
+        for name in PROJECTIONS:
+            sums |= _zeros(flat(name, learning(use(w, name))))
         return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
 
 
@@ -252,10 +265,21 @@ def _in_chunks(function: Callable, length: int, size: int) -> Any:
     return lax.fori_loop(0, length // size, update, empty)
 
 
-def _by_group(w_o: jax.Array, out: jax.Array) -> jax.Array:
-    """w_o as attention's output is laid out: [groups, heads * H, D]."""
-    return w_o.reshape(out.shape[0], out.shape[3], -1)
+def _weight(name: str) -> str:
+    """The weight that a name belongs to: its own, or an adapter's."""
+    return next((weight for weight in IN_OUT if name.startswith(weight)), name)
 
 
-def _add_attended(x: jax.Array, out: jax.Array, w_o: jax.Array) -> jax.Array:
-    return x + lax.psum(dot("GBTQ,GQD->BTD", out, w_o, x.dtype), "tp")
+def _by_group(w_o: Any, out: jax.Array) -> Any:
+    """w_o, with its pair, as attention's output is laid out: [groups, heads * H, D]."""
+
+    def grouped(w: jax.Array) -> jax.Array:
+        return w.reshape(out.shape[0], out.shape[3], -1)
+
+    if not isinstance(w_o, Fixed):
+        return grouped(w_o)
+    return Fixed(grouped(w_o.base), w_o.low and w_o.low._replace(a=grouped(w_o.low.a)))
+
+
+def _add_attended(x: jax.Array, out: jax.Array, w_o: Any) -> jax.Array:
+    return x + lax.psum(matmul_in(x.dtype)(OUTWARD, out, w_o), "tp")

@@ -14,14 +14,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ringbpt.attention import AttentionSpec, MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES, make_sharded_attention
 from ringbpt.config import Architecture, Config, Execution, UserError
+from ringbpt.config.lora import pairs_of
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
+from ringbpt.model.adapters import SCALE, Pair, is_of_a_pair
 from ringbpt.model.experts import Routing, make_experts
 from ringbpt.model.feedforward import make_feedforward
 from ringbpt.model.layer import Layer, Parts, Rope, apply_layer, rms_norm, rope_of
 from ringbpt.model.layer_in_blocks import LayerInBlocks
 from ringbpt.model.token_stats import make_token_stats
-from ringbpt.model.weights import constrain, constrain_activation, dot, embed, ones, project, weight
+from ringbpt.model.weights import (
+    constrain,
+    constrain_activation,
+    dot,
+    embed,
+    merge,
+    ones,
+    part_of,
+    project,
+    weight,
+)
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -68,16 +80,23 @@ def make_dims(config: Architecture) -> Dims:
 class Llama(nnx.Module):
     """All weights; `layers` is one Layer whose arrays carry L at `param_scan_axis`, scanned over or not."""
 
-    def __init__(self, rngs: nnx.Rngs, config: Architecture):
+    def __init__(self, rngs: nnx.Rngs, config: Architecture, pairs: tuple[Pair, ...] = ()):
         dims, std = make_dims(config), config.initializer_range
         self.embed = weight(rngs, dims, "V D", std)
-        stack = nnx.vmap(Layer, in_axes=(0, None, None, None), out_axes=config.param_scan_axis)
-        self.layers = stack(rngs.split(dims.L), dims, std, config)
+        # Numbers, one a layer, have no second axis.
+        axes = nnx.StateAxes({lambda path, _: path[-1].endswith(SCALE): 0, ...: config.param_scan_axis})
+        stack = nnx.vmap(Layer, in_axes=(0, None, None, None, None), out_axes=axes)
+        self.layers = stack(rngs.split(dims.L), dims, std, config, pairs)
         self.norm = ones(dims, "D")
         if config.head == "score":
             self.score = weight(rngs, dims, "D", std)
         elif not config.tie_word_embeddings:
             self.unembed = weight(rngs, dims, "D V", std)
+
+
+def layer_of(layers: Params, i: int, axis: int) -> Params:
+    """One layer's weights of a stack of all; numbers are stacked at 0."""
+    return jax.tree.map(lambda w: jax.lax.index_in_dim(w, i, min(axis, w.ndim - 1), keepdims=False), layers)
 
 
 @dataclass(frozen=True)
@@ -88,11 +107,22 @@ class Model:
     execution: Execution
     mesh: Mesh
     compute_dtype: str = "fp32"  # fp32 | bf16 | fp16; params are stored in float32 and cast where they are used
+    pairs: tuple[Pair, ...] = ()  # the adapters of its layers' weights
 
     @staticmethod
     def of(config: Config, mesh: Mesh) -> "Model":
         """The model that a training run's flags describe."""
-        return Model(config.architecture, config.execution, mesh, config.dtype)
+        pairs = tuple(Pair(*pair) for pair in pairs_of(config.lora, config.architecture))
+        return Model(config.architecture, config.execution, mesh, config.dtype, pairs)
+
+    @property
+    def base(self) -> "Model":
+        """The model without its adapters."""
+        return replace(self, pairs=())
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a weight, by its dotted name, stays as it is: with adapters all but these and a fresh head."""
+        return bool(self.pairs) and not is_of_a_pair(name) and name != "score"
 
     def check_kernel(self, seq_length: int, shared: bool = False) -> None:
         """Raises UserError where the kernel that was asked for cannot do it: now, and not when the step compiles.
@@ -119,7 +149,7 @@ class Model:
         return jax.jit(self._init, out_shardings=self.shardings)(key)
 
     def _init(self, key: jax.Array) -> Params:
-        params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.architecture), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(params=key), self.architecture, self.pairs), nnx.Param))
         for name, (axis, size) in self.tables.items():
             if name in params and self.table_rows > size:
                 widths = [(0, self.table_rows - size if dim == axis else 0) for dim in range(params[name].ndim)]
@@ -127,15 +157,17 @@ class Model:
         return params
 
     def with_fresh(self, params: Params, key: jax.Array) -> Params:
-        """The params with fresh ones in place of those that are None, as `init` would make them."""
-        names = [name for name, leaf in params.items() if leaf is None]
-        if not names:
+        """The params with fresh ones in place of those that are None or, of adapters, missing; as `init` makes them."""
+
+        def missing(wanted: Params, there: Params) -> Params:
+            inner = {name: missing(x, there[name]) for name, x in wanted.items() if isinstance(x, dict)}
+            own = {name: x for name, x in wanted.items() if not isinstance(x, dict) and there.get(name) is None}
+            return own | {name: x for name, x in inner.items() if x}
+
+        if not (wanted := missing(self.shardings, params)):
             return params
-        made = jax.jit(
-            lambda key: {name: self._init(key)[name] for name in names},
-            out_shardings={name: self.shardings[name] for name in names},
-        )
-        return params | made(key)
+        made = jax.jit(lambda key: part_of(self._init(key), wanted), out_shardings=wanted)(key)
+        return merge({name: x for name, x in params.items() if x is not None}, made)
 
     @property
     def fresh(self) -> frozenset[str]:
@@ -161,7 +193,7 @@ class Model:
     @cached_property
     def _declared(self) -> nnx.State:
         """Every param without its numbers, as its module declares it."""
-        return nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.architecture), nnx.Param))
+        return nnx.eval_shape(lambda: nnx.state(Llama(nnx.Rngs(params=0), self.architecture, self.pairs), nnx.Param))
 
     @cached_property
     def specs(self) -> Any:
@@ -170,7 +202,7 @@ class Model:
         def leaf(path: tuple, param: nnx.Variable) -> PartitionSpec:
             entries = list(weight_spec(param.get_metadata("dims")))
             if path[0] == "layers":
-                entries.insert(self.architecture.param_scan_axis, None)
+                entries.insert(min(self.architecture.param_scan_axis, len(entries)), None)
             return PartitionSpec(*entries)
 
         return nnx.to_pure_dict(nnx.map_state(leaf, self._declared))
@@ -238,11 +270,11 @@ class Model:
             Routing.zeros(architecture, token_BT.shape) if architecture.num_experts else None,
         )
         if execution.scan_layers:
-            layers = jax.tree.map(lambda w: jnp.moveaxis(w, axis, 0), params["layers"])
+            layers = jax.tree.map(lambda w: jnp.moveaxis(w, min(axis, w.ndim - 1), 0), params["layers"])
             state, _ = jax.lax.scan(lambda state, layer: (block(state, layer), None), state, layers)
         else:
             for i in range(architecture.num_hidden_layers):
-                layer = jax.tree.map(lambda w, i=i: jax.lax.index_in_dim(w, i, axis, keepdims=False), params["layers"])
+                layer = layer_of(params["layers"], i, axis)
                 state = block(state, layer)
         x_BTD, routing = state
         return rms_norm(x_BTD, fetch(params["norm"]), architecture.rms_norm_eps), routing

@@ -55,12 +55,12 @@ def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[.
         return tuple(split_chunks(a, min(chunk_size, a.shape[1])) for a in arrays)
 
     def forward_local(hidden, unembed, target):
-        whole = gather_shards(unembed, 0, hidden.dtype)
+        whole = gather_shards(unembed, "D V", hidden.dtype)
         chunks = lax.map(lambda chunk: chunk_stats(chunk[0], chunk[1], whole), chunks_of(hidden, target))
         return jax.tree.map(join_chunks, chunks)
 
     def backward_local(hidden, unembed, target, lse, entropy, d_logp, d_entropy):
-        whole = gather_shards(unembed, 0, hidden.dtype)
+        whole = gather_shards(unembed, "D V", hidden.dtype)
 
         def chunk_backward(d_whole, chunk):
             hidden, target, lse, entropy, d_logp, d_entropy = chunk
@@ -74,7 +74,7 @@ def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[.
 
         chunks = chunks_of(hidden, target, lse, entropy, d_logp, d_entropy)
         d_whole, d_hidden = lax.scan(chunk_backward, jnp.zeros(whole.shape, jnp.float32), chunks)
-        return join_chunks(d_hidden), scatter_grad(d_whole, 0)
+        return join_chunks(d_hidden), scatter_grad(d_whole, "D V")
 
     forward = jax.shard_map(
         forward_local, mesh=mesh, in_specs=(hidden_spec, w_spec, token_spec), out_specs=token_spec, check_vma=False

@@ -1,6 +1,7 @@
 """Weights: made from their dims, and used so that the partitioner gathers weights and never activations."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, WEIGHT_AXES, Dims, spec, weight_spec
+from ringbpt.model import adapters
 from ringbpt.types import Params, PyTree
 
 FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
@@ -35,21 +37,34 @@ def constrain_activation(x: jax.Array, mesh: Mesh, letters: str) -> jax.Array:
     return constrain(x, mesh, spec(letters, ACTIVATION_AXES))
 
 
-def gather_shards(w: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
-    """Inside shard_map: a weight whole in its D dim, in the compute dtype. Cast first: half the bytes travel."""
-    return lax.all_gather(w.astype(dtype), FSDP, axis=dim, tiled=True)
+def gather_shards(w: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
+    """Inside shard_map: a matrix whole in D, where it has one, in the compute dtype; a number as it is.
+
+    Cast first: half the bytes travel.
+    """
+    if not letters:
+        return w
+    dims = letters.split()
+    return lax.all_gather(w.astype(dtype), FSDP, axis=dims.index("D"), tiled=True) if "D" in dims else w.astype(dtype)
 
 
-def scatter_grad(dw: jax.Array, dim: int) -> jax.Array:
-    """Inside shard_map: the sum of every device's float32 gradient, each keeping its own part of D."""
-    return lax.psum_scatter(lax.psum(dw, "dp"), FSDP, scatter_dimension=dim, tiled=True)
+def scatter_grad(dw: jax.Array, letters: str) -> jax.Array:
+    """Inside shard_map: the sum of every device's float32 gradient, each keeping its own part of D, where there is one.
+
+    Of a weight that all devices of tp have, each has made the part that its heads or its part of F have a share in.
+    """
+    dims = letters.split()
+    dw = lax.psum(dw, "dp" if any(GATHERED_AXES.get(letter) for letter in dims) else ("dp", "tp"))
+    if "D" not in dims:
+        return lax.psum(dw, FSDP)
+    return lax.psum_scatter(dw, FSDP, scatter_dimension=dims.index("D"), tiled=True)
 
 
 def gather(w: jax.Array, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
     """A global weight, whole in its D dim and in the compute dtype: else the partitioner may gather the activations."""
-    in_spec, out_spec, dim = weight_spec(letters), spec(letters, GATHERED_AXES), letters.split().index("D")
-    local = partial(gather_shards, dim=dim, dtype=dtype)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)(w)
+    local = partial(gather_shards, letters=letters, dtype=dtype)
+    specs = {"in_specs": weight_spec(letters), "out_specs": spec(letters, GATHERED_AXES)}
+    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(w)
 
 
 def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -58,14 +73,19 @@ def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def project(mesh: Mesh, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def project(mesh: Mesh, equation: str, x: jax.Array, w: Any) -> jax.Array:
     """`project(mesh, "BTD,DNH->BTNH", x, w)`: an einsum of an activation with a stored weight, in x's dtype.
 
     The letters say the shardings: w is gathered over fsdp and sp just before use, the product is an activation,
-    and w's gradient is summed and scattered to w's own sharding in float32, whatever dtype x has.
+    and w's gradient is summed and scattered to w's own sharding in float32, whatever dtype x has. w: what
+    `adapters.use` gave.
     """
-    return _project_fwd(mesh, equation, x, w)[0]
+    return adapters.apply(equation, x, w, partial(_project, mesh, True), partial(_project, mesh, False))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(mesh: Mesh, learns: bool, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _project_fwd(mesh, learns, equation, x, w)[0]
 
 
 def _letters(equation: str) -> tuple[str, str, str]:
@@ -75,23 +95,26 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return " ".join(x), " ".join(w), " ".join(result)
 
 
-def _project_fwd(mesh, equation, x, w):
+def _project_fwd(mesh, learns, equation, x, w):
     _, w_letters, y_letters = _letters(equation)
     y = dot(equation, x, gather(w, mesh, w_letters, x.dtype), x.dtype)
     return constrain_activation(y, mesh, y_letters), (x, w)
 
 
-def _project_bwd(mesh, equation, residuals, dy):
+def _project_bwd(mesh, learns, equation, residuals, dy):
     x, w = residuals
     x_letters, w_letters, y_letters = _letters(equation)
     x_term, w_term, y_term = (letters.replace(" ", "") for letters in (x_letters, w_letters, y_letters))
     dy = constrain_activation(dy, mesh, y_letters)
     dx = dot(f"{y_term},{w_term}->{x_term}", dy, gather(w, mesh, w_letters, x.dtype), x.dtype)
+    dx = constrain_activation(dx, mesh, x_letters)
+    if not learns:
+        return dx, None
     dw = dot(f"{x_term},{y_term}->{w_term}", x, dy, jnp.float32)
-    return constrain_activation(dx, mesh, x_letters), constrain(dw, mesh, weight_spec(w_letters)).astype(w.dtype)
+    return dx, constrain(dw, mesh, weight_spec(w_letters)).astype(w.dtype)
 
 
-project.defvjp(_project_fwd, _project_bwd)
+_project.defvjp(_project_fwd, _project_bwd)
 
 
 def embed(mesh: Mesh, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array) -> jax.Array:

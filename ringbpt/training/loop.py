@@ -45,6 +45,7 @@ def train(config: Config, signals: Signals | None = None) -> Path:
     """
     with closing(open_run(config)) as run:
         _train(config, run, signals or Signals())
+        run.leave_adapter()
     say(f"done: {run.folder}")
     return run.folder
 
@@ -62,7 +63,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     if objective.reference:
         state, loaders = ask_reference(run, layout, state, loaders)
     loader, held_out = loaders[TRAIN], loaders.get(EVAL)
-    evaluate = held_out and _evaluation(config, model, objective, tokenizer, run.folder, held_out)
+    evaluate = held_out and _evaluation(layout, objective, tokenizer, run.folder, held_out)
     template = config.train_dataset.text_processor.chat_template
     set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
     say(_describe(config, model, run, tokenizer, loader, held_out))
@@ -168,12 +169,13 @@ def _put(model: Model, loader: Loader, step: int) -> Batch:
 
 
 def _evaluation(
-    config: Config, model: Model, objective: Objective, tokenizer: Tokenizer, folder: Path, loader: Loader
+    layout: StateLayout, objective: Objective, tokenizer: Tokenizer, folder: Path, loader: Loader
 ) -> Callable[[TrainState, int], dict[str, float]]:
     """evaluate(state, step) measures the objective over the first eval_batches batches of the held-out data, and what
     is probed, as a row of metrics; pictures go to `folder`.
     """
-    eval_step, probe = make_eval_step(config, model, objective), make_probe(config, model, tokenizer, folder)
+    config, model = layout.config, layout.model
+    eval_step, probe = make_eval_step(layout, objective), make_probe(config, model, tokenizer, folder)
     numbers = range(min(config.eval_batches, loader.steps_per_epoch))
     compiled: list[bool] = []
 

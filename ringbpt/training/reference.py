@@ -12,7 +12,7 @@ from ringbpt.data.epochs import cache_folder
 from ringbpt.data.loader import Loader
 from ringbpt.evaluation.reference import ReferenceColumns, weights_fingerprint
 from ringbpt.model.llama import Model
-from ringbpt.model.weights import merge
+from ringbpt.model.weights import merge, part_of
 from ringbpt.training.metrics import say
 from ringbpt.training.run import Run
 from ringbpt.training.state import StateLayout, TrainState
@@ -84,9 +84,12 @@ def ask_reference(
     run: Run, layout: StateLayout, state: TrainState, loaders: dict[str, Loader]
 ) -> tuple[TrainState, dict[str, Loader]]:
     """The state with the reference's weights in it, or the loaders with what it says of each token as a column."""
-    first = None if run.goes_on else merge(state.trained, state.frozen)
-    reference = Reference(layout.config, layout.model, run.reference, first)
+    base = layout.model.base
+    first = None if run.goes_on else part_of(merge(state.trained, state.frozen), base.specs)
+    reference = Reference(layout.config, base, run.reference, first)
     run.reference = reference.described
+    if layout.has_reference and not layout.has_own_reference:
+        return state, loaders
     if layout.has_reference:
         return layout.with_reference(state, reference.params()), loaders
     return state, reference.column_of(loaders)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Mapping
@@ -18,15 +19,20 @@ from jax.experimental import multihost_utils
 
 from ringbpt.checkpoint.checkpointer import Checkpointer
 from ringbpt.checkpoint.load import TOKENIZER, find_checkpoint, load_checkpoint
+from ringbpt.checkpoint.peft import write_adapter
 from ringbpt.checkpoint.store import Entry, Rule, StoredStep, Wanted, first_good, first_of_all, read_object
 from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import CheckpointerConfig, Config, UserError, to_dict
 from ringbpt.config.foreign import user_path
+from ringbpt.config.lora import pairs_of
 from ringbpt.data.text.tokenizers import Tokenizer, keep_tokenizer
+from ringbpt.evaluation.reference import weights_fingerprint
+from ringbpt.model.adapters import Pair
 from ringbpt.model.llama import COMPUTE_DTYPES
+from ringbpt.model.weights import merge, part_of
 from ringbpt.training.metrics import MetricsWriter, check_wandb, say
-from ringbpt.training.state import StateLayout, TrainState
-from ringbpt.types import Mean, Means
+from ringbpt.training.state import StateLayout, TrainState, divide
+from ringbpt.types import Mean, Means, Params
 
 
 @dataclass
@@ -35,7 +41,8 @@ class Run:
 
     fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from. means:
     of the steps before `start` that no row of metrics holds yet. is_stored: whether a checkpoint of it is on the disk.
-    goes_on: whether it began with one of its own. reference: what it is compared with (training/reference.py).
+    goes_on: whether it began with one of its own. reference: what it is compared with (training/reference.py). base: of
+    the weights beside its adapters, if it trains some, the fingerprint.
     """
 
     config: Config
@@ -48,6 +55,7 @@ class Run:
     is_stored: bool = False
     goes_on: bool = False
     reference: dict[str, str] | None = None
+    base: str = ""
     _lock: IO[str] | None = None
 
     def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:
@@ -65,18 +73,20 @@ class Run:
             "guard": Wanted(abstract.guard, Rule.FRESH_IF_ABSENT if abstract.guard else Rule.IGNORED),
         }
         found: dict[str, Any] = dict.fromkeys((*wanted, "meta"))
-        own = self._own_checkpoint(wanted) if config.autoresume else None
+        own, key = self._own_checkpoint(wanted) if config.autoresume else None, jax.random.key(config.seed)
         if own is not None:
             found, self.is_stored, self.goes_on = own, True, True
             where = f"--autoresume from {self.checkpointer.directory}"
-        elif config.load_checkpoint:
+        elif config.load_checkpoint and not model.pairs:
             found, note = load_checkpoint(config.load_checkpoint, wanted, config.architecture)
             where = f"--load_checkpoint={config.load_checkpoint}"
             if note:
                 say(note)
-        else:
-            found["params"] = model.init(jax.random.key(config.seed))
-        found["params"] = model.with_fresh(found["params"], jax.random.key(config.seed))
+        elif not model.pairs:
+            found["params"] = model.init(key)
+        if model.pairs:
+            found["params"] = merge(self._base(layout, found["meta"]), found["params"] or {})
+        found["params"] = model.with_fresh(found["params"], key)
         params, opt_state, meta = found["params"], found["opt_state"], found["meta"]
         self.reference = (meta or {}).get("reference")
         if meta is None:
@@ -97,6 +107,26 @@ class Run:
         self.start, self.data_step = meta["step"], meta["data"]["step"]
         self.means = {name: Mean(*sums) for name, sums in meta.get("means", {}).items()}
         return layout.start(params, self.start, opt_state, found["guard"])
+
+    def _base(self, layout: StateLayout, meta: dict[str, Any] | None) -> Params:
+        """The weights beside the adapters, of --load_checkpoint or of the seed: in no checkpoint of the run, which has
+        their fingerprint. Raises UserError where they are others than the run began with.
+        """
+        config, model = self.config, layout.model
+        frozen = part_of(layout.abstract.frozen, divide(model.base.specs, layout.is_frozen)[1])
+        if config.load_checkpoint:
+            wanted = Wanted(frozen, tables=model.tables, fresh=model.fresh, left=model.left)
+            params = load_checkpoint(config.load_checkpoint, {"params": wanted}, config.architecture)[0]["params"]
+            params = {name: x for name, x in params.items() if x is not None}
+        else:
+            params = part_of(model.base.init(jax.random.key(config.seed)), frozen)
+        self.base = weights_fingerprint(params)
+        if meta is not None and meta.get("base") != self.base:
+            raise UserError(
+                f"--load_checkpoint={config.load_checkpoint}: its weights are not those beside which the adapters of "
+                f"{self.folder} were trained: give the same, or another --logger.experiment_id"
+            )
+        return params
 
     def _own_checkpoint(self, wanted: Mapping[str, Wanted]) -> dict[str, Any] | None:
         """The entries of the newest good step; None of a new run.
@@ -162,6 +192,25 @@ class Run:
             self.checkpointer.wait()
             self.is_stored = True
 
+    def leave_adapter(self) -> None:
+        """Writes what was trained beside weights that stay into `adapter`, in PEFT's layout, as it was saved last."""
+        config, folder = self.config, self.folder / "adapter"
+        pairs = tuple(Pair(*pair) for pair in pairs_of(config.lora, config.architecture))
+        newest = self.checkpointer.latest_step()
+        if not pairs or newest is None or jax.process_index():
+            return
+        step = StoredStep(self.checkpointer.directory / str(newest))
+        names = [name for name in step.dtypes("params") if name.startswith("layers.")]
+        layers = {name.removeprefix("layers."): step.read("params", name) for name in names}
+        score = step.read("params", "score") if "score" in step.dtypes("params") else None
+        new = self.folder / "adapter.new"
+        shutil.rmtree(new, ignore_errors=True)
+        base = config.load_checkpoint.partition("::")[2]
+        write_adapter(new, layers, config.lora, pairs, config.architecture, base, score)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+        say(f"wrote {folder}: {sum(x.size for x in layers.values()):,} numbers beside {base or 'fresh weights'}")
+
     def close(self) -> None:
         """Ends what is being saved, and lets another process have the folder. Raises UserError where the newest
         checkpoint could not be written.
@@ -184,6 +233,8 @@ class Run:
         meta: dict[str, Any] = {"data": {"step": self.data_step_of(step), "fingerprint": self.fingerprint}}
         if self.reference:
             meta["reference"] = self.reference
+        if self.base:
+            meta["base"] = self.base
         if means:
             meta["means"] = {name: [mean.total, mean.weight] for name, mean in means.items()}
         config = self.config.checkpointer
@@ -197,7 +248,8 @@ def entries(state: TrainState, config: CheckpointerConfig) -> dict[str, Entry]:
         # What is optax's business (named tuples, masks, empty states) holds no arrays, and stays out of the files.
         guard = {"guard": Entry(flatten(state.guard))} if state.guard else {}
         return {"params": Entry(state.trained), "opt_state": Entry(flatten(state.opt_state)), **guard}
-    return {"params": Entry(state.trained, COMPUTE_DTYPES[config.float_dtype])}
+    # What is trained beside weights that stay is small, and kept as it is.
+    return {"params": Entry(state.trained, None if state.frozen else COMPUTE_DTYPES[config.float_dtype])}
 
 
 def open_run(config: Config) -> Run:

@@ -57,14 +57,27 @@ def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -
 class StateLayout:
     """Which weights a run trains, by which optimizer, and where each leaf of its TrainState lives.
 
-    is_frozen(dotted name) says of a weight that it stays as it is. has_reference: whether a reference model is computed
-    in each step. Nothing is allocated but by `start`.
+    is_frozen(dotted name) says of a weight that it stays as it is; None: the model says it. has_reference: whether a
+    reference model is computed in each step, which is the model without its adapters where it has some and no other
+    is named: that one has no weights of its own. Nothing is allocated but by `start`.
     """
 
     config: Config
     model: Model
-    is_frozen: Callable[[str], bool] = lambda name: False
+    frozen_by: Callable[[str], bool] | None = None
     has_reference: bool = False
+
+    def is_frozen(self, name: str) -> bool:
+        return (self.frozen_by or self.model.is_frozen)(name)
+
+    @property
+    def has_own_reference(self) -> bool:
+        """Whether the reference has weights of its own."""
+        return self.has_reference and not (self.model.pairs and not self.config.reference_checkpoint)
+
+    def reference_of(self, state: TrainState) -> Params | None:
+        """The weights of the reference model that a step computes, if it does."""
+        return state.frozen if self.has_reference and not self.has_own_reference else state.reference
 
     @cached_property
     def made(self) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -77,7 +90,7 @@ class StateLayout:
         abstract, _ = divide(self.model.abstract_params, self.is_frozen)
         opt_state = state_specs(self.made[0], abstract, trained)
         guard = jax.tree.map(lambda _: PartitionSpec(), self._guard)
-        reference = self.model.specs if self.has_reference else None
+        reference = self.model.base.specs if self.has_own_reference else None
         return TrainState(PartitionSpec(), trained, opt_state, frozen, guard, reference)
 
     @property
@@ -113,9 +126,16 @@ class StateLayout:
         trained, frozen = divide(self.model.abstract_params, self.is_frozen)
         opt_state = jax.eval_shape(self.made[0].init, trained)
         guard = jax.eval_shape(lambda: self._guard)
-        reference = jax.tree.map(self._in_reference, self.model.abstract_params) if self.has_reference else None
+        frozen = jax.tree.map(self._as_base, frozen)
+        base = self.model.base
+        reference = jax.tree.map(self._in_reference, base.abstract_params) if self.has_own_reference else None
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen, guard, reference)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
+
+    def _as_base(self, x: Any) -> jax.ShapeDtypeStruct:
+        """A frozen weight as it is kept; adapters' scales, a number a layer, are exact."""
+        dtype = COMPUTE_DTYPES[self.config.lora.base_dtype] if self.model.pairs and x.ndim > 1 else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype)
 
     def _in_reference(self, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[self.config.dtype])
@@ -132,6 +152,7 @@ class StateLayout:
         """The state for all of the model's params; opt_state None starts the optimizer afresh, guard None the guard."""
         shardings = self.shardings
         trained, frozen = jax.device_put(divide(params, self.is_frozen), (shardings.trained, shardings.frozen))
+        frozen = jax.tree.map(lambda x, as_kept: x.astype(as_kept.dtype), frozen, self.abstract.frozen)
         if opt_state is None and self.config.optimizer.is_offloaded:
             opt_state = offload.init(self.made[0], trained, shardings.opt_state)
         elif opt_state is None:

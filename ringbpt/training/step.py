@@ -175,7 +175,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # For the planner: arrays of a GPU that is not here cannot say themselves that they are in the host's memory.
         state = jax.tree.map(lambda x, away: to_host(x) if away else x, state, layout.on_host)
-        grads, divisor, means, loss = totals(state.trained, state.frozen, batch, state.reference)
+        grads, divisor, means, loss = totals(state.trained, state.frozen, batch, layout.reference_of(state))
         if config.optimizer.is_offloaded:  # divided with the rest of the update, a piece at a time
             norm = offload.norm(grads) / divisor
         else:
@@ -201,14 +201,16 @@ def make_train_step(
     )
 
 
-def make_eval_step(config: Config, model: Model, objective: Objective) -> Callable[[TrainState, Batch], Means]:
+def make_eval_step(layout: StateLayout, objective: Objective) -> Callable[[TrainState, Batch], Means]:
     """eval_step(state, batch) -> Means, jitted: add those of several batches, then take the objective's values once.
 
     With them come those that are pictured. Each batch is a whole step by itself to what stands inside a nonlinearity.
     """
 
+    config, model = layout.config, layout.model
+
     def eval_step(state: TrainState, batch: Batch) -> Means:
-        batch = with_reference(model, objective, state.reference, batch)
+        batch = with_reference(model, objective, layout.reference_of(state), batch)
         stats = model.token_stats(merge(state.trained, state.frozen), batch, objective.head)
         stats = objective.knowing_whole(stats, batch, config)
         pictured = objective.pictured(stats, batch, config) if objective.pictured else {}

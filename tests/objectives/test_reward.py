@@ -190,8 +190,9 @@ def plain() -> Any:
 def test_what_is_pictured(tmp_path):
     config = config_of()
     model = Model.of(config, make_mesh((1, 1, 1, 1)))
-    state = StateLayout(config, model).start(jax.device_put(params_of(), model.shardings))
-    means = jax.device_get(make_eval_step(config, model, REWARD)(state, jax.tree.map(jnp.asarray, host_batch())))
+    layout = StateLayout(config, model)
+    state = layout.start(jax.device_put(params_of(), model.shardings))
+    means = jax.device_get(make_eval_step(layout, REWARD)(state, jax.tree.map(jnp.asarray, host_batch())))
     counts = means["probabilities"].total
     assert counts.sum() == 4
     half = len(counts) // 2

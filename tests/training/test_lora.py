@@ -1,0 +1,181 @@
+"""Runs that train low-rank pairs: what stays, what is stored, how they go on, and what they leave."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ringbpt import generate
+from ringbpt.checkpoint.load import load_model
+from ringbpt.checkpoint.peft import read_adapter
+from ringbpt.checkpoint.store import StoredStep
+from ringbpt.config import UserError, run_main
+from ringbpt.mesh import make_mesh
+from ringbpt.model.llama import Model
+from ringbpt.training.metrics import read_rows
+from ringbpt.training.state import StateLayout
+from tests.training.test_loop import FULL, configured, losses, refusal, train
+from tests.training.test_reference import PAIRED, TEXT, pairs
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+LORA = ("--lora.rank=4", "--lora.alpha=8", "--optimizer.adamw_optimizer.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"say {n} ants: {n} ants"}) + "\n" for n in range(80))
+    )
+    (folder / "pairs.jsonl").write_text(pairs(40))
+    return (f"--train_dataset.json_dataset.path={folder}/texts.jsonl", f"--train_dataset.cache_dir={folder}/cache")
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    return f"--load_checkpoint=params::{train(folder, *data, *FULL, '--total_steps=2', name='base')}"
+
+
+@pytest.fixture(scope="module")
+def run(data, base, tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("lora"), *data, base, *LORA, *FULL, "--total_steps=6")
+
+
+def stored(run: Path) -> dict[str, np.ndarray]:
+    step = StoredStep(max((run / "checkpoints").iterdir(), key=lambda path: int(path.name)))
+    return {name: step.read("params", name) for name in step.dtypes("params")}
+
+
+def test_pairs_alone_are_stored_and_learn(run, base):
+    names = {f"layers.w_{name}_{part}" for name in ("q", "k", "v", "o", "gate", "up", "down") for part in "ab"}
+    found = stored(run)
+    assert found.keys() == names
+    assert all(x.dtype == np.float32 for x in found.values())
+    assert all(np.abs(x).max() > 0 for x in found.values())
+    assert losses(run)[6] < losses(run)[1]
+
+
+def test_the_optimizer_holds_two_numbers_of_each_of_a_pair(base):
+    config = configured(base, *LORA)
+    abstract = StateLayout(config, Model.of(config, make_mesh((1, 1, 1, 1)))).abstract
+    trained = sum(x.size for x in jax.tree.leaves(abstract.trained))
+    assert sum(x.size for x in jax.tree.leaves(abstract.opt_state)) <= 2 * trained + 8
+    assert "unembed" in abstract.frozen and set(abstract.trained) == {"layers"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_base_keeps_its_bits(data, base, tmp_path, dtype):
+    """20 steps, then its weights by those of the checkpoint they came from."""
+    from ringbpt.training import loop
+
+    kept = []
+    original = loop.make_train_step
+
+    def watched(layout, objective):
+        step = original(layout, objective)
+
+        def watching(state, batch):
+            result = step(state, batch)
+            kept.append(result[0].frozen)
+            return result
+
+        watching.lower = step.lower
+        return watching
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_train_step", watched)
+        train(
+            tmp_path,
+            *data,
+            base,
+            *LORA,
+            "--total_steps=20",
+            f"--lora.base_dtype={dtype}",
+            "--nosave_final",
+            "--save_minutes=0",
+        )
+    assert len(kept) == 20
+    _, params = load_model(base.removeprefix("--load_checkpoint="), (1, 1, 1, 1), dtype)
+    for name in ("w_q", "w_down"):
+        assert kept[-1]["layers"][name].dtype == params["layers"][name].dtype
+        np.testing.assert_array_equal(kept[-1]["layers"][name], params["layers"][name])
+    np.testing.assert_array_equal(kept[-1]["unembed"], params["unembed"])
+
+
+def test_it_goes_on_bit_by_bit_and_beside_no_other_weights(data, base, run, tmp_path):
+    train(tmp_path, *data, base, *LORA, *FULL, "--total_steps=3")
+    train(tmp_path, *data, base, *LORA, *FULL, "--total_steps=6", "--autoresume")
+    assert losses(tmp_path / "run") == losses(run)
+    for name, array in stored(run).items():
+        np.testing.assert_array_equal(stored(tmp_path / "run")[name], array)
+    other = train(tmp_path, *data, *FULL, "--total_steps=1", "--seed=7", name="other")
+    again = refusal(
+        tmp_path, *data, f"--load_checkpoint=params::{other}", *LORA, *FULL, "--total_steps=9", "--autoresume"
+    )
+    assert "its weights are not those beside which the adapters of" in again
+
+
+def test_what_it_leaves_is_what_it_was(run, base, capsys):
+    """The adapter folder beside the base is the model that was trained, here by what it says of a text."""
+    found = read_adapter(run / "adapter", configured(base, *LORA).architecture)
+    for name, array in found.layers.items():
+        if not name.endswith("_scale"):
+            np.testing.assert_array_equal(array, stored(run)[f"layers.{name}"], err_msg=name)
+    assert found.layers["w_q_scale"].tolist() == [2.0, 2.0]
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 8, "CAUSAL_LM")
+    said = []
+    for adapter in ((), (f"--adapter={run}/adapter",)):
+        words = [base, "--prompt=say 3 ants:", "--max_new_tokens=12", *adapter]
+        assert run_main(generate.main, words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+    assert run_main(generate.main, [f"--load_checkpoint=params::{run}", "--prompt=a"]) == 2
+    assert f"{base.removeprefix('--load_checkpoint=')} --adapter={run}/adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["columns", "step"])
+def test_the_reference_is_the_base(data, base, tmp_path, how):
+    """DPO begins at ln 2, and with its own second step at the same loss whichever way the base is asked."""
+    path = data[0].replace("texts.jsonl", "pairs.jsonl")
+    words = (*data, path, *PAIRED[:2], TEXT[0], base, *LORA, f"--reference={how}", "--nosave_final", "--save_minutes=0")
+    run = train(tmp_path, *words, "--total_steps=3")
+    found = [row["loss"] for row in read_rows(run / "metrics.jsonl")]
+    assert found[0] == pytest.approx(np.log(2), abs=1e-6)
+    expected = tmp_path.parent / "dpo-losses.json"
+    if expected.exists():
+        assert found == pytest.approx(json.loads(expected.read_text()), abs=1e-6)
+    expected.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora.rank=4", "--lora.target_modules=q_proj,lm_head"), "lm_head can have no pair"),
+        (("--lora.rank=4", "--lora.target_modules=q_prj"), "did you mean q_proj"),
+        (("--lora.rank=4", "--lora.target_modules=model.layers.0.*"), "tells layer 0 from layer 1"),
+        (("--lora.rank=4", "--lora.target_modules=model.layers.["), "is no pattern"),
+        (("--lora.rank=4", "--lora.target_modules=.*nothing.*"), "names no module"),
+        (("--lora.rank=4", "--lora.dropout=0.1"), "--lora.dropout=0.1"),
+        (("--lora.alpha=4",), "--lora.rank=0 gives none"),
+        (("--lora.rank=4", "--lora.rank_pattern=dict(q_proj=1.5)"), "is no rank"),
+        (("--lora.rank=4", "--lora.alpha_pattern=dict(q_proj=-1)"), "a number above 0"),
+        (("--lora.rank=4", "--llama.num_experts=4"), "does not go with experts"),
+    ],
+)
+def test_what_cannot_be_is_said(flags, message):
+    with pytest.raises(UserError) as error:
+        configured(*flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_patterns():
+    config = configured(
+        "--lora.rank=4", r"--lora.target_modules=.*\.(q_proj|up_proj)", "--lora.rank_pattern=dict(up_proj=2)",
+        "--lora.alpha_pattern={'.*q_proj': 16}", "--lora.rslora",
+    )  # fmt: skip
+    model = Model.of(config, make_mesh((1, 1, 1, 1)))
+    assert [tuple(pair) for pair in model.pairs] == [("w_q", 4, 8.0), ("w_up", 2, 4 / 2**0.5)]
