@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.mesh_dim = "1,1,1,-1"
     config.num_cpu_devices = 4
     config.dtype = "fp32"
-    config.total_steps = 150
+    config.total_steps = 300
     config.log_freq = 10
     config.eval_steps = 25
     config.tokenizer.vocab_file = "bytes"

@@ -38,10 +38,10 @@ class Agreement:
     def __init__(self, minutes: float, told: Callable[[], int], seconds: Callable[[], float] = time.monotonic):
         """minutes: between two saves by time, 0 for none. told: the exit code that a signal asked for, or 0."""
         self._limit, self._told, self._seconds = minutes * 60, told, seconds
-        self._saved = self._looked = seconds()
+        self._saved = seconds()
         self._sent: jax.Array | None = None
-        self._asked = 0  # the step after which the others were asked, and after which they are asked again
-        self._next = 0
+        self._pace = Pace()
+        self._next = 0  # the step after which the others are asked again
         if jax.process_count() > 1:
             self._mesh = Mesh(np.array(jax.devices()), "all")
             whole = NamedSharding(self._mesh, PartitionSpec())
@@ -57,7 +57,7 @@ class Agreement:
             return self._wish()
         if self._sent is not None:
             wish, apart = np.asarray(self._sent).tolist()
-            self._sent, self._next = None, step + apart
+            self._sent, self._next = None, step - apart
             if wish:
                 return Wish(wish)
         if step >= self._next:
@@ -71,9 +71,25 @@ class Agreement:
         return Wish.SAVE if late and jax.process_index() == 0 else Wish.GO_ON
 
     def _ask(self, step: int) -> jax.Array:
-        """Of each process, on each of its devices: its wish, and how many steps it would let pass until the next."""
-        seconds = (self._seconds() - self._looked) / max(1, step - self._asked)
-        self._looked, self._asked = self._seconds(), step
-        own = np.array([[self._wish(), min(MOST_STEPS, max(1, LOOK_SECONDS / max(seconds, 1e-9)))]], np.int32)
+        """Of each process, on each of its devices: its wish, and, below zero, so that the most cautious one's is the
+        largest, how many steps it would let pass until the next.
+        """
+        own = np.array([[self._wish(), -self._pace.steps_apart(step, self._seconds())]], np.int32)
         sharding = NamedSharding(self._mesh, PartitionSpec("all"))
         return jax.make_array_from_callback((jax.device_count(), 2), sharding, lambda index: own)
+
+
+class Pace:
+    """How many steps are LOOK_SECONDS, by those between two questions; 1 where there has been none yet: a run that goes
+    on may begin at any step, and how long its steps are nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+
+    def steps_apart(self, step: int, now: float) -> int:
+        last, self._last = self._last, (step, now)
+        if last is None:
+            return 1
+        seconds = (now - last[1]) / max(1, step - last[0])
+        return int(min(MOST_STEPS, max(1, LOOK_SECONDS / max(seconds, 1e-9))))

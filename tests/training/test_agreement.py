@@ -11,7 +11,7 @@ import pytest
 
 from ringbpt.ending import INTERRUPTED, PREEMPTED
 from ringbpt.train import goes_on
-from ringbpt.training.agreement import Agreement, Wish
+from ringbpt.training.agreement import MOST_STEPS, Agreement, Pace, Wish
 
 
 def test_the_clock_of_one_process():
@@ -31,6 +31,24 @@ def test_the_clock_of_one_process():
     told[0] = INTERRUPTED
     assert agreement.after(9) is Wish.INTERRUPT and Wish.INTERRUPT.code == INTERRUPTED
     assert Wish.GO_ON.code == Wish.SAVE.code == 0
+
+
+def test_a_run_that_goes_on_asks_soon():
+    """At step 1,500 of another start, whose steps take ten seconds: it took the 1,500 for its own, and did not ask for
+    a hundred more, however long; SIGTERM was not heard for so long.
+    """
+    pace = Pace()
+    assert [pace.steps_apart(1500 + step, 10.0 * step) for step in (0, 1, 2)] == [1, 1, 1]
+    assert [Pace().steps_apart(step, 5.0) for step in (0, 1, 10**6)] == [1, 1, 1]
+    quick = Pace()
+    assert [quick.steps_apart(step, 0.01 * step) for step in (0, 1, 101, 201)] == [
+        1,
+        MOST_STEPS,
+        MOST_STEPS,
+        MOST_STEPS,
+    ]
+    quick = Pace()
+    assert [quick.steps_apart(step, 0.1 * step) for step in (0, 1, 21)] == [1, 20, 20]
 
 
 def test_the_command_that_goes_on():
