@@ -59,11 +59,13 @@ class Score:
 
 @dataclass
 class Place:
-    """Where a part works. limit: the time.monotonic() at which no new trial begins."""
+    """Where a part works. limit: the time.monotonic() at which no new trial begins. processes: of runs that are told to
+    stop, how many one may have."""
 
     folder: Path
     random: random.Random
     limit: float
+    processes: tuple[int, ...] = (1, 2, 4)
 
     def trials(self, count: int, scale: float) -> Iterator[int]:
         total, begin = max(1, round(count * scale)), time.monotonic()
@@ -431,7 +433,7 @@ def together(processes: list, seconds: float) -> list[tuple[int, str, str]]:
 def signals(place: Place, scale: float) -> Score:
     """SIGTERM to one process of 1, 2 and 4: all save after the same step and exit with 75; then they go on."""
     score = Score()
-    for count in (1, 2, 4):
+    for count in place.processes:
         run = place.folder / f"told{count}"
         for number in place.trials(50, scale):
             trial = f"{count} processes, {number}"
@@ -495,6 +497,7 @@ FLAGS = {
     "parts": Flag(str, ",".join(PARTS), "which lines of the scoreboard"),
     "scale": Flag(float, 1.0, "how much of the scoreboard's counts", above=0),
     "seed": Flag(int, 0, "of every choice"),
+    "processes": Flag(str, "1,2,4", "of the runs of the part signals", choices=("1,2,4", "1", "2", "4")),
     "minutes": Flag(float, 0.0, "no trial begins after so many, for all parts together; 0: no limit", at_least=0),
     "folder": Flag(str, "", "where the runs are, and stay; empty: a temporary one"),
     "json": JSON,
@@ -520,7 +523,9 @@ def main(argv: list[str]) -> int:
             began = time.monotonic()
             # What is left of the time is shared by the parts that are left.
             limit = began + max(0.0, end - began) / (len(names) - number)
-            score = PARTS[name](Place(folder, random.Random(f"{asked['seed']} {name}"), limit), asked["scale"])
+            processes = tuple(map(int, asked["processes"].split(",")))
+            place = Place(folder, random.Random(f"{asked['seed']} {name}"), limit, processes)
+            score = PARTS[name](place, asked["scale"])
             facts = ", ".join(f"{what} {count}" for what, count in score.facts.items())
             minutes = (time.monotonic() - began) / 60
             print(f"{name:<9} {score.done:>6} {len(score.failures):>6} {minutes:>8.1f}  {facts}", flush=True)
