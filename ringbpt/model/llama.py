@@ -325,16 +325,16 @@ class Model:
     def attention(self) -> AttentionSpec:
         """What the flags ask of attention."""
         execution = self.execution
-        kernel = execution.attention_kernel
+        kernel, rings = execution.attention_kernel, execution.attention_type.startswith("ring")
         return AttentionSpec(
-            strategy=execution.sequence_parallel if execution.attention_type.startswith("ring") else "none",
+            strategy=execution.sequence_parallel if rings else "none",
             local=ATTENTION_TYPES[execution.attention_type] if kernel == "auto" else kernel,
             mask=self.mask,
             query_chunk_size=execution.scan_query_chunk_size,
             key_chunk_size=execution.scan_key_chunk_size,
             heads_k_stride=execution.heads_k_stride,
             ulysses_degree=execution.ulysses_degree,
-            bidirectional=execution.ring_bidirectional,
+            bidirectional=execution.ring_bidirectional and rings,  # one device sends nothing, in whatever direction
             skip_hops=execution.ring_skip_hops,
         )
 

@@ -141,3 +141,10 @@ def test_spec_refuses_an_axis_twice():
     assert spec("D N H", WEIGHT_AXES) == P(("fsdp", "sp"), "tp", None)
     with pytest.raises(ValueError, match="used twice"):
         spec("N F", WEIGHT_AXES)
+
+
+def test_a_ring_of_one_sends_in_no_direction():
+    """--llama.ring_bidirectional on one device was a traceback when the step compiled."""
+    model = make_model(attention_type="blockwise", ring_bidirectional=True)
+    assert not model.attention.bidirectional and model.attention.strategy == "none"
+    assert make_model((1, 1, 1, 2), ring_bidirectional=True).attention.bidirectional
