@@ -292,6 +292,8 @@ def make_files(f: Path) -> None:
     write(f / "x.csv", 'text\n"never closed\n')
     write(f / "latin.csv", b"te\xffxt,x\na,b\n")
     write(f / "blank.csv", "\n\ntext,x\na,b\n")
+    for name, content in ADAPTERS.items():
+        write(f / "adapters" / name / "adapter_config.json", content)
     (f / "open").mkdir()
     (f / "open").chmod(0o777)
 
@@ -327,7 +329,22 @@ READERS: dict[str, tuple[str, str]] = {
     "prompts": ("generate", "--load_checkpoint=huggingface::{f}/model --prompts={}"),
     "choices": ("evaluate", "--load_checkpoint=huggingface::{f}/model --choices={}"),
     "texts": ("evaluate", "--load_checkpoint=huggingface::{f}/model --perplexity={}"),
+    "adapter": ("generate", "--load_checkpoint=huggingface::{f}/model --prompt=a --max_new_tokens=4 --adapter={}"),
     "converted": ("scripts/hf2jax.py", "--checkpoint_dir={} --output_file={out}"),
+}
+# adapter_config.json beside nothing.
+ADAPTERS = {
+    "nothing": b"",
+    "half an object": b'{"peft_type": "LORA"',
+    "a list": b"[]",
+    "no kind": b"{}",
+    "another kind": b'{"peft_type": ["LORA"]}',
+    "a rank of text": b'{"peft_type": "LORA", "r": "4"}',
+    "a rank without end": b'{"peft_type": "LORA", "r": 1e999}',
+    "a pattern that is none": b'{"peft_type": "LORA", "rank_pattern": {"(": 4}}',
+    "patterns that are none": b'{"peft_type": "LORA", "alpha_pattern": "q_proj"}',
+    "no tensors": b'{"peft_type": "LORA", "r": 4}',
+    "depth": DEEP.encode(),
 }
 HEADER, DATA_BYTES = whole_header()
 FIRST = "model.embed_tokens.weight"
@@ -433,6 +450,14 @@ SMALL = "{small}"
 FLAGS: dict[str, list[tuple[str, str]]] = {
     "train": [
         ("--totl_steps=3", "--total_steps?"),
+        ("--lora.rank=-1", "--lora.rank=-1 is below 0"),
+        ("--lora.rank=99999999999", "16384 at most"),
+        (f"--lora.rank=4 --lora.target_modules={ESC}", r"\x1b"),
+        ("--lora.rank=4 --lora.target_modules=(((", "is no pattern"),
+        ("--lora.rank=4 --lora.rank_pattern=dict(q_proj=1e400)", "q_proj"),
+        ("--lora.rank=4 --lora.alpha=nan", "--lora.alpha"),
+        ("--objective=reward --eval_steps=5 --eval_passkey=64", "predicts none"),
+        ("--llama.head=score", "--objective=reward"),
         ("--total_steps=0", "--total_steps=0 is below 1"),
         ("--total_steps=1.5", "write 1"),
         ("--total_steps=9007199254740992", "--total_steps=2147483647 at most"),
@@ -527,6 +552,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{MODEL} --prompt=a --output={{f}}/folder", "no file"),
         (f"{MODEL} --prompt=a --output={{f}}/{LONG}", "a name of 300 bytes"),
         (f"{MODEL} --prompt=\udcff", "no UTF-8"),
+        (f"{MODEL} --prompt=a --max_new_tokens=4 --adapter={{f}}/{ESC}", r"\x1b"),
         (f"{MODEL} --prompt=a --dtype={ESC}", r"\x1b"),
         ("--load_checkpoint=params::{f}/folder --prompt=a", "no config.json of a run"),
     ],
@@ -734,6 +760,11 @@ def of_files() -> Iterator[tuple[str, Case]]:
         yield f"recipe: {name}", Case("train", f"--config={{f}}/{name}.py")
     for name in PROMPTS:
         yield f"prompts: {name}", Case("generate", f"{MODEL} --prompts={{f}}/prompts/{name}.jsonl")
+    for name in ADAPTERS:
+        yield (
+            f"adapter of {name}",
+            Case("generate", f"{MODEL} --prompt=a --max_new_tokens=4 --adapter={{f}}/adapters/{name}", "adapter"),
+        )
     for name in CHOICES:
         yield f"choices: {name}", Case("evaluate", f"{MODEL} --choices={{f}}/choices/{name}.jsonl", ".jsonl:1: ")
 

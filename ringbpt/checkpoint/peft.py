@@ -7,6 +7,7 @@ over layers: where a file's differ in rank, or a layer has none, zeros fill up, 
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -79,7 +80,7 @@ def read_adapter(folder: Path, architecture: Architecture) -> Adapter:
     tensors that are missing, have no place or another shape.
     """
     file = folder / CONFIG
-    if not folder.is_dir() or not file.is_file():
+    if not os.path.isfile(file):  # where Path would raise, of a name that is too long
         raise UserError(f"--adapter={folder}: no {CONFIG} there: the folder of an adapter in PEFT's layout")
     settings, files = read_json(file), TensorFolder(folder, STEM)
     rank, alpha, patterns = _check(settings, file)
