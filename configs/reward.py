@@ -3,8 +3,8 @@
 Data:      python scripts/make_preferences.py --output=runs/preferences
 Command:   python -m ringbpt.train --config=configs/reward.py
 Hardware:  two CPU cores; nothing is downloaded
-Expected:  the chosen answer has the larger score in 99 % of the held-out pairs after 300 steps, two minutes; rewards.png
-           shows how sure the model is of them, and how rightly
+Expected:  the chosen answer has the larger score in 99 % of the held-out pairs after 300 steps, two minutes;
+           rewards.png shows how sure the model is of them, and how rightly
 """
 
 from ml_collections import ConfigDict
