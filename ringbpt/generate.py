@@ -164,7 +164,10 @@ def start_model(flags: dict[str, Any]) -> tuple[Any, Any]:
     mesh_shape, _ = parse_mesh_dim(flags["mesh_dim"], start_jax(tree))
     longest = {"max_sequence_length": flags["max_sequence_length"]} if flags["max_sequence_length"] else {}
     adapter = user_path(flags["adapter"]) if flags["adapter"] else None
-    return load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], adapter=adapter, **longest)
+    model, params = load_model(flags["load_checkpoint"], mesh_shape, DTYPES[flags["dtype"]], adapter=adapter, **longest)
+    if model.architecture.head == "score":
+        raise UserError(f"--adapter={flags['adapter']} has a score head: a reward model's, which predicts no tokens")
+    return model, params
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ringbpt.types import Batch
 
 GROUPS = {
-    "embedding": ("embed", "unembed"),
+    "embedding": ("embed", "unembed", "score"),
     "attention": ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v"),
     "feedforward": ("w_gate", "w_up", "w_down", "w_router"),
     "norms": ("attention_norm", "feedforward_norm", "norm", "q_norm", "k_norm"),
@@ -207,6 +207,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     import numpy as np
 
     from ringbpt.mesh import make_mesh, put_batch
+    from ringbpt.model.adapters import SCALE, A, B
     from ringbpt.model.llama import Model
     from ringbpt.objectives import objective_of
     from ringbpt.training.step import make_gradients
@@ -220,8 +221,10 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     values = objective.values(jax.device_get(means), config)
     numbers: dict[str, Any] = {"loss": values["loss"], "metrics": values}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
-    assert leaves.keys() <= set(chain(*GROUPS.values())), "a weight that no group compares"
-    for group, names in GROUPS.items():
+    # An adapter's weights stand with the weight that they are beside.
+    grouped = {group: [name + part for name in names for part in ("", A, B, SCALE)] for group, names in GROUPS.items()}
+    assert leaves.keys() <= set(chain(*grouped.values())), "a weight that no group compares"
+    for group, names in grouped.items():
         numbers[group] = np.concatenate([leaves[name] for name in names if name in leaves])
     return numbers
 

@@ -83,7 +83,7 @@ def _padding(settings: dict[str, Any], tokenizer: Tokenizer | None, where: str) 
             return token
     raise UserError(
         f"{where}: no token is left to pad with: the score is read at a text's last token that is none, and texts may "
-        "end with every special token: give a --base whose config.json has another pad_token_id"
+        "end with every special token: give a --huggingface_dir whose config.json has another pad_token_id"
     )
 
 

@@ -92,7 +92,7 @@ def describe_predicting(spec: str) -> Found:
     if found.architecture.head == "score":
         raise UserError(
             f"--load_checkpoint={spec} is a reward model, which scores texts and predicts none: "
-            "python -m ringbpt.evaluate --scores=FILE scores them"
+            "scripts/jax2hf.py makes it a folder for transformers' sequence classification"
         )
     return found
 

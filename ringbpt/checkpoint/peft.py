@@ -22,7 +22,7 @@ from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
 from ringbpt.config import Architecture, LoraConfig, UserError
 from ringbpt.config.families import SCORE, TensorRow, family_of
 from ringbpt.config.foreign import read_json, shown
-from ringbpt.config.lora import MODULES, is_named, module_name
+from ringbpt.config.lora import MODULES, module_name, valued
 from ringbpt.model.adapters import SCALE, A, B, Pair
 from ringbpt.model.llama import Model, make_dims
 from ringbpt.types import Params
@@ -102,12 +102,12 @@ def read_adapter(folder: Path, architecture: Architecture) -> Adapter:
         scales = {}
         for layer, pair in found[module].items():
             name = module_name(module, layer)
-            own = _valued(patterns["rank_pattern"], name, rank)
+            own = valued(patterns["rank_pattern"], name, rank)
             if pair.keys() != {"A", "B"} or len(pair["A"]) != own or pair["B"].shape[1:] != (own,):
                 shapes = {f"lora_{key}": array.shape for key, array in sorted(pair.items())}
                 raise UserError(f"{files.folder}: {name} has {shapes}, and {CONFIG} means a pair of rank {own}")
             factor = math.sqrt(own) if settings.get("use_rslora") else own
-            scales[layer] = _valued(patterns["alpha_pattern"], name, alpha) / factor
+            scales[layer] = valued(patterns["alpha_pattern"], name, alpha) / factor
         stacked, largest = _stacked(MODULES[module], found[module], architecture, files.folder)
         layers |= stacked
         layers[MODULES[module] + SCALE] = np.array(
@@ -143,10 +143,6 @@ def _check(settings: Mapping[str, Any], file: Path) -> tuple[int, float, dict[st
         except (re.error, ZeroDivisionError, TypeError):
             raise UserError(f"{file}: {name}={shown(pattern)} is no object of patterns") from None
     return rank, alpha, patterns
-
-
-def _valued(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if is_named(pattern, name)), default)
 
 
 def _stacked(

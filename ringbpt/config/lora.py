@@ -5,6 +5,7 @@ A module's name is that of Hugging Face's: "q_proj", or whole, "model.layers.0.s
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ringbpt.config.fields import Architecture, LoraConfig
@@ -53,8 +54,8 @@ def pairs_of(lora: LoraConfig, architecture: Architecture) -> tuple[tuple[str, i
         ):
             continue
         alpha = lora.rank if lora.alpha is None else lora.alpha
-        rank = _alike("--lora.rank_pattern", lora.rank_pattern, [_valued(ranks, n, lora.rank) for n in names])
-        alpha = _alike("--lora.alpha_pattern", lora.alpha_pattern, [_valued(alphas, n, alpha) for n in names])
+        rank = _alike("--lora.rank_pattern", lora.rank_pattern, [valued(ranks, n, lora.rank) for n in names])
+        alpha = _alike("--lora.alpha_pattern", lora.alpha_pattern, [valued(alphas, n, alpha) for n in names])
         if type(rank) is not int or rank < 1:
             raise UserError(f"--lora.rank_pattern={lora.rank_pattern}: {rank!r} is no rank: a whole number from 1")
         found.append((weight, rank, alpha / (math.sqrt(rank) if lora.rslora else rank)))
@@ -100,7 +101,8 @@ def _pattern(name: str, text: str) -> dict[str, Any]:
     return found
 
 
-def _valued(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def valued(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What a rank_pattern or alpha_pattern says of the module of this whole name."""
     return next((value for pattern, value in patterns.items() if is_named(pattern, name)), default)
 
 

@@ -76,6 +76,11 @@ def is_of_a_pair(name: str) -> bool:
     return name.endswith((A, B))
 
 
+def learning_names(w: Params) -> list[str]:
+    """Which of a layer's weights learn: its pairs, or all where it has none."""
+    return [name for name in w if is_of_a_pair(name)] or list(w)
+
+
 def use(w: Params, name: str) -> Any:
     """The weight of a layer as the products below take it: an array, or Fixed where the layer has adapters."""
     if not any(map(is_of_a_pair, w)):
@@ -147,11 +152,6 @@ def back(equation: str, x: jax.Array, dy: jax.Array, w: Any, dot: Callable[..., 
     dz, d_b = back(from_low, dot(to_low, x, w.low.a, x.dtype), _scaled(w.low.scale, dy), w.low.b, dot)
     more, d_a = back(to_low, x, dz, w.low.a, dot)
     return dx + more, Fixed(None, Low(d_a, d_b, None))
-
-
-def towards_x(equation: str, x: jax.Array, dy: jax.Array, w: Any, dot: Callable[..., jax.Array]) -> jax.Array:
-    """dx alone; x has the shape and dtype of the product's operand, whatever its numbers."""
-    return back(equation, x, dy, w, dot)[0]
 
 
 def _scaled(scale: jax.Array, x: jax.Array) -> jax.Array:

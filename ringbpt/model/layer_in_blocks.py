@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, is_of_a_pair, learning, towards_x, use
+from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning, learning_names, use
 from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
@@ -72,8 +72,7 @@ class LayerInBlocks:
     def _backward(self, residuals, dy):
         w, *rest = residuals
         in_specs = (*self._token_specs, self._out_spec, self._out_spec, self._x_spec)
-        learning = [name for name in w if is_of_a_pair(name)] or list(w)
-        out_specs = self._stored_specs(dict.fromkeys(learning)), self._x_spec
+        out_specs = self._stored_specs(dict.fromkeys(learning_names(w))), self._x_spec
         grads, dx = self._on_shards(self._backward_local, w, in_specs, out_specs)(w, *rest, dy)
         return dict.fromkeys(w) | grads, dx, None, None
 
@@ -167,8 +166,9 @@ class LayerInBlocks:
         dy, grads = self._after_attention_back(whole, x, out, dy)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
         dx, more = self._projections_back(whole, x, meta, d_operands, dy)
-        learning = [name for name in w if is_of_a_pair(name)] or list(w)
-        return {name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in learning}, dx
+        return {
+            name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in learning_names(w)
+        }, dx
 
     def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
@@ -202,7 +202,7 @@ class LayerInBlocks:
             w_o = use(w | part, "w_o")
             empty = jnp.zeros((x.shape[0], size, *q.shape[2:]), x.dtype)  # of which the gradient makes no use
             d_out = _in_chunks(
-                lambda i: towards_x("BTNH,NHD->BTD", empty, _slice(dy, i, size), w_o, dot), x.shape[1], size
+                lambda i: back("BTNH,NHD->BTD", empty, _slice(dy, i, size), w_o, dot)[0], x.shape[1], size
             )
             grads = self.attention.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
             return tuple(

@@ -28,7 +28,8 @@ class Scores(NamedTuple):
 
 
 def scores_of(stats: TokenStats, batch: Batch) -> Scores:
-    of_chosen, of_rejected = ((labels_at_ends(batch) == label).astype(jnp.float32) for label in (CHOSEN, REJECTED))
+    label_BT = labels_at_ends(batch)
+    of_chosen, of_rejected = ((label_BT == label).astype(jnp.float32) for label in (CHOSEN, REJECTED))
     return Scores(
         there=unit_sums(of_chosen, batch) * unit_sums(of_rejected, batch),
         chosen=unit_sums(jnp.where(of_chosen > 0, stats.value_BT, 0.0), batch),

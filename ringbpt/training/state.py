@@ -57,7 +57,7 @@ def divide(params: PyTree, is_frozen: Callable[[str], bool], prefix: str = "") -
 class StateLayout:
     """Which weights a run trains, by which optimizer, and where each leaf of its TrainState lives.
 
-    is_frozen(dotted name) says of a weight that it stays as it is; None: the model says it. has_reference: whether a
+    frozen_by(dotted name) says of a weight that it stays as it is; None: the model says it. has_reference: whether a
     reference model is computed in each step, which is the model without its adapters where it has some and no other
     is named: that one has no weights of its own. Nothing is allocated but by `start`.
     """

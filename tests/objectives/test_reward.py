@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from ringbpt.config import Config, OptimizerConfig, PreferenceConfig, UserError, parse, parse_args
+from ringbpt.config import Config, LoraConfig, OptimizerConfig, PreferenceConfig, UserError, parse, parse_args
 from ringbpt.config.fields import SCORING
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.evaluation.pairs import draw_probabilities, reliability
@@ -24,7 +24,7 @@ from ringbpt.objectives import OBJECTIVES, objective_of
 from ringbpt.training.state import StateLayout
 from ringbpt.training.step import make_eval_step, make_gradients
 from ringbpt.types import ALWAYS, Batch, TokenStats
-from ringbpt.verify import repacked
+from ringbpt.verify import GROUPS, repacked, step_numbers
 from tests.flags import llama_flags
 from tests.golden import make_preferences as pairs_of
 from tests.golden import make_rewards as trl
@@ -185,6 +185,18 @@ def test_the_same_step_everywhere(mesh, execution, packing, accumulate):
 @cache
 def plain() -> Any:
     return step_of(config_of(preference=PreferenceConfig(center_coefficient=0.3)), host_batch())
+
+
+def test_verify_compares_the_head_and_pairs():
+    """A weight that stood in no group of ringbpt.verify's ended it in a traceback."""
+    config = replace(config_of(), lora=LoraConfig(rank=2, target_modules="q_proj,down_proj"))
+    numbers = step_numbers(config, host_batch(), seed=0)
+    sizes = {group: len(numbers[group]) for group in GROUPS}
+    plain = {
+        group: len(array) for group, array in step_numbers(config_of(), host_batch(), seed=0).items() if group in GROUPS
+    }
+    assert plain["embedding"] == trl.SIZES["hidden_size"] * (trl.SIZES["vocab_size"] + 1)
+    assert sizes["attention"] > plain["attention"] and sizes["feedforward"] > plain["feedforward"]
 
 
 def test_what_is_pictured(tmp_path):
