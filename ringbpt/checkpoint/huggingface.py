@@ -158,7 +158,9 @@ def load_folder(folder: Path, architecture: Architecture, params: Wanted) -> Par
         raise UserError(
             f"{folder}: {sorted(strange)[0]} is in only one of this model and --llama flags: leave them out"
         )
-    weights = {row.ours: place(row, wanted[row.ours], found.files.read) for row in table}
+    weights = {
+        row.ours: place(row, wanted[row.ours], found.files.read, params.quantised.get(row.ours)) for row in table
+    }
     return fill(params.abstract, dict.fromkeys(params.fresh) | weights)
 
 

@@ -74,8 +74,9 @@ def load_original(path: Path, where: str, train_state: bool, architecture: Archi
         held.update(zip(parts, layers, strict=True))
         if held.keys() >= {*names}:
             ours = conversion.ours
+            how = params.quantised.get(ours)
             loaded[ours] = (
-                place(conversion, wanted[ours], lambda name, box: held[name][box]) if ours in wanted else None
+                place(conversion, wanted[ours], lambda name, box: held[name][box], how) if ours in wanted else None
             )
             for part in names:
                 del held[part]

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from ringbpt.checkpoint import digests
 from ringbpt.checkpoint.tensors import fill, flatten, leaf_name
 from ringbpt.config import UserError
+from ringbpt.model.quantised import Kept
 from ringbpt.types import PyTree
 
 log = logging.getLogger("ringbpt")
@@ -54,7 +55,8 @@ class Wanted(NamedTuple):
 
     tables: last names of leaves that may be stored with more or fewer rows than are wanted -> (axis, how many there
     are at least); what is more is zero, and cut or made (see Model.tables). fresh: names of leaves that are None where
-    they are absent. left: those that are passed over where they are stored and not wanted.
+    they are absent. left: those that are passed over where they are stored and not wanted. quantised: those that are
+    wanted in blocks, the name of a leaf whose abstract one is plain -> how, and the dims of it.
     """
 
     abstract: PyTree = None
@@ -62,6 +64,7 @@ class Wanted(NamedTuple):
     tables: Mapping[str, tuple[int, int]] = MappingProxyType({})
     fresh: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
+    quantised: Mapping[str, tuple[Kept, str]] = MappingProxyType({})
 
 
 class StoredStep:
@@ -130,6 +133,7 @@ class StoredStep:
             for name, abstract in trees.items():
                 # Orbax itself would pad, cut or cast without a word.
                 leaves, tables, there = flatten(abstract), wanted[name].tables, flatten(saved[name].tree)
+                leaves |= {leaf: _on_host(leaves[leaf], there.get(leaf)) for leaf in wanted[name].quantised}
                 absent = wanted[name].fresh - there.keys()
                 passed = (wanted[name].left & there.keys()) - leaves.keys()
                 leaves = {leaf: x for leaf, x in leaves.items() if leaf not in absent}
@@ -143,13 +147,15 @@ class StoredStep:
                         args_of.strict = False
                 args[name] = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=bool(passed))
             with storage_errors(self.folder, reading=True):
-                restored = orbax.restore(self.folder, args=ocp.args.Composite(**args))
+                restored = dict(orbax.restore(self.folder, args=ocp.args.Composite(**args)).items())
                 found |= {name: read_object(self.folder, name) for name in wanted if name in self.objects}
         found["meta"].pop("digests", None)
-        return found | {
-            name: fill(abstract, dict.fromkeys(wanted[name].fresh) | flatten(restored[name]))
-            for name, abstract in trees.items()
-        }
+        for name, abstract in trees.items():
+            leaves = dict.fromkeys(wanted[name].fresh) | flatten(restored.pop(name))
+            for leaf, (how, dims) in wanted[name].quantised.items():
+                leaves[leaf] = how.of_stack(leaves[leaf], dims)
+            found[name] = fill(abstract, leaves)
+        return found
 
     def dtypes(self, entry: str) -> dict[str, np.dtype]:
         """Of an entry's leaves, by name."""
@@ -238,6 +244,12 @@ def handler_of(trees: Iterable[str], objects: Iterable[str]) -> ocp.CompositeChe
     handlers = {name: ocp.PyTreeCheckpointHandler() for name in trees}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in objects}
     return ocp.CompositeCheckpointHandler(**handlers)
+
+
+def _on_host(x: jax.ShapeDtypeStruct, saved: Any) -> jax.ShapeDtypeStruct:
+    """A leaf that is to be quantised: as it is stored, in the host's memory, for the device has no room for it."""
+    dtype = saved.dtype if saved is not None and jnp.issubdtype(saved.dtype, jnp.floating) else x.dtype
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding.with_memory_kind("pinned_host"))
 
 
 def _without(tree: PyTree, names: Iterable[str]) -> PyTree:

@@ -15,11 +15,14 @@ from typing import Any
 import einops
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ringbpt.config import Architecture
 from ringbpt.config.families import TensorRow
 from ringbpt.dims import Dims
 from ringbpt.model.llama import make_dims
+from ringbpt.model.quantised import Kept
 from ringbpt.types import PyTree
 
 Box = tuple[slice, ...]
@@ -145,12 +148,18 @@ def fill(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in flatten(tree)])
 
 
-def place(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read) -> jax.Array:
+def place(
+    conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read, quantised: tuple[Kept, str] | None = None
+) -> Any:
     """Our weight on the devices as `abstract` says (shape, dtype, sharding), each box read for its devices once.
 
     Rows that a table has besides those of its tokens are zero.
-    Nothing is whole on the host, unless a device holds it whole.
+    Nothing is whole on the host, unless a device holds it whole. quantised: how, and the dims of the stacked weight, of
+    which one layer at a time is read then, in float32.
     """
+    if quantised:
+        kept, dims = quantised
+        return kept.in_layers(abstract, dims, lambda i: _place_layer(conversion, abstract, read, i))
     boxes: dict[tuple, np.ndarray] = {}
 
     def shard(index: Box) -> np.ndarray:
@@ -164,6 +173,25 @@ def place(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read) ->
 
     sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(abstract.shape, sharding, shard)
+
+
+def _place_layer(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read, layer: int) -> jax.Array:
+    """One layer of our weight, float32, sharded as the whole is."""
+    at = conversion.layer_axis
+    assert at is not None
+    boxes: dict[tuple, np.ndarray] = {}
+    shape = abstract.shape[:at] + abstract.shape[at + 1 :]
+    sharding = NamedSharding(abstract.sharding.mesh, P(*(s for i, s in enumerate(abstract.sharding.spec) if i != at)))
+
+    def shard(index: Box) -> np.ndarray:
+        key = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if key not in boxes:
+            box = [slice(*part) for part in key]
+            box.insert(at, slice(layer, layer + 1))
+            boxes[key] = conversion.read(tuple(box), np.float32, read).squeeze(at)
+        return boxes[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def repack(tensor: np.ndarray, move: Callable[[np.ndarray], np.ndarray], cast: np.dtype | None) -> np.ndarray:

@@ -11,6 +11,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ringbpt.config.fields import (
+    BLOCK,
+    DOUBLE_BLOCK,
+    QUANTISED,
     RUN_FLAGS,
     SCORING,
     Architecture,
@@ -66,6 +69,8 @@ def check(config: Config) -> None:
     check_optimizer(config)
     check_model(config)
     check_mesh(config)
+    if config.lora.base_dtype in QUANTISED:
+        check_blocks(config)
 
 
 def check_values(config: Config) -> None:
@@ -132,10 +137,37 @@ def check_lora(config: Config) -> None:
             f"--lora.dropout={lora.dropout}: a step is the same on every mesh, without dropout: leave it out"
         )
     pairs_of(lora, config.architecture)
+    if lora.double_quantization and lora.base_dtype not in QUANTISED:
+        raise UserError(
+            f"--lora.double_quantization is of weights in blocks, and --lora.base_dtype={lora.base_dtype} has none: "
+            "--lora.base_dtype=nf4"
+        )
     if lora.rank and config.optimizer.offload_params:
         raise UserError(
             "--optimizer.offload_params does not go with --lora.rank: the optimizer's state of pairs is small, and "
             "weights that stay may be kept in --lora.base_dtype=bf16: leave one of them out"
+        )
+
+
+def check_blocks(config: Config) -> None:
+    """Raises UserError where a block of a quantised weight would lie on two devices."""
+    D, F, lora = config.architecture.hidden_size, config.architecture.intermediate_size, config.lora
+    _, fsdp, tp, sp = config.mesh_shape
+    if D % BLOCK:
+        raise UserError(
+            f"--lora.base_dtype={lora.base_dtype} has blocks of {BLOCK} along --llama.hidden_size={D}, which is no "
+            "multiple of that: --lora.base_dtype=bf16"
+        )
+    if D // BLOCK % (fsdp * sp):
+        raise UserError(
+            f"--lora.base_dtype={lora.base_dtype} has blocks of {BLOCK} along --llama.hidden_size={D}, which fsdp*sp="
+            f"{fsdp}*{sp} of --mesh_dim would cut: {_weights_fit(D // BLOCK, fsdp, sp)}"
+        )
+    if lora.double_quantization and F % (DOUBLE_BLOCK * tp):
+        fits = [size for size in nearest_divisors(F // DOUBLE_BLOCK, tp) if F % DOUBLE_BLOCK == 0]
+        raise UserError(
+            f"--lora.double_quantization has blocks of {DOUBLE_BLOCK} along --llama.intermediate_size={F}, which "
+            f"tp={tp} of --mesh_dim would cut: {''.join(f'tp={size}, ' for size in fits)}or without it"
         )
 
 

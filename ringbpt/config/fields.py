@@ -14,6 +14,9 @@ from ringbpt.config.values import Flag, flag
 from ringbpt.dims import MeshShape
 
 # What several flags may be.
+# Weights in blocks of 4 or 8 bits, of BLOCK numbers along the hidden size; scales doubly quantised have heads, or
+# DOUBLE_BLOCK of the intermediate size, in common.
+QUANTISED, BLOCK, DOUBLE_BLOCK = ("nf4", "int8"), 64, 64
 DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 REMAT_POLICIES = (
     "",
@@ -192,7 +195,12 @@ class LoraConfig:
     rank_pattern: str = flag("", '"dict(q_proj=8)": other ranks, by names or patterns of them')
     alpha_pattern: str = flag("", "the same of alpha")
     dropout: float = flag(0.0, "of a pair's input: there is none", at_least=0, below=1)
-    base_dtype: str = flag("fp32", "in which the weights that stay are kept", choices=tuple(DTYPES))
+    base_dtype: str = flag(
+        "fp32",
+        "in which the weights that stay are kept; nf4, int8: a layer's matrices, the rest as --dtype",
+        choices=(*DTYPES, *QUANTISED),
+    )
+    double_quantization: bool = flag(False, "of nf4 or int8: blocks' scales in 8 bits too")
 
 
 @dataclass(frozen=True)

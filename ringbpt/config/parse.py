@@ -277,7 +277,7 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         save_minutes=minutes if config.save_minutes is None else config.save_minutes,
         dtype=DTYPES[config.dtype],
         checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
-        lora=replace(config.lora, base_dtype=DTYPES[config.lora.base_dtype]),
+        lora=replace(config.lora, base_dtype=DTYPES.get(config.lora.base_dtype, config.lora.base_dtype)),
         architecture=complete(with_head(config)),
         execution=execution,
         mesh_shape=mesh_shape,

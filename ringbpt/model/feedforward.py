@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model import adapters
+from ringbpt.model.quantised import IS_QUANTISED
 from ringbpt.model.weights import dot, gather_shards, project, scatter_grad
 
 
@@ -100,7 +101,9 @@ def in_chunks(
         return [adapters.dims_of(dims, w) for dims, w in zip(weights, stored, strict=True)]
 
     def gathered(x, stored):
-        return jax.tree.map(lambda w, letters: gather_shards(w, letters, x.dtype), stored, letters_of(stored))
+        return jax.tree.map(
+            lambda w, letters: gather_shards(w, letters, x.dtype), stored, letters_of(stored), is_leaf=IS_QUANTISED
+        )
 
     def chunks_of(arrays):
         size = min(chunk_size or arrays[0].shape[1], arrays[0].shape[1])

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, WEIGHT_AXES, Dims, spec, weight_spec
 from ringbpt.model import adapters
+from ringbpt.model.quantised import Quantised, dequantised
 from ringbpt.types import Params, PyTree
 
 FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
@@ -37,14 +38,17 @@ def constrain_activation(x: jax.Array, mesh: Mesh, letters: str) -> jax.Array:
     return constrain(x, mesh, spec(letters, ACTIVATION_AXES))
 
 
-def gather_shards(w: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
+def gather_shards(w: Any, letters: str, dtype: jnp.dtype) -> jax.Array:
     """Inside shard_map: a matrix whole in D, where it has one, in the compute dtype; a number as it is.
 
-    Cast first: half the bytes travel.
+    Cast first: half the bytes travel; of a quantised one its codes do.
     """
     if not letters:
         return w
     dims = letters.split()
+    if isinstance(w, Quantised):
+        whole = jax.tree.map(lambda x: lax.all_gather(x, FSDP, axis=dims.index("D"), tiled=True), w)
+        return dequantised(whole, letters, dtype)
     return lax.all_gather(w.astype(dtype), FSDP, axis=dims.index("D"), tiled=True) if "D" in dims else w.astype(dtype)
 
 
@@ -60,7 +64,7 @@ def scatter_grad(dw: jax.Array, letters: str) -> jax.Array:
     return lax.psum_scatter(dw, FSDP, scatter_dimension=dims.index("D"), tiled=True)
 
 
-def gather(w: jax.Array, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
+def gather(w: Any, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
     """A global weight, whole in its D dim and in the compute dtype: else the partitioner may gather the activations."""
     local = partial(gather_shards, letters=letters, dtype=dtype)
     specs = {"in_specs": weight_spec(letters), "out_specs": spec(letters, GATHERED_AXES)}

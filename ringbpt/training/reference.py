@@ -85,7 +85,8 @@ def ask_reference(
 ) -> tuple[TrainState, dict[str, Loader]]:
     """The state with the reference's weights in it, or the loaders with what it says of each token as a column."""
     base = layout.model.base
-    first = None if run.goes_on else part_of(merge(state.trained, state.frozen), base.specs)
+    # Of a run that goes on, only the weights beside adapters are still those that it began with.
+    first = None if run.goes_on and not layout.model.pairs else part_of(merge(state.trained, state.frozen), base.specs)
     reference = Reference(layout.config, base, run.reference, first)
     run.reference = reference.described
     if layout.has_reference and not layout.has_own_reference:

@@ -113,13 +113,16 @@ class Run:
         their fingerprint. Raises UserError where they are others than the run began with.
         """
         config, model = self.config, layout.model
-        frozen = part_of(layout.abstract.frozen, divide(model.base.specs, layout.is_frozen)[1])
+        frozen = part_of(layout.frozen_as_read, divide(model.base.specs, layout.is_frozen)[1])
         if config.load_checkpoint:
-            wanted = Wanted(frozen, tables=model.tables, fresh=model.fresh, left=model.left)
+            wanted = Wanted(frozen, tables=model.tables, fresh=model.fresh, left=model.left, quantised=layout.in_blocks)
             params = load_checkpoint(config.load_checkpoint, {"params": wanted}, config.architecture)[0]["params"]
             params = {name: x for name, x in params.items() if x is not None}
         else:
             params = part_of(model.base.init(jax.random.key(config.seed)), frozen)
+            for name, (kept, dims) in layout.in_blocks.items():
+                _, weight = name.split(".")
+                params["layers"][weight] = kept.of_stack(params["layers"][weight], dims)
         self.base = weights_fingerprint(params)
         if meta is not None and meta.get("base") != self.base:
             raise UserError(

@@ -15,7 +15,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import Config, complete_rates
+from ringbpt.model.adapters import IN_OUT
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
+from ringbpt.model.quantised import Kept, stacked_dims
 from ringbpt.training import offload
 from ringbpt.training.guards import Guard
 from ringbpt.training.optimizer import make_optimizer, state_specs
@@ -89,6 +91,7 @@ class StateLayout:
         trained, frozen = divide(self.model.specs, self.is_frozen)
         abstract, _ = divide(self.model.abstract_params, self.is_frozen)
         opt_state = state_specs(self.made[0], abstract, trained)
+        frozen = self._as_kept(frozen, lambda kept, _, spec: kept.like(spec))
         guard = jax.tree.map(lambda _: PartitionSpec(), self._guard)
         reference = self.model.base.specs if self.has_own_reference else None
         return TrainState(PartitionSpec(), trained, opt_state, frozen, guard, reference)
@@ -123,19 +126,44 @@ class StateLayout:
     @cached_property
     def abstract(self) -> TrainState:
         """The state as ShapeDtypeStructs with shardings."""
-        trained, frozen = divide(self.model.abstract_params, self.is_frozen)
+        trained, _ = divide(self.model.abstract_params, self.is_frozen)
         opt_state = jax.eval_shape(self.made[0].init, trained)
         guard = jax.eval_shape(lambda: self._guard)
-        frozen = jax.tree.map(self._as_base, frozen)
+        frozen = self._as_kept(self.frozen_as_read, lambda kept, dims, x: kept.abstract(x, dims))
         base = self.model.base
         reference = jax.tree.map(self._in_reference, base.abstract_params) if self.has_own_reference else None
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, opt_state, frozen, guard, reference)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
-    def _as_base(self, x: Any) -> jax.ShapeDtypeStruct:
-        """A frozen weight as it is kept; adapters' scales, a number a layer, are exact."""
-        dtype = COMPUTE_DTYPES[self.config.lora.base_dtype] if self.model.pairs and x.ndim > 1 else x.dtype
-        return jax.ShapeDtypeStruct(x.shape, dtype)
+    @property
+    def in_blocks(self) -> dict[str, tuple[Kept, str]]:
+        """The weights that are kept quantised beside adapters, by their dotted names: how, and their dims."""
+        lora, axis = self.config.lora, self.config.architecture.param_scan_axis
+        kept = Kept.of(lora.base_dtype, lora.double_quantization) if self.model.pairs else None
+        return {f"layers.{name}": (kept, stacked_dims(name, axis)) for name in IN_OUT} if kept else {}
+
+    @property
+    def frozen_as_read(self) -> Params:
+        """What stays, as ShapeDtypeStructs, before what is in_blocks is quantised."""
+        lora, in_blocks = self.config.lora, bool(self.in_blocks)
+
+        def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            # Adapters' scales, a number a layer, are exact.
+            dtype = COMPUTE_DTYPES[self.config.dtype if in_blocks else lora.base_dtype]
+            dtype = dtype if self.model.pairs and x.ndim > 1 else x.dtype
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+        return jax.tree.map(leaf, divide(self.model.abstract_params, self.is_frozen)[1])
+
+    def _as_kept(self, frozen: Params, make: Callable[[Kept, str, Any], Any]) -> Params:
+        """What stays, or belongs to it, with make(how, dims, leaf) in place of what is quantised."""
+        if not self.in_blocks:
+            return frozen
+        layers = dict(frozen["layers"])
+        for name, (kept, dims) in self.in_blocks.items():
+            weight = name.removeprefix("layers.")
+            layers[weight] = make(kept, dims, layers[weight])
+        return frozen | {"layers": layers}
 
     def _in_reference(self, x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, COMPUTE_DTYPES[self.config.dtype])

@@ -78,6 +78,7 @@ def model_of(sp: int, strategy: str, layout: str, kernel: str) -> Any:
         attention_type="ring_blockwise" if sp > 1 else "blockwise",
         attention_kernel=kernel,
         sequence_parallel=strategy,
+        **({"ulysses_degree": 2} if strategy == "ulysses_ring" else {}),
         sequence_layout=layout,
         num_attention_heads=8,
         scan_mlp=False,

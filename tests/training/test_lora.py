@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 
 from ringbpt import generate
-from ringbpt.checkpoint.load import load_model
+from ringbpt.checkpoint.export import to_huggingface
+from ringbpt.checkpoint.huggingface import to_ours
+from ringbpt.checkpoint.load import load_checkpoint, load_model
 from ringbpt.checkpoint.peft import read_adapter
-from ringbpt.checkpoint.store import StoredStep
+from ringbpt.checkpoint.store import StoredStep, Wanted
 from ringbpt.config import UserError, run_main
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
+from ringbpt.model.quantised import quantise
+from ringbpt.model.weights import part_of
 from ringbpt.training.metrics import read_rows
-from ringbpt.training.state import StateLayout
-from tests.training.test_loop import FULL, UNSAVED, configured, losses, refusal, train
+from ringbpt.training.state import StateLayout, divide
+from tests.training.test_loop import FULL, TINY, UNSAVED, configured, losses, refusal, train
 from tests.training.test_reference import PAIRED, TEXT, pairs
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
+WIDE = TINY[0].replace("hidden_size=32,intermediate_size=64", "hidden_size=64,intermediate_size=384")  # whole blocks
+RING = "--llama.attention_type=ring_blockwise"
 LORA = ("--lora.rank=4", "--lora.alpha=8", "--optimizer.adamw_optimizer.lr=0.02")
 
 
@@ -162,6 +168,19 @@ def test_the_reference_is_the_base(data, base, tmp_path):
         (("--lora.rank=4", "--lora.rank_pattern=dict(q_proj=1.5)"), "is no rank"),
         (("--lora.rank=4", "--lora.alpha_pattern=dict(q_proj=-1)"), "a number above 0"),
         (("--lora.rank=4", "--llama.num_experts=4"), "does not go with experts"),
+        (("--lora.rank=4", "--lora.base_dtype=nf4"), "--llama.hidden_size=32, which is no multiple of that"),
+        (("--lora.rank=4", "--lora.double_quantization"), "--lora.base_dtype=fp32 has none: --lora.base_dtype=nf4"),
+        (
+            ("--lora.rank=4", "--lora.base_dtype=int8", WIDE.replace("=64,i", "=128,i"), "--mesh_dim=1,2,1,2", RING),
+            "fsdp*sp=2*2 of --mesh_dim would cut: sp=1",
+        ),
+        (
+            (
+                *("--lora.rank=4", "--lora.base_dtype=nf4", "--lora.double_quantization", WIDE),
+                "--mesh_dim=1,1,4,1",
+            ),
+            "tp=4 of --mesh_dim would cut: tp=3, tp=6, or without it",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(flags, message):
@@ -181,3 +200,62 @@ def test_patterns():
     )  # fmt: skip
     model = Model.of(config, make_mesh((1, 1, 1, 1)))
     assert [tuple(pair) for pair in model.pairs] == [("w_q", 4, 8.0), ("w_up", 2, 4 / 2**0.5)]
+
+
+@pytest.fixture(scope="module")
+def wide(data, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("wide")
+    return f"params::{train(folder, *data, WIDE, *FULL, '--total_steps=2', name='base')}"
+
+
+def test_a_base_in_4_bits_learns_goes_on_and_is_no_other(data, wide, tmp_path):
+    """Bit by bit across a kill, and beside the codes that it began with; a base in 8 bits is another one."""
+    words = (*data, WIDE, f"--load_checkpoint={wide}", *LORA[:2], *FULL, "--lora.double_quantization")
+    one = train(tmp_path, *words, "--lora.base_dtype=nf4", "--total_steps=6", name="one")
+    train(tmp_path, *words, "--lora.base_dtype=nf4", "--total_steps=3")
+    train(tmp_path, *words, "--lora.base_dtype=nf4", "--total_steps=6", "--autoresume")
+    assert losses(tmp_path / "run") == losses(one)
+    assert losses(one)[6] < losses(one)[1]
+    again = refusal(tmp_path, *words, "--lora.base_dtype=int8", "--total_steps=9", "--autoresume")
+    assert "its weights are not those beside which the adapters of" in again
+
+
+def test_the_same_codes_from_whatever_holds_the_weights(data, wide, tmp_path):
+    """A checkpoint's, by way of the host's memory, and a folder's, layer by layer, on a mesh: those of the numbers."""
+    to_huggingface(wide, tmp_path / "folder", dtype="fp32")
+    to_ours(tmp_path / "folder", tmp_path / "ours")
+    flags = (*data, WIDE, *LORA, "--lora.base_dtype=nf4", "--lora.double_quantization")
+    config = configured(*flags, "--mesh_dim=1,1,2,1")
+    layout = StateLayout(config, Model.of(config, make_mesh((1, 1, 2, 1))))
+    wanted = part_of(layout.frozen_as_read, divide(layout.model.base.specs, layout.is_frozen)[1])
+    _, plain = load_model(wide, (1, 1, 1, 1))
+    for spec in (wide, f"huggingface::{tmp_path / 'folder'}", f"params::{tmp_path / 'ours'}"):
+        found, _ = load_checkpoint(
+            spec,
+            {"params": Wanted(wanted, tables=layout.model.tables, quantised=layout.in_blocks)},
+            config.architecture,
+        )
+        abstract = part_of(layout.abstract.frozen, wanted)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), found["params"]) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), abstract
+        )
+        for name, (kept, dims) in layout.in_blocks.items():
+            weight = name.removeprefix("layers.")
+            want = quantise(plain["layers"][weight], kept, dims)
+            jax.tree.map(np.testing.assert_array_equal, found["params"]["layers"][weight], want)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_the_reference_is_the_base_in_blocks(data, wide, tmp_path, dtype):
+    """DPO with a quantised base begins at ln 2 and learns; its column and its step say the same."""
+    path = data[0].replace("texts.jsonl", "pairs.jsonl")
+    found = []
+    for how in ("columns", "step"):
+        words = (
+            *data, path, *PAIRED[:2], TEXT[0], WIDE, f"--load_checkpoint={wide}", *LORA, f"--reference={how}", *UNSAVED,
+            "--total_steps=3", f"--lora.base_dtype={dtype}",
+        )  # fmt: skip
+        rows = read_rows(train(tmp_path, *words, name=how) / "metrics.jsonl")
+        found.append([row["loss"] for row in rows])
+    assert found[0][0] == pytest.approx(np.log(2), abs=1e-6) and found[0][2] < found[0][0]
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
