@@ -1,5 +1,7 @@
 """Weights of ours -> a Hugging Face folder, for transformers, vLLM and sglang; and how the two compare."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +17,75 @@ from ringbpt.checkpoint.huggingface import (
     rewrite,
     write_settings,
 )
-from ringbpt.checkpoint.load import describe_checkpoint, find_checkpoint, load_model
+from ringbpt.checkpoint.load import Found, describe_checkpoint, find_checkpoint, load_model
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
-from ringbpt.checkpoint.store import StoredStep, newest_step
-from ringbpt.checkpoint.tensors import conversions, repack
+from ringbpt.checkpoint.store import newest_step
+from ringbpt.checkpoint.tensors import conversions, flatten, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError
 from ringbpt.config.families import find_family, hf_settings, is_scoring, llama_fields, rows_for
 from ringbpt.config.foreign import read_json
+from ringbpt.config.gguf import FOREIGN
 from ringbpt.data.text.tokenizers import TOKENIZER_FILES, Tokenizer, keep_tokenizer, make_tokenizer
 from ringbpt.layouts import inverse, permutation
+from ringbpt.model.adapters import SCALE, A, B, is_of_a_pair
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
 
 
 def to_huggingface(
-    spec: str, output: Path, base: Path | None = None, dtype: str = "", max_shard_bytes: int = MAX_SHARD_BYTES
+    spec: str,
+    output: Path,
+    base: Path | None = None,
+    dtype: str = "",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    adapter: Path | None = None,
 ) -> None:
     """The weights of `--load_checkpoint=PREFIX::PATH`, of ours or of a GGUF file -> a Hugging Face folder.
 
     base: a folder whose config.json and tokenizer go along with a checkpoint; None: what came with the model, if
-    anything did. dtype: fp32, bf16 or fp16; empty: as stored. Raises UserError where there is nothing to convert, or no
-    family of Hugging Face's has such a model.
+    anything did. dtype: fp32, bf16 or fp16; empty: as stored. adapter: a folder of PEFT's layout, whose pairs are added
+    to the weights. Raises UserError where there is nothing to convert, or no family of Hugging Face's has such a model.
     """
     prefix, path = find_checkpoint(spec)
-    if prefix == "huggingface":
-        raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
     own = prefix == "params" and is_own(path)
-    if own or prefix == "gguf":
-        source, base = open_folder(path, own), base or (path / CARRIED if own else path)
+    if prefix == "huggingface" and not adapter:
+        raise UserError(f"--load_checkpoint={spec} is a Hugging Face folder already: copy it")
+    run = None if own or prefix in FOREIGN else describe_checkpoint(spec)
+    base = base or (run.folder if run else path / CARRIED if own else path)
+    if run is None and not adapter:
+        source = open_folder(path, own)
         stored = next(iter(source.files.entries.values())).dtype
         settings = hf_settings(source.architecture, _choose(dtype, stored).name, source.settings)
         rewrite(source, output, "model", dtype, max_shard_bytes)
-        has_tokenizer = is_scoring(settings) and any((base / name).is_file() for name in TOKENIZER_FILES)
-        tokenizer = make_tokenizer(TokenizerConfig(str(base))) if has_tokenizer else None
-        carry(base, output)
     else:
-        found = describe_checkpoint(spec)
-        base, vocab_file = base or found.folder, Path(found.vocab_file)
-        step = newest_step(path, f"--load_checkpoint={spec}")
-        settings = _write_step(step, found.architecture, output, base, dtype, max_shard_bytes)
-        if base:
-            carry(base, output)
-        tokenizer = None
-        if found.vocab_file == "bytes" or vocab_file.exists():  # as training placed them
-            tokenizer = make_tokenizer(TokenizerConfig(found.vocab_file))
-            keep_tokenizer(tokenizer, output)
-            ends = {"bos_token_id": tokenizer.ends.bos, "eos_token_id": tokenizer.ends.eos}
-            settings |= {name: token for name, token in ends.items() if not isinstance(settings.get(name), list)}
+        weights, architecture = merged_weights(spec, adapter) if adapter else _step_weights(spec, path)
+        given = read_json(base / "config.json") if base and base.is_dir() else {}
+        cast = _choose(dtype, _stored_dtype(prefix, path, own))
+        settings = write_weights(
+            weights, architecture, cast, given, output, max_shard_bytes, f"--load_checkpoint={spec}"
+        )
+    if base:
+        carry(base, output)
+    tokenizer = _tokenizer_of(run, base, output, settings)
     if is_scoring(settings):
         settings["pad_token_id"] = _padding(settings, tokenizer, f"--load_checkpoint={spec}")
     write_settings(output, settings)
+
+
+def _tokenizer_of(run: Found | None, base: Path | None, output: Path, settings: dict[str, Any]) -> Tokenizer | None:
+    """What the model is used with; a run's is written beside its weights, and what texts begin and end with by it into
+    settings. A folder's is read for a reward model alone.
+    """
+    if run is None:
+        read = base and is_scoring(settings) and any((base / name).is_file() for name in TOKENIZER_FILES)
+        return make_tokenizer(TokenizerConfig(str(base))) if read else None
+    if run.vocab_file != "bytes" and not Path(run.vocab_file).exists():  # as training placed them
+        return None
+    tokenizer = make_tokenizer(TokenizerConfig(run.vocab_file))
+    keep_tokenizer(tokenizer, output)
+    ends = {"bos_token_id": tokenizer.ends.bos, "eos_token_id": tokenizer.ends.eos}
+    settings |= {name: token for name, token in ends.items() if not isinstance(settings.get(name), list)}
+    return tokenizer
 
 
 def _padding(settings: dict[str, Any], tokenizer: Tokenizer | None, where: str) -> int:
@@ -87,25 +108,85 @@ def _padding(settings: dict[str, Any], tokenizer: Tokenizer | None, where: str) 
     )
 
 
-def _write_step(
-    step: StoredStep, architecture: Architecture, output: Path, base: Path | None, dtype: str, max_shard_bytes: int
+def _stored_dtype(prefix: str, path: Path, own: bool) -> np.dtype:
+    """In which a checkpoint's weights are, or most of them."""
+    if own or prefix in FOREIGN:
+        return next(iter(open_folder(path, own).files.entries.values())).dtype
+    return np.dtype(np.float32) if path.is_file() else newest_step(path, str(path)).dtypes("params")["embed"]
+
+
+Weights = dict[str, Callable[[], np.ndarray]]  # by our names; each is read or made, whole, when it is asked for
+
+
+def _step_weights(spec: str, path: Path) -> tuple[Weights, Architecture]:
+    """A checkpoint's weights as they are stored; and what they are of."""
+    step = newest_step(path, f"--load_checkpoint={spec}")
+    weights: Weights = {name: partial(step.read, "params", name) for name in step.dtypes("params")}
+    return weights, describe_checkpoint(spec).architecture
+
+
+def merged_weights(spec: str, adapter: Path) -> tuple[Weights, Architecture]:
+    """A model's weights with an adapter's pairs added to them, w + scale a b in float32; and what they are of."""
+    model, params = load_model(spec, (1, 1, 1, 1), adapter=adapter)
+    axis, layers = model.architecture.param_scan_axis, params["layers"]
+
+    def merged(name: str) -> np.ndarray:
+        weight = name.removeprefix("layers.")
+        pair = next((pair for pair in model.pairs if name == f"layers.{pair.weight}"), None)
+        if pair is None:
+            return np.asarray(layers[weight] if weight != name else params[name])
+        w, a, b = (np.moveaxis(np.array(layers[weight + part]), axis, 0) for part in ("", A, B))
+        for i, scale in enumerate(np.asarray(layers[weight + SCALE])):
+            w[i] += scale * np.tensordot(a[i], b[i], 1)
+        return np.moveaxis(w, 0, axis)
+
+    names = [name for name in flatten(params) if not is_of_a_pair(name) and not name.endswith(SCALE)]
+    return {name: partial(merged, name) for name in names}, model.architecture
+
+
+def report_merged(spec: str, adapter: Path, folder: Path) -> str:
+    """One line: the logits of a model with its adapter beside it against those of the folder that both were merged to,
+    on the same random tokens, computed in float32: what rounding the sum to the folder's dtype has done.
+    """
+    said = []
+    for model, params in (
+        load_model(spec, (1, 1, 1, 1), adapter=adapter),
+        load_model(f"huggingface::{folder}", (1, 1, 1, 1)),
+    ):
+        token_BT = np.random.default_rng(0).integers(0, model.architecture.vocab_size, (1, 64)).astype(np.int32)
+        said.append(logits(model, params, token_BT))
+    what = "score" if model.architecture.head == "score" else "logit"
+    return (
+        f"merged: 64 random tokens: largest change of a {what} {np.abs(said[1] - said[0]).max():.2e} (largest {what} "
+        f"{np.abs(said[0]).max():.2f})"
+    )
+
+
+def write_weights(
+    weights: Weights,
+    architecture: Architecture,
+    cast: np.dtype,
+    given: dict[str, Any],
+    output: Path,
+    max_shard_bytes: int,
+    where: str,
 ) -> dict[str, Any]:
-    """A checkpoint's weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json."""
-    stored = step.dtypes("params")
-    cast = _choose(dtype, stored["embed"])
-    given = read_json(base / "config.json") if base else {}
+    """Weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json, `given` completed.
+
+    Raises UserError, with `where` as the culprit, where the family has other weights.
+    """
     settings = hf_settings(architecture, cast.name, given)
-    llama_fields(settings, f"{base}/config.json")  # what of it goes along must be known, as in a folder that is read
+    llama_fields(settings, f"{where}: config.json")  # what of it goes along must be known, as in a folder that is read
     _, family = find_family(settings, "the model")
     table = conversions(rows_for(family, architecture), architecture)
-    if strange := stored.keys() ^ {conversion.ours for conversion in table}:
-        raise UserError(f"{step.folder}: {sorted(strange)[0]} is in only one of the checkpoint and its config.json")
+    if strange := weights.keys() ^ {conversion.ours for conversion in table}:
+        raise UserError(f"{where}: {sorted(strange)[0]} is in only one of the checkpoint and its config.json")
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
     named = [(layer, name, conversion) for conversion in table for name, layer, _ in conversion.parts()]
     plan = [Planned(name, cast, conversion.their_shape) for _, name, conversion in sorted(named, key=lambda x: x[0])]
     with FolderWriter(output, plan, max_shard_bytes) as writer:
         for conversion in table:
-            whole = conversion.cut(step.read("params", conversion.ours))
+            whole = conversion.cut(weights[conversion.ours]())
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
     return settings
@@ -165,9 +246,9 @@ def parity(folder: Path, model: Model, params: Params, tokens: int = 64) -> dict
     }
 
 
-def report_parity(spec: str, folder: Path) -> str:
+def report_parity(spec: str, folder: Path, adapter: Path | None = None) -> str:
     """One line: our logits of a checkpoint against those of transformers for the same model's folder."""
-    found = parity(folder, *load_model(spec, (1, 1, 1, 1)))
+    found = parity(folder, *load_model(spec, (1, 1, 1, 1), adapter=adapter))
     return (
         f"verify: {found['tokens']} tokens, float32: largest difference of a logit {found['largest_difference']:.2e} "
         f"(largest logit {found['largest_logit']:.2f}), same best token {100 * found['same_best_token']:.1f} %"

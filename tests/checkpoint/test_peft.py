@@ -4,6 +4,8 @@ The values of golden/adapters.npz are PEFT's own, by tests/golden/make_adapters.
 """
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ import jax
 import numpy as np
 import pytest
 
-from ringbpt.checkpoint.export import logits
+from ringbpt.checkpoint.export import logits, write_weights
+from ringbpt.checkpoint.huggingface import write_settings
+from ringbpt.checkpoint.load import load_model
 from ringbpt.checkpoint.peft import read_adapter, write_adapter
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned, TensorFolder
+from ringbpt.checkpoint.tensors import flatten
 from ringbpt.config import LoraConfig, UserError
 from ringbpt.config.lora import pairs_of
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.adapters import SCALE, A, B
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch
+from tests.checkpoint.test_huggingface import jax2hf
 from tests.golden import make_adapters as peft
 from tests.golden.make_llama import documents
 from tests.model.helpers import make_model
@@ -186,3 +192,33 @@ def test_where_there_is_no_adapter(tmp_path):
     with pytest.raises(UserError, match=r"no adapter_config.json there"):
         read_adapter(tmp_path, architecture)
     assert Model(architecture, make_model().execution, make_mesh((1, 1, 1, 1))).pairs == ()
+
+
+def test_a_merged_folder_says_what_the_adapter_said(tmp_path, capsys):
+    """In float32 to 1e-5; in bfloat16 what rounding has done is said, and is more."""
+    peft.restore("patterns", tmp_path / "adapter")
+    architecture, params = make_model(**llama_flags(peft.CASE)).architecture, flatten(our_params(peft.CASE))
+    weights = {name: partial(np.asarray, x) for name, x in params.items()}
+    dtype = np.dtype(np.float32)
+    write_settings(
+        tmp_path / "base", write_weights(weights, architecture, dtype, {}, tmp_path / "base", 1 << 40, "base")
+    )
+    spec = f"huggingface::{tmp_path / 'base'}"
+    said = {}
+    for dtype in ("fp32", "bf16"):
+        words = [f"--load_checkpoint={spec}", f"--adapter={tmp_path}/adapter", f"--output_dir={tmp_path}/{dtype}"]
+        assert jax2hf(*words, f"--dtype={dtype}") == 0
+        found = re.search(r"largest change of a logit (\S+) \(largest logit (\S+)\)", capsys.readouterr().out)
+        said[dtype] = float(found[1]) / float(found[2])
+    assert said["fp32"] <= 1e-5 < said["bf16"] < 0.05
+    golden = peft.restore("patterns", tmp_path / "again")
+    _, merged = load_model(f"huggingface::{tmp_path}/fp32", (1, 1, 1, 1))
+    (document,) = documents(peft.CASE)
+    plain = make_model(**llama_flags(peft.CASE), attention_type="standard", scan_mlp=False)
+    ours = logits(plain, merged, np.asarray(document, np.int32)[None])[0]
+    assert np.abs(ours - golden["logits"]).max() <= 2e-5 * np.abs(golden["logits"]).max()
+    assert merged["layers"].keys() == plain.init(jax.random.key(0))["layers"].keys()
+    assert jax2hf(words[0], f"--output_dir={tmp_path}/x") == 2
+    assert "is a Hugging Face folder already: copy it" in capsys.readouterr().err
+    assert jax2hf(words[0], f"--adapter={tmp_path}", f"--output_dir={tmp_path}/x") == 2
+    assert "no adapter_config.json there" in capsys.readouterr().err and not (tmp_path / "x").exists()
