@@ -34,7 +34,8 @@ from ringbpt.dims import AXES, MeshShape
 
 if TYPE_CHECKING:
     from ringbpt.data.loader import Loader
-    from ringbpt.types import Batch
+    from ringbpt.model.llama import Model
+    from ringbpt.types import Batch, Params
 
 GROUPS = {
     "embedding": ("embed", "unembed", "score"),
@@ -201,8 +202,31 @@ def first_batch(loader: "Loader") -> "Batch":
     raise UserError("no batch of an epoch has a token that takes loss: there is nothing to compare")
 
 
+def first_weights(config: Config, model: "Model", seed: int) -> tuple["Params", "Params"]:
+    """(trained, frozen) of a run's first step, but for adapters: theirs are drawn whole, or half of them would have no
+    gradient and no effect.
+    """
+    import jax
+
+    from ringbpt.model.adapters import B
+    from ringbpt.training.state import StateLayout, divide
+
+    layout, params = StateLayout(config, model), model.init(jax.random.key(seed))
+    trained, frozen = divide(params, layout.is_frozen)
+    for number, name in enumerate(sorted(params["layers"])):
+        if name.endswith(B):
+            w = (
+                jax.random.normal(jax.random.key(number), params["layers"][name].shape)
+                * config.architecture.initializer_range
+            )
+            trained["layers"][name] = jax.device_put(w, model.shardings["layers"][name])
+    return trained, layout.kept(frozen)
+
+
 def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
-    """{"loss": float, "metrics": all that is measured, group: its weights' gradients as one float64 vector}."""
+    """{"loss": float, "metrics": all that is measured, group: its weights' gradients as one float64 vector}; of a group
+    that stays there are none.
+    """
     import jax
     import numpy as np
 
@@ -215,9 +239,9 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     model = Model.of(config, make_mesh(config.mesh_shape))
     model.check_kernel(config.train_dataset.seq_length, "last" in host.columns)
     batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
-    params = model.init(jax.random.key(seed))
+    trained, frozen = first_weights(config, model, seed)
     objective = objective_of(config)
-    grads, means = jax.jit(make_gradients(config, model, objective))(params, batch)
+    grads, means = jax.jit(make_gradients(config, model, objective))(trained, batch, frozen)
     values = objective.values(jax.device_get(means), config)
     numbers: dict[str, Any] = {"loss": values["loss"], "metrics": values}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
@@ -225,7 +249,8 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     grouped = {group: [name + part for name in names for part in ("", A, B, SCALE)] for group, names in GROUPS.items()}
     assert leaves.keys() <= set(chain(*grouped.values())), "a weight that no group compares"
     for group, names in grouped.items():
-        numbers[group] = np.concatenate([leaves[name] for name in names if name in leaves])
+        if found := [leaves[name] for name in names if name in leaves]:
+            numbers[group] = np.concatenate(found)
     return numbers
 
 
@@ -238,7 +263,7 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     found = {"loss": abs(got["loss"] - want["loss"]) / abs(want["loss"])}
     pairs = [(got["metrics"].get(name, math.inf), value) for name, value in want["metrics"].items()]
     found["metrics"] = max(abs(a - b) / max(abs(b), 1.0) for a, b in pairs)
-    for group in GROUPS:
+    for group in (group for group in GROUPS if group in want):
         a, b = got[group], want[group]
         norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
         found[group] = float(np.linalg.norm(a - b)) / max(norm_b, 1e-30)
@@ -303,7 +328,7 @@ def verify(config: Config, device_count: int, tolerance: float, say: Callable[[s
 def _line(variant: Variant, plain: Variant, found: dict[str, float]) -> str:
     known = plain.dims()
     what = " ".join(f"{name}={value}" for name, value in variant.dims().items() if value != known[name])
-    groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", "metrics", *GROUPS))
+    groups = "  ".join(f"{name} {found[name]:.1e}" for name in ("loss", "metrics", *GROUPS) if name in found)
     return f"{groups}  {what}"
 
 

@@ -25,14 +25,15 @@ FLAGS = [
 ]
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch):
+@pytest.fixture(params=[()])
+def config(tmp_path, monkeypatch, request):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):  # documents of which several share a row
         (folder / f"{i}.py").write_text(f"# {i}\n" + "pass\n" * (1 + i % 5))
     monkeypatch.setenv("RINGBPT_CACHE", str(tmp_path / "cache"))
     flags = [*FLAGS, f"--train_dataset.python_dataset.path={folder}", "--train_dataset.python_dataset.split=all"]
+    flags += request.param
     config = parse(parse_args(flags), device_count=2)
     given = verify.Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
     some = [given, given.but(sp=1), given.but(sequence_parallel="all_gather"), given.but(packing="alone")]
@@ -48,6 +49,17 @@ def test_nothing_parts(config):
     report = run(config)
     assert report["ok"] and report["parting"] == []
     assert [row["worst"] < 2e-6 for row in report["rows"]] == [True] * 4
+
+
+QLORA = ("--lora.rank=4", "--lora.base_dtype=nf4", "--llama.hidden_size=128", "--lora.double_quantization")
+
+
+@pytest.mark.parametrize("config", [QLORA], indirect=True)
+def test_nothing_parts_of_adapters_beside_a_base_in_4_bits(config):
+    report = run(config)
+    assert report["ok"] and all(row["worst"] < 1e-5 for row in report["rows"])
+    compared = report["rows"][0]["differences"]
+    assert "attention" in compared and "norms" not in compared and "embedding" not in compared
 
 
 def test_the_first_batch_that_takes_loss_is_compared():

@@ -119,10 +119,7 @@ class Run:
             params = load_checkpoint(config.load_checkpoint, {"params": wanted}, config.architecture)[0]["params"]
             params = {name: x for name, x in params.items() if x is not None}
         else:
-            params = part_of(model.base.init(jax.random.key(config.seed)), frozen)
-            for name, (kept, dims) in layout.in_blocks.items():
-                _, weight = name.split(".")
-                params["layers"][weight] = kept.of_stack(params["layers"][weight], dims)
+            params = layout.kept(part_of(model.base.init(jax.random.key(config.seed)), frozen))
         self.base = weights_fingerprint(params)
         if meta is not None and meta.get("base") != self.base:
             raise UserError(

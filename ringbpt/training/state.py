@@ -155,6 +155,10 @@ class StateLayout:
 
         return jax.tree.map(leaf, divide(self.model.abstract_params, self.is_frozen)[1])
 
+    def kept(self, frozen: Params) -> Params:
+        """What stays, of arrays, as it is kept beside adapters."""
+        return self._as_kept(frozen, lambda kept, dims, w: kept.of_stack(w, dims))
+
     def _as_kept(self, frozen: Params, make: Callable[[Kept, str, Any], Any]) -> Params:
         """What stays, or belongs to it, with make(how, dims, leaf) in place of what is quantised."""
         if not self.in_blocks:

@@ -130,17 +130,16 @@ def _zeros(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def make_gradients(
-    config: Config, model: Model, objective: Objective
-) -> Callable[[Params, Batch], tuple[Params, Means]]:
-    """gradients(params, batch) -> (gradients of the loss, the objective's means); to be jitted by the caller.
+def make_gradients(config: Config, model: Model, objective: Objective) -> Callable[..., tuple[Params, Means]]:
+    """gradients(trained, batch, frozen={}) -> (gradients of the loss towards the trained, the objective's means); to be
+    jitted by the caller.
 
-    Without any weight the gradients are zero. Params, all of them trained, are on the device.
+    Without any weight the gradients are zero. All weights are on the device.
     """
     totals = make_totals(config, model, objective)
 
-    def gradients(params: Params, batch: Batch) -> tuple[Params, Means]:
-        grads, divisor, means, _ = totals(params, {}, batch)
+    def gradients(trained: Params, batch: Batch, frozen: Params | None = None) -> tuple[Params, Means]:
+        grads, divisor, means, _ = totals(trained, frozen or {}, batch)
         own = {name: mean for name, mean in means.items() if name not in FACTS}
         return jax.tree.map(lambda g: g / divisor, grads), own
 
