@@ -146,6 +146,12 @@ FILES = "--train_dataset.type=files --train_dataset.files_dataset"
         ("--dataset=data/set.jsonl", f"{FILES}.path=data/set.jsonl"),
         ("--use_wandb --wandb_project=p", "--logger.online --logger.project_id=p"),
         ("--lora_rank=0 --nll_loss_coef=0 --zero_stage=2 --flash_attn --ref_offload", ""),
+        ("--lora_rank=64", "--lora.rank=64 --lora.alpha=16"),
+        (
+            "--ds.lora.rank 8 --ds.lora.alpha 32 --ds.lora.target_modules q_proj v_proj --ds.load_in_4bit",
+            "--lora.rank=8 --lora.alpha=32 --lora.target_modules=q_proj,v_proj --lora.base_dtype=nf4 "
+            "--lora.double_quantization",
+        ),
     ],
 )
 def test_what_a_flag_means(theirs, ours):
@@ -178,7 +184,8 @@ def test_what_cannot_be_meant_is_refused(name):
     ("argv", "fragments"),
     [
         (["--nll_loss_coef=0.2"], ("--preference.nll_coefficient=0.2",)),
-        (["--lora_rank=64"], ("no adapters",)),
+        (["--lora_dropout=0.1"], ("without dropout",)),
+        (["--load_in_4bit"], ("--lora.base_dtype", "--lora.rank=0 gives none")),
         (["--ipo", "--label_smoothing=0.1"], ("--ipo", "label_smoothing")),
         (["--lr_scheduler=cosine"], ("--optimizer.schedule=warmup_cosine", "end_lr=0")),
         (["--min_lr_ratio=0.2"], ("--learning_rate",)),

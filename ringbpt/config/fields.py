@@ -196,9 +196,9 @@ class LoraConfig:
     alpha_pattern: str = flag("", "the same of alpha")
     dropout: float = flag(0.0, "of a pair's input: there is none", at_least=0, below=1)
     base_dtype: str = flag(
-        "fp32",
-        "in which the weights that stay are kept; nf4, int8: a layer's matrices, the rest as --dtype",
-        choices=(*DTYPES, *QUANTISED),
+        "",
+        "in which the weights that stay are kept; empty: as --dtype; nf4, int8: a layer's matrices, the rest so",
+        choices=("", *DTYPES, *QUANTISED),
     )
     double_quantization: bool = flag(False, "of nf4 or int8: blocks' scales in 8 bits too")
 

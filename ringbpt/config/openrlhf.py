@@ -132,10 +132,7 @@ REFUSED = {
         "it is the compiler's: XLA_FLAGS=--xla_gpu_deterministic_ops=true, not a flag",
     ),
     "grad_accum_dtype": (str, ("fp32",), "gradients add up in float32: leave it out"),
-    "load_in_4bit": (bool, (False,), "weights are trained whole, in float32: leave it out"),
-    "lora_alpha": (float, (), "there are no adapters, all weights are trained: leave it out"),
-    "lora_dropout": (float, (0.0,), "there are no adapters, all weights are trained: leave it out"),
-    "lora_rank": (int, (0,), "there are no adapters, all weights are trained: leave it out"),
+    "lora_dropout": (float, (0.0,), "a step is the same on every mesh, without dropout: leave it out"),
     "max_ckpt_mem": (int, (), "checkpoints are counted, not weighed: --checkpointer.keep=N"),
     "nll_loss_coef": (
         float,
@@ -144,7 +141,6 @@ REFUSED = {
         "--preference.nll_coefficient={value}",
     ),
     "save_hf_ckpt": (bool, (False,), "a checkpoint is written for others afterwards: python scripts/jax2hf.py"),
-    "target_modules": (str, (), "there are no adapters, all weights are trained: leave it out"),
     "tokenizer_chat_template": (
         str,
         (),
@@ -168,15 +164,20 @@ def said(given: Given, name: str) -> Any:
     return next((value for each, value in given.items() if plain(each) == name), None)
 
 
+MOST_WORDS = {"adam_betas": 2, "target_modules": 64}  # of flags that take several
+
+
 def one_word_each(argv: list[str]) -> list[str]:
-    """The words of a command line, where a flag of two numbers has become one, and `--load_checkpoint` without a value
-    beside --pretrain, which here would lack one, what it is called since: --ckpt.load_enable.
+    """The words of a command line, where a flag of several values has become one, and `--load_checkpoint` without a
+    value beside --pretrain, which here would lack one, what it is called since: --ckpt.load_enable.
     """
     words: list[str] = []
     there = {word.removeprefix("--").partition("=")[0] for word in argv}
+    several, taken = "", 0  # the last flag, and how many words without dashes have come after it
     for at, word in enumerate(argv):
         after = argv[at + 1 : at + 2]
-        if at > 1 and argv[at - 2] in ("--adam_betas", "--adam.betas") and re.fullmatch(r"[0-9.e-]+", word):
+        several, taken = (plain(word[2:]), 0) if word.startswith("--") else (several, taken + 1)
+        if 1 < taken <= MOST_WORDS.get(several, 1):
             words[-1] += f",{word}"
         elif word == "--load_checkpoint" and "pretrain" in map(plain, there) and (not after or after[0][:2] == "--"):
             words.append("--ckpt.load_enable")
@@ -253,6 +254,11 @@ def _label_smoothing(_: str, value: float, tree: ConfigDict, given: Given) -> Gi
         return {}
     _another_dpo(given)
     return {"objective": "cdpo", "preference.label_smoothing": value}
+
+
+def _lora_rank(_: str, value: int, tree: ConfigDict, given: Given) -> Given:
+    alpha = {"lora.alpha": 16.0} if value and said(given, "lora_alpha") is None and "lora.alpha" not in given else {}
+    return {"lora.rank": value} | alpha
 
 
 # --- how long, how fast ---
@@ -391,6 +397,10 @@ OPENRLHF: dict[str, tuple[Any, Meaning]] = {
     "aux_loss_coef": (float, as_set("llama.router_aux_loss_coef")),
     "dataset_split": (str, as_set("{data}.split")),
     "train_split": (str, as_set("{data}.split")),
+    "lora_rank": (int, _lora_rank),
+    "lora_alpha": (float, as_set("lora.alpha")),
+    "target_modules": (str, as_set("lora.target_modules")),
+    "load_in_4bit": (bool, where_on({"lora.base_dtype": "nf4", "lora.double_quantization": True})),
     # How.
     "train_batch_size": (int, as_set("{data}.batch_size")),
     "micro_train_batch_size": (int, as_set("optimizer.rows_at_a_time")),

@@ -277,7 +277,7 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
         save_minutes=minutes if config.save_minutes is None else config.save_minutes,
         dtype=DTYPES[config.dtype],
         checkpointer=replace(config.checkpointer, float_dtype=DTYPES[config.checkpointer.float_dtype]),
-        lora=replace(config.lora, base_dtype=DTYPES.get(config.lora.base_dtype, config.lora.base_dtype)),
+        lora=replace(config.lora, base_dtype=_base_dtype(config)),
         architecture=complete(with_head(config)),
         execution=execution,
         mesh_shape=mesh_shape,
@@ -286,6 +286,11 @@ def parse(tree: ConfigDict, device_count: int) -> Config:
     check(config)
     check_datasets(config)
     return config
+
+
+def _base_dtype(config: Config) -> str:
+    said = config.lora.base_dtype or (config.dtype if config.lora.rank else "")
+    return DTYPES.get(said, said)
 
 
 def _in_parts(optimizer: OptimizerConfig, dataset: DatasetConfig, mesh_shape: MeshShape) -> OptimizerConfig:

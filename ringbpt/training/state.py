@@ -149,7 +149,7 @@ class StateLayout:
 
         def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             # Adapters' scales, a number a layer, are exact.
-            dtype = COMPUTE_DTYPES[self.config.dtype if in_blocks else lora.base_dtype]
+            dtype = COMPUTE_DTYPES[self.config.dtype if in_blocks or not lora.base_dtype else lora.base_dtype]
             dtype = dtype if self.model.pairs and x.ndim > 1 else x.dtype
             return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 

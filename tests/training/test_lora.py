@@ -1,5 +1,6 @@
 """Runs that train low-rank pairs: what stays, what is stored, how they go on, and what they leave."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ringbpt import generate
-from ringbpt.checkpoint.export import to_huggingface
+from ringbpt import evaluate, generate
+from ringbpt.checkpoint.export import logits, to_huggingface
 from ringbpt.checkpoint.huggingface import to_ours
 from ringbpt.checkpoint.load import load_checkpoint, load_model
 from ringbpt.checkpoint.peft import read_adapter
@@ -124,7 +125,7 @@ def test_it_goes_on_bit_by_bit_and_beside_no_other_weights(data, base, run, tmp_
     assert "its weights are not those beside which the adapters of" in again
 
 
-def test_what_it_leaves_is_what_it_was(run, base, capsys):
+def test_what_it_leaves_is_what_it_was(run, base, tmp_path, capsys):
     """The adapter folder beside the base is the model that was trained, here by what it says of a text."""
     found = read_adapter(run / "adapter", configured(base, *LORA).architecture)
     for name, array in found.layers.items():
@@ -133,12 +134,14 @@ def test_what_it_leaves_is_what_it_was(run, base, capsys):
     assert found.layers["w_q_scale"].tolist() == [2.0, 2.0]
     settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 8, "CAUSAL_LM")
+    to_huggingface(base.partition("=")[2], tmp_path / "merged", dtype="fp32", adapter=run / "adapter")
     said = []
-    for adapter in ((), (f"--adapter={run}/adapter",)):
-        words = [base, "--prompt=say 3 ants:", "--max_new_tokens=12", *adapter]
-        assert run_main(generate.main, words) == 0
+    for words in ([base], [base, f"--adapter={run}/adapter"], [f"--load_checkpoint=huggingface::{tmp_path}/merged"]):
+        assert (
+            run_main(generate.main, [*words, "--tokenizer=bytes", "--prompt=say 3 ants:", "--max_new_tokens=12"]) == 0
+        )
         said.append(capsys.readouterr().out)
-    assert said[0] != said[1]
+    assert said[0] != said[1] == said[2]
     assert run_main(generate.main, [f"--load_checkpoint=params::{run}", "--prompt=a"]) == 2
     assert f"{base.removeprefix('--load_checkpoint=')} --adapter={run}/adapter" in capsys.readouterr().err
 
@@ -153,6 +156,41 @@ def test_the_reference_is_the_base(data, base, tmp_path):
         found.append([row["loss"] for row in rows])
     assert found[0][0] == pytest.approx(np.log(2), abs=1e-6)
     assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
+def test_an_adapter_talks(run, base, data, tmp_path, monkeypatch, capsys):
+    """Chat and evaluation by --adapter; what it says is not what its base says."""
+    texts, said = data[0].partition("=")[2], []
+    for more in ((), (f"--adapter={run}/adapter",)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("say 3 ants\n\n"))
+        chat = [base, *more, "--chat", "--chat_template=chatml", "--max_new_tokens=8"]
+        assert run_main(generate.main, chat) == 0
+        answer = capsys.readouterr().out
+        evaluated = [base, *more, f"--perplexity={texts}", "--seq_length=32", f"--output={tmp_path}/found"]
+        assert run_main(evaluate.main, evaluated) == 0
+        said.append((answer, json.loads((tmp_path / "found" / "results.json").read_text())["perplexity"]["loss"]))
+    assert said[0][0] != said[1][0]
+    assert said[1][1] < said[0][1]  # these are what it was trained on
+
+
+def test_a_reward_model_of_pairs(data, base, tmp_path):
+    """The fresh score learns beside the pairs; both stand in the adapter's folder, and in the merged classifier."""
+    path = data[0].replace("texts.jsonl", "pairs.jsonl")
+    words = (*data, path, "--objective=reward", TEXT[0], base, *LORA, *FULL, "--total_steps=3")
+    made = train(tmp_path, *words, name="reward")
+    assert "score" in stored(made) and "unembed" not in stored(made)
+    settings = json.loads((made / "adapter" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    spec = base.partition("=")[2]
+    to_huggingface(spec, tmp_path / "hf", dtype="fp32", adapter=made / "adapter")
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["architectures"] == ["LlamaForSequenceClassification"] and settings["pad_token_id"] == 256
+    token = np.arange(2, 34, dtype=np.int32)[None]
+    beside, merged = (
+        logits(*load_model(name, (1, 1, 1, 1), adapter=adapter), token)
+        for name, adapter in ((spec, made / "adapter"), (f"huggingface::{tmp_path}/hf", None))
+    )
+    np.testing.assert_allclose(merged, beside, atol=1e-5 * np.abs(beside).max())
 
 
 @pytest.mark.parametrize(
