@@ -14,10 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ringbpt.checkpoint.store import StoredStep
+from ringbpt.mesh import start_jax
 from ringbpt.training.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +115,14 @@ def test_an_originals_command_trains(files, tmp_path, command):
 
 
 @pytest.mark.slow
+def test_virtual_devices_wait_for_each_other_for_minutes_and_take_one_program_at_a_time(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+    start_jax(ConfigDict({"num_cpu_devices": 8, "jax_distributed": {"initialize_jax_distributed": False}}))
+    assert jax.config.jax_cpu_enable_async_dispatch is False
+    assert os.environ["XLA_FLAGS"].split()[1] == "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+
+
 def test_a_mesh_is_enough(tmp_path):
     done = run(tmp_path, "--mesh_dim=1,1,1,8", "--num_cpu_devices=8", "--total_steps=3")
     assert (done.returncode, done.stderr) == (0, "")
