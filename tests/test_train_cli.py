@@ -119,7 +119,7 @@ def test_virtual_devices_wait_for_each_other_for_minutes_and_take_one_program_at
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     start_jax(ConfigDict({"num_cpu_devices": 8, "jax_distributed": {"initialize_jax_distributed": False}}))
-    assert jax.config.jax_cpu_enable_async_dispatch is False
+    assert jax.config.read("jax_cpu_enable_async_dispatch") is False
     assert os.environ["XLA_FLAGS"].split()[1] == "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 
