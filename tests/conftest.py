@@ -31,7 +31,6 @@ shapes.install()
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_cpu_enable_async_dispatch", False)  # as runs on virtual devices have it: see mesh.be_patient
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial, reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +182,9 @@ def _evaluation(
         if not compiled:
             compile_ahead("the evaluation", eval_step, state, _put(model, loader, 0))
             compiled.append(True)
-        sums = [eval_step(state, _put(model, loader, i)) for i in numbers]
-        means = jax.device_get(reduce(lambda a, b: {name: add(a[name], b[name]) for name in a}, sums))
+        # Each is fetched before the next is sent off, and added here: see mesh.be_patient.
+        sums = [jax.device_get(eval_step(state, _put(model, loader, i))) for i in numbers]
+        means = reduce(lambda a, b: {name: a[name] + b[name] for name in a}, sums)
         draw_pictured(folder, means, step)
         values = objective.values(means, config)
         values |= bits_per_byte(values, loader.bytes_per_token) if objective.is_in_nats(config) else {}
