@@ -66,18 +66,6 @@ FLAGS = MODEL_FLAGS | {
 }
 
 
-def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, each with a prompt or messages. Raises UserError with file and line."""
-    from ringbpt.data.reading.files import read_rows
-
-    def checked(row: Any) -> Any:
-        if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
-            raise ValueError
-        return row
-
-    return read_rows(file, "prompts", 'neither "prompt", a text, nor "messages", a list', checked)
-
-
 def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
@@ -86,10 +74,12 @@ def main(argv: list[str]) -> int:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
     if flags["output"]:
         check_writable("--output", user_path(flags["output"]), folder=False)
+    from ringbpt.data.prompts import encode_prompt, read_prompts, whole_text
+
     rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
     if flags["chat"]:
         rows = []
-    _whole(flags["system"], "--system")
+    whole_text(flags["system"], "--system")
     from ringbpt.generation.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -103,7 +93,7 @@ def main(argv: list[str]) -> int:
     chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
     encode: Any = make_chat_encoder(tokenizer) if chats else None
     where = flags["prompts"] or "--prompt"
-    prompts = [_encoded(row, tokenizer, encode, f"{where}, prompt {n}") for n, row in enumerate(rows, 1)]
+    prompts = [encode_prompt(row, tokenizer, encode, f"{where}, prompt {n}") for n, row in enumerate(rows, 1)]
     count, size, stops = (flags[name] for name in ("max_new_tokens", "batch_size", "stop"))
     check_vocabulary(prompts, found.architecture.vocab_size)
     limit = flags["max_sequence_length"] or found.architecture.max_sequence_length
@@ -132,26 +122,6 @@ def main(argv: list[str]) -> int:
     output.write_text("".join(lines), encoding="utf-8")
     print(f"wrote {output}: {len(lines)} completions", file=sys.stderr)
     return 0
-
-
-def _whole(text: str, where: str) -> str:
-    """The text, which bytes of a command line that are no UTF-8 have not spoilt."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{where} is no UTF-8 text") from None
-    return text
-
-
-def _encoded(row: dict[str, Any], tokenizer: Any, encode: Any, where: str) -> Any:
-    """The tokens of a prompt, or of a conversation up to its next answer, as training renders them."""
-    from ringbpt.data.text.shapes import settings_of, tools_of
-
-    if isinstance(text := row.get("prompt"), str):
-        if not len(found := tokenizer.encode_prompt(_whole(text, where))):
-            raise UserError(f"{where}: no tokens: write something")
-        return found
-    return encode(row["messages"], tools_of(row, where), where, settings_of(row, where))
 
 
 def start_model(flags: dict[str, Any]) -> tuple[Any, Any]:

@@ -53,6 +53,10 @@ COLUMNS: dict[str, Column] = {
     "unit": Column("int32", 0, "row", "the number of the packing unit inside the row, from 1; 0 is padding"),
     "label": Column("int8", 0, "document", "1: chosen or desirable; -1: not; 2: a prompt with another's completion"),
     "margin": Column("float32", 0, "document", "by how much the chosen is better, as the data say; no unit"),
+    "advantage": Column("float32", 0, "target", "by how much it was better than expected; no unit"),
+    "rollout_logp": Column("float32", 0, "target", "its log-probability where it was drawn, in nats"),
+    "old_logp": Column("float32", 0, "target", "the same by the policy that the rollout was made with"),
+    "reward": Column("float32", 0, "document", "what the whole answer is worth; no unit"),
     "ref_logp": Column("float32", 0, "target", "its log-probability by the reference model, in nats"),
 }
 

@@ -140,8 +140,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # read, places judged beforehand, what is shown; +900 how processes end, together and when one is lost, and what starts
 # them again; +1,600 learning from preferences: shared beginnings through attention, units and labels of documents, the
 # reference's column, nineteen objectives; +450 what each flag of OpenRLHF's commands means, in both spellings;
-# +1,600 reward models, and adapters over weights that stay as they are.
-WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600
+# +1,600 reward models, and adapters over weights that stay as they are; +250 these in 4 and 8 bits; +1,200 rollouts:
+# samples, rewards, advantages, and the losses of policies.
+WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

@@ -45,6 +45,7 @@ TABLES = {
     "PACKINGS": "train_dataset.packing",
     "SHAPES": "train_dataset.text_processor.shape",
     "_ROPE": "llama.rope_scaling_type",
+    "DIVERGENCES": "policy.kl",
 }
 
 

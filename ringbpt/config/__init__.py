@@ -19,7 +19,9 @@ from ringbpt.config.entry import (
     split_flags,
 )
 from ringbpt.config.fields import (
+    CHECKPOINT_PREFIXES,
     DTYPES,
+    POLICIES,
     PRESETS,
     RUN_FLAGS,
     AdamWConfig,
@@ -35,7 +37,9 @@ from ringbpt.config.fields import (
     MuonConfig,
     OptimizerConfig,
     PalmConfig,
+    PolicyConfig,
     PreferenceConfig,
+    RolloutConfig,
     ScheduledConfig,
     choices,
     flag_values,

@@ -36,7 +36,9 @@ OBJECTIVE_NAMES = (
     "pretrain", "sft", "dpo", "ipo", "cdpo", "robust", "hinge", "exo", "nca", "bco", "sppo", "apo_zero", "apo_down",
     "discopop", "sigmoid_norm", "simpo", "orpo", "kto", "apo_zero_unpaired",
     "reward",
+    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline",
 )  # fmt: skip
+POLICIES = OBJECTIVE_NAMES[OBJECTIVE_NAMES.index("grpo") :]  # those that learn from rollouts
 SCORING = ("reward",)  # those whose model has no vocabulary to predict, and says one number of each token
 SAVE_MINUTES = 10.0  # a run that says nothing of checkpoints loses no more
 
@@ -182,6 +184,47 @@ class PreferenceConfig:
     def smoothing(self) -> float:
         """label_smoothing of the losses that are nothing without one."""
         return 0.1 if self.label_smoothing is None else self.label_smoothing
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What learning from rollouts asks, with --objective=grpo and its family; None, "": what the objective's own is."""
+
+    clip_low: float | None = flag(None, "how far below 1 a ratio to the old policy still learns", at_least=0)
+    clip_high: float | None = flag(None, "how far above 1", at_least=0)
+    dual_clip: float = flag(0.0, "the largest ratio that counts of a bad token; 0: any", at_least=0)
+    average: str = flag("", "over what the loss is a mean", choices=("", "token", "answer", "constant"))
+    kl_coefficient: float = flag(0.0, "of the distance from the reference; 0: there is none", at_least=0)
+    kl: str = flag("k3", "how that is estimated at a token", choices=("k1", "k2", "k3"))
+    kl_in_reward: bool = flag(False, "it is taken from each token's reward (reinforce_pp), and no part of the loss")
+    entropy_coefficient: float = flag(0.0, "of the mean entropy, as a bonus", at_least=0)
+    correction: str = flag(
+        "",
+        "what is done where the sampler was not quite the policy: token's or answer's ratio, cut or left out",
+        choices=("", "token_truncate", "token_mask", "answer_truncate", "answer_mask"),
+    )
+    correction_cap: float = flag(3.0, "the largest ratio of that", above=0)
+    correction_floor: float = flag(0.0, "the smallest", at_least=0)
+    discount: float = flag(1.0, "of what comes a token later", above=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Where samples come from, and what they are worth, with --objective=grpo and its family."""
+
+    prompts: str = flag("", 'a .jsonl file of {"prompt"} or {"messages"}, and what else the reward looks at')
+    reward: str = flag(
+        "", "FILE.py:NAME, PREFIX::PATH of a reward model, or http://HOST/PATH; several with commas", shown="training"
+    )
+    reward_weights: str = flag("", "of several, as 1,0.5; empty: all 1")
+    reward_normalise: bool = flag(False, "each of several over the rollout first, and then the sum of them")
+    reward_timeout: float = flag(60.0, "seconds that a reward may take", above=0)
+    reward_failures: float = flag(0.5, "the share of a rollout's rewards that may fail", at_least=0, at_most=1)
+    prompts_per_step: int = flag(8, "of each rollout", at_least=1, at_most=1 << 20)
+    samples_per_prompt: int = flag(8, "answers to each", at_least=1, at_most=1 << 12)
+    max_new_tokens: int = flag(256, "of an answer, its end among them", at_least=1, at_most=LARGEST_POSITION)
+    temperature: float = flag(1.0, "of sampling, and of what the policy is learnt as", above=0, at_most=100)
+    updates: int = flag(1, "optimizer steps that a rollout is learnt in", at_least=1, at_most=1 << 10)
 
 
 @dataclass(frozen=True)
@@ -402,6 +445,8 @@ class Config:
     checkpointer: CheckpointerConfig = field(default_factory=CheckpointerConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     architecture: Architecture = field(default_factory=Architecture, metadata={"group": "llama"})
     execution: Execution = field(default_factory=Execution, metadata={"group": "llama"})

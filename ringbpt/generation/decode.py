@@ -19,10 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
 from ringbpt.dims import ACTIVATION_AXES, spec
+from ringbpt.model.adapters import IN_OUT
 from ringbpt.model.experts import mixture
 from ringbpt.model.feedforward import matmul_in, swiglu
 from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
-from ringbpt.model.llama import Model
+from ringbpt.model.llama import Model, layer_of
+from ringbpt.model.quantised import Quantised, dequantised
 from ringbpt.model.weights import dot, embed
 from ringbpt.types import Batch, Params, TokenMeta
 
@@ -59,7 +61,9 @@ def make_split(model: Model) -> Callable[[Params], Params]:
     axis, L = model.architecture.param_scan_axis, model.architecture.num_hidden_layers
     placed = jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), weight_specs(model))
 
-    def cut(w):
+    def cut(name, w):
+        if isinstance(w, Quantised):
+            return [dequantised(layer_of(w, i, axis), " ".join(IN_OUT[name]), model.dtype) for i in range(L)]
         if w.ndim == 1:  # a number a layer, which is not rounded
             return list(w)
         return [lax.index_in_dim(w, i, axis, keepdims=False).astype(model.dtype) for i in range(L)]
@@ -67,7 +71,10 @@ def make_split(model: Model) -> Callable[[Params], Params]:
     def cast(w):
         return w.astype(model.dtype)
 
-    cuts = {name: jax.jit(cut, out_shardings=[sharding] * L) for name, sharding in placed["layers"][0].items()}
+    cuts = {
+        name: jax.jit(partial(cut, name), out_shardings=[sharding] * L)
+        for name, sharding in placed["layers"][0].items()
+    }
     casts = {name: jax.jit(cast, out_shardings=sharding) for name, sharding in placed.items() if name != "layers"}
     transpose = jax.jit(lambda w: cast(w).T, out_shardings=placed["unembed"])
 
@@ -183,7 +190,8 @@ def make_decode(model: Model, prompt_share: int):
 
     def local(weights, cache, token_BQ, q_meta, step):
         mine, place = write_place(step, prompt_share, cache.k[0].shape[2], token_BQ.shape[1])
-        kept = replace(q_meta, segment_BT=jnp.where(mine, q_meta.segment_BT, 0))
+        last_BT = None if q_meta.last_BT is None else jnp.where(mine, q_meta.last_BT, 0)
+        kept = replace(q_meta, segment_BT=jnp.where(mine, q_meta.segment_BT, 0), last_BT=last_BT)
         rope, x_BQD, new = rope_of(architecture, q_meta), _rows(weights["embed"], token_BQ), []
         for w, k, v in zip(weights["layers"], cache.k, cache.v, strict=True):
 

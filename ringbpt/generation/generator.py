@@ -101,12 +101,17 @@ class Generator:
         self.weights = self._split(params)
 
     def tokens(
-        self, prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, sampling: Sampling
+        self, prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, sampling: Sampling, samples: int = 1
     ) -> Iterator[dict[int, NewToken]]:
-        """{number of the prompt: its next token} at each step; the caller stops taking when all texts have ended."""
+        """{number of a text: its next token} at each step; the caller stops taking when all texts have ended.
+
+        Each prompt has so many samples, which share its one prefill: text number i is of prompt i // samples, and drawn
+        by a key of its own.
+        """
         mesh, layout = self.model.mesh, self.model.execution.sequence_layout
-        host, place_BQ, ends = pack(prompts, shape, batch, permutation(layout, shape.length, mesh.shape["sp"]))
-        texts = {(b, q): number for b, row in enumerate(batch) for q, number in enumerate(row)}
+        host, place_BQ, ends = pack(prompts, shape, batch, permutation(layout, shape.length, mesh.shape["sp"]), samples)
+        numbers = [[number * samples + i for number in row for i in range(samples)] for row in batch]
+        texts = {(b, q): number for b, row in enumerate(numbers) for q, number in enumerate(row)}
         drawn, penalised = sampling.temperature > 0, sampling.repetition_penalty != 1.0
         prefill, first, step = self._compiled(shape, drawn, penalised)
         global_batch = put_batch(host.rows, host.token_BT.shape, mesh, layout)
@@ -116,7 +121,8 @@ class Generator:
         for (b, q), number in texts.items():
             numbers_BQ[b, q] = number
         key_P = jax.vmap(lambda n: jax.random.fold_in(root, n))(jnp.asarray(numbers_BQ.reshape(-1)))
-        seen_PV = seen_tokens(prompts, texts, shape, self.model.architecture.vocab_size) if penalised else None
+        of_prompts = {place: number // samples for place, number in texts.items()}
+        seen_PV = seen_tokens(prompts, of_prompts, shape, self.model.architecture.vocab_size) if penalised else None
         options = sampling.options()
         cache, x_BTD = prefill(self.weights, global_batch)
         token_BQ, logp_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
@@ -179,22 +185,31 @@ def make_steps(model: Model, shape: BatchShape, drawn: bool, penalised: bool) ->
 
 
 def pack(
-    prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, order: np.ndarray
+    prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, order: np.ndarray, samples: int = 1
 ) -> tuple[Batch, np.ndarray, TokenMeta]:
-    """(host batch, the place in layout order of each prompt's last token, the meta of its next token, both [B, texts]).
+    """(host batch, the place in layout order of each text's last token, the meta of its next token, both [B, texts]).
 
-    A place of [rows, texts] without a text has segment 0, sees nothing and is seen by nobody.
+    A place of [rows, texts] without a text has segment 0, sees nothing and is seen by nobody. Several samples of a
+    prompt are texts that begin alike: its tokens are part of all of them.
     """
     pieces = [Piece(len(prompt), {"token": prompt, "mask": np.zeros(len(prompt))}) for prompt in prompts]
     host = make_batch([[pieces[number] for number in row] for row in batch], (shape.rows, shape.length))
     place_BQ, next_BQ, segment_BQ = (np.zeros((shape.rows, shape.texts), np.int32) for _ in range(3))
     to_layout = inverse(order)
     for b, row in enumerate(batch):
-        sizes = [len(prompts[number]) for number in row]
-        place_BQ[b, : len(row)] = to_layout[np.cumsum(sizes, dtype=np.int32) - 1]
-        next_BQ[b, : len(row)] = sizes
-        segment_BQ[b, : len(row)] = np.arange(len(row)) + 1
-    return host, place_BQ, TokenMeta(next_BQ, segment_BQ)
+        sizes, count = [len(prompts[number]) for number in row], len(row) * samples
+        place_BQ[b, :count] = np.repeat(to_layout[np.cumsum(sizes, dtype=np.int32) - 1], samples)
+        next_BQ[b, :count] = np.repeat(sizes, samples)
+        segment_BQ[b, :count] = np.arange(count) + 1
+    if samples == 1:
+        return host, place_BQ, TokenMeta(next_BQ, segment_BQ)
+    last_BT = host.segment_BT * samples
+    first_BT = np.where(last_BT > 0, last_BT - samples + 1, 0)
+    return (
+        replace(host, segment_BT=first_BT, columns={"last": last_BT}),
+        place_BQ,
+        TokenMeta(next_BQ, segment_BQ, segment_BQ),
+    )
 
 
 def seen_tokens(prompts: Sequence[np.ndarray], texts: dict, shape: BatchShape, vocab_size: int) -> jax.Array:

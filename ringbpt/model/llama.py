@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention import AttentionSpec, MaskSpec, make_attention
 from ringbpt.attention.api import SAVED_NAMES, make_sharded_attention
-from ringbpt.config import Architecture, Config, Execution, UserError
+from ringbpt.config import POLICIES, Architecture, Config, Execution, UserError
 from ringbpt.config.lora import pairs_of
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
@@ -108,12 +108,14 @@ class Model:
     mesh: Mesh
     compute_dtype: str = "fp32"  # fp32 | bf16 | fp16; params are stored in float32 and cast where they are used
     pairs: tuple[Pair, ...] = ()  # the adapters of its layers' weights
+    temperature: float = 1.0  # of the distribution that token_stats are of
 
     @staticmethod
     def of(config: Config, mesh: Mesh) -> "Model":
         """The model that a training run's flags describe."""
         pairs = tuple(Pair(*pair) for pair in pairs_of(config.lora, config.architecture))
-        return Model(config.architecture, config.execution, mesh, config.dtype, pairs)
+        temperature = config.rollout.temperature if config.objective in POLICIES else 1.0
+        return Model(config.architecture, config.execution, mesh, config.dtype, pairs, temperature)
 
     @property
     def base(self) -> "Model":
@@ -367,4 +369,6 @@ class Model:
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
-        return make_token_stats(self.mesh, self.execution.loss_chunk_size, self.architecture.vocab_size)
+        return make_token_stats(
+            self.mesh, self.execution.loss_chunk_size, self.architecture.vocab_size, self.temperature
+        )

@@ -5,6 +5,7 @@ recomputes the chunk's logits. What an objective may ask is in types.TokenStats.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,12 @@ from ringbpt.types import TokenStats
 NO_TOKEN = -1e30
 
 
-def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[..., TokenStats]:
+def make_token_stats(
+    mesh: Mesh, chunk_size: int, vocab_size: int, temperature: float = 1.0
+) -> Callable[..., TokenStats]:
     """token_stats(hidden_BTD, unembed_DV, target_BT) -> TokenStats; logp and entropy are differentiable.
 
+    They are of the softmax of logits / temperature, which a token that was sampled so was drawn from.
     chunk_size divides the local length or exceeds it. Columns of unembed from vocab_size on, there for tp to divide
     them, are no tokens. A target outside [0, vocab_size) has logp = -lse, and is for the loss mask to leave out.
     """
@@ -30,7 +34,7 @@ def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[.
 
     def logits_and_hits(hidden, whole_DV, target):
         """This device's part of the vocabulary: logits float32, and where the target stands in it."""
-        logits = dot("BTD,DV->BTV", hidden, whole_DV, jnp.float32)
+        logits = dot("BTD,DV->BTV", hidden, whole_DV, jnp.float32) / temperature
         token = (lax.axis_index("tp") * whole_DV.shape[1] + jnp.arange(whole_DV.shape[1]))[None, None]
         if whole_DV.shape[1] * mesh.shape["tp"] > vocab_size:
             logits = jnp.where(token < vocab_size, logits, NO_TOKEN)
@@ -68,7 +72,7 @@ def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[.
             logp = logits - lse[..., None]
             p = jnp.exp(logp)
             d_logits = d_logp[..., None] * (hits - p) - d_entropy[..., None] * p * (logp + entropy[..., None])
-            d_logits = d_logits.astype(hidden.dtype)
+            d_logits = (d_logits / temperature).astype(hidden.dtype)
             d_hidden = lax.psum(dot("BTV,DV->BTD", d_logits, whole, jnp.float32), "tp").astype(hidden.dtype)
             return d_whole + dot("BTD,BTV->DV", hidden, d_logits, jnp.float32), d_hidden
 
@@ -76,16 +80,10 @@ def make_token_stats(mesh: Mesh, chunk_size: int, vocab_size: int) -> Callable[.
         d_whole, d_hidden = lax.scan(chunk_backward, jnp.zeros(whole.shape, jnp.float32), chunks)
         return join_chunks(d_hidden), scatter_grad(d_whole, "D V")
 
-    forward = jax.shard_map(
-        forward_local, mesh=mesh, in_specs=(hidden_spec, w_spec, token_spec), out_specs=token_spec, check_vma=False
-    )
-    backward = jax.shard_map(
-        backward_local,
-        mesh=mesh,
-        in_specs=(hidden_spec, w_spec) + (token_spec,) * 5,
-        out_specs=(hidden_spec, w_spec),
-        check_vma=False,
-    )
+    in_specs, w_specs = (hidden_spec, w_spec, token_spec), (hidden_spec, w_spec)
+    on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    forward = on_shards(forward_local, in_specs=in_specs, out_specs=token_spec)
+    backward = on_shards(backward_local, in_specs=(*w_specs, *(token_spec,) * 5), out_specs=w_specs)
 
     @jax.custom_vjp
     def token_stats(hidden_BTD, unembed_DV, target_BT):

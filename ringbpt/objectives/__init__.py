@@ -5,7 +5,7 @@ statistics is a column of the batch.
 """
 
 from ringbpt.config import Config
-from ringbpt.objectives import balance, kto, preference, reward, sft
+from ringbpt.objectives import balance, kto, policy, preference, reward, sft
 from ringbpt.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kto": kto.objective(kto.kto, has_kl=True),
     "apo_zero_unpaired": kto.objective(kto.apo_zero, has_kl=False),
     "reward": reward.objective(),
+    **{name: policy.objective(name) for name in policy.ALGORITHMS},
 }
 
 

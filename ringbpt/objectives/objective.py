@@ -29,6 +29,7 @@ class Objective:
     those that it reads where the data have them. reference: whether it reads `ref_logp`, what the reference model says
     of each target. shapes: the shapes of examples that it learns from, as data/ names them. whole_documents: whether
     no document may be cut. mismatched: whether each prompt comes with another example's completion too.
+    rollouts: whether its batches are what the policy itself has sampled.
     """
 
     function: Function
@@ -43,9 +44,12 @@ class Objective:
     reference: bool = False
     whole_documents: bool = False
     mismatched: bool = False
+    rollouts: bool = False
 
     def in_step(self, config: Config) -> bool:
-        """Whether each step computes the reference model beside the policy."""
+        """Whether the reference model is in memory, and asked beside the policy."""
+        if self.rollouts:  # whose column is filled where they are made
+            return config.policy.kl_coefficient > 0
         return self.reference and config.reference == "step"
 
     def is_in_nats(self, config: Config) -> bool:

@@ -70,3 +70,14 @@ def answers(logp_BT: Array, batch: Batch, label: int) -> Answers:
         logp=unit_sums(own, batch),
         ratio=unit_sums(ratio, batch),
     )
+
+
+def by_document(x_BT: Array, batch: Batch) -> Array:
+    """The sum of x over each document's tokens, float32 [B, T + 1]; number 0 is padding."""
+    B, T = batch.segment_BT.shape
+    return jnp.zeros((B, T + 1), jnp.float32).at[jnp.arange(B)[:, None], batch.segment_BT].add(x_BT)
+
+
+def per_document(x_BT: Array, batch: Batch) -> Array:
+    """The same at each of its tokens, [B, T]."""
+    return jnp.take_along_axis(by_document(x_BT, batch), batch.segment_BT, axis=1)

@@ -22,6 +22,7 @@ from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
+from ringbpt.rollout.collect import Rollouts
 from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
@@ -32,7 +33,7 @@ from ringbpt.training.run import Run, open_run
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import Metrics, make_eval_step, make_train_step
 from ringbpt.training.watchdog import Watchdog
-from ringbpt.types import Batch
+from ringbpt.types import Batch, Params
 
 TRAIN, EVAL = "train_dataset", "eval_dataset"
 
@@ -53,21 +54,20 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
     mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
-    loaders = loaders_of(config, tokenizer)
     model = Model.of(config, mesh)
-    model.check_kernel(config.train_dataset.seq_length, any(loader.shares for loader in loaders.values()))
     layout = StateLayout(config, model, has_reference=objective.in_step(config))
-    processes.agree("the data", {"the training data that --train_dataset finds": loaders[TRAIN].fingerprint})
-    state = run.first_state(layout, loaders[TRAIN].fingerprint)
-    if objective.reference:
+    rollouts, loaders = _data(layout, objective, tokenizer, run.folder)
+    state = run.first_state(layout, (rollouts or loaders[TRAIN]).fingerprint)
+    if objective.reference or layout.has_reference:
         state, loaders = ask_reference(run, layout, state, loaders)
-    loader, held_out = loaders[TRAIN], loaders.get(EVAL)
+    loader, held_out = rollouts or loaders[TRAIN], loaders.get(EVAL)
     evaluate = held_out and _evaluation(layout, objective, tokenizer, run.folder, held_out)
     template = config.train_dataset.text_processor.chat_template
     set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
     say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
+        row |= rollouts.facts(int(row["step"])) if rollouts else {}
         if len(row) > 1:  # held-out data of which nothing takes loss gives no number
             run.await_first()
             writer.write(row)
@@ -75,7 +75,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_train_step(layout, objective)
-    source = Delivery(lambda step: _put(model, loader, run.data_step_of(step)), range(run.start, config.total_steps))
+    source = rollouts or _delivery(model, loaders[TRAIN], run)
     watch = Watch(config.guard, say)
     bytes_per_token = loader.bytes_per_token if objective.is_in_nats(config) else math.inf
     clock = Clock(config, objective, bytes_per_token, source.take_waited, run.means, watch.look)
@@ -129,6 +129,29 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
                 if wish.code and not last:
                     saved = f"saved step {done}" if ends else f"after step {done}, not saved (--nosave_final)"
                     raise Stopped(wish.code, saved, run.folder.name)
+
+
+def _data(
+    layout: StateLayout, objective: Objective, tokenizer: Tokenizer, folder: Path
+) -> tuple[Rollouts | None, dict[str, Loader]]:
+    """What the policy itself samples, where the objective learns from that, or the loaders of a run's data sets."""
+
+    def weights(state: TrainState) -> tuple[Params, Params | None]:
+        return merge(state.trained, state.frozen), layout.reference_of(state)
+
+    config, model = layout.config, layout.model
+    rollouts = Rollouts(config, model, tokenizer, folder, weights, say) if objective.rollouts else None
+    loaders = {} if rollouts else loaders_of(config, tokenizer)
+    shares = bool(rollouts) or any(loader.shares for loader in loaders.values())
+    model.check_kernel(config.train_dataset.seq_length, shares)
+    fingerprint = (rollouts or loaders[TRAIN]).fingerprint
+    processes.agree("the data", {"the training data that --train_dataset finds": fingerprint})
+    return rollouts, loaders
+
+
+def _delivery(model: Model, loader: Loader, run: Run) -> Delivery[Batch]:
+    steps = range(run.start, run.config.total_steps)
+    return Delivery(lambda step: _put(model, loader, run.data_step_of(step)), steps)
 
 
 def loaders_of(config: Config, tokenizer: Tokenizer) -> dict[str, Loader]:
@@ -199,7 +222,7 @@ def _evaluation(
 
 
 def _describe(
-    config: Config, model: Model, run: Run, tokenizer: Tokenizer, loader: Loader, held_out: Loader | None
+    config: Config, model: Model, run: Run, tokenizer: Tokenizer, loader: Loader | Rollouts, held_out: Loader | None
 ) -> str:
     execution = config.execution
     mesh = ",".join(map(str, config.mesh_shape))

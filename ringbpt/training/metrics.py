@@ -30,6 +30,8 @@ MetricsRow = dict[str, float | int]
 
 # How the terminal shows a row, in this order: key, label before, format, unit after.
 SHOWN = (
+    ("reward", "reward ", "6.3f", ""),
+    ("length", "length ", "6.1f", ""),
     ("loss", "loss ", "7.4f", ""),
     ("bits_per_byte", "", "6.3f", " bits/byte"),
     ("accuracy", "accuracy ", "5.3f", ""),

@@ -120,7 +120,7 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
 
 def with_reference(model: Model, objective: Objective, reference: Params | None, batch: Batch) -> Batch:
     """The batch with what the reference model says of it, where one is computed beside the policy."""
-    if reference is None:
+    if reference is None or REFERENCE in batch.columns:
         return batch
     logp_BT = jax.lax.stop_gradient(model.token_stats(reference, batch, objective.head).logp_BT)
     return replace(batch, columns=batch.columns | {REFERENCE: logp_BT})

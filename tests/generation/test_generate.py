@@ -8,8 +8,9 @@ import pytest
 
 from ringbpt.attention import api
 from ringbpt.config import TokenizerConfig, UserError, run_main
+from ringbpt.data.prompts import read_prompts
 from ringbpt.data.text.tokenizers import make_tokenizer
-from ringbpt.generate import main, read_prompts
+from ringbpt.generate import main
 from ringbpt.generation.text import Text, make_chat_encoder
 from tests.golden.make_families import restore
 

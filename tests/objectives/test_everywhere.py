@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringbpt.config import Config, PreferenceConfig
+from ringbpt.config import Config, PolicyConfig, PreferenceConfig
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
@@ -52,10 +52,15 @@ def unit(number: int, prompt: int, answers: tuple[tuple[int, int], ...], rng: An
             "label": np.full(len(token), label, np.int8),
             "margin": np.full(len(token), 0.5 * number, np.float32),
             "ref_logp": -rng.random(len(token)).astype(np.float32) * 8,
+            "advantage": rng.standard_normal(len(token)).astype(np.float32),
+            "old_logp": -rng.random(len(token)).astype(np.float32) - 4,
+            "rollout_logp": -rng.random(len(token)).astype(np.float32) - 4,
+            "reward": np.full(len(token), rng.random(), np.float32),
         }
         shared = prompt - 1 if at else 0
         if at:  # what is shared, both answers have
-            values["ref_logp"][:prompt] = pieces[0].values["ref_logp"][:prompt]
+            for name in ("ref_logp", "advantage", "old_logp", "rollout_logp"):
+                values[name][:prompt] = pieces[0].values[name][:prompt]
         pieces.append(
             Piece(len(token) - shared, {name: array[shared:] for name, array in values.items()}, number, shared)
         )
@@ -72,7 +77,8 @@ def host_batch() -> Batch:
         [unit(4, 40, ((1, 9), (-1, 3)), rng)],
         [],
     ]
-    columns = (*ALWAYS, "unit", "last", "label", "margin", "ref_logp")
+    more = ("unit", "last", "label", "margin", "ref_logp", "advantage", "old_logp", "rollout_logp", "reward")
+    columns = (*ALWAYS, *more)
     return make_batch([[piece for each in row for piece in each] for row in rows], (len(rows), T), columns)
 
 
@@ -83,7 +89,9 @@ def config_of(name: str, mesh: tuple[int, ...], layout: str, strategy: str) -> C
         "loss_chunk_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
     }  # fmt: skip
     preference = PreferenceConfig(nll_coefficient=0.3, margin_coefficient=0.7)
-    return Config(objective=name, dtype="fp32", mesh_shape=mesh, preference=preference, **llama_flags(**flags))
+    policy = PolicyConfig(kl_coefficient=0.1, dual_clip=3.0, correction="answer_truncate")
+    groups = {"preference": preference, "policy": policy}
+    return Config(objective=name, dtype="fp32", mesh_shape=mesh, **groups, **llama_flags(**flags))
 
 
 def step_of(mesh, layout, strategy, host: Batch):  # type: ignore[no-untyped-def]

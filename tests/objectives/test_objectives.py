@@ -40,6 +40,8 @@ def test_weights_depend_on_the_batch_alone_and_parts_are_means(name, experts):
     # Two units a row, and in each an answer of every label.
     label = np.array([1, 1, -1, -1, 2, 2, 1, -1] * 4, np.int8)
     columns = {"label": np.stack([label, label[::-1]]), "unit": np.repeat([[1] * 12 + [2] * 20], 2, 0)}
+    rng = np.random.default_rng(2)
+    columns |= {name: rng.random((2, 32)).astype(np.float32) for name in ("advantage", "reward", "rollout_logp")}
     objective, batch = objective_of(config), batch_of([32, 9], [20, 3], **columns)
     weights = {name: float(weight) for name, weight in objective.weights(batch, config).items()}
     assert all(np.isfinite(weight) for weight in weights.values()), weights

@@ -19,6 +19,7 @@ from ringbpt.data.documents import Piece, make_batch
 from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES, objective_of
+from ringbpt.objectives.policy import ALGORITHMS
 from ringbpt.training.step import make_gradients, with_reference
 from ringbpt.types import ALWAYS, Batch, TokenStats
 from tests.flags import llama_flags
@@ -227,4 +228,5 @@ def close(got, want, tolerance):  # type: ignore[no-untyped-def]
 def test_every_objective_is_compared_with_somebody():
     named = {OTHERS.get(name, (name,))[0] for name in trl.NAMES} | {"pretrain"}  # which is sft of another shape
     named |= {"reward"}  # by test_reward.py
+    named |= set(ALGORITHMS)  # by test_policy.py
     assert named == set(OBJECTIVES)

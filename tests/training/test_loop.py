@@ -85,9 +85,9 @@ def train(folder: Path, *given: str, name: str = "run", signals: Signals | None 
     return run_dir
 
 
-def refusal(folder: Path, *given: str) -> str:
+def refusal(folder: Path, *given: str, name: str = "run") -> str:
     with pytest.raises(UserError) as error:
-        train(folder, *given)
+        train(folder, *given, name=name)
     assert error.value.code == 2
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -1,0 +1,1 @@
+"""Rollouts: samples of the policy, what they are worth, and the rows that a step learns from."""

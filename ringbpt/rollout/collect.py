@@ -1,0 +1,328 @@
+"""One rollout after the other: prompts by number, samples, rewards, advantages, and the rows that steps learn from.
+
+A rollout is one file in the run's folder, written whole or not at all; a run that goes on reads it and samples nothing
+again. Which prompts it has, and by which keys they are answered, depends on its number and the seed alone.
+"""
+
+import json
+import math
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ringbpt.config import Config, UserError, printable
+from ringbpt.config.foreign import user_path
+from ringbpt.data.documents import Piece, make_batch
+from ringbpt.data.packing import best_fit
+from ringbpt.data.prompts import encode_prompt, read_prompts
+from ringbpt.data.reading.files import digest_of, replacing
+from ringbpt.data.text.tokenizers import Tokenizer
+from ringbpt.generation.text import make_chat_encoder
+from ringbpt.layouts import permutation
+from ringbpt.mesh import put_batch
+from ringbpt.model.llama import Model
+from ringbpt.objectives.advantages import OF_GROUPS, group, returns, whitened
+from ringbpt.objectives.objective import REFERENCE
+from ringbpt.objectives.policy import ALGORITHMS
+from ringbpt.rollout.engine import LocalEngine, Sample
+from ringbpt.rollout.rewards import Answer, Rewards
+from ringbpt.types import ALWAYS, Batch, Params
+
+FORMAT = 1
+FOLDER = "rollouts"
+Arrays = dict[str, np.ndarray]  # columns, [updates, B, T]
+
+
+class Place(NamedTuple):
+    """Where a sample stands: in which update of its rollout, which row, and as which segment of it."""
+
+    update: int
+    row: int
+    segment: int
+
+
+class Prompts:
+    """A file's prompts as tokens, in an order of the seed, epoch after epoch."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        name, self._seed = config.rollout.prompts, config.seed
+        self.rows = read_prompts(user_path(name), "rollout.prompts")
+        talks = any(not isinstance(row.get("prompt"), str) for row in self.rows)
+        encode = make_chat_encoder(tokenizer) if talks else None
+        self.tokens = [
+            encode_prompt(row, tokenizer, encode, f"{name}, prompt {n}") for n, row in enumerate(self.rows, 1)
+        ]
+        self.longest = max(map(len, self.tokens))
+        self.fingerprint = digest_of([json.dumps(self.rows), *(str(tokens.tolist()) for tokens in self.tokens)])
+
+    def numbers(self, start: int, stop: int) -> list[int]:
+        """Which prompts stand at these places of the endless order."""
+        count, found = len(self.rows), []
+        for place in range(start, stop):
+            epoch, at = divmod(place, count)
+            order = np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(count)
+            found.append(int(order[at]))
+        return found
+
+
+class Rollouts:
+    """batch(step, state): what the step learns from; every `updates` steps a new rollout, by the state's weights.
+
+    rows, seq_length: of each batch, which holds its prompts with all their answers however long these become.
+    """
+
+    bytes_per_token = math.inf
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        tokenizer: Tokenizer,
+        folder: Path,
+        weights: Callable[[Any], tuple[Params, Params | None]],
+        say: Callable[[str], None] = print,
+    ):
+        """folder: the run's. weights(state) -> (the policy's params, the reference's or None).
+
+        Raises UserError for prompts that cannot be read, rewards that cannot be had, and rows that are too short.
+        """
+        rollout = config.rollout
+        self._config, self._model, self._tokenizer, self._say, self._weights = config, model, tokenizer, say, weights
+        self._folder, self._algorithm = folder / FOLDER, ALGORITHMS[config.objective]
+        self._prompts = Prompts(config, tokenizer)
+        self.seq_length = config.train_dataset.seq_length
+        longest, per_row = self._room()
+        per_update = math.ceil(rollout.prompts_per_step / rollout.updates)
+        parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
+        self.rows = math.ceil(math.ceil(per_update / per_row) / parts) * parts
+        self._engine = LocalEngine(model, self._prompts.longest, rollout.max_new_tokens, frozenset(tokenizer.ends.stop))
+        main = jax.process_index() == 0
+        self._rewards = Rewards(rollout, model, longest, say) if main else None
+        self.fingerprint = digest_of([self._prompts.fingerprint, str(rollout), str(config.policy), str(self.rows)])
+        self._says = jax.jit(lambda params, batch: model.token_stats(params, batch).logp_BT)
+        self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
+        self._number, self._waited, self._arrays = -1, 0.0, Arrays()
+        self._facts: dict[int, dict[str, float]] = {}  # of the last two
+
+    def _room(self) -> tuple[int, int]:
+        """(tokens of a prompt and an answer, at most; how many prompts, with all their answers, a row surely holds)."""
+        rollout, flag = self._config.rollout, self._config.train_dataset.group
+        longest = self._prompts.longest + rollout.max_new_tokens
+        whole = self._prompts.longest - 1 + rollout.samples_per_prompt * rollout.max_new_tokens
+        if whole > self.seq_length:
+            raise UserError(
+                f"--train_dataset.{flag}.seq_length={self.seq_length} does not hold a prompt of "
+                f"{self._prompts.longest} tokens with --rollout.samples_per_prompt={rollout.samples_per_prompt} of "
+                f"--rollout.max_new_tokens={rollout.max_new_tokens}: --train_dataset.{flag}.seq_length={whole}"
+            )
+        return longest, self.seq_length // whole
+
+    def describe(self) -> str:
+        rollout = self._config.rollout
+        return (
+            f"{len(self._prompts.rows):,} prompts of {self._prompts.longest} tokens at most; a rollout has "
+            f"{rollout.prompts_per_step} x {rollout.samples_per_prompt} answers of {rollout.max_new_tokens} tokens at "
+            f"most, learnt in {rollout.updates} step(s) of {self.rows} x {self.seq_length:,}"
+        )
+
+    def batch(self, step: int, state: Any) -> Batch:
+        """What is learnt in a step, from 0; where a new rollout begins with it, it is made with the state's weights."""
+        number, update = divmod(step, self._config.rollout.updates)
+        if number != self._number:
+            begin = time.perf_counter()
+            self._arrays, facts = self._read(number) or self._make(number, *self._weights(state))
+            self._number, self._facts = number, {number - 1: self._facts.get(number - 1, {}), number: facts}
+            self._waited += time.perf_counter() - begin
+        arrays = {name: array[update] for name, array in self._arrays.items()}
+        host, shape = Batch.of(arrays), (self.rows, self.seq_length)
+        return put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+
+    def facts(self, step: int) -> dict[str, float]:
+        """What is known of the rollout that the step, from 1, has learnt from: for a row of metrics."""
+        return self._facts.get((step - 1) // self._config.rollout.updates, {})
+
+    def take_waited(self) -> float:
+        """Seconds that rollouts have taken since this was last asked."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
+
+    def close(self) -> None:
+        if self._rewards:
+            self._rewards.close()
+
+    # --- one rollout ---
+
+    def _make(self, number: int, params: Params, reference: Params | None) -> tuple[Arrays, dict]:
+        config, rollout = self._config, self._config.rollout
+        begin = time.perf_counter()
+        numbers = self._prompts.numbers(number * rollout.prompts_per_step, (number + 1) * rollout.prompts_per_step)
+        prompts = [self._prompts.tokens[n] for n in numbers]
+        self._engine.update(params)
+        seed = zlib.crc32(f"{config.seed} {number}".encode())
+        samples = self._engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed)
+        self._engine.release()
+        sampled = time.perf_counter() - begin
+        reward_PR = self._rewarded(numbers, prompts, samples)
+        arrays, places = self._laid_out(prompts, samples, reward_PR)
+        if rollout.updates > 1:
+            arrays["old_logp"] = self._said(params, arrays)
+        if reference is not None:
+            arrays[REFERENCE] = self._said(reference, arrays)
+        arrays["advantage"] = self._advantages(reward_PR, arrays, places)
+        lengths = [len(sample.tokens) for answers in samples for sample in answers]
+        cut = [sample.finish == "length" for answers in samples for sample in answers]
+        facts = {
+            "rollout/reward_spread": _mean(np.nanstd(reward_PR, axis=1)),
+            "rollout/without_spread": float(np.mean(np.nanmax(reward_PR, 1) == np.nanmin(reward_PR, 1))),
+            "rollout/failed": float(np.isnan(reward_PR).sum()),
+            "rollout/longest": float(max(lengths)),
+            "rollout/cut_short": float(np.mean(cut)),
+            "rollout/tokens_per_second": sum(lengths) / sampled,
+            "rollout/seconds": time.perf_counter() - begin,
+        }
+        self._show(number, prompts, samples, reward_PR)
+        if jax.process_index() == 0:
+            self._write(number, arrays, facts, reward_PR)
+        return arrays, facts
+
+    def _rewarded(self, numbers: Sequence[int], prompts: Sequence[np.ndarray], samples: list) -> np.ndarray:
+        """float64 [prompts, samples]; NaN where a reward has failed. Process 0 asks, all are told."""
+        shape = (len(prompts), self._config.rollout.samples_per_prompt)
+        found = np.zeros(shape)
+        if self._rewards:
+            answers = [
+                Answer(
+                    self._tokenizer.decode(prompt, True),
+                    self._text(sample),
+                    np.concatenate([prompt, sample.tokens]).astype(np.int32),
+                    self._prompts.rows[number],
+                )
+                for number, prompt, answered in zip(numbers, prompts, samples, strict=True)
+                for sample in answered
+            ]
+            found = self._rewards(answers).reshape(shape)
+        return np.asarray(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else found
+
+    def _text(self, sample: Sample) -> str:
+        ended = sample.finish == "stop"
+        return self._tokenizer.decode(sample.tokens[:-1] if ended else sample.tokens)
+
+    def _laid_out(
+        self, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray
+    ) -> tuple[Arrays, list[list[Place]]]:
+        """({column: [updates, B, T]}, the place of each sample): each prompt once, with all its answers, in a row."""
+        updates, columns = self._config.rollout.updates, ("advantage", "rollout_logp", "reward", "last")
+        places: list[list[Place]] = [[] for _ in prompts]
+        batches = []
+        for update in range(updates):
+            own = range(update, len(prompts), updates)
+            sizes = [len(prompts[p]) - 1 + sum(len(sample.tokens) for sample in samples[p]) for p in own]
+            row_of, _ = best_fit(np.array(sizes, np.int64), self.seq_length)
+            rows: list[list[Piece]] = [[] for _ in range(self.rows)]
+            for p, row in zip(own, row_of.tolist(), strict=True):
+                for r, sample in enumerate(samples[p]):
+                    reward = float(np.nan_to_num(reward_PR[p, r]))
+                    places[p].append(Place(update, row, len(rows[row]) + 1))
+                    rows[row].append(_piece(prompts[p], sample, reward, unit=p, first=r == 0))
+            batches.append(make_batch(rows, (self.rows, self.seq_length), [*ALWAYS, *columns]).by_name())
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, places
+
+    def _said(self, params: Params, arrays: Arrays) -> np.ndarray:
+        """What a model says of each target, float32 [updates, B, T]."""
+        found = np.zeros(arrays["token"].shape, np.float32)
+        for update in range(len(found)):
+            host = Batch.of({name: array[update] for name, array in arrays.items()})
+            shape = (self.rows, self.seq_length)
+            batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+            logp = self._says(params, batch)
+            whole = multihost_utils.process_allgather(logp, tiled=True) if jax.process_count() > 1 else logp
+            found[update][:, self._order] = np.asarray(whole)
+        return np.where(arrays["weight"] > 0, found, 0.0)
+
+    def _advantages(self, reward_PR: np.ndarray, arrays: Arrays, places: list[list[Place]]) -> np.ndarray:
+        kind, policy = self._algorithm.advantage, self._config.policy
+        found = np.zeros(arrays["token"].shape, np.float32)
+        at = [(place, self._sampled(arrays, place)) for answered in places for place in answered]
+        if kind in OF_GROUPS:
+            for (place, targets), value in zip(at, OF_GROUPS[kind](reward_PR).ravel(), strict=True):
+                found[place.update, place.row, targets] = value
+            return found
+        of_answers = group(reward_PR) if kind == "group_whitened" else np.nan_to_num(reward_PR)
+        values, masks = [], []
+        for (place, targets), value in zip(at, of_answers.ravel(), strict=True):
+            reward = np.zeros(len(targets))
+            if policy.kl_in_reward:
+                ratio = arrays.get("old_logp", arrays["rollout_logp"]) - arrays[REFERENCE]
+                reward -= policy.kl_coefficient * ratio[place.update, place.row, targets]
+            reward[-1] += value
+            values.append(returns(reward, policy.discount))
+            masks.append(np.ones(len(targets)))
+        for (place, targets), value_T in zip(at, whitened(values, masks), strict=True):
+            found[place.update, place.row, targets] = value_T
+        return found
+
+    def _sampled(self, arrays: Arrays, place: Place) -> np.ndarray:
+        """The places of a row at which a sample's tokens are the targets."""
+        segment, weight = (arrays[name][place.update, place.row] for name in ("segment", "weight"))
+        return np.flatnonzero((segment == place.segment) & (weight > 0))
+
+    def _show(self, number: int, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray) -> None:
+        if number * self._config.rollout.updates % self._config.log_freq == 0:
+            text = self._tokenizer.decode(prompts[0], True), self._text(samples[0][0])
+            shown = (printable(json.dumps(part[-60:] if n == 0 else part[:60])) for n, part in enumerate(text))
+            self._say(f"rollout {number}: {' -> '.join(shown)}: reward {reward_PR[0, 0]:.3f}")
+
+    # --- its file ---
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.npz"
+
+    def _write(self, number: int, arrays: Arrays, facts: dict[str, float], reward_PR: np.ndarray) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"format": FORMAT, "fingerprint": self.fingerprint, "facts": facts})
+        with replacing(self._file(number)) as file:
+            np.savez(file, about=np.array(about), rewards=reward_PR, **arrays)
+
+    def _read(self, number: int) -> tuple[Arrays, dict[str, float]] | None:
+        """A rollout that was made before, whole and by the same flags; None where there is none."""
+        file, there = self._file(number), False
+        arrays: Arrays = {}
+        facts: dict[str, float] = {}
+        with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+            with np.load(BytesIO(file.read_bytes())) as stored:  # whose arrays are checked as they are read
+                arrays = {name: stored[name] for name in stored.files}
+            about = json.loads(str(arrays.pop("about")))
+            arrays.pop("rewards")
+            facts, there = about["facts"], (about["format"], about["fingerprint"]) == (FORMAT, self.fingerprint)
+        if jax.process_count() > 1:
+            there = bool(np.all(multihost_utils.process_allgather(np.array(there))))
+        return (arrays, facts) if there else None
+
+
+def _piece(prompt: np.ndarray, sample: Sample, reward: float, unit: int, first: bool) -> Piece:
+    """A prompt and one of its answers; behind the first, all but the prompt's last token is shared with it."""
+    shared = 0 if first else len(prompt) - 1
+    tokens = np.concatenate([prompt, sample.tokens]).astype(np.int32)[shared:]
+    before = len(tokens) - len(sample.tokens)
+    logp = np.concatenate([np.zeros(before), sample.logps]).astype(np.float32)
+    values = {
+        "token": tokens,
+        "mask": (np.arange(len(tokens)) >= before).astype(np.float32),
+        "rollout_logp": logp,
+        "advantage": np.zeros(len(tokens), np.float32),
+        "reward": np.full(len(tokens), reward, np.float32),
+    }
+    return Piece(len(tokens) - 1, values, unit, shared)
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(np.nanmean(x)) if np.isfinite(x).any() else 0.0

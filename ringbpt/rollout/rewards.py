@@ -1,0 +1,275 @@
+"""What a sample is worth: python functions, our own reward models, and HTTP servers that speak OpenRLHF's JSON.
+
+A reward that fails (raises, takes too long, is no number) is NaN, counted, and its sample leaves its group.
+"""
+
+import json
+import math
+import os
+import re
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import jax
+import numpy as np
+
+from ringbpt.checkpoint.load import describe_checkpoint, load_model
+from ringbpt.config import CHECKPOINT_PREFIXES, RolloutConfig, UserError, printable
+from ringbpt.config.foreign import user_path
+from ringbpt.data.documents import Piece, make_batch
+from ringbpt.data.packing import best_fit
+from ringbpt.layouts import row_length
+from ringbpt.mesh import put_batch
+from ringbpt.model.llama import Model
+
+RETRY_SECONDS = 1.0
+START_SECONDS = 60.0  # in which a function's process must have read its file
+
+
+class Answer(NamedTuple):
+    """What a reward looks at. prompt, completion: as text. tokens: ids of both. row: the prompt's line of its file."""
+
+    prompt: str
+    completion: str
+    tokens: np.ndarray
+    row: dict[str, Any]
+
+
+Reward = Callable[[Sequence[Answer]], list[float]]  # a number an answer; NaN: it failed
+Say = Callable[[str], None]
+
+
+@dataclass
+class Function:
+    """A python file's function, FILE.py:NAME, called as NAME(prompt=, completion=, row=), in a process of its own."""
+
+    where: str
+    file: Path
+    name: str
+    seconds: float
+    say: Say
+    _process: subprocess.Popen[str] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Raises UserError where the file or the function is not there."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ringbpt.rollout.worker", str(self.file), self.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(self.file.parent)])},
+        )
+        found = self._answer(max(self.seconds, START_SECONDS))
+        if "error" in found:
+            self.close()
+            raise UserError(f"{self.where}: {printable(found['error'])}")
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        return [self._one(answer) for answer in answers]
+
+    def _one(self, answer: Answer) -> float:
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            asked = {"prompt": answer.prompt, "completion": answer.completion, "row": answer.row}
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            self.close()
+            return self._failed("its process has ended")
+        found = self._answer(self.seconds)
+        return self._failed(found["error"]) if "error" in found else found["reward"]
+
+    def _failed(self, why: str) -> float:
+        self.say(f"{self.where}: {printable(why)}")
+        return math.nan
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        assert self._process is not None
+        line = _line_within(self._process.stdout, seconds)
+        if line:
+            return json.loads(line)
+        self.close()
+        if line is None:
+            return {"error": f"no answer after {seconds:g} s: its process is ended, another begins"}
+        return {"error": "its process has ended: another begins"}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            with self._process:  # waits for it, and closes its pipes
+                pass
+            self._process = None
+
+
+def _line_within(stream: IO[str] | None, seconds: float) -> str | None:
+    """A line, "" at the end of the stream, None where none comes in time: one at once, and whole, comes of a worker."""
+    assert stream is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        return stream.readline() if selector.select(seconds) else None
+
+
+@dataclass
+class Server:
+    """An address that answers OpenRLHF's JSON: {"query", "prompts", "labels"}, lists, with {"rewards": [numbers]}.
+
+    Asked again until the time is over; then all are NaN.
+    """
+
+    url: str
+    seconds: float
+    say: Say
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        asked = {
+            "query": [answer.prompt + answer.completion for answer in answers],
+            "prompts": [answer.prompt for answer in answers],
+            "labels": [answer.row.get("label") for answer in answers],
+        }
+        request = Request(self.url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        end, why = time.monotonic() + self.seconds, ""
+        while (left := end - time.monotonic()) > 0:
+            try:
+                with urlopen(request, timeout=left) as response:
+                    return _numbers(json.loads(response.read()), len(answers))
+            except (URLError, OSError, ValueError, KeyError, TypeError) as error:
+                why = printable(str(error))
+            time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
+        self.say(f"--rollout.reward={self.url}: {why or 'no answer'}, for {self.seconds:g} s")
+        return [math.nan] * len(answers)
+
+    def close(self) -> None:
+        pass
+
+
+def _numbers(found: dict[str, Any], count: int) -> list[float]:
+    rewards = found["rewards"]
+    if not isinstance(rewards, list) or len(rewards) != count:
+        raise ValueError(f"no list of {count} rewards")
+    return [float(x) if isinstance(x, int | float) and math.isfinite(x) else math.nan for x in rewards]
+
+
+class OurModel:
+    """A reward model on the trainer's mesh, which reads the tokens as they were sampled."""
+
+    def __init__(self, spec: str, policy: Model, longest: int):
+        """longest: tokens of prompt and answer, at most. Raises UserError for a model that scores nothing, or has
+        another vocabulary.
+        """
+        found = describe_checkpoint(spec).architecture
+        where = f"--rollout.reward={spec}"
+        if found.head != "score":
+            raise UserError(f"{where} says no scores: a run of --objective=reward does")
+        if found.vocab_size != policy.architecture.vocab_size:
+            raise UserError(
+                f"{where}: its vocabulary has {found.vocab_size} tokens and the policy's "
+                f"{policy.architecture.vocab_size}: it reads the policy's tokens, so give one with the same tokenizer"
+            )
+        mesh = policy.mesh
+        self._model, self._params = load_model(spec, tuple(mesh.shape.values()), policy.compute_dtype)
+        self._length = row_length(longest, mesh.shape["sp"], self._model.execution.scan_mlp_chunk_size)
+        self._parts = mesh.shape["dp"] * mesh.shape["fsdp"]
+        self._score = jax.jit(self._scores)
+
+    def _scores(self, params: Any, batch: Any) -> jax.Array:
+        value_BT = self._model.token_stats(params, batch, "score").value_BT
+        # Of each document the value at its last place: positions tell it whatever the layout.
+        rows = jax.numpy.arange(value_BT.shape[0])[:, None]
+        none = jax.numpy.zeros((value_BT.shape[0], value_BT.shape[1] + 1))
+        last = none.astype(jax.numpy.int32).at[rows, batch.segment_BT].max(batch.position_BT)
+        is_last = batch.position_BT == last[rows, batch.segment_BT]
+        return none.at[rows, batch.segment_BT].add(jax.numpy.where(is_last, value_BT, 0.0))
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        sizes = np.array([len(answer.tokens) for answer in answers])
+        row_of, count = best_fit(sizes, self._length)
+        rows: list[list[int]] = [[] for _ in range(-(-count // self._parts) * self._parts)]
+        for number, row in enumerate(row_of.tolist()):
+            rows[row].append(number)
+        pieces = [Piece(len(a.tokens), {"token": a.tokens, "mask": np.zeros(len(a.tokens))}) for a in answers]
+        shape, found = (self._parts, self._length), np.zeros(len(answers))
+        for at in range(0, len(rows), self._parts):
+            group = rows[at : at + self._parts]
+            host = make_batch([[pieces[number] for number in row] for row in group], shape)
+            batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+            scores = np.asarray(jax.device_get(self._score(self._params, batch)))
+            for b, row in enumerate(group):
+                found[row] = scores[b, 1 : 1 + len(row)]
+        return found.tolist()
+
+    def close(self) -> None:
+        pass
+
+
+class Rewards:
+    """The sum of all that --rollout.reward names, each with its weight. failed: how many were NaN so far."""
+
+    def __init__(self, config: RolloutConfig, policy: Model, longest: int, say: Say = print):
+        """Raises UserError for what is none of the three kinds, and where one cannot be had."""
+        specs = [spec.strip() for spec in config.reward.split(",")]
+        self._weights = _weights(config, len(specs))
+        self._normalise, self._limit, self._say, self.failed = config.reward_normalise, config.reward_failures, say, 0
+        self._parts = [_reward(spec, config, policy, longest, say) for spec in specs]
+
+    def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
+        """float64 [answers]; NaN where any part has failed. Raises UserError, code 3, where too many have."""
+        found = np.array([part(answers) for part in self._parts], np.float64)
+        total = combined(found, self._weights, self._normalise)
+        failed = int(np.isnan(total).sum())
+        self.failed += failed
+        if failed > self._limit * len(answers):
+            raise UserError(
+                f"--rollout.reward: {failed} of {len(answers)} rewards of a rollout have failed, and "
+                f"--rollout.reward_failures={self._limit:g} is the share that may", code=3
+            )  # fmt: skip
+        return total
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+def combined(found: np.ndarray, weights: Sequence[float], normalise: bool) -> np.ndarray:
+    """[parts, answers] -> [answers]: the weighed sum; normalise: of each part less its mean, in units of its spread."""
+    if normalise:
+        spread = np.nanstd(found, axis=1, keepdims=True)
+        found = (found - np.nanmean(found, axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    return np.tensordot(np.asarray(weights), found, 1)
+
+
+def _weights(config: RolloutConfig, count: int) -> list[float]:
+    if not config.reward_weights:
+        return [1.0] * count
+    try:
+        weights = [float(part) for part in config.reward_weights.split(",")]
+    except ValueError:
+        raise UserError(f"--rollout.reward_weights={config.reward_weights} is no list of numbers, as 1,0.5") from None
+    if len(weights) != count:
+        raise UserError(f"--rollout.reward_weights has {len(weights)} numbers and --rollout.reward names {count}")
+    return weights
+
+
+def _reward(spec: str, config: RolloutConfig, policy: Model, longest: int, say: Say) -> Any:
+    where = f"--rollout.reward={spec}"
+    if re.match(r"https?://", spec):
+        return Server(spec, config.reward_timeout, say)
+    if spec.partition("::")[0] in CHECKPOINT_PREFIXES and "::" in spec:
+        return OurModel(spec, policy, longest)
+    if not (match := re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", spec)):
+        raise UserError(f"{where}: none of FILE.py:NAME, PREFIX::PATH of a reward model, and http://HOST/PATH")
+    file = user_path(match[1])
+    if not file.is_file():
+        raise UserError(f"{where}: no such file")
+    function = Function(where, file.absolute(), match[2], config.reward_timeout, say)
+    function.start()
+    return function

@@ -1,0 +1,122 @@
+"""Rollouts in a run: it learns, goes on as if nothing had been, and what it needs is said first."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ringbpt.config import UserError
+from ringbpt.training.metrics import read_rows
+from tests.training.test_loop import FULL, TINY, configured, losses, refusal, train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+REWARD = 'def letters(prompt, completion, row):\n    return sum(map(str.isalpha, completion)) / 6 * row["worth"]\n'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "mine.py").write_text(REWARD)
+    rows = [f'{{"prompt": "{n % 7}:", "worth": 1.0}}\n' for n in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(rows))
+    return (
+        f"--rollout.prompts={folder}/prompts.jsonl", f"--rollout.reward={folder}/mine.py:letters", "--log_freq=1",
+        "--rollout.max_new_tokens=6", "--rollout.prompts_per_step=4", "--rollout.samples_per_prompt=4",
+        "--train_dataset.json_dataset.seq_length=128", TINY[0].replace("length=64", "length=128"),
+    )  # fmt: skip
+
+
+OBJECTIVES = ("grpo", "rloo", "reinforce_pp")
+
+
+def rewards(run: Path) -> list[float]:
+    return [row["reward"] for row in read_rows(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_rewards_grow(data, tmp_path, objective):
+    run = train(tmp_path, *data, f"--objective={objective}", "--total_steps=40", "--rollout.prompts_per_step=8")
+    found = rewards(run)
+    assert np.mean(found[:3]) < 0.35 and np.mean(found[-3:]) > np.mean(found[:3]) + 0.25
+
+
+def stored(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for file in sorted((run / "rollouts").iterdir()):
+        with np.load(file) as arrays:
+            found[file.name] = {name: arrays[name] for name in arrays.files if name != "about"}
+    return found
+
+
+def test_it_goes_on_and_samples_nothing_again(data, tmp_path):
+    """With two steps a rollout, stopped in the middle of one; and once more where a file was damaged."""
+    words = (*data, "--objective=grpo", *FULL, "--rollout.updates=2")
+    whole = train(tmp_path, *words, "--total_steps=6", name="whole")
+    train(tmp_path, *words, "--total_steps=3", name="run")
+    before = (tmp_path / "run" / "rollouts" / "00000001.npz").stat().st_mtime_ns
+    run = train(tmp_path, *words, "--total_steps=6", "--autoresume", name="run")
+    assert (run / "rollouts" / "00000001.npz").stat().st_mtime_ns == before
+    assert losses(run) == losses(whole)
+    for name, arrays in stored(whole).items():
+        for column, array in arrays.items():
+            np.testing.assert_array_equal(array, stored(run)[name][column], err_msg=f"{name} {column}")
+    assert stored(whole)["00000000.npz"]["old_logp"].any()
+    shutil.rmtree(run)
+    train(tmp_path, *words, "--total_steps=3", name="run")
+    damaged = run / "rollouts" / "00000001.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    train(tmp_path, *words, "--total_steps=6", "--autoresume", name="run")
+    assert len(damaged.read_bytes()) > 100 and len(losses(run)) == 6
+    (run / "rollouts" / "00000002.npz").unlink()
+    assert refusal(tmp_path, *words, "--total_steps=9", "--rollout.temperature=0.5", "--autoresume", name="run")
+
+
+def test_the_reference_is_subtracted_or_a_part_of_the_loss(data, tmp_path):
+    """At first the policy is the reference: its distance is 0; then it has one."""
+    rows = []
+    for more in (("--objective=grpo",), ("--objective=reinforce_pp", "--policy.kl_in_reward")):
+        run = train(tmp_path, *data, *more, "--policy.kl_coefficient=0.5", "--total_steps=5", name=more[0][12:])
+        rows.append(read_rows(run / "metrics.jsonl"))
+    for found in rows:
+        assert found[0]["kl"] == pytest.approx(0, abs=1e-6) and found[-1]["kl"] > 1e-6
+    assert "kl_loss" in rows[0][0]
+
+
+def test_adapters_learn_from_rollouts_beside_a_base_in_4_bits(data, tmp_path):
+    """The reference is the base without a second copy, and the sampler dequantises it."""
+    wide = TINY[0].replace("hidden_size=32", "hidden_size=64").replace("length=64", "length=128")
+    words = (wide, "--lora.rank=4", "--lora.base_dtype=nf4")
+    run = train(tmp_path, *data, *words, "--objective=grpo", "--policy.kl_coefficient=0.1", "--total_steps=3")
+    found = read_rows(run / "metrics.jsonl")
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found[0]["mismatch"] == pytest.approx(1.0, abs=1e-3)
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_rows_are_as_long_as_a_prompt_with_all_its_answers(data, tmp_path):
+    found = refusal(tmp_path, *data, "--objective=grpo", "--train_dataset.json_dataset.seq_length=16")
+    assert "does not hold a prompt of" in found and found.endswith("--train_dataset.json_dataset.seq_length=26")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--objective=grpo",), "--rollout.prompts=FILE.jsonl"),
+        (("--objective=grpo", "--rollout.prompts=x"), "--rollout.reward=FILE.py:NAME"),
+        (("--rollout.prompts=x",), "--objective=grpo"),
+        (("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--eval_steps=5"), "--eval_steps=0"),
+        (
+            ("--objective=rloo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.samples_per_prompt=1"),
+            "--rollout.samples_per_prompt=8",
+        ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--policy.kl_in_reward"),
+            "--policy.kl_in_reward is of rewards a token",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(flags, message):
+    with pytest.raises(UserError) as error:
+        configured(*flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
