@@ -147,8 +147,10 @@ def dequantised(w: Quantised, dims: str, dtype: Any) -> jax.Array:
     if w.kind == "int8":
         level = _blocks(w.codes, axis, BLOCK).astype(jnp.float32)
     else:
-        codes = _blocks(w.codes, axis, BLOCK // 2)
-        level = _level(jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1))
+        # What depends on no layer is computed ahead of the scan over layers: each level, spread over a weight's shape.
+        packed, levels = lax.optimization_barrier((w.codes, tuple(map(jnp.float32, LEVELS))))
+        codes = _blocks(packed, axis, BLOCK // 2)
+        level = _level(jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1), levels)
     return _joined(level * jnp.expand_dims(_scales(w.scales, w.tops, dims), axis + 1), axis).astype(dtype)
 
 
@@ -159,9 +161,9 @@ def _scales(scales: jax.Array, tops: jax.Array | None, dims: str) -> jax.Array:
     return _joined(_blocks(scales, across, size).astype(jnp.float32) * jnp.expand_dims(tops, across + 1), across)
 
 
-def _level(code: jax.Array) -> jax.Array:
-    """LEVELS[code], chosen bit by bit: looking up in a table is slow where products are fast."""
-    values: list[Any] = list(map(jnp.float32, LEVELS))
+def _level(code: jax.Array, levels: tuple[jax.Array, ...]) -> jax.Array:
+    """levels[code], chosen bit by bit: looking up in a table is slow where products are fast."""
+    values: list[Any] = list(levels)
     for bit in range(4):
         is_set = (code >> bit) & 1 == 1
         values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
