@@ -12,7 +12,7 @@ from ringbpt.planning.hlo import parse
 from ringbpt.planning.overlap import has_kernel, ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.topologies import Topology
-from ringbpt.training.memory import account
+from ringbpt.training.memory import ARGUMENTS, account
 
 GIB = 2**30
 
@@ -100,7 +100,7 @@ def closed_form(config: Config, platform: str) -> dict[str, int] | None:
 
 def _temporaries(report: dict[str, Any]) -> dict[str, int]:
     """The closed form's part of what is neither a parameter nor the optimizer's; {} where there is none."""
-    return {name: n for name, n in (report["closed_form"] or {}).items() if name not in ("params", "optimizer")}
+    return {name: n for name, n in (report["closed_form"] or {}).items() if name not in ARGUMENTS}
 
 
 def size(count: float) -> str:
@@ -124,7 +124,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     formula, working = report["closed_form"] or {}, _temporaries(report)
     guessed = {
-        "parameters": formula.get("params", 0),
+        "parameters": sum(formula.get(name, 0) for name in ARGUMENTS if name != "optimizer"),
         "optimizer state": formula.get("optimizer", 0),
         "temporaries": sum(working.values()),
         "total": sum(formula.values()),

@@ -46,6 +46,8 @@ ARRAYS = {
     "tpu": Arrays(model=5.5, query=3, query_sums=1, key=4, key_sums=10),
     "cuda": Arrays(model=3, query=3, query_sums=1, key=4, key_sums=10),
 }
+# How many of these there are for the gradients of a layer's matrices, which have none beside adapters: model.
+GRADIENT_MODEL = {"cpu": 2, "tpu": 0, "cuda": 0}
 # Keys where nothing travels: k and v, dk and dv, and one of them on its way into the other dtype.
 KEYS_ALONE = {"key": 2, "key_sums": 3}
 # A layer in blocks (kv_heads_at_a_time): its input, the gradient, and one of them on its way in or out; attention's
@@ -59,6 +61,8 @@ FEEDFORWARD_SUMS = 2
 FEEDFORWARD_CHUNKS = 3
 # Layers' inputs that are on the device at once, on their way to the host or back.
 OFFLOADED_LAYERS = 2
+# The step's arguments, by their names in the account; where there is no base or reference, there is no such name.
+ARGUMENTS = ("params", "base", "reference", "optimizer")
 COUNTED_POLICIES = ("nothing_saveable", "save_attention", "offload_inputs")
 # [D, V], float32, in the loss's backward: the gradient's sum over chunks and one chunk's gradient.
 UNEMBEDDING_SUMS = 2
@@ -69,9 +73,9 @@ LOSS_MODEL_ARRAYS = 4
 def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -> dict[str, int]:
     """Bytes on one device at the fullest moment of a training step over `rows` x `seq_length` tokens, by name.
 
-    'params' and 'optimizer' are the step's arguments; the sum of all others is its temporary memory. A name whose
-    arrays are not alive at that moment has 0. platform: whose compiler, tpu, cuda or cpu. No device is needed, whatever
-    the mesh. Raises NotImplementedError for programs that it has no count of.
+    ARGUMENTS are the step's arguments; the sum of all others is its temporary memory. 'base' is what stays beside
+    adapters, as it is kept. A name whose arrays are not alive at that moment has 0. platform: whose compiler, tpu, cuda
+    or cpu. No device is needed, whatever the mesh. Raises NotImplementedError for programs that it has no count of.
     """
     architecture, execution = config.architecture, config.execution
     if not (execution.remat_block in COUNTED_POLICIES and execution.scan_mlp and execution.scan_layers):
@@ -86,7 +90,7 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
     if config.mesh_shape[3] > 1 and execution.sequence_parallel != "ring":
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
     stored = _stored(config)
-    moments = [_layer_moment(config, rows, seq_length, platform), _loss_moment(config, rows, seq_length)]
+    moments = [make(config, rows, seq_length, platform) for make in (_layer_moment, _loss_moment)]
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -138,8 +142,8 @@ def _stored(config: Config) -> dict[str, int]:
     state = _abstract_state(config)
     params = 0 if config.optimizer.offload_params else _shard_bytes(state.trained)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
-    beside = {} if state.reference is None else {"reference": _shard_bytes(state.reference)}
-    return beside | {
+    beside = {"base": state.frozen or None, "reference": state.reference}
+    return {name: _shard_bytes(tree) for name, tree in beside.items() if tree is not None} | {
         "params": params,
         "optimizer": 0 if config.optimizer.offload_state else _shard_bytes(state.opt_state),
         "gradients": max(0, sums + params - _shard_bytes(state.trained.get("unembed", ()))),
@@ -175,32 +179,51 @@ def _saved(config: Config, rows: int, seq_length: int) -> int:
 
 
 def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
-    """In a layer, going back: the loss is done, but its weight's gradient is not yet scattered."""
+    """In a layer, going back: the loss is done, but its weight's gradient is not yet scattered.
+
+    With adapters only they have gradients. A layer in blocks then holds as much going forward, and there the
+    unembedding, which the compiler gathers ahead of the layers, is alive too.
+    """
     b, t, tp, size = _sizes(config, rows, seq_length)
     execution, d = config.execution, make_dims(config.architecture)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
-    arrays, projections = ARRAYS[platform], 2 * d.D * (query + key)
+    arrays, projections, adapted = ARRAYS[platform], 2 * d.D * (query + key), bool(config.lora.rank)
+    sums = 0 if adapted else FEEDFORWARD_SUMS * 4
+    if adapted:
+        arrays = replace(arrays, model=arrays.model - GRADIENT_MODEL[platform])
     if config.mesh_shape[3] == 1:
         arrays = replace(arrays, **KEYS_ALONE)
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
-    gathered = size if config.optimizer.accumulate_gradient_steps > 1 else 0
+    ahead = config.optimizer.accumulate_gradient_steps > 1 or (adapted and execution.kv_heads_at_a_time)
+    gathered = _gathered_size(config, platform) if ahead else 0
     if execution.kv_heads_at_a_time:
         part = execution.kv_heads_at_a_time * tp / d.K
         away = execution.remat_block == "offload_inputs"  # then the input is one of those on their way from the host
         a_token = (d.D * (BLOCK_MODEL - away) + query * BLOCK_QUERY + key * BLOCK_KEY) * size
         a_token += int(part * _token_bytes(GROUP, d.D, query, key, size))
-        weights = (3 * d.D * feedforward + projections) * (size + FEEDFORWARD_SUMS * 4)
+        weights = (3 * d.D * feedforward + projections) * (size + sums)
     else:
         a_token = _token_bytes(arrays, d.D, query, key, size)
-        weights = 3 * d.D * feedforward * (size + FEEDFORWARD_SUMS * 4) + projections * size
+        weights = 3 * d.D * feedforward * (size + sums) + projections * size
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * _vocabulary(config) * (gathered + 4),
+        "unembedding": d.D * _vocabulary(config) * (gathered + (0 if adapted else 4)),
         "loss chunk": 0,
         "layer weights": weights,
         "layer activations": b * t * a_token + chunk,
     }
+
+
+def _gathered_size(config: Config, platform: str) -> int:
+    """Bytes of a number of the unembedding, gathered in the compute dtype: 0 where that is the argument as it stands.
+
+    The CPU's compiler copies even that.
+    """
+    size, (_, fsdp, _, sp) = jnp.dtype(COMPUTE_DTYPES[config.dtype]).itemsize, config.mesh_shape
+    kept = _abstract_state(config).frozen.get("unembed")
+    is_argument = kept is not None and kept.dtype == COMPUTE_DTYPES[config.dtype] and fsdp * sp == 1
+    return 0 if is_argument and platform != "cpu" else size
 
 
 def _vocabulary(config: Config) -> int:
@@ -215,13 +238,13 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
     return int(numbers * size) + (query * arrays.query_sums + key * arrays.key_sums) * 4
 
 
-def _loss_moment(config: Config, rows: int, seq_length: int) -> dict[str, int]:
+def _loss_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
     b, t, _, size = _sizes(config, rows, seq_length)
-    d = make_dims(config.architecture)
+    d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
         "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * _vocabulary(config) * (size + UNEMBEDDING_SUMS * 4),
+        "unembedding": d.D * _vocabulary(config) * (_gathered_size(config, platform) + sums),
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,
         "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringbpt.config import AdamWConfig, Config, OptimizerConfig
+from ringbpt.config import AdamWConfig, Config, LoraConfig, OptimizerConfig
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import OBJECTIVES
@@ -19,12 +19,13 @@ from tests.flags import llama_flags
 VOCAB, LENGTH, CHUNK = 1088, 2048, 64  # sizes that no other dim shares
 
 
-def compile_step(mesh_shape, llama: dict, rows: int, length: int, dtype="fp32"):
+def compile_step(mesh_shape, llama: dict, rows: int, length: int, dtype="fp32", lora: LoraConfig | None = None):
     """The loop's own train step, compiled from abstract arrays: nothing is allocated."""
     config = Config(
         dtype=dtype,
         mesh_shape=mesh_shape,
         **llama,
+        lora=lora or LoraConfig(),
         optimizer=OptimizerConfig(adamw_optimizer=AdamWConfig(lr_warmup_steps=1)),
     )
     model = Model.of(config, make_mesh(mesh_shape))

@@ -15,6 +15,8 @@ BLOCKS, OVER_TP = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp"
 STATE, PARAMS = "--optimizer.offload_state", "--optimizer.offload_params"
 K = 1024
 LLAMA8 = ("--llama.intermediate_size=14336", "--llama.num_key_value_heads=8", "--llama.vocab_size=128256")
+LORA = ("--lora.rank=32", "--lora.base_dtype=bf16")
+QLORA = ("--lora.rank=32", "--lora.base_dtype=nf4", "--lora.double_quantization")
 
 # topology, mesh, model (a preset, and what differs from it), rows, tokens of each, flags
 CASES = [
@@ -28,6 +30,9 @@ CASES = [
     ("8xh100-80g", "1,2,2,2", ("7b",), 2, 128 * K, (BF16, KEPT, OVER_TP, BLOCKS)),
     ("8xh100-80g", "1,1,1,8", ("7b", *LLAMA8), 1, 2048 * K, (BF16, AWAY, STATE, BLOCKS)),
     ("h100-80g", "1,1,1,1", ("7b", *LLAMA8), 1, 500 * K, (BF16, AWAY, STATE, PARAMS, BLOCKS)),
+    ("rtx4090", "1,1,1,1", ("7b", *LLAMA8), 1, 256 * K, (BF16, AWAY, BLOCKS, *QLORA)),
+    ("8xh100-80g", "1,1,1,8", ("7b", *LLAMA8), 1, 1024 * K, (BF16, KEPT, *LORA)),
+    ("v5e-8", "1,1,1,8", ("7b",), 1, 64 * K, (BF16, KEPT, *QLORA)),
     ("v5e-8", "1,1,1,8", ("7b",), 1, 128 * K, (BF16, KEPT, STATE, PARAMS, BLOCKS)),
     ("8xa100-80g", "1,1,1,8", ("13b",), 1, 128 * K, (FP32, KEPT, BLOCKS)),
     ("v4-512", "1,1,4,64", ("7b",), 1, 2048 * K, (BF16, KEPT)),

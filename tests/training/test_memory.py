@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ringbpt.config import PRESETS, Config, OptimizerConfig
-from ringbpt.training.memory import account, describe
+from ringbpt.config import PRESETS, Config, LoraConfig, OptimizerConfig
+from ringbpt.training.memory import ARGUMENTS, account, describe
 from tests.flags import llama_flags
 from tests.model.test_programs import compile_step
 
@@ -26,24 +26,24 @@ ONE_B = {
     "loss_chunk_size": 256,
     "remat_block": "nothing_saveable",
 }
-ALIVE_THROUGHOUT = ("params", "optimizer")
+FULL = LoraConfig()  # no adapters: all weights are trained
 
 
-def config_of(mesh, dtype="fp32", **llama) -> Config:
-    return Config(dtype=dtype, mesh_shape=mesh, **llama_flags(**ONE_B | llama))
+def config_of(mesh, dtype="fp32", lora=FULL, **llama) -> Config:
+    return Config(dtype=dtype, mesh_shape=mesh, lora=lora, **llama_flags(**ONE_B | llama))
 
 
-def check(mesh, rows, length, tolerance=0.1, dtype="fp32", **llama):
+def check(mesh, rows, length, tolerance=0.1, dtype="fp32", lora=FULL, **llama):
     """The named parts sum to the compiler's temporary bytes, and the state to its arguments."""
-    config = config_of(mesh, dtype, **llama)
+    config = config_of(mesh, dtype, lora, **llama)
     parts = account(config, rows, length)
-    memory = compile_step(mesh, llama_flags(**ONE_B | llama), rows, length, dtype).memory_analysis()
-    temporary = sum(size for name, size in parts.items() if name not in ALIVE_THROUGHOUT)
-    print(f"\nmesh {mesh}, {rows} x {length} tokens, {dtype}, {llama}")
+    memory = compile_step(mesh, llama_flags(**ONE_B | llama), rows, length, dtype, lora).memory_analysis()
+    temporary = sum(size for name, size in parts.items() if name not in ARGUMENTS)
+    print(f"\nmesh {mesh}, {rows} x {length} tokens, {dtype}, {lora if lora.rank else ''} {llama}")
     for name, size in parts.items():
         print(f"  {name:<30} {size / MIB:8.1f} MiB")
     print(f"  temporary: named {temporary / MIB:.1f} MiB, compiled {memory.temp_size_in_bytes / MIB:.1f} MiB")
-    state = sum(parts[name] for name in ALIVE_THROUGHOUT)
+    state = sum(parts.get(name, 0) for name in ARGUMENTS)
     assert abs(state / memory.argument_size_in_bytes - 1) < 0.01
     assert abs(temporary / memory.temp_size_in_bytes - 1) < tolerance
 
@@ -76,6 +76,29 @@ def test_bf16_is_accounted_for():
     check((1, 1, 1, 8), 1, 16384, tolerance=0.15, dtype="bf16")
 
 
+SLOW = pytest.mark.slow
+FP32, BF16, INT8 = (LoraConfig(rank=rank, base_dtype=name) for name, rank in (("fp32", 16), ("bf16", 16), ("int8", 64)))
+NF4, DOUBLE = LoraConfig(rank=16, base_dtype="nf4"), LoraConfig(rank=64, base_dtype="nf4", double_quantization=True)
+BLOCKS = {"kv_heads_at_a_time": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "length", "lora", "llama"),
+    [
+        pytest.param((1, 1, 1, 8), 16384, FP32, {}, marks=SLOW),
+        pytest.param((1, 1, 1, 8), 65536, DOUBLE, {}, marks=SLOW),
+        pytest.param((1, 1, 1, 8), 65536, BF16, BLOCKS, marks=SLOW),
+        pytest.param((1, 2, 2, 2), 16384, NF4, {}, marks=SLOW),
+        pytest.param((1, 1, 1, 1), 16384, INT8, BLOCKS, marks=SLOW),
+        ((1, 1, 1, 1), 4096, DOUBLE, {}),
+    ],
+    ids=str,
+)
+def test_adapters_are_accounted_for(mesh, length, lora, llama):
+    """The CPU has no bf16, so it turns a base in it into float32 at once."""
+    check(mesh, mesh[1], length, tolerance=0.15, lora=lora, num_hidden_layers=4, **llama)
+
+
 def test_what_grows_with_what():
     """Each part depends on the flags that it should, exactly."""
     base = account(config_of((1, 1, 1, 8)), 1, 16384)
@@ -92,6 +115,22 @@ def test_what_grows_with_what():
     assert saved["saved layer inputs"] == 2 * base["saved layer inputs"] + 22 * 2048 * 16 * 4
     bf16 = account(config_of((1, 1, 1, 8), "bf16"), 1, 16384)
     assert bf16["saved layer inputs"] == base["saved layer inputs"] / 2 and bf16["gradients"] == base["gradients"]
+
+
+def test_a_base_is_kept_and_has_no_gradients():
+    """Of 1b's 22 layers, 2048 x (4 x 2048 + 3 x 5504) numbers each, and of its two tables of 32,000 x 2048."""
+    numbers, tables, norms = 22 * 2048 * (4 * 2048 + 3 * 5504), 2 * 32000 * 2048 * 4, 45 * 2048 * 4
+    full = account(config_of((1, 1, 1, 1)), 1, 16384)
+    for lora, bytes_ in ((FP32, 4), (BF16, 2), (INT8, 1 + 4 / 64), (NF4, 0.5 + 4 / 64)):
+        parts = account(config_of((1, 1, 1, 1), lora=lora), 1, 16384)
+        kept = numbers * bytes_ + tables / (2 if lora is BF16 else 1) + norms
+        assert parts["base"] == pytest.approx(kept, rel=1e-3)
+        assert parts["params"] == 22 * lora.rank * (4 * 2 * 2048 + 3 * (2048 + 5504)) * 4
+        assert parts["optimizer"] == pytest.approx(2 * parts["params"], rel=1e-3)
+        assert parts["gradients"] == parts["params"] and parts["unembedding"] == 0
+        assert parts["layer weights"] < full["layer weights"] / 2
+    half = account(config_of((1, 1, 1, 2), lora=NF4), 1, 16384)
+    assert half["base"] == pytest.approx(kept / 2, rel=1e-3)
 
 
 def test_accumulation_trades_activations_for_a_second_set_of_gradients():
