@@ -31,6 +31,8 @@ HARDWARE = (
     Hardware("A100", ("NVIDIA A100-SXM4-80GB",), 312.0, 79.2, 2039, 25, 12),
     Hardware("H100", ("NVIDIA H100 80GB HBM3",), 989.0, 79.1, 3352, 25, 18),
     Hardware("H200", ("NVIDIA H200",), 989.0, 141.0, 4800, 25, 18),
+    # 24 GiB, of which the driver keeps some; no NVLink: 16 lanes of PCIe 4.
+    Hardware("RTX4090", ("NVIDIA GeForce RTX 4090",), 165.0, 23.65, 1008, 32, 1),
 )
 
 # What is reached, (at best, at worst), of the bf16 peak: by large matrix products; by a fused attention kernel; by

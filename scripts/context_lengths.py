@@ -25,7 +25,7 @@ FLAGS = {
 }
 DOCS = Path(__file__).parents[1] / "docs"
 K = 1024
-LLAMA8 = (4096, 14336, 32, 32, 8, 128256)
+LLAMA8, LLAMA70 = (4096, 14336, 32, 32, 8, 128256), (8192, 28672, 80, 64, 8, 128256)
 QWEN7, QWEN14, QWEN72 = (
     (3584, 18944, 28, 28, 4, 152064),
     (5120, 13824, 48, 40, 8, 152064),
@@ -37,9 +37,13 @@ FP32, BF16 = ("--dtype=fp32", KEPT, BLOCKS), ("--dtype=bf16", KEPT)
 OFFLOAD = ("--dtype=bf16", AWAY, STATE)
 DPO = ("--objective=dpo", "--train_dataset.share_prompts=False")  # a pair of answers in a row, each half as long
 PARAMS = "--optimizer.offload_params"
-RING, ALST, LF = "Ring Attention", "ALST", "360-LLaMA-Factory"
+# Pairs beside every matrix of a layer, of the rank of those that were published.
+LORA = ("--dtype=bf16", AWAY, BLOCKS, "--lora.rank=32", "--lora.base_dtype=bf16")
+QLORA = (*LORA[:-1], "--lora.base_dtype=nf4", "--lora.double_quantization")
+RING, ALST, LF, UNSLOTH, NOBODY = "Ring Attention", "ALST", "360-LLaMA-Factory", "Unsloth", "-"
 
-# source, their hardware, model (a preset or sizes), their maximum in tokens, topology, mesh, flags.
+BEGIN = 1024 * K  # where a row begins of which nothing is published
+# source, their hardware, model (a preset or sizes), their maximum in tokens or None, topology, mesh, flags.
 ROWS = [
     (RING, "8 A100-80", "3b", 512 * K, "8xa100-80g", "1,1,1,8", ("--dtype=fp32", KEPT)),
     (RING, "8 A100-80", "7b", 256 * K, "8xa100-80g", "1,1,1,8", FP32),
@@ -55,6 +59,14 @@ ROWS = [
     (LF, "8 A100-80", ("Qwen2.5-7B DPO", QWEN7), 168_000, "8xa100-80g", "1,1,1,8", (*BF16, *DPO)),
     (LF, "8 A100-80", ("Qwen2.5-14B DPO", QWEN14), 144_000, "8xa100-80g", "1,1,1,8", (*BF16, BLOCKS, *DPO)),
     (LF, "32 A800", ("Qwen2.5-72B", QWEN72), 128_000, "4x8xa100-80g", "1,1,1,32", OFFLOAD),
+    (UNSLOTH, "1 RTX 4090", ("Llama-3.1-8B QLoRA", LLAMA8), 78_475, "rtx4090", "1,1,1,1", QLORA),
+    (UNSLOTH, "1 H100-80", ("Llama-3.1-8B QLoRA", LLAMA8), 342_733, "h100-80g", "1,1,1,1", QLORA),
+    (UNSLOTH, "1 H100-80", ("Llama-3.3-70B QLoRA", LLAMA70), 89_389, "h100-80g", "1,1,1,1", QLORA),
+    (NOBODY, "1 H100-80", ("Llama-3.1-8B LoRA", LLAMA8), None, "h100-80g", "1,1,1,1", LORA),
+    (NOBODY, "8 H100-80", ("Llama-3.1-8B LoRA", LLAMA8), None, "8xh100-80g", "1,1,1,8", LORA),
+    (NOBODY, "8 H100-80", ("Llama-3.1-8B QLoRA", LLAMA8), None, "8xh100-80g", "1,1,1,8", QLORA),
+    (NOBODY, "8 H100-80", ("Llama-3.3-70B LoRA", LLAMA70), None, "8xh100-80g", "1,1,1,8", LORA),
+    (NOBODY, "8 H100-80", ("Llama-3.3-70B QLoRA", LLAMA70), None, "8xh100-80g", "1,1,1,8", QLORA),
     (RING, "TPU v3-512", "7b", 2048 * K, "v3-512", "!1,1,4,128", (*FP32, OVER_TP)),
     (RING, "TPU v4-1024", "3b", 16384 * K, "v4-1024", "1,1,8,64", (*FP32, OVER_TP)),
     (RING, "TPU v4-1024", "7b", 8192 * K, "v4-1024", "1,1,8,64", (*FP32, OVER_TP)),
@@ -89,31 +101,34 @@ def write_page(known: dict) -> None:
     lines = [
         "# How long a sequence fits",
         "",
-        "The longest single sequence of full fine-tuning (AdamW, float32 weights and state) whose train step compiles",
-        "ahead of time within the device's memory, beside what others published for the same model and hardware.",
-        "Theirs were run; ours were compiled, not run. Written by `python scripts/context_lengths.py`, which says how",
-        f"each row is asked for (jax {jax.__version__}). Ours are lengths that fit, not the longest: a row begins at",
-        "their length, and ends after one to three compiles. A GPU's program may use 95 % of its memory. Host: of each",
-        "device, so a node of 8 needs 8 times that. DPO: a row is a pair, each answer with its prompt half as long;",
-        "what the reference says is a column, so one model is in memory.",
+        "The longest single sequence whose train step compiles ahead of time within the device's memory, beside what",
+        "others published for the same model and hardware. Theirs were run; ours were compiled, not run. All weights are",
+        "trained (AdamW, float32 weights and state) but for LoRA, pairs of rank 32 beside every matrix of a layer over a",
+        "base in bfloat16, and QLoRA, over one in nf4 with double quantization. Written by",
+        f"`python scripts/context_lengths.py`, which says how each row is asked for (jax {jax.__version__}). Ours are",
+        "lengths that fit, not the longest: a row begins at their length, or near what fits, and ends after one to three",
+        "compiles. A GPU's program may use 95 % of its memory. Host: of each device, so a node of 8 needs 8 times that.",
+        "DPO: a row is a pair, each answer with its prompt half as long; what the reference says is a column, so one",
+        "model is in memory. Unsloth's are of its README (4-bit QLoRA of rank 32, one row; 70B on an A100 of 80 GB). LoRA",
+        "of 70B has no row on one H100-80: its base alone is 131 GiB in bfloat16, and a base that stays is not offloaded.",
         "",
         "| source | hardware | model | theirs | ours | of one device | host | mesh | with |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     missing = []
-    for source, hardware, model, theirs, *_, mesh, flags in ROWS:
-        label = model if isinstance(model, str) else model[0]
+    for source, hardware, model, longest, *_, mesh, flags in ROWS:
+        label, theirs = model if isinstance(model, str) else model[0], f"{longest:,}" if longest else "-"
         name = f"{source} {hardware} {label}"
         row = known.get(name)
         if row is None:
-            missing.append(f"{source}: {label} on {hardware} ({theirs:,})")
+            missing.append(f"{source}: {label} on {hardware} ({theirs})")
         elif "refused" in row:
-            missing.append(f"{source}: {label} on {hardware} ({theirs:,}): {row['refused']}")
+            missing.append(f"{source}: {label} on {hardware} ({theirs}): {row['refused']}")
         else:
             asked = ", ".join(flag.rpartition(".")[2].removeprefix("--").replace("remat_block=", "") for flag in flags)
             memory = f"{size(row['total'])} of {size(row['limit'])}"
             host = size(row["host"]) if row["host"] else ""
-            cells = (source, hardware, label, f"{theirs:,}", f"{row['ours']:,}", memory, host, mesh, asked)
+            cells = (source, hardware, label, theirs, f"{row['ours']:,}", memory, host, mesh, asked)
             lines.append(f"| {' | '.join(cells)} |")
     if missing:
         lines += ["", "Not compiled yet, or not possible:", "", *(f"- {line}" for line in missing)]
@@ -134,7 +149,7 @@ def main(argv: list[str]) -> int:
         print(name, flush=True)
         try:
             say = lambda line: print(f"  {line}", flush=True)  # noqa: E731
-            tree = parse_args(flags_of(model, round(theirs * own["times"]), mesh, flags))
+            tree = parse_args(flags_of(model, round((theirs or BEGIN) * own["times"]), mesh, flags))
             plan = find(tree, topology(machine), "seq_length", say, own["close"], own["most"])
             program, ours = plan.program, plan.config.train_dataset.seq_length
             known[name] = {"ours": ours, "total": program.total, "limit": plan.machine.memory, "host": program.host}

@@ -50,8 +50,10 @@ _GPUS = {
     "A100": (108, 64, 167936, 40, 1.41, 85100068864, "major: 8"),
     "H100": (132, 128, 233472, 50, 1.98, 84942979072, "major: 9 feature_extension: ACCELERATED_FEATURES"),
     "H200": (132, 128, 233472, 50, 1.98, 151397597184, "major: 9 feature_extension: ACCELERATED_FEATURES"),
+    "RTX4090": (128, 128, 102400, 72, 2.52, 25393692672, "major: 8 minor: 9"),
 }
-_GPU_NAME = re.compile(r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?(a100|h100|h200)(?:-(?:sxm-?)?(80|141)gb?)?")
+_GPU_NAME = re.compile(r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?(a100|h100|h200|rtx-?4090)(?:-(?:sxm-?)?(24|80|141)gb?)?")
+_NOMINAL_GB = {"H200": "141", "RTX4090": "24"}  # the others have 80
 
 # The part of a GPU's memory that a run can be given: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax's own default is 0.75).
 GPU_FRACTION = 0.95
@@ -136,7 +138,7 @@ def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:
 
 
 def topology(name: str) -> Topology:
-    """The machine of that name: v4-512, v5litepod-8, 8xa100-80g, 4x8xh100 (nodes x GPUs), h200, cpu-8.
+    """The machine of that name: v4-512, v5litepod-8, 8xa100-80g, 4x8xh100 (nodes x GPUs), rtx4090, cpu-8.
 
     v2 to v5p count TensorCores, two a chip, as their vendor does; v5e and v6e count chips. Raises UserError for a
     name that is none, or with what to install where the compiler is missing.
@@ -189,11 +191,11 @@ def _tpu(name: str, kind: str, count: int) -> Topology:
 
 
 def _gpu(name: str, match: re.Match[str]) -> Topology:
-    first, second, model, gib = match.groups()
+    first, second, model, gb = match.groups()
     nodes, gpus = (int(first), int(second)) if second else (1, int(first or 1))
-    known = hardware.find(model)
+    known = hardware.find(model.replace("-", ""))
     assert known
-    if nodes < 1 or gpus < 1 or (gib and (gib == "141") != (model == "h200")):
+    if nodes < 1 or gpus < 1 or (gb and gb != _NOMINAL_GB.get(known.name, "80")):
         raise UserError(_unknown(name))
     if nodes * gpus > MOST_GPUS:
         raise UserError(f"--topology={name}: {nodes * gpus} GPUs: {MOST_GPUS} at most, as --topology=2048x8{model}")

@@ -23,11 +23,13 @@ from ringbpt.planning.topologies import need, topology
         ("h200", "H200", 1, 1),
         ("8xa100-80g", "A100", 8, 8),
         ("4x8xh100", "H100", 32, 8),
+        ("2xrtx4090-24g", "RTX4090", 2, 2),
+        ("rtx-4090", "RTX4090", 1, 1),
     ],
 )
 def test_names_people_use(name, kind, count, per_host):
     try:
-        need("cuda" if "x" in name or name.startswith("h") else "tpu")
+        need("tpu" if name.lower().startswith("v") else "cuda")
     except UserError as error:
         pytest.skip(str(error))
     machine = topology(name)
@@ -48,6 +50,7 @@ def test_cpus_are_the_ones_of_this_process():
         ("v5e-3", "v5e-4"),
         ("v7-8", "v2-8 to v2-512"),
         ("8xh200-80g", "did you mean --topology=8xh200?"),
+        ("rtx4090-80g", "did you mean --topology=rtx4090?"),
         ("4x8xb200", "did you mean --topology=4x8xh200?"),
         ("v4", "did you mean"),
         ("cpu-99", "8 CPU devices"),
