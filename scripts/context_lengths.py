@@ -107,7 +107,7 @@ def write_page(known: dict) -> None:
         "layer, over a base in bfloat16; and QLoRA: the same over a base in nf4 with double quantization. Written by",
         f"`python scripts/context_lengths.py`, which says how each row is asked for (jax {jax.__version__}). Ours are",
         "lengths that fit, not the longest: a row begins at their length, or near what fits, and ends after one to",
-        "three compiles. A GPU's program may use 95 % of its memory. Host: of each device: a node of 8 needs 8 times",
+        "three compiles. A GPU's program may use 95 % of its memory. Host is of each device: a node of 8 needs 8 times",
         "that. DPO: a row is a pair, each answer with its prompt half as long; what the reference says is a column, so",
         "one model is in memory. Unsloth's are from its README: QLoRA of rank 32, one row; 70B on an A100 of 80 GB.",
         "LoRA of 70B fits no single H100-80: its base is 131 GiB in bfloat16, and a base is not offloaded.",
