@@ -11,7 +11,7 @@ from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.work import count
 from ringbpt.config import Config
 from ringbpt.dims import AXES
-from ringbpt.model.flops import forward_flops
+from ringbpt.model.flops import forward_flops, training_flops
 from ringbpt.model.llama import make_dims
 from ringbpt.planning.overlap import Hop
 from ringbpt.planning.topologies import Topology
@@ -39,7 +39,7 @@ def visible_pairs(config: Config) -> float:
 
 
 def step_flops(config: Config) -> Flops:
-    """The model's own (three times the forward pass), attention's part in it, and what is computed once more.
+    """The model's own (forward and backward), attention's part in it, and what is computed once more.
 
     Computed again are, by the flags: each layer's forward pass but what the policy saved; in attention's backward
     the scores; in the blockwise feedforward's gate and up; in the loss's the logits. A layer in blocks computes its
@@ -64,7 +64,7 @@ def step_flops(config: Config) -> Flops:
         again += layers
     elif execution.remat_block in NOTHING_SAVED:
         again += layers + attention
-    return Flops(model=3 * forward, attention=3 * attention, recompute=again)
+    return Flops(training_flops(config, tokens, pairs), attention=3 * attention, recompute=again)
 
 
 def balance(config: Config) -> float:

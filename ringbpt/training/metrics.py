@@ -20,7 +20,7 @@ from ringbpt import hardware
 from ringbpt.config import Config, UserError, printable, to_dict
 from ringbpt.config import say as print_line
 from ringbpt.evaluation.pictures import plain_log, set_title, thousands
-from ringbpt.model.flops import forward_flops
+from ringbpt.model.flops import training_flops
 from ringbpt.objectives import Objective
 from ringbpt.training.guards import Verdict
 from ringbpt.training.step import Metrics
@@ -265,7 +265,7 @@ class Clock:
         speeds["data_wait"] = self.take_waited() / seconds
         device = hardware.find(jax.devices()[0].device_kind)
         if device is not None:
-            flops = 3 * forward_flops(self.config.architecture, self._counts["tokens"], self._counts["pairs"])
+            flops = training_flops(self.config, self._counts["tokens"], self._counts["pairs"])
             speeds["mfu"] = flops / seconds / (device.bf16_tflops * 1e12 * jax.device_count())
         return speeds
 

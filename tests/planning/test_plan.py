@@ -163,6 +163,8 @@ def test_arithmetic_is_our_own_count():
     tokens, architecture = 4 * 512, config.architecture
     flops = step_flops(config)
     assert flops.model == 3 * forward_flops(architecture, tokens, pairs)
+    lora = step_flops(config_of("--llama.remat_block=nothing_saveable", "--lora.rank=16"))
+    assert lora.model == flops.model - forward_flops(architecture, tokens, 0)
     assert flops.attention == 3 * 4 * pairs * architecture.num_hidden_layers * architecture.hidden_size
     saved = step_flops(config_of("--llama.remat_block=save_attention"))
     assert flops.recompute - saved.recompute == flops.attention / 3
