@@ -56,6 +56,8 @@ COLUMNS: dict[str, Column] = {
     "advantage": Column("float32", 0, "target", "by how much it was better than expected; no unit"),
     "rollout_logp": Column("float32", 0, "target", "its log-probability where it was drawn, in nats"),
     "old_logp": Column("float32", 0, "target", "the same by the policy that the rollout was made with"),
+    "old_value": Column("float32", 0, "target", "what was to be expected from there on, when the rollout was made"),
+    "return": Column("float32", 0, "target", "what came from there on; no unit"),
     "reward": Column("float32", 0, "document", "what the whole answer is worth; no unit"),
     "ref_logp": Column("float32", 0, "target", "its log-probability by the reference model, in nats"),
 }

@@ -179,7 +179,8 @@ def write_weights(
     llama_fields(settings, f"{where}: config.json")  # what of it goes along must be known, as in a folder that is read
     _, family = find_family(settings, "the model")
     table = conversions(rows_for(family, architecture), architecture)
-    if strange := weights.keys() ^ {conversion.ours for conversion in table}:
+    critic = {"score"} if architecture.head == "both" else set()  # which is of training alone
+    if strange := (weights.keys() - critic) ^ {conversion.ours for conversion in table}:
         raise UserError(f"{where}: {sorted(strange)[0]} is in only one of the checkpoint and its config.json")
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
     named = [(layer, name, conversion) for conversion in table for name, layer, _ in conversion.parts()]

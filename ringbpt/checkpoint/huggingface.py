@@ -150,8 +150,8 @@ def load_folder(folder: Path, architecture: Architecture, params: Wanted) -> Par
     Raises UserError for what `open_folder` refuses, and where the folder's family has other weights than the model.
     """
     own, wanted = is_own(folder), flatten(params.abstract)
-    if architecture.head == "score" and not is_scoring(model_settings(folder / CARRIED if own else folder)[0]):
-        architecture = replace(architecture, head="unembed")  # the base that a reward model begins from
+    if architecture.head != "unembed" and not is_scoring(model_settings(folder / CARRIED if own else folder)[0]):
+        architecture = replace(architecture, head="unembed")  # the base that it begins from
     found = open_folder(folder, own, architecture)
     table = [row for row in found.table if row.ours in wanted or row.ours not in params.left]
     if strange := (wanted.keys() ^ {row.ours for row in table}) - params.fresh:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ringbpt.config.fields import (
     BLOCK,
+    CRITICS,
     DOUBLE_BLOCK,
     POLICIES,
     QUANTISED,
@@ -140,7 +141,7 @@ def check_rollouts(config: Config) -> None:
         raise UserError(f"{name} learns from its own answers to prompts: --rollout.prompts=FILE.jsonl")
     if not rollout.reward:
         raise UserError(f"{name} learns from what answers are worth: --rollout.reward=FILE.py:NAME, or a reward model")
-    if rollout.samples_per_prompt < 2 and config.objective != "reinforce_pp":
+    if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", *CRITICS):
         raise UserError(
             f"--rollout.samples_per_prompt={rollout.samples_per_prompt}: {name} compares a prompt's answers with each "
             "other: --rollout.samples_per_prompt=8"
@@ -150,7 +151,7 @@ def check_rollouts(config: Config) -> None:
             f"--rollout.updates={rollout.updates} steps learn from --rollout.prompts_per_step="
             f"{rollout.prompts_per_step} prompts, and some from none: --rollout.updates={rollout.prompts_per_step}"
         )
-    if config.policy.kl_in_reward and not config.objective.startswith("reinforce_pp"):
+    if config.policy.kl_in_reward and not config.objective.startswith(("reinforce_pp", "ppo")):
         raise UserError(f"--policy.kl_in_reward is of rewards a token, and {name} has one an answer: leave it out")
     if config.eval_steps:
         raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
@@ -282,6 +283,8 @@ def with_head(config: Config) -> Architecture:
     architecture, name = config.architecture, config.objective
     if name in SCORING:
         return replace(architecture, head="score")
+    if name in CRITICS:
+        return replace(architecture, head="both")
     if architecture.head == "score":
         raise UserError(
             f"--llama.head=score says no more than a number a token, of which --objective={name} learns nothing: "

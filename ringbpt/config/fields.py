@@ -37,9 +37,11 @@ OBJECTIVE_NAMES = (
     "discopop", "sigmoid_norm", "simpo", "orpo", "kto", "apo_zero_unpaired",
     "reward",
     "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline",
+    "ppo",
 )  # fmt: skip
 POLICIES = OBJECTIVE_NAMES[OBJECTIVE_NAMES.index("grpo") :]  # those that learn from rollouts
 SCORING = ("reward",)  # those whose model has no vocabulary to predict, and says one number of each token
+CRITICS = ("ppo",)  # those whose model says, beside the next token, what is to be expected from there on
 SAVE_MINUTES = 10.0  # a run that says nothing of checkpoints loses no more
 
 
@@ -206,6 +208,9 @@ class PolicyConfig:
     correction_cap: float = flag(3.0, "the largest ratio of that", above=0)
     correction_floor: float = flag(0.0, "the smallest", at_least=0)
     discount: float = flag(1.0, "of what comes a token later", above=0, at_most=1)
+    decay: float = flag(0.95, "ppo: of what is known of later tokens (lambda)", at_least=0, at_most=1)
+    value_coefficient: float = flag(0.1, "ppo: of the values' squared error", at_least=0)
+    value_clip: float = flag(0.2, "ppo: how far a value may go from the old one; 0: any", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -274,8 +279,8 @@ class Architecture:
     tie_word_embeddings: bool = False
     head: str = flag(
         "unembed",
-        "what reads the last hidden states: the vocabulary, or one number a token",
-        choices=("unembed", "score"),
+        "what reads the last hidden states: the vocabulary, one number a token, or both",
+        choices=("unembed", "score", "both"),
     )
     theta: float = flag(10000.0, "base of the rotary positions", above=0)
     rope_scaling_type: str = flag("", "how rotary positions are stretched", choices=("", "linear", "llama3", "yarn"))

@@ -13,7 +13,7 @@ def forward_flops(config: Architecture, tokens: float, visible_pairs: float) -> 
     d = make_dims(config)
     feedforwards = config.num_experts_per_tok if config.num_experts else 1
     layer = d.D * (d.N + 2 * d.K) * d.H + d.N * d.H * d.D + 3 * d.D * d.F * feedforwards + d.D * d.E
-    head = d.D * (d.V if config.head == "unembed" else 1)
+    head = d.D * (1 if config.head == "score" else d.V)
     return 2.0 * tokens * (d.L * layer + head) + 4.0 * visible_pairs * d.L * d.N * d.H
 
 

@@ -88,10 +88,10 @@ class Llama(nnx.Module):
         stack = nnx.vmap(Layer, in_axes=(0, None, None, None, None), out_axes=axes)
         self.layers = stack(rngs.split(dims.L), dims, std, config, pairs)
         self.norm = ones(dims, "D")
-        if config.head == "score":
-            self.score = weight(rngs, dims, "D", std)
-        elif not config.tie_word_embeddings:
+        if config.head != "score" and not config.tie_word_embeddings:
             self.unembed = weight(rngs, dims, "D V", std)
+        if config.head != "unembed":
+            self.score = weight(rngs, dims, "D", std)
 
 
 def layer_of(layers: Params, i: int, axis: int) -> Params:
@@ -173,13 +173,14 @@ class Model:
 
     @property
     def fresh(self) -> frozenset[str]:
-        """The params that a checkpoint of another model may lack: a reward model's head."""
-        return frozenset({"score"} if self.architecture.head == "score" else ())
+        """The params that a checkpoint of another model may lack: a reward model's or a critic's head."""
+        return frozenset(() if self.architecture.head == "unembed" else {"score"})
 
     @property
     def left(self) -> frozenset[str]:
-        """The params that such a checkpoint may have besides: the head that it predicted tokens with."""
-        return frozenset({"unembed"} if self.architecture.head == "score" else ())
+        """The params that such a checkpoint may have besides: the head that is not read here."""
+        head = self.architecture.head
+        return frozenset({"unembed"} if head == "score" else {"score"} if head == "unembed" else ())
 
     @property
     def tables(self) -> dict[str, tuple[int, int]]:
@@ -226,16 +227,16 @@ class Model:
         return f"{size:,} tokens in tables of {rows:,} rows, which tp={tp} divides" if rows > size else ""
 
     def token_stats(self, params: Params, batch: Batch, head: str = "unembed") -> TokenStats:
-        """What the model says at each place of a batch in layout order, by the vocabulary or by its "score" head.
+        """What the model says at each place of a batch in layout order, by the vocabulary, its "score" head, or "both".
 
         head "": by its routers alone.
         """
         hidden_BTD, routing = self._hidden(params, batch.token_BT, batch.meta)
         stats = TokenStats()
-        if head == "unembed":
+        if head in ("unembed", "both"):
             stats = self._token_stats(hidden_BTD, self.unembed(params), batch.target_BT)
-        elif head == "score":
-            stats = TokenStats(value_BT=self.score(params, hidden_BTD))
+        if head in ("score", "both"):
+            stats = replace(stats, value_BT=self.score(params, hidden_BTD))
         if routing is None:
             return stats
         layers = self.architecture.num_hidden_layers

@@ -31,6 +31,11 @@ class Algorithm:
     average: str = "token"
     clip: tuple[float, float] = (0.2, 0.2)
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages are of what the model itself expected."""
+        return self.advantage == "gae"
+
     def bounds(self, c: PolicyConfig) -> tuple[float, float]:
         """How far below and above 1 a ratio still learns."""
         low, high = self.clip
@@ -46,6 +51,7 @@ ALGORITHMS = {
     "rloo": Algorithm("leave_one_out", ratio="sum", average="answer"),  # arXiv:2402.14740
     "reinforce_pp": Algorithm("whitened"),  # arXiv:2501.03262
     "reinforce_pp_baseline": Algorithm("group_whitened"),
+    "ppo": Algorithm("gae"),  # arXiv:1707.06347
 }
 
 
@@ -91,6 +97,15 @@ def correction(c: PolicyConfig, old_BT: Array, rollout_BT: Array, mask_BT: Array
     return jnp.where((ratio >= c.correction_floor) & (ratio <= c.correction_cap), ratio, 0.0)
 
 
+def value_loss(c: PolicyConfig, value_BT: Array, old_BT: Array, return_BT: Array) -> Array:
+    """Half the squared error of each token's value; of that and the one of the value kept near the old, the larger."""
+    loss = (value_BT - return_BT) ** 2
+    if c.value_clip:
+        near_BT = old_BT + jnp.clip(value_BT - old_BT, -c.value_clip, c.value_clip)
+        loss = jnp.maximum(loss, (near_BT - return_BT) ** 2)
+    return loss / 2
+
+
 def _mean_of_answer(x_BT: Array, mask_BT: Array, batch: Batch) -> Array:
     """Of each token's answer the mean over what was sampled, [B, T]."""
     return per_document(x_BT * mask_BT, batch) / jnp.maximum(per_document(mask_BT, batch), 1.0)
@@ -126,6 +141,8 @@ def _function(algorithm: Algorithm) -> Callable[[TokenStats, Batch, Config], Mea
         found = {"policy_loss": mean(loss_BT, average), "entropy": mean(stats.entropy_BT)}
         if REFERENCE in columns:
             found["kl_loss"] = mean(DIVERGENCES[c.kl](columns[REFERENCE] - logp_BT), average)
+        if algorithm.has_critic:
+            found["value_loss"] = mean(value_loss(c, stats.value_BT, columns["old_value"], columns["return"]))
         below, above = algorithm.bounds(c)
         ratio_BT = jnp.exp(log_ratio_BT)
         is_clipped = ((ratio_BT < 1 - below) & (advantage_BT < 0)) | ((ratio_BT > 1 + above) & (advantage_BT > 0))
@@ -150,6 +167,8 @@ def _parts(algorithm: Algorithm) -> Callable[[Config], dict[str, float]]:
             found["entropy"] = -c.entropy_coefficient
         if c.kl_coefficient and not c.kl_in_reward:
             found["kl_loss"] = c.kl_coefficient
+        if algorithm.has_critic:
+            found["value_loss"] = c.value_coefficient
         return found
 
     return parts
@@ -161,8 +180,9 @@ def objective(name: str) -> Objective:
         function=_function(algorithm),
         parts=_parts(algorithm),
         shapes=("rl",),
-        needs=("logp_BT", "entropy_BT"),
-        columns=("advantage", "reward", "rollout_logp"),
+        head="both" if algorithm.has_critic else "unembed",
+        needs=("logp_BT", "entropy_BT", *(("value_BT",) if algorithm.has_critic else ())),
+        columns=("advantage", "reward", "rollout_logp", *(("old_value", "return") if algorithm.has_critic else ())),
         optional=("old_logp", REFERENCE),
         whole_documents=True,
         rollouts=True,

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from ringbpt.generation.text import make_chat_encoder
 from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
-from ringbpt.objectives.advantages import OF_GROUPS, group, returns, whitened
+from ringbpt.objectives.advantages import OF_GROUPS, gae, group, returns, whitened
 from ringbpt.objectives.objective import REFERENCE
 from ringbpt.objectives.policy import ALGORITHMS
 from ringbpt.rollout.engine import LocalEngine, Sample
@@ -108,7 +109,7 @@ class Rollouts:
         main = jax.process_index() == 0
         self._rewards = Rewards(rollout, model, longest, say) if main else None
         self.fingerprint = digest_of([self._prompts.fingerprint, str(rollout), str(config.policy), str(self.rows)])
-        self._says = jax.jit(lambda params, batch: model.token_stats(params, batch).logp_BT)
+        self._says = {head: jax.jit(partial(_says, model, head)) for head in ("unembed", "score")}
         self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
         self._number, self._waited, self._arrays = -1, 0.0, Arrays()
         self._facts: dict[int, dict[str, float]] = {}  # of the last two
@@ -174,10 +175,12 @@ class Rollouts:
         reward_PR = self._rewarded(numbers, prompts, samples)
         arrays, places = self._laid_out(prompts, samples, reward_PR)
         if rollout.updates > 1:
-            arrays["old_logp"] = self._said(params, arrays)
+            arrays["old_logp"] = self._said("unembed", params, arrays)
+        if self._algorithm.has_critic:
+            arrays["old_value"] = self._said("score", params, arrays)
         if reference is not None:
-            arrays[REFERENCE] = self._said(reference, arrays)
-        arrays["advantage"] = self._advantages(reward_PR, arrays, places)
+            arrays[REFERENCE] = self._said("unembed", reference, arrays)
+        arrays |= self._advantages(reward_PR, arrays, places)
         lengths = [len(sample.tokens) for answers in samples for sample in answers]
         cut = [sample.finish == "length" for answers in samples for sample in answers]
         facts = {
@@ -236,38 +239,47 @@ class Rollouts:
             batches.append(make_batch(rows, (self.rows, self.seq_length), [*ALWAYS, *columns]).by_name())
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, places
 
-    def _said(self, params: Params, arrays: Arrays) -> np.ndarray:
-        """What a model says of each target, float32 [updates, B, T]."""
+    def _said(self, head: str, params: Params, arrays: Arrays) -> np.ndarray:
+        """What a model says at each place with a target, of that or by its score head, float32 [updates, B, T]."""
         found = np.zeros(arrays["token"].shape, np.float32)
         for update in range(len(found)):
             host = Batch.of({name: array[update] for name, array in arrays.items()})
             shape = (self.rows, self.seq_length)
             batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
-            logp = self._says(params, batch)
-            whole = multihost_utils.process_allgather(logp, tiled=True) if jax.process_count() > 1 else logp
+            said = self._says[head](params, batch)
+            whole = multihost_utils.process_allgather(said, tiled=True) if jax.process_count() > 1 else said
             found[update][:, self._order] = np.asarray(whole)
         return np.where(arrays["weight"] > 0, found, 0.0)
 
-    def _advantages(self, reward_PR: np.ndarray, arrays: Arrays, places: list[list[Place]]) -> np.ndarray:
-        kind, policy = self._algorithm.advantage, self._config.policy
-        found = np.zeros(arrays["token"].shape, np.float32)
+    def _advantages(self, reward_PR: np.ndarray, arrays: Arrays, places: list[list[Place]]) -> Arrays:
+        """The columns that follow from rewards: "advantage", and with a critic "return"."""
+        kind = self._algorithm.advantage
         at = [(place, self._sampled(arrays, place)) for answered in places for place in answered]
         if kind in OF_GROUPS:
-            for (place, targets), value in zip(at, OF_GROUPS[kind](reward_PR).ravel(), strict=True):
-                found[place.update, place.row, targets] = value
-            return found
-        of_answers = group(reward_PR) if kind == "group_whitened" else np.nan_to_num(reward_PR)
-        values, masks = [], []
+            of_answers = OF_GROUPS[kind](reward_PR).ravel()
+            found = [np.full(len(targets), value) for (_, targets), value in zip(at, of_answers, strict=True)]
+            return {"advantage": _filled(arrays, at, found)}
+        rewards = self._token_rewards(reward_PR, arrays, at)
+        policy, masks = self._config.policy, [np.ones(len(targets)) for _, targets in at]
+        if not self._algorithm.has_critic:
+            values = [returns(reward, policy.discount) for reward in rewards]
+            return {"advantage": _filled(arrays, at, whitened(values, masks))}
+        old = [np.float64(arrays["old_value"][place.update, place.row, targets]) for place, targets in at]
+        both = [gae(*each, policy.discount, policy.decay) for each in zip(rewards, old, masks, strict=True)]
+        advantages = whitened([advantage for advantage, _ in both], masks)
+        return {"advantage": _filled(arrays, at, advantages), "return": _filled(arrays, at, [x for _, x in both])}
+
+    def _token_rewards(self, reward_PR: np.ndarray, arrays: Arrays, at: list[tuple[Place, np.ndarray]]) -> list:
+        """Of each sample a number a token: its reward at the last, less what the distance from the reference costs."""
+        policy, by_group = self._config.policy, self._algorithm.advantage == "group_whitened"
+        of_answers, found = group(reward_PR) if by_group else np.nan_to_num(reward_PR), []
         for (place, targets), value in zip(at, of_answers.ravel(), strict=True):
             reward = np.zeros(len(targets))
             if policy.kl_in_reward:
                 ratio = arrays.get("old_logp", arrays["rollout_logp"]) - arrays[REFERENCE]
                 reward -= policy.kl_coefficient * ratio[place.update, place.row, targets]
             reward[-1] += value
-            values.append(returns(reward, policy.discount))
-            masks.append(np.ones(len(targets)))
-        for (place, targets), value_T in zip(at, whitened(values, masks), strict=True):
-            found[place.update, place.row, targets] = value_T
+            found.append(reward)
         return found
 
     def _sampled(self, arrays: Arrays, place: Place) -> np.ndarray:
@@ -306,6 +318,20 @@ class Rollouts:
         if jax.process_count() > 1:
             there = bool(np.all(multihost_utils.process_allgather(np.array(there))))
         return (arrays, facts) if there else None
+
+
+def _says(model: Model, head: str, params: Params, batch: Batch) -> jax.Array:
+    """[B, T]: the log-probability of each target, or the value at its place."""
+    stats = model.token_stats(params, batch, head)
+    return stats.value_BT if head == "score" else stats.logp_BT
+
+
+def _filled(arrays: Arrays, at: list[tuple[Place, np.ndarray]], values: Sequence[np.ndarray]) -> np.ndarray:
+    """A column with each sample's values at its own places."""
+    found = np.zeros(arrays["token"].shape, np.float32)
+    for (place, targets), value in zip(at, values, strict=True):
+        found[place.update, place.row, targets] = value
+    return found
 
 
 def _piece(prompt: np.ndarray, sample: Sample, reward: float, unit: int, first: bool) -> Piece:

@@ -229,7 +229,7 @@ def _gathered_size(config: Config, platform: str) -> int:
 def _vocabulary(config: Config) -> int:
     """How many logits a device computes of a token: none where the head says a score."""
     architecture = config.architecture
-    return -(-architecture.vocab_size // config.mesh_shape[2]) if architecture.head == "unembed" else 0
+    return -(-architecture.vocab_size // config.mesh_shape[2]) if architecture.head != "score" else 0
 
 
 def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) -> int:

@@ -202,7 +202,7 @@ class Run:
         step = StoredStep(self.checkpointer.directory / str(newest))
         names = [name for name in step.dtypes("params") if name.startswith("layers.")]
         layers = {name.removeprefix("layers."): step.read("params", name) for name in names}
-        score = step.read("params", "score") if "score" in step.dtypes("params") else None
+        score = step.read("params", "score") if config.architecture.head == "score" else None
         new = self.folder / "adapter.new"
         shutil.rmtree(new, ignore_errors=True)
         base = config.load_checkpoint.partition("::")[2]

@@ -14,6 +14,7 @@ from ringbpt.types import Batch, Mean, TokenStats
 from tests.flags import llama_flags
 from tests.model.helpers import LLAMA
 
+FROM_ROLLOUTS = ("advantage", "reward", "rollout_logp", "old_value", "return")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
 
 
@@ -41,7 +42,7 @@ def test_weights_depend_on_the_batch_alone_and_parts_are_means(name, experts):
     label = np.array([1, 1, -1, -1, 2, 2, 1, -1] * 4, np.int8)
     columns = {"label": np.stack([label, label[::-1]]), "unit": np.repeat([[1] * 12 + [2] * 20], 2, 0)}
     rng = np.random.default_rng(2)
-    columns |= {name: rng.random((2, 32)).astype(np.float32) for name in ("advantage", "reward", "rollout_logp")}
+    columns |= {name: rng.random((2, 32)).astype(np.float32) for name in FROM_ROLLOUTS}
     objective, batch = objective_of(config), batch_of([32, 9], [20, 3], **columns)
     weights = {name: float(weight) for name, weight in objective.weights(batch, config).items()}
     assert all(np.isfinite(weight) for weight in weights.values()), weights

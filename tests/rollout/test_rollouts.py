@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ringbpt.config import UserError
+from ringbpt import generate
+from ringbpt.checkpoint.export import to_huggingface
+from ringbpt.checkpoint.safetensors import TensorFolder
+from ringbpt.config import UserError, run_main
 from ringbpt.training.metrics import read_rows
 from tests.training.test_loop import FULL, TINY, configured, losses, refusal, train
 
@@ -27,7 +30,7 @@ def data(tmp_path_factory) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-OBJECTIVES = ("grpo", "rloo", "reinforce_pp")
+OBJECTIVES = ("grpo", "rloo", "reinforce_pp", "ppo")
 
 
 def rewards(run: Path) -> list[float]:
@@ -92,6 +95,23 @@ def test_adapters_learn_from_rollouts_beside_a_base_in_4_bits(data, tmp_path):
     assert found[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert found[0]["mismatch"] == pytest.approx(1.0, abs=1e-3)
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_critic_learns_beside_the_policy_and_stays_in_the_run(data, tmp_path, capsys):
+    """From weights that have no values yet; a folder for others, and a text, know nothing of them."""
+    base = train(tmp_path, *data, "--objective=grpo", *FULL, "--total_steps=1", name="base")
+    words = (*data, f"--load_checkpoint=params::{base}", "--objective=ppo", "--rollout.updates=2", *FULL)
+    run = train(
+        tmp_path, *words, "--policy.kl_coefficient=0.1", "--policy.kl_in_reward", "--total_steps=20", name="run"
+    )
+    found = [row["value_loss"] for row in read_rows(run / "metrics.jsonl")]
+    assert np.mean(found[-4:]) < np.mean(found[:4])
+    assert stored(run)["00000000.npz"].keys() >= {"old_value", "return", "old_logp", "ref_logp"}
+    to_huggingface(f"params::{run}", tmp_path / "hf")
+    assert "score.weight" not in TensorFolder(tmp_path / "hf", "model").entries
+    assert run_main(generate.main, [f"--load_checkpoint=params::{run}", "--prompt=3:", "--max_new_tokens=4"]) == 0
+    again = train(tmp_path, *data, f"--load_checkpoint=params::{run}", "--objective=grpo", "--total_steps=1", name="b")
+    assert "reward" in read_rows(again / "metrics.jsonl")[0]
 
 
 def test_rows_are_as_long_as_a_prompt_with_all_its_answers(data, tmp_path):
