@@ -125,6 +125,11 @@ def test_it_goes_on_bit_by_bit_and_beside_no_other_weights(data, base, run, tmp_
     assert "its weights are not those beside which the adapters of" in again
 
 
+def test_the_optimizers_state_may_be_in_the_hosts_memory(data, base, run, tmp_path):
+    away = train(tmp_path, *data, base, *LORA, *UNSAVED, "--total_steps=6", "--optimizer.offload_state")
+    assert [*losses(away).values()] == pytest.approx([*losses(run).values()], rel=1e-6)
+
+
 def test_what_it_leaves_is_what_it_was(run, base, tmp_path, capsys):
     """The adapter folder beside the base is the model that was trained, here by what it says of a text."""
     found = read_adapter(run / "adapter", configured(base, *LORA).architecture)
