@@ -19,6 +19,7 @@ VERBS = {
     "inspect": "the first batches: what takes loss, as text, as a page or as JSON",
     "generate": "text from a checkpoint: completions, or a conversation",
     "evaluate": "what a checkpoint knows: perplexity, passkeys, choices",
+    "rollout": "answers to a file of prompts, what they are worth, and data sets of the better ones",
     "checkpoint": "what a run has saved, and whether it is as it was written",
     "autotune": "measures block sizes of attention on the device that is here",
 }

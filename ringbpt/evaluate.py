@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ringbpt.checkpoint.given import MODEL_FLAGS, start_model
 from ringbpt.config import (
     JSON,
     Flag,
@@ -27,7 +28,6 @@ from ringbpt.config import (
 )
 from ringbpt.config.fields import LARGEST_POSITION
 from ringbpt.config.foreign import shown
-from ringbpt.generate import MODEL_FLAGS, start_model
 
 FLAGS = MODEL_FLAGS | {
     "perplexity": Flag(str, "", 'a .jsonl file of {"text"}, or "python": source files held out from training'),

@@ -556,6 +556,17 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{MODEL} --prompt=a --dtype={ESC}", r"\x1b"),
         ("--load_checkpoint=params::{f}/folder --prompt=a", "no config.json of a run"),
     ],
+    "rollout": [
+        (MODEL, "--prompts"),
+        (f"{MODEL} --prompts={{f}}/missing.jsonl --output={{out}}/x.jsonl", "missing.jsonl"),
+        (f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --keep=best", "--reward=FILE.py:NAME"),
+        (f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --keep=much", "--keep"),
+        (
+            f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --keep=pair --reward=x.py:f",
+            "--samples=4",
+        ),
+        (f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --temperature=0", "must be above 0"),
+    ],
     "evaluate": [
         (MODEL, "give at least one of"),
         (f"{MODEL} --passkey=99999999999", "no list of lengths"),

@@ -48,7 +48,8 @@ def words(case: Case, f: Path, out: Path) -> list[str]:
 
 def main_of(entry: str) -> Callable[[list[str]], Any]:
     if not entry.endswith(".py"):
-        return importlib.import_module(f"ringbpt.{'checkpoint.__main__' if entry == 'checkpoint' else entry}").main
+        room = entry in ("checkpoint", "rollout")
+        return importlib.import_module(f"ringbpt.{entry}{'.__main__' * room}").main
     spec = importlib.util.spec_from_file_location(Path(entry).stem, ROOT / entry)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -69,6 +69,41 @@ def whitened(values: Rewards, masks: Rewards) -> Rewards:
     return [(value - mean) / std * mask for value, mask in zip(values, masks, strict=True)]
 
 
+def token_rewards(reward_PR: np.ndarray, costs: Rewards, baseline: bool = False) -> tuple[Rewards, Rewards]:
+    """(the reward of each sample's tokens, prompt after prompt; 1 at each, 0 where the sample's own has failed).
+
+    costs: what is taken from each token's; the sample's comes at its last token, less the mean of the prompt's samples
+    with a baseline.
+    """
+    own_PR = group(reward_PR) if baseline else _nothing(reward_PR)
+    rewards, masks = [], []
+    for cost, own, worth in zip(costs, own_PR.ravel(), reward_PR.ravel(), strict=True):
+        reward = -cost
+        reward[-1] += own
+        rewards.append(reward)
+        masks.append(np.full(len(cost), float(not np.isnan(worth))))
+    return rewards, masks
+
+
+def reinforced(reward_PR: np.ndarray, costs: Rewards, discount: float, baseline: bool) -> Rewards:
+    """REINFORCE++'s of each sample's tokens: its returns, whitened. See token_rewards."""
+    rewards, masks = token_rewards(reward_PR, costs, baseline)
+    return whitened([returns(reward, discount) for reward in rewards], masks)
+
+
+def by_critic(
+    reward_PR: np.ndarray, costs: Rewards, values: Rewards, discount: float, decay: float
+) -> tuple[Rewards, Rewards]:
+    """PPO's (advantages, whitened; returns) of each sample's tokens, by what a critic expected at each.
+
+    Of a sample whose reward has failed nothing is learnt: what came is what was expected. See token_rewards and gae.
+    """
+    rewards, masks = token_rewards(reward_PR, costs)
+    both = [gae(*each, discount, decay) for each in zip(rewards, values, masks, strict=True)]
+    came = [np.where(mask > 0, x, value) for (_, x), mask, value in zip(both, masks, values, strict=True)]
+    return whitened([advantage for advantage, _ in both], masks), came
+
+
 def gae(
     reward: np.ndarray, value: np.ndarray, mask: np.ndarray, discount: float, decay: float
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,9 @@ ALGORITHMS = {
 }
 
 
+FARTHEST = 20.0  # nats, as in verl: the ratio of a long answer may be beyond float32, and inf * 0 is NaN
+
+
 def log_ratios(logp_BT: Array, old_BT: Array, mask_BT: Array, batch: Batch, level: str) -> Array:
     """log of the ratio of two policies, [B, T]: of each token, or of its answer, by the mean or the sum of them."""
     difference = jnp.where(mask_BT > 0, logp_BT - old_BT, 0.0)
@@ -66,7 +69,7 @@ def log_ratios(logp_BT: Array, old_BT: Array, mask_BT: Array, batch: Batch, leve
 def surrogate(algorithm: Algorithm, c: PolicyConfig, logp_BT: Array, log_ratio_BT: Array, advantage_BT: Array) -> Array:
     """The loss of each token."""
     below, above = algorithm.bounds(c)
-    ratio = jnp.exp(log_ratio_BT)
+    ratio = jnp.exp(jnp.clip(log_ratio_BT, -FARTHEST, FARTHEST))
     clipped = jnp.clip(ratio, 1 - below, 1 + above)
     if algorithm.surrogate == "weight":
         return -stop_gradient(clipped) * advantage_BT * logp_BT

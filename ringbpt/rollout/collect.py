@@ -31,7 +31,7 @@ from ringbpt.generation.text import make_chat_encoder
 from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
-from ringbpt.objectives.advantages import OF_GROUPS, gae, group, returns, whitened
+from ringbpt.objectives.advantages import OF_GROUPS, by_critic, reinforced
 from ringbpt.objectives.objective import REFERENCE
 from ringbpt.objectives.policy import ALGORITHMS
 from ringbpt.rollout.engine import LocalEngine, Sample
@@ -183,9 +183,11 @@ class Rollouts:
         arrays |= self._advantages(reward_PR, arrays, places)
         lengths = [len(sample.tokens) for answers in samples for sample in answers]
         cut = [sample.finish == "length" for answers in samples for sample in answers]
+        known = [row[~np.isnan(row)] for row in reward_PR]  # of a prompt whose rewards have all failed there are none
+        spread = np.array([float(np.std(row)) if row.size else 0.0 for row in known])
         facts = {
-            "rollout/reward_spread": _mean(np.nanstd(reward_PR, axis=1)),
-            "rollout/without_spread": float(np.mean(np.nanmax(reward_PR, 1) == np.nanmin(reward_PR, 1))),
+            "rollout/reward_spread": float(np.mean(spread)),
+            "rollout/without_spread": float(np.mean(spread == 0)),
             "rollout/failed": float(np.isnan(reward_PR).sum()),
             "rollout/longest": float(max(lengths)),
             "rollout/cut_short": float(np.mean(cut)),
@@ -259,28 +261,16 @@ class Rollouts:
             of_answers = OF_GROUPS[kind](reward_PR).ravel()
             found = [np.full(len(targets), value) for (_, targets), value in zip(at, of_answers, strict=True)]
             return {"advantage": _filled(arrays, at, found)}
-        rewards = self._token_rewards(reward_PR, arrays, at)
-        policy, masks = self._config.policy, [np.ones(len(targets)) for _, targets in at]
+        policy, costs = self._config.policy, [np.zeros(len(targets)) for _, targets in at]
+        if policy.kl_in_reward:
+            ratio = np.float64(arrays.get("old_logp", arrays["rollout_logp"])) - arrays[REFERENCE]
+            costs = [policy.kl_coefficient * ratio[place.update, place.row, targets] for place, targets in at]
         if not self._algorithm.has_critic:
-            values = [returns(reward, policy.discount) for reward in rewards]
-            return {"advantage": _filled(arrays, at, whitened(values, masks))}
-        old = [np.float64(arrays["old_value"][place.update, place.row, targets]) for place, targets in at]
-        both = [gae(*each, policy.discount, policy.decay) for each in zip(rewards, old, masks, strict=True)]
-        advantages = whitened([advantage for advantage, _ in both], masks)
-        return {"advantage": _filled(arrays, at, advantages), "return": _filled(arrays, at, [x for _, x in both])}
-
-    def _token_rewards(self, reward_PR: np.ndarray, arrays: Arrays, at: list[tuple[Place, np.ndarray]]) -> list:
-        """Of each sample a number a token: its reward at the last, less what the distance from the reference costs."""
-        policy, by_group = self._config.policy, self._algorithm.advantage == "group_whitened"
-        of_answers, found = group(reward_PR) if by_group else np.nan_to_num(reward_PR), []
-        for (place, targets), value in zip(at, of_answers.ravel(), strict=True):
-            reward = np.zeros(len(targets))
-            if policy.kl_in_reward:
-                ratio = arrays.get("old_logp", arrays["rollout_logp"]) - arrays[REFERENCE]
-                reward -= policy.kl_coefficient * ratio[place.update, place.row, targets]
-            reward[-1] += value
-            found.append(reward)
-        return found
+            found = reinforced(reward_PR, costs, policy.discount, kind == "group_whitened")
+            return {"advantage": _filled(arrays, at, found)}
+        values = [np.float64(arrays["old_value"][place.update, place.row, targets]) for place, targets in at]
+        found, came = by_critic(reward_PR, costs, values, policy.discount, policy.decay)
+        return {"advantage": _filled(arrays, at, found), "return": _filled(arrays, at, came)}
 
     def _sampled(self, arrays: Arrays, place: Place) -> np.ndarray:
         """The places of a row at which a sample's tokens are the targets."""
@@ -348,7 +338,3 @@ def _piece(prompt: np.ndarray, sample: Sample, reward: float, unit: int, first: 
         "reward": np.full(len(tokens), reward, np.float32),
     }
     return Piece(len(tokens) - 1, values, unit, shared)
-
-
-def _mean(x: np.ndarray) -> float:
-    return float(np.nanmean(x)) if np.isfinite(x).any() else 0.0
