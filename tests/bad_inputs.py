@@ -787,7 +787,7 @@ CASES: dict[str, Case] = {
     for entry, every in FLAGS.items()
     for number, (flags, said) in enumerate(every)
 }
-ENTRIES = ("train", "generate", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint")
+ENTRIES = ("train", "generate", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint", "rollout")
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))]
 CASES |= {f"{entry}: no such flag": Case(entry, f"--nosuch={ESC}") for entry in (*ENTRIES, *SCRIPTS)}
 CASES |= {name: Case(*about, code=4) for name, about in STORAGE.items()} | dict(of_files())
