@@ -8,10 +8,9 @@ import numpy as np
 
 from ringbpt.config import UserError, for_terminal
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.generator import BatchShape, Generator
+from ringbpt.generation.generator import BatchShape, Generator, rounded_length
 from ringbpt.generation.sampling import Sampling
 from ringbpt.generation.text import BEFORE, Text
-from ringbpt.layouts import row_length
 
 
 def chat(
@@ -26,8 +25,6 @@ def chat(
 ) -> int:
     """Until an empty line or the end of the input. The whole conversation, by `encode`, is the prompt of each turn, and
     each answer goes to `out`.
-
-    Prompt lengths are rounded up to powers of two, so that few programs are compiled.
     """
     mesh, architecture = generator.model.mesh.shape, generator.model.architecture
     messages = [{"role": "system", "content": system}] if system else []
@@ -47,10 +44,7 @@ def chat(
         if longest < 1:
             print(f"the conversation has filled the model's {architecture.max_sequence_length} tokens", file=sys.stderr)
             return 0
-        length = row_length(
-            1 << max(len(prompt) - 1, 63).bit_length(), mesh["sp"], generator.model.execution.scan_mlp_chunk_size
-        )
-        shape = BatchShape(mesh["dp"] * mesh["fsdp"], length, 1, max_new_tokens)
+        shape = BatchShape(mesh["dp"] * mesh["fsdp"], rounded_length(len(prompt), generator.model), 1, max_new_tokens)
         text = Text(tokenizer, stops, prompt[-BEFORE:])
         for tokens in generator.tokens([prompt], shape, [[0]], sampling):
             print(for_terminal(text.add(tokens[0].id), out), end="", flush=True, file=out)

@@ -15,7 +15,7 @@ from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import CACHE, Cache, make_decode, make_last_logits, make_prefill, make_split
-from ringbpt.generation.sampling import Options, Sampling, draw, filtered, penalise, token_logp
+from ringbpt.generation.sampling import Options, Sampling, draw, filtered, options_of, penalise, token_logp
 from ringbpt.layouts import inverse, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
@@ -31,6 +31,16 @@ class BatchShape(NamedTuple):
     length: int
     texts: int
     new_tokens: int
+
+
+class Draw(NamedTuple):
+    """How a text is drawn: by which options and seed, and as which number of its seed's texts.
+
+    These alone decide its tokens, and not what is generated beside it.
+    """
+
+    sampling: Sampling
+    number: int
 
 
 class NewToken(NamedTuple):
@@ -67,6 +77,12 @@ def plan_batches(
     return BatchShape(-(-count // parts) * parts, length, max(map(len, batches[0])), new_tokens), batches
 
 
+def rounded_length(longest: int, model: Model) -> int:
+    """Tokens of a row, a power of two where the mesh and the chunks allow: few programs serve prompts of any length."""
+    power = 1 << max(longest - 1, 63).bit_length()
+    return row_length(power, model.mesh.shape["sp"], model.execution.scan_mlp_chunk_size)
+
+
 def check_lengths(longest: int, new_tokens: int, limit: int) -> None:
     """Raises UserError where the longest prompt and what follows it are more than a model's `limit` of tokens."""
     if longest + new_tokens > limit:
@@ -101,12 +117,19 @@ class Generator:
         self.weights = self._split(params)
 
     def tokens(
-        self, prompts: Sequence[np.ndarray], shape: BatchShape, batch: Rows, sampling: Sampling, samples: int = 1
+        self,
+        prompts: Sequence[np.ndarray],
+        shape: BatchShape,
+        batch: Rows,
+        sampling: Sampling,
+        samples: int = 1,
+        draws: Sequence[Draw] = (),
     ) -> Iterator[dict[int, NewToken]]:
         """{number of a text: its next token} at each step; the caller stops taking when all texts have ended.
 
         Each prompt has so many samples, which share its one prefill: text number i is of prompt i // samples, and drawn
-        by a key of its own.
+        by a key of its own. draws: of each text, where not all are drawn as `sampling` says and by their own numbers;
+        one program has all or none of them greedy, and all or none penalised, as `sampling` is.
         """
         mesh, layout = self.model.mesh, self.model.execution.sequence_layout
         host, place_BQ, ends = pack(prompts, shape, batch, permutation(layout, shape.length, mesh.shape["sp"]), samples)
@@ -116,14 +139,9 @@ class Generator:
         prefill, first, step = self._compiled(shape, drawn, penalised)
         global_batch = put_batch(host.rows, host.token_BT.shape, mesh, layout)
         row = NamedSharding(mesh, spec("B _", ACTIVATION_AXES))
-        root = jax.random.key(sampling.seed)
-        numbers_BQ = np.zeros((shape.rows, shape.texts), np.uint32)
-        for (b, q), number in texts.items():
-            numbers_BQ[b, q] = number
-        key_P = jax.vmap(lambda n: jax.random.fold_in(root, n))(jnp.asarray(numbers_BQ.reshape(-1)))
+        options, key_P = _options_and_keys(texts, shape, sampling, draws)
         of_prompts = {place: number // samples for place, number in texts.items()}
         seen_PV = seen_tokens(prompts, of_prompts, shape, self.model.architecture.vocab_size) if penalised else None
-        options = sampling.options()
         cache, x_BTD = prefill(self.weights, global_batch)
         token_BQ, logp_BQ, seen_PV = first(self.weights, x_BTD, jax.device_put(place_BQ, row), options, key_P, seen_PV)
         meta = jax.device_put(ends, row)
@@ -142,6 +160,24 @@ class Generator:
             prefill = make_prefill(self.model, new_share(shape, self.model.mesh.shape["sp"]))
             self._programs[key] = (prefill, *make_steps(self.model, shape, drawn, penalised))
         return self._programs[key]
+
+
+def _options_and_keys(
+    texts: dict[tuple[int, int], int], shape: BatchShape, sampling: Sampling, draws: Sequence[Draw]
+) -> tuple[Options, jax.Array]:
+    """Of each place of [rows, texts]: the options, numbers or (of `draws`) [P, 1], and the key of its text."""
+    numbers_BQ, seeds_BQ = (np.zeros((shape.rows, shape.texts), np.uint32) for _ in range(2))
+    placed = np.full((shape.rows, shape.texts), sampling, object)
+    for place, number in texts.items():
+        drawn = draws[number] if draws else Draw(sampling, number)
+        placed[place], seeds_BQ[place], numbers_BQ[place] = drawn.sampling, drawn.sampling.seed, drawn.number
+    key_P = _keys(jnp.asarray(seeds_BQ.reshape(-1)), jnp.asarray(numbers_BQ.reshape(-1)))
+    return options_of(placed.reshape(-1)) if draws else sampling.options(), key_P
+
+
+@jax.jit
+def _keys(seed_P: jax.Array, number_P: jax.Array) -> jax.Array:
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seed_P, number_P)
 
 
 def new_share(shape: BatchShape, sp: int) -> int:

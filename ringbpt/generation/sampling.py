@@ -4,6 +4,7 @@ In that order as transformers has it: penalty, temperature, top-k, top-p, min-p.
 greedy and drawn are values and not part of the program, so changing them compiles nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,19 +36,27 @@ class Sampling:
                 nearest = min(max(value, least), most)
                 raise UserError(f"--{name}={value} is not between {least:g} and {most:g}: --{name}={nearest:g} is")
 
+    def numbers(self) -> tuple[float | int, ...]:
+        return float(self.temperature), self.top_k, float(self.top_p), float(self.min_p), float(self.repetition_penalty)
+
     def options(self) -> "Options":
-        numbers = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in numbers))
+        return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in self.numbers()))
 
 
 class Options(NamedTuple):
-    """Sampling as arrays."""
+    """Sampling as arrays: numbers that hold for all texts, or [P, 1]."""
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+
+
+def options_of(samplings: Sequence[Sampling]) -> Options:
+    """The options of P texts, each [P, 1]."""
+    columns = zip(*(each.numbers() for each in samplings), strict=True)
+    return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x[0], int) else jnp.float32)[:, None] for x in columns))
 
 
 def penalise(logits_PV: jax.Array, seen_PV: jax.Array, penalty: jax.Array) -> jax.Array:

@@ -92,6 +92,12 @@ class Text:
         certain = len(self.text.rstrip(REPLACEMENT)) if self.text.endswith(REPLACEMENT) else len(self.text)
         return self._show(min(certain, len(self.text) - held))
 
+    def add_all(self, tokens: Sequence[int]) -> None:
+        """As if each was added, where there are no stop strings, and nobody looks at what is shown in between."""
+        self.tokens += tokens[:-2]
+        for token in tokens[-2:]:  # of which the last may be an end, which shows what there was before it
+            self.add(token)
+
     def rest(self) -> str:
         """What was held back, once no token follows."""
         return self._show(len(self.text))

@@ -1,0 +1,90 @@
+"""The weights that are served: what they are, and others of the same model read from a disk in their place."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ringbpt.checkpoint.load import describe_predicting, load_model
+from ringbpt.config import DTYPES, UserError, user_path
+from ringbpt.config.foreign import shown
+from ringbpt.generation.generator import Generator
+from ringbpt.types import Params
+
+
+class Weights:
+    """version: a number of ours, one more at each update, or what the update says. source: where they were read."""
+
+    def __init__(self, generator: Generator, params: Params, source: str, dtype: str, adapter: str = ""):
+        self._generator, self._dtype = generator, DTYPES[dtype]
+        self._source, self._adapter = source, adapter
+        self._version: int | str = 0
+        self._fingerprint = fingerprint(params)
+
+    def info(self) -> dict[str, Any]:
+        about = {"version": self._version, "fingerprint": self._fingerprint, "source": self._source}
+        return about | ({"adapter": self._adapter} if self._adapter else {})
+
+    def loading(self, body: Any) -> Callable[[], dict[str, Any]]:
+        """What takes the weights that an update's body names, and tells what then is served: for the worker's thread.
+
+        Raises UserError for what is no update.
+        """
+        names = ("load_checkpoint", "model_path", "adapter", "version")
+        if not isinstance(body, dict) or set(body) - set(names):
+            raise UserError(f"the body must be a JSON object of {', '.join(names)}")
+        source, folder, adapter = (body.get(name) or "" for name in names[:3])
+        if not all(isinstance(each, str) and "\0" not in each for each in (source, folder, adapter)):
+            raise UserError(f"{', '.join(names[:3])} must be texts")
+        if bool(source) == bool(folder):
+            raise UserError("give one of load_checkpoint, as PREFIX::PATH, and model_path, a Hugging Face folder")
+        version = body.get("version")
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int | str)):
+            raise UserError(f"version={shown(version)} is neither a whole number nor a text")
+        return lambda: self._load(source or f"huggingface::{folder}", adapter, version)
+
+    def _load(self, source: str, adapter: str, version: int | str | None) -> dict[str, Any]:
+        """Raises UserError for another model; what was served then goes on being served."""
+        model = self._generator.model
+        length = model.architecture.max_sequence_length
+        found = replace(describe_predicting(source).architecture, max_sequence_length=length)
+        for item in fields(found):
+            theirs, ours = getattr(found, item.name), getattr(model.architecture, item.name)
+            if theirs != ours:
+                raise UserError(
+                    f"{source} is another model: its {item.name} is {shown(theirs)}, and {shown(ours)} is served"
+                )
+        shape = tuple(model.mesh.shape.values())
+        pairs = user_path(adapter) if adapter else None
+        _, params = load_model(source, shape, self._dtype, model.execution, pairs, max_sequence_length=length)
+        if _described(params) != _described(model.abstract_params):
+            raise UserError(f"{source} has other weights than are served, as with and without adapters")
+        self._generator.update(params)
+        if version is None:
+            version = self._version + 1 if isinstance(self._version, int) else 1
+        self._source, self._adapter, self._version = source, adapter, version
+        self._fingerprint = fingerprint(params)
+        return self.info()
+
+
+def _described(params: Params) -> Any:
+    """Names and shapes of the weights."""
+    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:
+    """uint32 [2]: of the bits, read as whole numbers, the sum and the sum of squares modulo 2^32."""
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * bits, dtype=jnp.uint32)])
+
+
+def fingerprint(params: Params) -> str:
+    """16 hex digits of the weights' bits, the same on every mesh: whole numbers have one sum in any order."""
+    sums = [np.asarray(_sums(x)) for x in jax.tree.leaves(params)]
+    return hashlib.sha256(np.array(sums).tobytes()).hexdigest()[:16]
