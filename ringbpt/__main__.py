@@ -18,6 +18,7 @@ VERBS = {
     "columns": "what the reference model of a preference run says of each token, before the run",
     "inspect": "the first batches: what takes loss, as text, as a page or as JSON",
     "generate": "text from a checkpoint: completions, or a conversation",
+    "serve": "a checkpoint behind OpenAI's routes, for clients and for rollouts",
     "evaluate": "what a checkpoint knows: perplexity, passkeys, choices",
     "rollout": "answers to a file of prompts, what they are worth, and data sets of the better ones",
     "checkpoint": "what a run has saved, and whether it is as it was written",

@@ -566,6 +566,20 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
             "--samples=4",
         ),
         (f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --temperature=0", "must be above 0"),
+    "serve": [
+        ("--port=0", "--load_checkpoint is missing"),
+        (f"{MODEL} --port=65536", "65535 at most"),
+        (f"{MODEL} --port=-1", "below 0"),
+        (f"{MODEL} --host=0.0.0.0 --port=0", "RINGBPT_API_KEY"),
+        (f"{MODEL} --host=:: --port=0", "RINGBPT_API_KEY"),
+        (f"{MODEL} --host=nosuch.invalid --port=0", "RINGBPT_API_KEY"),
+        (f"{MODEL} --host={ESC} --api_key=k", r"\x1b"),
+        (f"{MODEL} --api_key=k{ESC} --port=0", "plain characters"),
+        (f"{MODEL} --batch_size=0", "below 1"),
+        (f"{MODEL} --max_new_tokens=0", "below 1"),
+        (f"{MODEL} --chat_template={{f}}/none.jinja --port=0", "none.jinja"),
+        (f"{MODEL} --mesh_dim=1,1,1,999 --port=0", "--mesh_dim"),
+        ("--load_checkpoint=params::{f}/folder --port=0", "no config.json of a run"),
     ],
     "evaluate": [
         (MODEL, "give at least one of"),
@@ -787,7 +801,9 @@ CASES: dict[str, Case] = {
     for entry, every in FLAGS.items()
     for number, (flags, said) in enumerate(every)
 }
-ENTRIES = ("train", "generate", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint", "rollout")
+ENTRIES = (
+    "train", "generate", "serve", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint", "rollout",
+)  # fmt: skip
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))]
 CASES |= {f"{entry}: no such flag": Case(entry, f"--nosuch={ESC}") for entry in (*ENTRIES, *SCRIPTS)}
 CASES |= {name: Case(*about, code=4) for name, about in STORAGE.items()} | dict(of_files())

@@ -25,10 +25,22 @@ LEVELS = [
     {"model", "objectives"},
     {"checkpoint"},
     {"generation", "evaluation"},
-    {"rollout"},
+    {"rollout", "serving"},
     {"training"},
     {"planning", "bench"},
-    {"train", "plan", "verify", "inspect", "columns", "generate", "evaluate", "launch", "autotune", "__main__"},
+    {
+        "train",
+        "plan",
+        "verify",
+        "inspect",
+        "columns",
+        "generate",
+        "evaluate",
+        "serve",
+        "launch",
+        "autotune",
+        "__main__",
+    },
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
@@ -141,8 +153,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # them again; +1,600 learning from preferences: shared beginnings through attention, units and labels of documents, the
 # reference's column, nineteen objectives; +450 what each flag of OpenRLHF's commands means, in both spellings;
 # +1,600 reward models, and adapters over weights that stay as they are; +250 these in 4 and 8 bits; +1,200 rollouts:
-# samples, rewards, advantages, and the losses of policies.
-WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200
+# samples, rewards, advantages, and the losses of policies; +1,100 serving, and rollouts that are served.
+WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200 + 1_100
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

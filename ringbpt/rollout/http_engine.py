@@ -1,7 +1,7 @@
 """Engine `http`: one or several `ringbpt.serve`, asked for token ids and log-probabilities over HTTP.
 
-A text is drawn by its seed and number wherever it is asked for, so what a lost server was asked another one answers with
-the same tokens. After an update each server is probed: what it says of a text must be what the trainer says.
+A text is drawn by its seed and number wherever it is asked for, so what a lost server was asked another one answers
+with the same tokens. After an update each server is probed: what it says of a text must be what the trainer says.
 """
 
 import json
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -243,7 +244,11 @@ class HttpEngine:
             raise UserError(f"{server.url}{path}: {why}", code=3) from None
 
     def _probe(self, server: Address, source: str, probe: np.ndarray, says: Says, tolerance: float) -> None:
-        body = {"prompt": probe.tolist(), "temperature": 0.0, "max_tokens": min(PROBE_TOKENS, self._most)}
+        body: dict[str, Any] = {
+            "prompt": probe.tolist(),
+            "temperature": 0.0,
+            "max_tokens": min(PROBE_TOKENS, self._most),
+        }
         body |= {"logprobs": 0, "return_token_ids": True, "seed": 0}
         try:
             [sample] = _samples(self._told(server, "/v1/completions", body), 1)
@@ -269,13 +274,13 @@ def _samples(answer: Any, samples: int) -> list[Sample]:
 
 
 def trainer_says(model: Model, params: Params) -> Says:
-    """What these weights say of the tokens behind a prompt, for HttpEngine.update."""
-    scorer = Scorer(model, rows=1)
+    """What these weights say, at temperature 1, of the tokens behind a prompt: for HttpEngine.update."""
+    scorer = Scorer(replace(model, temperature=1.0), rows=1)
 
     def says(prompt: np.ndarray, tokens: Sequence[int]) -> list[float]:
         whole = np.concatenate([prompt, tokens]).astype(np.int32)
-        ends = range(len(prompt) + 1, len(whole) + 1)
-        sums = scorer.score(params, [Item(whole[:end], len(prompt)) for end in ends], scorer.row_length(len(whole)))
-        return np.diff(sums.logp, prepend=0.0).tolist()
+        ends = range(len(prompt) + 1, len(whole) + 1)  # of each text the last token is judged
+        items = [Item(whole[:end], end - 1) for end in ends]
+        return scorer.score(params, items, scorer.row_length(len(whole))).logp.tolist()
 
     return says

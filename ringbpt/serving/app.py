@@ -9,7 +9,8 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from itertools import accumulate
+from contextlib import suppress
+from itertools import accumulate, count
 from typing import Any
 
 from ringbpt.config import UserError, complain
@@ -156,29 +157,20 @@ class Serving:
             cancel(rows)
 
     def _rows(self, asked: Asked, news: asyncio.Queue[tuple[int, News]]) -> list[Row]:
-        loop, n, like = asyncio.get_running_loop(), asked.samples, asked.sampling
+        loop, n, draw = asyncio.get_running_loop(), asked.samples, asked.sampling
 
         def tell(first: int) -> Callable[[int, News], None]:
             def told(number: int, new: News) -> None:
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # the loop is closed, and nobody listens
                     loop.call_soon_threadsafe(news.put_nowait, (first + number, new))
 
             return told
 
-        return [
-            Row(
-                prompt,
-                n,
-                asked.sampling,
-                asked.number + i * n,
-                most,
-                asked.stops,
-                asked.ends,
-                asked.stream,
-                tell(i * n),
-            )
-            for i, (prompt, most) in enumerate(zip(asked.prompts, asked.max_tokens, strict=True))
-        ]
+        rows = []
+        for first, prompt, most in zip(count(0, n), asked.prompts, asked.max_tokens, strict=False):
+            how = draw, asked.number + first, most, asked.stops, asked.ends, asked.stream
+            rows.append(Row(prompt, n, *how, tell(first)))
+        return rows
 
     # --- the rest ---
 
@@ -216,11 +208,11 @@ class Reply:
 
     def __init__(self, asked: Asked, model: str, tokenizer: Tokenizer, chat: bool):
         self.asked, self._chat, self._tokenizer = asked, chat, tokenizer
-        count = len(asked.prompts) * asked.samples
-        self._texts: list[list[str]] = [[] for _ in range(count)]
-        self._tokens: list[list[int]] = [[] for _ in range(count)]
-        self._logps: list[list[float]] = [[] for _ in range(count)]
-        self._finish = [""] * count
+        whole = len(asked.prompts) * asked.samples
+        self._texts: list[list[str]] = [[] for _ in range(whole)]
+        self._tokens: list[list[int]] = [[] for _ in range(whole)]
+        self._logps: list[list[float]] = [[] for _ in range(whole)]
+        self._finish = [""] * whole
         kind = "chat.completion" if chat else "text_completion"
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
