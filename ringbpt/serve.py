@@ -4,7 +4,8 @@
 --load_checkpoint=params::runs/<run> --port=0           at a free port, which is printed
 --load_checkpoint=huggingface::DIR --host=0.0.0.0       for other machines; RINGBPT_API_KEY has the key that they give
 
-Ctrl-C or SIGTERM: no new requests, those under way are answered, exit code 0; twice: at once.
+Ctrl-C or SIGTERM: no new requests, those under way are answered, exit code 0; twice within a second:
+at once.
 """
 
 import ipaddress
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +99,18 @@ def serve(flags: dict[str, Any], bound_to: socket.socket, key: str, tokenizer: A
     limits = Limits(name, sizes.max_sequence_length, sizes.vocab_size, flags["max_new_tokens"], flags["batch_size"])
     worker = Worker(generator, tokenizer, flags["batch_size"])
     serving = Serving(worker, weights, tokenizer, encode, limits, key)
-    server = Server(Config(serving.app(), lifespan="off", log_config=None, access_log=False, server_header=False))
+    server = Server(Config(serving.app(), lifespan="off", log_config=None, log_level="error", access_log=False))
     listening = threading.Thread(target=server.run, args=([bound_to],), name="http", daemon=True)
 
+    last = -ending.TWICE_SECONDS
+
     def told(number: int, _: Any) -> None:
-        if server.should_exit:  # told before
-            ending.exit_now(128 + number, f"{signal.Signals(number).name} twice: at once")
+        nonlocal last
+        twice, last = time.monotonic() - last < ending.TWICE_SECONDS, time.monotonic()
+        if twice:
+            ending.exit_now(
+                128 + number, f"{signal.Signals(number).name} twice: at once, without the answers under way"
+            )
         serving.end()
         server.should_exit = True
 

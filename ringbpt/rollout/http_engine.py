@@ -85,8 +85,8 @@ def _reason(error: HTTPError) -> str:
 class Work:
     """Requests, each taken by some server until it has an answer; those of a lost server go back."""
 
-    def __init__(self, bodies: Sequence[dict[str, Any]]):
-        self.bodies = bodies
+    def __init__(self, bodies: Sequence[dict[str, Any]], servers: Sequence[Address]):
+        self.bodies, self._servers = bodies, servers
         self.found: dict[int, Any] = {}
         self.error: Exception | None = None
         self._todo, self._taken = deque(range(len(bodies))), dict[int, Address]()
@@ -97,17 +97,24 @@ class Work:
         return self.error is not None or len(self.found) == len(self.bodies)
 
     def take(self, server: Address) -> int | None:
-        """The number of a request for this server, once it is up; None when all is over."""
+        """The number of a request for this server, once it is up and no other has fewer; None when all is over."""
         with self._changed:
             while not self.over:
-                if self._todo and server.up:
+                if self._todo and server.up and self._load(server) == min(map(self._load, self._those_up())):
                     number = self._todo.popleft()
-                    if number in self.found:
-                        continue
-                    self._taken[number] = server
-                    return number
+                    if number not in self.found:
+                        self._taken[number] = server
+                        self._changed.notify_all()
+                        return number
+                    continue
                 self._changed.wait(PERIOD_SECONDS)
         return None
+
+    def _load(self, server: Address) -> int:
+        return sum(taker is server for taker in self._taken.values())
+
+    def _those_up(self) -> list[Address]:
+        return [server for server in self._servers if server.up] or [*self._servers]
 
     def put(self, number: int, found: Any) -> None:
         """The first answer counts; one of a server that was given up may come later, and says the same."""
@@ -158,10 +165,16 @@ class HttpEngine:
 
         Raises UserError, code 3, where no server is left, and for what a server refuses.
         """
-        alike = {"n": samples, "temperature": temperature, "seed": seed, "max_tokens": self._most, "logprobs": 0}
+        alike: dict[str, Any] = {
+            "n": samples,
+            "temperature": temperature,
+            "seed": seed,
+            "max_tokens": self._most,
+            "logprobs": 0,
+        }
         alike |= {"stop_token_ids": sorted(self._ends), "return_token_ids": True}
         bodies = [alike | {"prompt": p.tolist(), "number": i * samples} for i, p in enumerate(prompts)]
-        work = Work(bodies)
+        work = Work(bodies, self._servers)
         start = time.monotonic()
         for server in self._servers:
             server.seen = start

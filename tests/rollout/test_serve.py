@@ -1,4 +1,4 @@
-"""A server as a process on loopback, driven by OpenAI's client and by a trainer's engine: the same tokens as in-process."""
+"""A server in a process of its own, asked by OpenAI's client and by a trainer's engine: tokens are the local ones."""
 
 import json
 import os
@@ -94,9 +94,8 @@ class Server:
         assert status == 200, found
         return found
 
-    def end(self) -> tuple[int, str, str]:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+    def ended(self) -> tuple[int, str, str]:
+        """What it says once it has ended, and its exit code first."""
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
@@ -115,8 +114,9 @@ def serving(folder: Path, *flags: str, key: str = "") -> Iterator[Server]:
 def server(folder) -> Iterator[Server]:
     with serving(folder, "--max_new_tokens=200") as server:
         yield server
-        code, out, err = server.end()
-        assert (code, err) == (0, "") and out.startswith("ended: ")
+        server.process.send_signal(signal.SIGTERM)
+        code, out, err = server.ended()
+        assert (code, err) == (0, "") and out.splitlines()[-1].startswith("ended: ")
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +141,14 @@ def drawn(local) -> list[list[Sample]]:
     return local[2].generate(PROMPTS, 3, 0.8, seed=7)
 
 
+def flat(samples: list[list[Sample]]) -> list[Sample]:
+    return [sample for answers in samples for sample in answers]
+
+
 def assert_same(found: list[list[Sample]], wanted: list[list[Sample]]) -> None:
-    assert [[(s.tokens, s.finish) for s in one] for one in found] == [
-        [(s.tokens, s.finish) for s in one] for one in wanted
-    ]
-    for ours, theirs in zip(sum(found, []), sum(wanted, []), strict=True):
+    assert [len(answers) for answers in found] == [len(answers) for answers in wanted]
+    for ours, theirs in zip(flat(found), flat(wanted), strict=True):
+        assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
         np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-4)
 
 
@@ -158,7 +161,7 @@ def http_engine(*servers: Server, **more: Any) -> HttpEngine:
 
 def test_its_samples_are_those_of_the_local_engine(server, drawn):
     assert_same(http_engine(server).generate(PROMPTS, 3, 0.8, seed=7), drawn)
-    assert {s.finish for s in sum(drawn, [])} == {"stop", "length"}
+    assert {s.finish for s in flat(drawn)} == {"stop", "length"}
 
 
 def test_greedy_completions_by_openais_client(server, client, local):
@@ -234,7 +237,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "ids below 0": ({"prompt": [-1]}, "token ids"),
     "ids that are none": ({"prompt": [1.5]}, "token ids"),
     "ids of another vocabulary": ({"prompt": [96]}, "vocabulary of 96"),
-    "mixed": ({"prompt": ["a", [1]]}, ""),
+    "mixed": ({"prompt": ["a", 3]}, "prompt must be"),
     "too long": ({"prompt": [1] * 512}, "511 at most"),
     "too much": ({"prompt": [1] * 400, "max_tokens": 150}, "max_tokens=112"),
     "more than a request may": ({"max_tokens": 201}, "between 1 and 200"),
@@ -271,17 +274,15 @@ def test_other_refusals(server):
     ask = server.ask
     for path, body, status in (
         ("/v1/embeddings", {}, 404), ("/", None, 404), ("/v1/completions", None, 405), ("/health", {}, 405),
-        ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404), ("/v1/chat/completions", {"messages": 3}, 400),
-        ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400), ("/v1/chat/completions", {"messages": []}, 400),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "é"}]}, 400),
+        ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404),
+        ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400),
+        ("/v1/chat/completions", {"messages": 3}, 400), ("/v1/chat/completions", {"prompt": "a"}, 400),
         ("/update_weights_from_disk", {}, 400), ("/update_weights_from_disk", {"model_path": "/nowhere"}, 400),
         ("/update_weights_from_disk", {"load_checkpoint": "x::y"}, 400),
         ("/update_weights_from_disk", {"model_path": "a\0b"}, 400),
     ):  # fmt: skip
         found = ask(path, body)
-        if path != "/v1/chat/completions" or "é" not in str(body):
-            assert found[0] == status and found[1]["error"]["message"], (path, body, found)
-        assert found[0] in (200, status)
+        assert found[0] == status and found[1]["error"]["message"], (path, body, found)
     assert ask("/v1/completions", b"a" * ((1 << 26) + 1))[0] == 413
     assert ask("/v1/completions", {"prompt": "a"}, Content_Type="text/plain")[0] == 415
     assert ask("/pause", {}, Origin="https://a.page")[0] == 403
@@ -376,8 +377,8 @@ def test_a_key_and_a_graceful_end(folder, server):
         text += "".join(chunk.choices[0].text for chunk in stream)
         thread.join(60)
         assert len(text) == 300 and text.startswith(waiting[0].choices[0].text)
-        code, out, err = own.end()
-        assert (code, err, out) == (0, "", "ended: 2 requests answered\n")
+        code, out, err = own.ended()
+        assert (code, err) == (0, "") and out.endswith("ended: 2 requests answered\n")
         with pytest.raises(openai.APIConnectionError):
             keyed.models.list()
 
