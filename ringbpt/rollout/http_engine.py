@@ -25,6 +25,7 @@ from ringbpt.rollout.engine import Sample
 from ringbpt.types import Params
 
 AT_ONCE = 64  # requests under way at a server
+MOST_FAILURES = 5  # of a request, wherever it was asked
 HEALTH_SECONDS, PERIOD_SECONDS = 5.0, 0.5
 LOST_SECONDS = 15.0  # without a sign of health, though its address takes connections
 PROBE_TOKENS = 16
@@ -33,7 +34,11 @@ Says = Callable[[np.ndarray, Sequence[int]], Sequence[float]]  # (prompt, tokens
 
 
 class Lost(Exception):
-    """A server that has not answered: another may."""
+    """A request without an answer: it is asked again, there or elsewhere. busy: the server says to come back later."""
+
+    def __init__(self, why: str, busy: bool = False):
+        super().__init__(why)
+        self.busy = busy
 
 
 class Address:
@@ -58,7 +63,7 @@ class Address:
             with error:
                 why = _reason(error)
             if error.code >= 500 or error.code in (408, 429):
-                raise Lost(f"{error.code}: {why}") from None
+                raise Lost(f"{error.code}: {why}", busy=error.code in (408, 429, 503)) from None
             raise UserError(f"{self.url}{path}: {error.code}: {why}", code=3) from None
         except (URLError, OSError, HTTPException, ValueError) as error:
             refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
@@ -90,6 +95,7 @@ class Work:
         self.found: dict[int, Any] = {}
         self.error: Exception | None = None
         self._todo, self._taken = deque(range(len(bodies))), dict[int, Address]()
+        self._failed = [0] * len(bodies)
         self._changed = threading.Condition()
 
     @property
@@ -131,6 +137,12 @@ class Work:
                 del self._taken[each]
                 self._todo.appendleft(each)
             self._changed.notify_all()
+
+    def failed(self, number: int) -> int:
+        """How often this request has failed, with this time."""
+        with self._changed:
+            self._failed[number] += 1
+            return self._failed[number]
 
     def fail(self, error: Exception) -> None:
         with self._changed:
@@ -192,7 +204,7 @@ class HttpEngine:
         return threading.Thread(target=self._ask, args=(server, work, samples), daemon=True)
 
     def _ask(self, server: Address, work: Work, samples: int) -> None:
-        """Asks for one after the other. A failure that is no loss is tried again, here or elsewhere."""
+        """Asks for one after the other."""
         while (number := work.take(server)) is not None:
             try:
                 work.put(number, _samples(server.ask("/v1/completions", work.bodies[number]), samples))
@@ -201,6 +213,8 @@ class HttpEngine:
             except Lost as why:
                 if not work.over:
                     self._say(f"{server.url}: {why}: what it was asked is asked again")
+                if not why.busy and work.failed(number) >= MOST_FAILURES:
+                    work.fail(UserError(f"{server.url}: a prompt has failed {MOST_FAILURES} times: {why}", code=3))
                 work.give_back(server, number)
                 time.sleep(PERIOD_SECONDS)
             except UserError as error:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -21,6 +22,7 @@ import pytest
 
 from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
+from ringbpt.rollout import http_engine as http_engine_module
 from ringbpt.rollout.engine import LocalEngine, Sample
 from ringbpt.rollout.http_engine import HttpEngine, trainer_says
 from tests.golden.make_families import restore
@@ -352,6 +354,32 @@ def test_no_server_is_left(server):
         with pytest.raises(UserError, match="no server has been up for 1 s") as error:
             engine.generate(PROMPTS, 1, 1.0, seed=0)
     assert error.value.code == 3
+
+
+def test_a_server_that_always_fails(monkeypatch):
+    """Its health is good, and none of its answers is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self, status: int = 200) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "out of\\nmemory"}}')
+
+        def do_POST(self) -> None:
+            self.do_GET(500)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(http_engine_module, "PERIOD_SECONDS", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as failing:
+        threading.Thread(target=failing.serve_forever, daemon=True).start()
+        said: list[str] = []
+        engine = HttpEngine([f"http://127.0.0.1:{failing.server_port}"], 4, frozenset(), say=said.append)
+        with pytest.raises(UserError, match="failed 5 times: 500: out of memory") as error:
+            engine.generate(PROMPTS[:1], 1, 1.0, seed=0)
+        failing.shutdown()
+    assert error.value.code == 3 and len(said) >= 4
 
 
 # --- servers of their own ---
