@@ -15,11 +15,13 @@ from ringbpt.data.documents import Piece, make_batch
 from ringbpt.generation.decode import make_prefill, make_split
 from ringbpt.generation.generator import (
     BatchShape,
+    Draw,
     Generator,
     NewToken,
     make_steps,
     new_share,
     plan_batches,
+    rounded_length,
 )
 from ringbpt.generation.sampling import Sampling, filtered, penalise
 from ringbpt.layouts import inverse, permutation, row_length
@@ -107,6 +109,21 @@ def test_seeds_reproduce_whatever_stands_beside(generator):
     assert together == run(generator, prompts, 8, warm)
     assert together == run(generator, prompts, 8, warm, batch_size=1)
     assert together != run(generator, prompts, 8, replace(warm, seed=8))
+
+
+def test_texts_drawn_each_in_its_own_way(generator):
+    """By options, a seed and a number of their own, beside others: as alone, by the numbers of a call of their own."""
+    prompts = [np.arange(2, 12), np.arange(20, 25), np.arange(40, 60)]
+    ways = [Sampling(1.0, seed=7), Sampling(0.5, top_k=5, seed=2**32 - 1), Sampling(2.0, top_p=0.5, min_p=0.1, seed=7)]
+    shape = BatchShape(4, rounded_length(20, generator.model), 1, 6)
+    draws = [Draw(way, number) for way, number in zip(ways, (0, 1, 0), strict=True)]
+    steps = generator.tokens(prompts, shape, [[0], [1], [2], []], ways[0], draws=draws)
+    found = [[step[number] for step in steps_of] for number, steps_of in enumerate([[*steps]] * 3)]
+    beside = [[prompts[0]], [prompts[2], prompts[1]], [prompts[2]]]
+    for number, (way, alone) in enumerate(zip(ways, beside, strict=True)):
+        wanted = draw(generator, alone, 6, way)[draws[number].number]
+        assert [token.id for token in found[number]] == [token.id for token in wanted]
+        np.testing.assert_allclose([x.logp for x in found[number]], [x.logp for x in wanted], atol=1e-5)
 
 
 def test_no_recompiles(generator):
