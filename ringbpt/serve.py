@@ -24,6 +24,7 @@ from ringbpt.config.fields import LARGEST_POSITION
 from ringbpt.generate import MODEL_FLAGS, start_model
 
 KEY = "RINGBPT_API_KEY"
+WAKE_SECONDS = 0.05
 FLAGS = MODEL_FLAGS | {
     "host": Flag(str, "127.0.0.1", "the address to listen at; one that other machines reach demands a key"),
     "port": Flag(int, 8000, "the port; 0: a free one, which is printed", at_least=0, at_most=65535),
@@ -108,21 +109,21 @@ def serve(flags: dict[str, Any], bound_to: socket.socket, key: str, tokenizer: A
         nonlocal last
         twice, last = time.monotonic() - last < ending.TWICE_SECONDS, time.monotonic()
         if twice:
-            ending.exit_now(
-                128 + number, f"{signal.Signals(number).name} twice: at once, without the answers under way"
-            )
+            ending.exit_now(128 + number, f"{signal.Signals(number).name} twice: at once")
         serving.end()
         server.should_exit = True
 
     for number in ending.STOPS:
-        signal.signal(number, told)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, told)
     listening.start()
     while not server.started and listening.is_alive():
-        listening.join(0.02)
+        listening.join(WAKE_SECONDS)
     host, port = bound_to.getsockname()[:2]
     if server.started:
         say(printable(f"serving {name} on http://{f'[{host}]' if ':' in host else host}:{port}"))
-    listening.join()
+    while listening.is_alive():  # a signal that another thread is given is heard of once this one wakes
+        listening.join(WAKE_SECONDS)
     if not server.started and not server.should_exit:
         raise UserError(f"--port={port}: another program listens there; --port=0 takes a free one", code=4)
     worker.close()

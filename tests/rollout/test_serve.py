@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,22 @@ def test_a_key_and_a_graceful_end(folder, server):
         assert (code, err) == (0, "") and out.endswith("ended: 2 requests answered\n")
         with pytest.raises(openai.APIConnectionError):
             keyed.models.list()
+
+
+def test_two_signals_end_it_at_once(folder):
+    with serving(folder) as own:
+        own.post("/pause")
+        body = json.dumps({"prompt": "a"}).encode()
+        waiting = Request(f"{own.url}/v1/completions", body, {"Content-Type": "application/json"})
+        thread = threading.Thread(target=lambda: pytest.raises((OSError, HTTPException), urlopen, waiting, timeout=60))
+        thread.start()
+        while own.ask("/health")[1]["waiting"] < 1:
+            time.sleep(0.02)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            own.process.send_signal(number)
+        code, _, err = own.ended()
+        thread.join(60)
+    assert code in (130, 143) and err.endswith("twice: at once\n") and err.count("\n") == 1
 
 
 def test_a_lost_server_changes_nothing(folder, server, local):
