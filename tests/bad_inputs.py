@@ -566,6 +566,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
             "--samples=4",
         ),
         (f"{MODEL} --prompts={{f}}/good.jsonl --output={{out}}/x.jsonl --temperature=0", "must be above 0"),
+    ],
     "serve": [
         ("--port=0", "--load_checkpoint is missing"),
         (f"{MODEL} --port=65536", "65535 at most"),
@@ -802,7 +803,8 @@ CASES: dict[str, Case] = {
     for number, (flags, said) in enumerate(every)
 }
 ENTRIES = (
-    "train", "generate", "serve", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint", "rollout",
+    "train", "generate", "serve", "evaluate", "inspect", "columns", "plan", "verify", "autotune", "checkpoint",
+    "rollout",
 )  # fmt: skip
 SCRIPTS = [f"scripts/{path.name}" for path in sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))]
 CASES |= {f"{entry}: no such flag": Case(entry, f"--nosuch={ESC}") for entry in (*ENTRIES, *SCRIPTS)}

@@ -417,7 +417,12 @@ def test_two_signals_end_it_at_once(folder):
         own.post("/pause")
         body = json.dumps({"prompt": "a"}).encode()
         waiting = Request(f"{own.url}/v1/completions", body, {"Content-Type": "application/json"})
-        thread = threading.Thread(target=lambda: pytest.raises((OSError, HTTPException), urlopen, waiting, timeout=60))
+
+        def refused() -> None:
+            with pytest.raises((OSError, HTTPException)):
+                urlopen(waiting, timeout=60)
+
+        thread = threading.Thread(target=refused)
         thread.start()
         while own.ask("/health")[1]["waiting"] < 1:
             time.sleep(0.02)
