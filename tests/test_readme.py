@@ -209,7 +209,8 @@ def test_a_command_names_a_program_and_flags_that_exist(page, words):
     """Flags of an entry `ringbpt.X` or a script; what make, pytest and other people's programs take is theirs."""
     assert words[0] in ("python", "python3", "make", "pip", "pre-commit"), words
     if words[1] == "-m" and words[2] != "pytest":
-        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists(), words[2]
+        at = ROOT / words[2].replace(".", "/")
+        assert at.with_suffix(".py").exists() or (at / "__main__.py").exists(), words[2]
     entries = [word for word in words if re.fullmatch(r"ringbpt\.\w+|scripts/\w+\.py", word)]
     if not entries:
         return

@@ -10,13 +10,13 @@ import pytest
 from ringbpt.checkpoint.export import logits
 from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError, run_main
+from ringbpt.data.prompts import read_prompts
 from ringbpt.evaluate import main
 from ringbpt.evaluation.choices import accuracy, read_choices, score_choices
 from ringbpt.evaluation.passkey import draw_grid, passkey_grid, passkey_items
 from ringbpt.evaluation.perplexity import Curve, draw_curve, make_loss_by_position, read_texts
 from ringbpt.evaluation.score import Item, Scorer
 from ringbpt.evaluation.texts import Haystack, make_passkey, training_rows
-from ringbpt.generate import read_prompts
 from ringbpt.training.metrics import read_rows
 from tests.golden.make_families import restore
 from tests.pictures import cut_off, drawn
