@@ -245,8 +245,8 @@ class HttpEngine:
         """Has every server read these weights, and makes sure that they are the trainer's.
 
         probe: a prompt, which each server goes on with greedily; says: what the trainer's weights say of those tokens.
-        Raises UserError, code 3, for a server that is lost or refuses, that says other numbers than the trainer (a mean
-        of more than `tolerance` nats apart), or has other weights than the others.
+        Raises UserError, code 3, for a server that is lost or refuses, that has another version, or that says other
+        numbers than the trainer (a mean of more than `tolerance` nats apart: a smaller change is not seen).
         """
         self._version += 1
         for server in self._servers:
