@@ -9,7 +9,6 @@
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from ringbpt.checkpoint.given import MODEL_FLAGS, start_model
 from ringbpt.config import (
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
         raise UserError("give one of --prompt=TEXT, --prompts=FILE and --chat")
     if flags["output"]:
         check_writable("--output", user_path(flags["output"]), folder=False)
-    from ringbpt.data.prompts import encode_prompt, read_prompts, whole_text
+    from ringbpt.data.prompts import read_prompts, whole_text
 
     rows = read_prompts(Path(flags["prompts"])) if flags["prompts"] else [{"prompt": flags["prompt"]}]
     if flags["chat"]:
@@ -63,14 +62,12 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(**{name: flags[name] for name in names})
     from ringbpt.checkpoint.load import describe_predicting
     from ringbpt.generation.generator import Generator, check_lengths, check_vocabulary
-    from ringbpt.generation.text import complete, find_tokenizer, make_chat_encoder
+    from ringbpt.generation.text import complete, encode_prompts, find_tokenizer, make_chat_encoder
 
     found = describe_predicting(flags["load_checkpoint"])
     tokenizer = find_tokenizer(found, flags["tokenizer"], flags["chat_template"])
-    chats = any(not isinstance(row.get("prompt"), str) for row in rows) if flags["prompts"] else flags["chat"]
-    encode: Any = make_chat_encoder(tokenizer) if chats else None
-    where = flags["prompts"] or "--prompt"
-    prompts = [encode_prompt(row, tokenizer, encode, f"{where}, prompt {n}") for n, row in enumerate(rows, 1)]
+    encode = make_chat_encoder(tokenizer) if flags["chat"] else None
+    prompts = encode_prompts(rows, tokenizer, flags["prompts"] or "--prompt")
     count, size, stops = (flags[name] for name in ("max_new_tokens", "batch_size", "stop"))
     check_vocabulary(prompts, found.architecture.vocab_size)
     limit = flags["max_sequence_length"] or found.architecture.max_sequence_length
@@ -83,6 +80,7 @@ def main(argv: list[str]) -> int:
         if flags["chat"]:
             from ringbpt.generation.chat import chat
 
+            assert encode is not None
             return chat(generator, tokenizer, encode, sampling, count, stops, flags["system"], text)
         done = dict(complete(generator, tokenizer, prompts, sampling, count, size, stops))
     if flags["prompt"] and not flags["output"]:

@@ -600,6 +600,10 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{MODEL} --passkey=32 --seed=-1", "below 0"),
     ],
     "inspect": [
+        (
+            f"{SMALL} --objective=grpo --rollout.prompts={{f}}/good.jsonl --rollout.reward=x.py:f",
+            "learns from what the run itself samples",
+        ),
         (f"{SMALL} --batches=0", "below 1"),
         (f"{SMALL} --split=nothing", "train_dataset"),
         (f"{SMALL} --json={{f}}/none/x", "make it first"),
@@ -631,6 +635,10 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--topology=cpu-8 --num_cpu_devices=1000000000", "4096 at most"),
     ],
     "verify": [
+        (
+            f"{SMALL} --objective=grpo --rollout.prompts={{f}}/good.jsonl --rollout.reward=x.py:f",
+            "learns from what the run itself samples",
+        ),
         ("--tolerance=nan", "not a finite number"),
         ("--tolerance=-1", "below 0"),
         ("--tolerance=x", "is not a number"),

@@ -160,35 +160,40 @@ def place(
     if quantised:
         kept, dims = quantised
         return kept.in_layers(abstract, dims, lambda i: _place_layer(conversion, abstract, read, i))
-    boxes: dict[tuple, np.ndarray] = {}
 
-    def shard(index: Box) -> np.ndarray:
-        key = tuple(part.indices(size)[:2] for part, size in zip(index, abstract.shape, strict=True))
-        if key not in boxes:
-            inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(key, conversion.our_shape, strict=True))
-            box = conversion.read(inside, abstract.dtype, read)
-            missing = [(0, b - a - n) for (a, b), n in zip(key, box.shape, strict=True)]
-            boxes[key] = np.pad(box, missing) if any(count for _, count in missing) else box
-        return boxes[key]
+    def read_box(box: Box) -> np.ndarray:
+        inside = tuple(slice(min(x.start, n), min(x.stop, n)) for x, n in zip(box, conversion.our_shape, strict=True))
+        array = conversion.read(inside, abstract.dtype, read)
+        missing = [(0, x.stop - x.start - n) for x, n in zip(box, array.shape, strict=True)]
+        return np.pad(array, missing) if any(count for _, count in missing) else array
 
     sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.make_array_from_callback(abstract.shape, sharding, shard)
+    return _from_boxes(abstract.shape, sharding, read_box)
 
 
 def _place_layer(conversion: Conversion, abstract: jax.ShapeDtypeStruct, read: Read, layer: int) -> jax.Array:
     """One layer of our weight, float32, sharded as the whole is."""
     at = conversion.layer_axis
     assert at is not None
-    boxes: dict[tuple, np.ndarray] = {}
     shape = abstract.shape[:at] + abstract.shape[at + 1 :]
     sharding = NamedSharding(abstract.sharding.mesh, P(*(s for i, s in enumerate(abstract.sharding.spec) if i != at)))
+
+    def read_box(box: Box) -> np.ndarray:
+        return conversion.read((*box[:at], slice(layer, layer + 1), *box[at:]), np.float32, read).squeeze(at)
+
+    return _from_boxes(shape, sharding, read_box)
+
+
+def _from_boxes(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, read_box: Callable[[Box], np.ndarray]
+) -> jax.Array:
+    """An array on the devices, each box of it read once, for all the devices that have it."""
+    boxes: dict[tuple, np.ndarray] = {}
 
     def shard(index: Box) -> np.ndarray:
         key = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         if key not in boxes:
-            box = [slice(*part) for part in key]
-            box.insert(at, slice(layer, layer + 1))
-            boxes[key] = conversion.read(tuple(box), np.float32, read).squeeze(at)
+            boxes[key] = read_box(tuple(slice(*part) for part in key))
         return boxes[key]
 
     return jax.make_array_from_callback(shape, sharding, shard)

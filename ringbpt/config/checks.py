@@ -153,6 +153,8 @@ def check_rollouts(config: Config) -> None:
         )
     if config.policy.kl_in_reward and not config.objective.startswith(("reinforce_pp", "ppo")):
         raise UserError(f"--policy.kl_in_reward is of rewards a token, and {name} has one an answer: leave it out")
+    if config.policy.kl_in_reward and not config.policy.kl_coefficient:
+        raise UserError("--policy.kl_in_reward takes --policy.kl_coefficient=0 of it: --policy.kl_coefficient=0.01")
     if config.eval_steps:
         raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
 

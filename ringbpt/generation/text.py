@@ -1,13 +1,14 @@
 """Text in and text out around a Generator: its tokenizer and chat template, ends and stop strings."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ringbpt.checkpoint.load import Found
 from ringbpt.config import TokenizerConfig, UserError
+from ringbpt.data.prompts import encode_prompt
 from ringbpt.data.text.chat import ChatTemplate, set_chat_template
 from ringbpt.data.text.tokenizers import FLAG, Tokenizer, make_tokenizer
 from ringbpt.generation.generator import Generator, check_vocabulary, plan_batches
@@ -44,6 +45,15 @@ def make_chat_encoder(tokenizer: Tokenizer) -> Callable[..., np.ndarray]:
         )
     template = ChatTemplate.of(tokenizer, "", "tokenizer")
     return lambda *conversation: tokenizer.encode_places(template.prompt(*conversation), special=True).ids
+
+
+def encode_prompts(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, where: str) -> list[np.ndarray]:
+    """The tokens of each row's prompt or conversation, see data.prompts.encode_prompt. Raises UserError, with `where`
+    and the row's number, for the first that cannot be had.
+    """
+    talks = any(not isinstance(row.get("prompt"), str) for row in rows)
+    encode = make_chat_encoder(tokenizer) if talks else None
+    return [encode_prompt(dict(row), tokenizer, encode, f"{where}, prompt {n}") for n, row in enumerate(rows, 1)]
 
 
 class Completion(NamedTuple):

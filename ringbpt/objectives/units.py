@@ -20,17 +20,21 @@ def unit_sums(x_BT: Array, batch: Batch) -> Array:
     return jnp.zeros((B, T + 1), jnp.float32).at[jnp.arange(B)[:, None], unit_BT].add(x_BT)
 
 
-def labels_at_ends(batch: Batch) -> Array:
-    """float32 [B, T]: at each document's last token, in whatever order a row's tokens stand, 1 or -1, the sign of its
-    label; 0 elsewhere. (The column itself ends one token earlier, where the last target is predicted.)
-    """
+def ends(batch: Batch) -> Array:
+    """bool [B, T]: each document's last token, in whatever order a row's tokens stand."""
     segment_BT = batch.segment_BT
     B, T = segment_BT.shape
-    rows, none = jnp.arange(B)[:, None], jnp.zeros((B, T + 1), jnp.int32)
-    last = none.at[rows, segment_BT].max(batch.position_BT)
-    label = jnp.sign(none.at[rows, segment_BT].add(batch.columns["label"].astype(jnp.int32)))
-    is_end_BT = (segment_BT > 0) & (batch.position_BT == last[rows, segment_BT])
-    return jnp.where(is_end_BT, label[rows, segment_BT], 0).astype(jnp.float32)
+    rows = jnp.arange(B)[:, None]
+    last = jnp.zeros((B, T + 1), jnp.int32).at[rows, segment_BT].max(batch.position_BT)
+    return (segment_BT > 0) & (batch.position_BT == last[rows, segment_BT])
+
+
+def labels_at_ends(batch: Batch) -> Array:
+    """float32 [B, T]: at each document's last token 1 or -1, the sign of its label; 0 elsewhere. (The column itself
+    ends one token earlier, where the last target is predicted.)
+    """
+    label_BT = jnp.sign(per_document(batch.columns["label"].astype(jnp.float32), batch))
+    return jnp.where(ends(batch), label_BT, 0.0)
 
 
 class Answers(NamedTuple):

@@ -51,19 +51,14 @@ def main(argv: list[str]) -> int:
     if flags["keep"] == "pair" and flags["samples"] < 2:
         raise UserError("--keep=pair keeps two answers of each prompt: --samples=4")
     from ringbpt.checkpoint.load import describe_predicting
-    from ringbpt.data.prompts import encode_prompt, read_prompts
-    from ringbpt.generation.text import find_tokenizer, make_chat_encoder
+    from ringbpt.data.prompts import read_prompts
+    from ringbpt.generation.text import encode_prompts, find_tokenizer
 
     rows = read_prompts(user_path(flags["prompts"]))
     tokenizer = find_tokenizer(
         describe_predicting(flags["load_checkpoint"]), flags["tokenizer"], flags["chat_template"]
     )
-    talks = any(not isinstance(row.get("prompt"), str) for row in rows)
-    encode = make_chat_encoder(tokenizer) if talks else None
-    prompts = [
-        encode_prompt(row, tokenizer, encode, f"{flags['prompts']}, prompt {n}") for n, row in enumerate(rows, 1)
-    ]
-    lines = _answered(flags, rows, prompts, tokenizer)
+    lines = _answered(flags, rows, encode_prompts(rows, tokenizer, flags["prompts"]), tokenizer)
     output = user_path(flags["output"])
     output.parent.mkdir(parents=True, exist_ok=True)
     from ringbpt.data.reading.files import write_whole
@@ -89,23 +84,23 @@ def _answered(flags: dict[str, Any], rows: list[dict[str, Any]], prompts: list[A
     rewards = Rewards(config, model, longest + most) if flags["reward"] else None
     lines: list[dict[str, Any]] = []
     all_of_them: list[float] = []
-    begin, size, worth = time.monotonic(), flags["batch_size"], math.nan
+    begin, size = time.monotonic(), flags["batch_size"]
     for at in range(0, len(prompts), size):
-        own = prompts[at : at + size]
+        own, own_rows = prompts[at : at + size], rows[at : at + size]
         filled = own + [own[0]] * (size - len(own))  # one program for all
-        sampled = engine.generate(filled, flags["samples"], flags["temperature"], flags["seed"] + at)[: len(own)]
-        texts = [[tokenizer.decode(_shown(sample)) for sample in answers] for answers in sampled]
+        seed = (flags["seed"] + at) % 2**32
+        sampled = engine.generate(filled, flags["samples"], flags["temperature"], seed)[: len(own)]
         asked = [
-            Answer(tokenizer.decode(prompt, True), text, np.concatenate([prompt, sample.tokens]).astype(np.int32), row)
-            for row, prompt, answers, said in zip(rows[at : at + size], own, sampled, texts, strict=True)
-            for sample, text in zip(answers, said, strict=True)
+            [Answer.of(tokenizer, prompt, sample, row) for sample in answers]
+            for row, prompt, answers in zip(own_rows, own, sampled, strict=True)
         ]
-        found = rewards(asked) if rewards else np.full(len(asked), worth)
+        flat = [answer for answers in asked for answer in answers]
+        found = rewards(flat) if rewards else np.full(len(flat), math.nan)
         all_of_them += found.tolist()
-        for row, answers, said, values in zip(
-            rows[at : at + size], sampled, texts, found.reshape(len(own), -1).tolist(), strict=True
-        ):
-            lines += kept(flags["keep"], row, said, [sample.finish for sample in answers], values)
+        values = found.reshape(len(own), -1).tolist()
+        for row, samples, answers, worth in zip(own_rows, sampled, asked, values, strict=True):
+            texts, finishes = [answer.completion for answer in answers], [sample.finish for sample in samples]
+            lines += kept(flags["keep"], row, texts, finishes, worth)
         done, seconds = min(at + size, len(prompts)), time.monotonic() - begin
         mean = f", mean reward {np.nanmean(all_of_them):.3f}" if rewards and np.isfinite(all_of_them).any() else ""
         print(f"{done}/{len(prompts)} prompts{mean}, {seconds / done * (len(prompts) - done):.0f} s left")
@@ -115,10 +110,6 @@ def _answered(flags: dict[str, Any], rows: list[dict[str, Any]], prompts: list[A
         if shown:
             print(f"mean reward of all answers {np.nanmean(all_of_them):.3f}, of what is kept {np.mean(shown):.3f}")
     return lines
-
-
-def _shown(sample: Any) -> list[int]:
-    return sample.tokens[:-1] if sample.finish == "stop" else sample.tokens
 
 
 def kept(keep: str, row: dict[str, Any], texts: list[str], finishes: list[str], rewards: list[float]) -> list[dict]:

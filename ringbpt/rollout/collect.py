@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,10 @@ from ringbpt.config import Config, UserError, printable
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
-from ringbpt.data.prompts import encode_prompt, read_prompts
+from ringbpt.data.prompts import read_prompts
 from ringbpt.data.reading.files import digest_of, replacing
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.text import make_chat_encoder
+from ringbpt.generation.text import encode_prompts
 from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
@@ -57,22 +57,19 @@ class Prompts:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         name, self._seed = config.rollout.prompts, config.seed
         self.rows = read_prompts(user_path(name), "rollout.prompts")
-        talks = any(not isinstance(row.get("prompt"), str) for row in self.rows)
-        encode = make_chat_encoder(tokenizer) if talks else None
-        self.tokens = [
-            encode_prompt(row, tokenizer, encode, f"{name}, prompt {n}") for n, row in enumerate(self.rows, 1)
-        ]
+        self.tokens = encode_prompts(self.rows, tokenizer, name)
         self.longest = max(map(len, self.tokens))
         self.fingerprint = digest_of([json.dumps(self.rows), *(str(tokens.tolist()) for tokens in self.tokens)])
 
     def numbers(self, start: int, stop: int) -> list[int]:
         """Which prompts stand at these places of the endless order."""
-        count, found = len(self.rows), []
-        for place in range(start, stop):
-            epoch, at = divmod(place, count)
-            order = np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(count)
-            found.append(int(order[at]))
-        return found
+        count = len(self.rows)
+
+        @cache
+        def order(epoch: int) -> np.ndarray:
+            return np.random.Generator(np.random.Philox([self._seed, epoch])).permutation(count)
+
+        return [int(order(place // count)[place % count]) for place in range(start, stop)]
 
 
 class Rollouts:
@@ -108,8 +105,9 @@ class Rollouts:
         self._engine = LocalEngine(model, self._prompts.longest, rollout.max_new_tokens, frozenset(tokenizer.ends.stop))
         main = jax.process_index() == 0
         self._rewards = Rewards(rollout, model, longest, say) if main else None
-        self.fingerprint = digest_of([self._prompts.fingerprint, str(rollout), str(config.policy), str(self.rows)])
-        self._says = {head: jax.jit(partial(_says, model, head)) for head in ("unembed", "score")}
+        flags = (config.objective, config.seed, rollout, config.policy, self.rows)
+        self.fingerprint = digest_of([self._prompts.fingerprint, *map(str, flags)])
+        self._stats = jax.jit(partial(_stats, model), static_argnums=2)
         self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
         self._number, self._waited, self._arrays = -1, 0.0, Arrays()
         self._facts: dict[int, dict[str, float]] = {}  # of the last two
@@ -174,12 +172,11 @@ class Rollouts:
         sampled = time.perf_counter() - begin
         reward_PR = self._rewarded(numbers, prompts, samples)
         arrays, places = self._laid_out(prompts, samples, reward_PR)
-        if rollout.updates > 1:
-            arrays["old_logp"] = self._said("unembed", params, arrays)
-        if self._algorithm.has_critic:
-            arrays["old_value"] = self._said("score", params, arrays)
+        own = {"old_logp": "logp_BT"} if rollout.updates > 1 else {}
+        own |= {"old_value": "value_BT"} if self._algorithm.has_critic else {}
+        arrays |= self._said(params, arrays, own)
         if reference is not None:
-            arrays[REFERENCE] = self._said("unembed", reference, arrays)
+            arrays |= self._said(reference, arrays, {REFERENCE: "logp_BT"})
         arrays |= self._advantages(reward_PR, arrays, places)
         lengths = [len(sample.tokens) for answers in samples for sample in answers]
         cut = [sample.finish == "length" for answers in samples for sample in answers]
@@ -205,21 +202,12 @@ class Rollouts:
         found = np.zeros(shape)
         if self._rewards:
             answers = [
-                Answer(
-                    self._tokenizer.decode(prompt, True),
-                    self._text(sample),
-                    np.concatenate([prompt, sample.tokens]).astype(np.int32),
-                    self._prompts.rows[number],
-                )
+                Answer.of(self._tokenizer, prompt, sample, self._prompts.rows[number])
                 for number, prompt, answered in zip(numbers, prompts, samples, strict=True)
                 for sample in answered
             ]
             found = self._rewards(answers).reshape(shape)
         return np.asarray(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else found
-
-    def _text(self, sample: Sample) -> str:
-        ended = sample.finish == "stop"
-        return self._tokenizer.decode(sample.tokens[:-1] if ended else sample.tokens)
 
     def _laid_out(
         self, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray
@@ -241,17 +229,21 @@ class Rollouts:
             batches.append(make_batch(rows, (self.rows, self.seq_length), [*ALWAYS, *columns]).by_name())
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, places
 
-    def _said(self, head: str, params: Params, arrays: Arrays) -> np.ndarray:
-        """What a model says at each place with a target, of that or by its score head, float32 [updates, B, T]."""
-        found = np.zeros(arrays["token"].shape, np.float32)
-        for update in range(len(found)):
+    def _said(self, params: Params, arrays: Arrays, wanted: dict[str, str]) -> Arrays:
+        """{column: what a model says at each place with a target, [updates, B, T]}, by one pass; wanted: the columns,
+        and the fields of TokenStats that they are.
+        """
+        found = {name: np.zeros(arrays["token"].shape, np.float32) for name in wanted}
+        for update in range(len(arrays["token"])) if wanted else ():
             host = Batch.of({name: array[update] for name, array in arrays.items()})
             shape = (self.rows, self.seq_length)
             batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
-            said = self._says[head](params, batch)
-            whole = multihost_utils.process_allgather(said, tiled=True) if jax.process_count() > 1 else said
-            found[update][:, self._order] = np.asarray(whole)
-        return np.where(arrays["weight"] > 0, found, 0.0)
+            stats = self._stats(params, batch, tuple(wanted.values()))
+            if jax.process_count() > 1:
+                stats = multihost_utils.process_allgather(stats, tiled=True)
+            for array, said in zip(found.values(), stats, strict=True):
+                array[update][:, self._order] = np.asarray(said)
+        return {name: np.where(arrays["weight"] > 0, array, 0.0) for name, array in found.items()}
 
     def _advantages(self, reward_PR: np.ndarray, arrays: Arrays, places: list[list[Place]]) -> Arrays:
         """The columns that follow from rewards: "advantage", and with a critic "return"."""
@@ -279,7 +271,7 @@ class Rollouts:
 
     def _show(self, number: int, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray) -> None:
         if number * self._config.rollout.updates % self._config.log_freq == 0:
-            text = self._tokenizer.decode(prompts[0], True), self._text(samples[0][0])
+            text = self._tokenizer.decode(prompts[0], True), self._tokenizer.decode(samples[0][0].said)
             shown = (printable(json.dumps(part[-60:] if n == 0 else part[:60])) for n, part in enumerate(text))
             self._say(f"rollout {number}: {' -> '.join(shown)}: reward {reward_PR[0, 0]:.3f}")
 
@@ -310,10 +302,11 @@ class Rollouts:
         return (arrays, facts) if there else None
 
 
-def _says(model: Model, head: str, params: Params, batch: Batch) -> jax.Array:
-    """[B, T]: the log-probability of each target, or the value at its place."""
+def _stats(model: Model, params: Params, batch: Batch, fields: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    """What a model says of each place, [B, T], by these fields of TokenStats: "logp_BT", "value_BT"."""
+    head = "both" if len(fields) > 1 else "score" if fields == ("value_BT",) else "unembed"
     stats = model.token_stats(params, batch, head)
-    return stats.value_BT if head == "score" else stats.logp_BT
+    return tuple(getattr(stats, field) for field in fields)
 
 
 def _filled(arrays: Arrays, at: list[tuple[Place, np.ndarray]], values: Sequence[np.ndarray]) -> np.ndarray:

@@ -24,6 +24,11 @@ class Sample(NamedTuple):
     logps: list[float]
     finish: str
 
+    @property
+    def said(self) -> list[int]:
+        """The tokens without the one that ended it."""
+        return self.tokens[:-1] if self.finish == "stop" else self.tokens
+
 
 class LocalEngine:
     """Samples several answers to each prompt on the model's mesh; all prompts of a call share one compiled program."""

@@ -19,6 +19,7 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.checkpoint.load import describe_checkpoint, load_model
@@ -26,9 +27,12 @@ from ringbpt.config import CHECKPOINT_PREFIXES, RolloutConfig, UserError, printa
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
+from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.layouts import row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
+from ringbpt.objectives.units import by_document, ends
+from ringbpt.rollout.engine import Sample
 
 RETRY_SECONDS = 1.0
 START_SECONDS = 60.0  # in which a function's process must have read its file
@@ -41,6 +45,11 @@ class Answer(NamedTuple):
     completion: str
     tokens: np.ndarray
     row: dict[str, Any]
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, prompt: np.ndarray, sample: Sample, row: dict[str, Any]) -> "Answer":
+        tokens = np.concatenate([prompt, sample.tokens]).astype(np.int32)
+        return Answer(tokenizer.decode(prompt, True), tokenizer.decode(sample.said), tokens, row)
 
 
 Reward = Callable[[Sequence[Answer]], list[float]]  # a number an answer; NaN: it failed
@@ -182,13 +191,9 @@ class OurModel:
         self._score = jax.jit(self._scores)
 
     def _scores(self, params: Any, batch: Any) -> jax.Array:
+        """Of each document the value at its last token, [B, T + 1]."""
         value_BT = self._model.token_stats(params, batch, "score").value_BT
-        # Of each document the value at its last place: positions tell it whatever the layout.
-        rows = jax.numpy.arange(value_BT.shape[0])[:, None]
-        none = jax.numpy.zeros((value_BT.shape[0], value_BT.shape[1] + 1))
-        last = none.astype(jax.numpy.int32).at[rows, batch.segment_BT].max(batch.position_BT)
-        is_last = batch.position_BT == last[rows, batch.segment_BT]
-        return none.at[rows, batch.segment_BT].add(jax.numpy.where(is_last, value_BT, 0.0))
+        return by_document(jnp.where(ends(batch), value_BT, 0.0), batch)
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         sizes = np.array([len(answer.tokens) for answer in answers])

@@ -1,17 +1,15 @@
 """The weights that are served: what they are, and others of the same model read from a disk in their place."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ringbpt.checkpoint.load import describe_predicting, load_model
 from ringbpt.config import DTYPES, UserError, user_path
 from ringbpt.config.foreign import shown
+from ringbpt.evaluation.reference import weights_fingerprint
 from ringbpt.generation.generator import Generator
 from ringbpt.types import Params
 
@@ -23,7 +21,7 @@ class Weights:
         self._generator, self._dtype = generator, DTYPES[dtype]
         self._source, self._adapter = source, adapter
         self._version: int | str = 0
-        self._fingerprint = fingerprint(params)
+        self._fingerprint = weights_fingerprint(params)
 
     def info(self) -> dict[str, Any]:
         about = {"version": self._version, "fingerprint": self._fingerprint, "source": self._source}
@@ -67,24 +65,10 @@ class Weights:
         if version is None:
             version = self._version + 1 if isinstance(self._version, int) else 1
         self._source, self._adapter, self._version = source, adapter, version
-        self._fingerprint = fingerprint(params)
+        self._fingerprint = weights_fingerprint(params)
         return self.info()
 
 
 def _described(params: Params) -> Any:
     """Names and shapes of the weights."""
     return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-
-
-@jax.jit
-def _sums(x: jax.Array) -> jax.Array:
-    """uint32 [2]: of the bits, read as whole numbers, the sum and the sum of squares modulo 2^32."""
-    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    bits = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * bits, dtype=jnp.uint32)])
-
-
-def fingerprint(params: Params) -> str:
-    """16 hex digits of the weights' bits, the same on every mesh: whole numbers have one sum in any order."""
-    sums = [np.asarray(_sums(x)) for x in jax.tree.leaves(params)]
-    return hashlib.sha256(np.array(sums).tobytes()).hexdigest()[:16]

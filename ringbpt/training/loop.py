@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ringbpt import processes
-from ringbpt.config import Config, describe_rates
+from ringbpt.config import Config, UserError, describe_rates
 from ringbpt.data.delivery import Delivery
 from ringbpt.data.loader import Loader, make_loader
 from ringbpt.data.text.chat import set_chat_template
@@ -162,6 +162,8 @@ def loaders_of(config: Config, tokenizer: Tokenizer) -> dict[str, Loader]:
 def loader_of(config: Config, tokenizer: Tokenizer, flag: str = TRAIN) -> Loader:
     """The loader of one of the config's data sets, with what its objective reads."""
     objective, name = objective_of(config), f"--objective={config.objective}"
+    if objective.rollouts:
+        raise UserError(f"{name} learns from what the run itself samples, and has no data set to look at beforehand")
     return make_loader(
         getattr(config, flag),
         tokenizer,

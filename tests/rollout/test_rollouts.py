@@ -134,6 +134,10 @@ def test_rows_are_as_long_as_a_prompt_with_all_its_answers(data, tmp_path):
             ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--policy.kl_in_reward"),
             "--policy.kl_in_reward is of rewards a token",
         ),
+        (
+            ("--objective=ppo", "--rollout.prompts=x", "--rollout.reward=y", "--policy.kl_in_reward"),
+            "--policy.kl_coefficient=0.01",
+        ),
     ],
 )
 def test_what_is_missing_is_said(flags, message):
