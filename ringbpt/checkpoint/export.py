@@ -1,12 +1,16 @@
 """Weights of ours -> a Hugging Face folder, for transformers, vLLM and sglang; and how the two compare."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.checkpoint.huggingface import (
     CARRIED,
@@ -20,15 +24,17 @@ from ringbpt.checkpoint.huggingface import (
 from ringbpt.checkpoint.load import Found, describe_checkpoint, find_checkpoint, load_model
 from ringbpt.checkpoint.safetensors import FolderWriter, Planned
 from ringbpt.checkpoint.store import newest_step
-from ringbpt.checkpoint.tensors import conversions, flatten, repack
+from ringbpt.checkpoint.tensors import conversions, repack
 from ringbpt.config import Architecture, TokenizerConfig, UserError
 from ringbpt.config.families import find_family, hf_settings, is_scoring, llama_fields, rows_for
 from ringbpt.config.foreign import read_json
 from ringbpt.config.gguf import FOREIGN
 from ringbpt.data.text.tokenizers import TOKENIZER_FILES, Tokenizer, keep_tokenizer, make_tokenizer
+from ringbpt.host_memory import fetch
 from ringbpt.layouts import inverse, permutation
-from ringbpt.model.adapters import SCALE, A, B, is_of_a_pair
+from ringbpt.model.adapters import IN_OUT, SCALE, A, B, is_of_a_pair
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
+from ringbpt.model.quantised import IS_QUANTISED, dequantised
 from ringbpt.types import Params, TokenMeta
 
 
@@ -115,6 +121,12 @@ def _stored_dtype(prefix: str, path: Path, own: bool) -> np.dtype:
     return np.dtype(np.float32) if path.is_file() else newest_step(path, str(path)).dtypes("params")["embed"]
 
 
+def settings_beside(spec: str) -> dict[str, Any]:
+    """The config.json of Hugging Face's that the model of PREFIX::PATH came with; empty where none did."""
+    folder = describe_checkpoint(spec).folder
+    return read_json(folder / "config.json") if folder and folder.is_dir() else {}
+
+
 Weights = dict[str, Callable[[], np.ndarray]]  # by our names; each is read or made, whole, when it is asked for
 
 
@@ -128,20 +140,45 @@ def _step_weights(spec: str, path: Path) -> tuple[Weights, Architecture]:
 def merged_weights(spec: str, adapter: Path) -> tuple[Weights, Architecture]:
     """A model's weights with an adapter's pairs added to them, w + scale a b in float32; and what they are of."""
     model, params = load_model(spec, (1, 1, 1, 1), adapter=adapter)
+    return weights_of(model, params, np.dtype(np.float32)), model.architecture
+
+
+def weights_of(model: Model, params: Params, cast: np.dtype) -> Weights:
+    """The weights on a model's mesh, as `cast`: a layer at a time is fetched, its pair added to it and its codes made
+    numbers, in float32. Of several processes all ask for each, in one order, and each gets all of it.
+    """
     axis, layers = model.architecture.param_scan_axis, params["layers"]
+    everywhere = NamedSharding(model.mesh, PartitionSpec()) if jax.process_count() > 1 else None
 
-    def merged(name: str) -> np.ndarray:
-        weight = name.removeprefix("layers.")
-        pair = next((pair for pair in model.pairs if name == f"layers.{pair.weight}"), None)
-        if pair is None:
-            return np.asarray(layers[weight] if weight != name else params[name])
-        w, a, b = (np.moveaxis(np.array(layers[weight + part]), axis, 0) for part in ("", A, B))
-        for i, scale in enumerate(np.asarray(layers[weight + SCALE])):
-            w[i] += scale * np.tensordot(a[i], b[i], 1)
-        return np.moveaxis(w, 0, axis)
+    @partial(jax.jit, static_argnames="weight", out_shardings=everywhere)
+    def layer(parts: dict[str, Any], i: jax.Array, weight: str) -> jax.Array:
+        def taken(x: jax.Array) -> jax.Array:
+            return fetch(lax.dynamic_index_in_dim(x, i, min(axis, x.ndim - 1), keepdims=False))
 
-    names = [name for name in flatten(params) if not is_of_a_pair(name) and not name.endswith(SCALE)]
-    return {name: partial(merged, name) for name in names}, model.architecture
+        one = jax.tree.map(taken, parts)
+        w = one[""]
+        w = dequantised(w, " ".join(IN_OUT[weight]), jnp.float32) if IS_QUANTISED(w) else w.astype(jnp.float32)
+        if A in one:
+            a, b = (one[part].astype(jnp.float32) for part in (A, B))
+            w = w + one[SCALE] * jnp.tensordot(a, b, 1, precision="highest")
+        return w.astype(cast)
+
+    def of_layers(name: str) -> np.ndarray:
+        parts = {part: layers[name + part] for part in ("", A, B, SCALE) if name + part in layers}
+        stacked = jax.tree.leaves(parts[""])[0]
+        count = stacked.shape[min(axis, stacked.ndim - 1)]
+        first = np.asarray(layer(parts, jnp.int32(0), name))
+        whole = np.empty((count, *first.shape), first.dtype)
+        for i in range(count):
+            whole[i] = first if i == 0 else np.asarray(layer(parts, jnp.int32(i), name))
+        return np.moveaxis(whole, 0, min(axis, first.ndim))
+
+    def whole(name: str) -> np.ndarray:
+        return np.asarray(jax.jit(lambda x: fetch(x).astype(cast), out_shardings=everywhere)(params[name]))
+
+    own = [name for name in layers if not is_of_a_pair(name) and not name.endswith(SCALE)]
+    found: Weights = {name: partial(whole, name) for name in params if name != "layers"}
+    return found | {f"layers.{name}": partial(of_layers, name) for name in own}
 
 
 def report_merged(spec: str, adapter: Path, folder: Path) -> str:
@@ -173,7 +210,8 @@ def write_weights(
 ) -> dict[str, Any]:
     """Weights as a Hugging Face folder, one whole weight of ours at a time; returns its config.json, `given` completed.
 
-    Raises UserError, with `where` as the culprit, where the family has other weights.
+    Of several processes each asks for all weights, and process 0 writes them. Raises UserError, with `where` as the
+    culprit, where the family has other weights.
     """
     settings = hf_settings(architecture, cast.name, given)
     llama_fields(settings, f"{where}: config.json")  # what of it goes along must be known, as in a folder that is read
@@ -185,9 +223,12 @@ def write_weights(
     # In the order in which a reader wants them, layer after layer, whatever the order in which they come.
     named = [(layer, name, conversion) for conversion in table for name, layer, _ in conversion.parts()]
     plan = [Planned(name, cast, conversion.their_shape) for _, name, conversion in sorted(named, key=lambda x: x[0])]
-    with FolderWriter(output, plan, max_shard_bytes) as writer:
+    is_main = jax.process_index() == 0
+    with FolderWriter(output, plan, max_shard_bytes) if is_main else nullcontext() as writer:
         for conversion in table:
             whole = conversion.cut(weights[conversion.ours]())
+            if writer is None:
+                continue
             for name, layer, expert in conversion.parts():
                 writer.write(name, repack(conversion.pick(whole, layer, expert), conversion.to_theirs, cast))
     return settings

@@ -14,7 +14,6 @@ from ringbpt.config.fields import (
     BLOCK,
     CRITICS,
     DOUBLE_BLOCK,
-    POLICIES,
     QUANTISED,
     RUN_FLAGS,
     SCORING,
@@ -26,6 +25,7 @@ from ringbpt.config.fields import (
     flag_values,
 )
 from ringbpt.config.lora import pairs_of
+from ringbpt.config.rollouts import check_rollouts
 from ringbpt.config.values import UserError, check_value, parse_mesh_dim, read_literals
 from ringbpt.dims import MeshShape
 
@@ -127,36 +127,6 @@ def check_run(config: Config) -> None:
             f"--jax_distributed.process_id={number} does not go with --jax_distributed.num_processes={count}: ids run "
             f"from 0 to {count - 1}"
         )
-
-
-def check_rollouts(config: Config) -> None:
-    """What learning from rollouts needs, and what nothing else reads."""
-    rollout, name = config.rollout, f"--objective={config.objective}"
-    if config.objective not in POLICIES:
-        for flag in ("prompts", "reward"):
-            if getattr(rollout, flag):
-                raise UserError(f"--rollout.{flag} is of learning from rollouts, and {name} has none: --objective=grpo")
-        return
-    if not rollout.prompts:
-        raise UserError(f"{name} learns from its own answers to prompts: --rollout.prompts=FILE.jsonl")
-    if not rollout.reward:
-        raise UserError(f"{name} learns from what answers are worth: --rollout.reward=FILE.py:NAME, or a reward model")
-    if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", *CRITICS):
-        raise UserError(
-            f"--rollout.samples_per_prompt={rollout.samples_per_prompt}: {name} compares a prompt's answers with each "
-            "other: --rollout.samples_per_prompt=8"
-        )
-    if rollout.updates > rollout.prompts_per_step:
-        raise UserError(
-            f"--rollout.updates={rollout.updates} steps learn from --rollout.prompts_per_step="
-            f"{rollout.prompts_per_step} prompts, and some from none: --rollout.updates={rollout.prompts_per_step}"
-        )
-    if config.policy.kl_in_reward and not config.objective.startswith(("reinforce_pp", "ppo")):
-        raise UserError(f"--policy.kl_in_reward is of rewards a token, and {name} has one an answer: leave it out")
-    if config.policy.kl_in_reward and not config.policy.kl_coefficient:
-        raise UserError("--policy.kl_in_reward takes --policy.kl_coefficient=0 of it: --policy.kl_coefficient=0.01")
-    if config.eval_steps:
-        raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
 
 
 def check_lora(config: Config) -> None:

@@ -230,6 +230,9 @@ class RolloutConfig:
     max_new_tokens: int = flag(256, "of an answer, its end among them", at_least=1, at_most=LARGEST_POSITION)
     temperature: float = flag(1.0, "of sampling, and of what the policy is learnt as", above=0, at_most=100)
     updates: int = flag(1, "optimizer steps that a rollout is learnt in", at_least=1, at_most=1 << 10)
+    servers: str = flag("", "ringbpt.serve's addresses, http://HOST:PORT with commas; empty: the run's own devices")
+    server_timeout: float = flag(600.0, "seconds without a server, or for an answer, after which a run ends", above=0)
+    max_staleness: int = flag(0, "rollouts that servers sample while earlier ones are learnt", at_least=0, at_most=64)
 
 
 @dataclass(frozen=True)

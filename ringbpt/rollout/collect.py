@@ -6,11 +6,13 @@ again. Which prompts it has, and by which keys they are answered, depends on its
 
 import json
 import math
+import os
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ringbpt.checkpoint.export import settings_beside
 from ringbpt.config import Config, UserError, printable
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
@@ -34,12 +37,16 @@ from ringbpt.model.llama import Model
 from ringbpt.objectives.advantages import OF_GROUPS, by_critic, reinforced
 from ringbpt.objectives.objective import REFERENCE
 from ringbpt.objectives.policy import ALGORITHMS
+from ringbpt.rollout.ahead import Ahead, Asked, InTurns
 from ringbpt.rollout.engine import LocalEngine, Sample
+from ringbpt.rollout.handover import Shelf
+from ringbpt.rollout.http_engine import HttpEngine
 from ringbpt.rollout.rewards import Answer, Rewards
 from ringbpt.types import ALWAYS, Batch, Params
 
 FORMAT = 1
 FOLDER = "rollouts"
+KEY = "RINGBPT_API_KEY"  # of servers, as ringbpt.serve has it
 Arrays = dict[str, np.ndarray]  # columns, [updates, B, T]
 
 
@@ -102,10 +109,11 @@ class Rollouts:
         per_update = math.ceil(rollout.prompts_per_step / rollout.updates)
         parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
         self.rows = math.ceil(math.ceil(per_update / per_row) / parts) * parts
-        self._engine = LocalEngine(model, self._prompts.longest, rollout.max_new_tokens, frozenset(tokenizer.ends.stop))
-        main = jax.process_index() == 0
-        self._rewards = Rewards(rollout, model, longest, say) if main else None
-        flags = (config.objective, config.seed, rollout, config.policy, self.rows)
+        self._sampler = self._samples_from(folder, longest)
+        self._rewards = Rewards(rollout, model, longest, say)
+        # Where and how patiently others are asked changes no answer.
+        same = replace(rollout, servers="", server_timeout=1, reward_timeout=1, reward_failures=1)
+        flags = (config.objective, config.seed, same, config.policy, self.rows)
         self.fingerprint = digest_of([self._prompts.fingerprint, *map(str, flags)])
         self._stats = jax.jit(partial(_stats, model), static_argnums=2)
         self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
@@ -125,6 +133,23 @@ class Rollouts:
             )
         return longest, self.seq_length // whole
 
+    def _samples_from(self, folder: Path, longest: int) -> InTurns | Ahead:
+        """Raises UserError where the run's servers cannot be had."""
+        config, rollout, tokenizer = self._config, self._config.rollout, self._tokenizer
+        most, ends = rollout.max_new_tokens, frozenset(tokenizer.ends.stop)
+        if not rollout.servers:
+            return InTurns(LocalEngine(self._model, self._prompts.longest, most, ends), self._ask)
+        engine = None
+        if jax.process_index() == 0:
+            urls = [url.strip() for url in rollout.servers.split(",")]
+            key, seconds = os.environ.get(KEY, ""), rollout.server_timeout
+            engine = HttpEngine(urls, most, ends, rollout.temperature, key, seconds, self._say)
+            engine.find(longest)
+        settings = settings_beside(config.load_checkpoint) if config.load_checkpoint else {}
+        shelf = Shelf(folder, self._model, config.dtype, settings, self._prompts.tokens[0])
+        count = math.ceil(config.total_steps / rollout.updates)
+        return Ahead(engine, self._ask, shelf, rollout.max_staleness, count, self._say)
+
     def describe(self) -> str:
         rollout = self._config.rollout
         return (
@@ -138,7 +163,10 @@ class Rollouts:
         number, update = divmod(step, self._config.rollout.updates)
         if number != self._number:
             begin = time.perf_counter()
-            self._arrays, facts = self._read(number) or self._make(number, *self._weights(state))
+            policy, reference = self._weights(state)
+            found = self._read(number)
+            self._sampler.hand_over(number, policy, found is not None, lambda n: self._stored(n) is not None)
+            self._arrays, facts = found or self._make(number, policy, reference)
             self._number, self._facts = number, {number - 1: self._facts.get(number - 1, {}), number: facts}
             self._waited += time.perf_counter() - begin
         arrays = {name: array[update] for name, array in self._arrays.items()}
@@ -155,22 +183,39 @@ class Rollouts:
         return seconds
 
     def close(self) -> None:
-        if self._rewards:
-            self._rewards.close()
+        self._sampler.close()
+        self._rewards.close()
 
     # --- one rollout ---
 
-    def _make(self, number: int, params: Params, reference: Params | None) -> tuple[Arrays, dict]:
-        config, rollout = self._config, self._config.rollout
-        begin = time.perf_counter()
-        numbers = self._prompts.numbers(number * rollout.prompts_per_step, (number + 1) * rollout.prompts_per_step)
-        prompts = [self._prompts.tokens[n] for n in numbers]
-        self._engine.update(params)
-        seed = zlib.crc32(f"{config.seed} {number}".encode())
-        samples = self._engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed)
-        self._engine.release()
+    def _prompts_of(self, number: int) -> tuple[list[int], list[np.ndarray]]:
+        """The numbers of a rollout's prompts, and their tokens."""
+        each = self._config.rollout.prompts_per_step
+        numbers = self._prompts.numbers(number * each, (number + 1) * each)
+        return numbers, [self._prompts.tokens[n] for n in numbers]
+
+    def _ask(self, engine: LocalEngine | HttpEngine, number: int, version: int) -> Asked:
+        """A rollout's answers; it needs nothing that another thread changes."""
+        begin, rollout = time.perf_counter(), self._config.rollout
+        _, prompts = self._prompts_of(number)
+        seed = zlib.crc32(f"{self._config.seed} {number}".encode())
+        samples = engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed)
         sampled = time.perf_counter() - begin
-        reward_PR = self._rewarded(numbers, prompts, samples)
+        return Asked(samples, self._rewards.asked(self._answers(number, samples)), version, sampled)
+
+    def _answers(self, number: int, samples: list[list[Sample]]) -> list[Answer]:
+        return [
+            Answer.of(self._tokenizer, prompt, sample, self._prompts.rows[n])
+            for n, prompt, answered in zip(*self._prompts_of(number), samples, strict=True)
+            for sample in answered
+        ]
+
+    def _make(self, number: int, params: Params, reference: Params | None) -> tuple[Arrays, dict]:
+        rollout, begin = self._config.rollout, time.perf_counter()
+        _, prompts = self._prompts_of(number)
+        samples, found, version, seconds = self._sampler.take(number, params)
+        waited = time.perf_counter() - begin
+        reward_PR = self._rewards.summed(self._answers(number, samples), found).reshape(len(prompts), -1)
         arrays, places = self._laid_out(prompts, samples, reward_PR)
         own = {"old_logp": "logp_BT"} if rollout.updates > 1 else {}
         own |= {"old_value": "value_BT"} if self._algorithm.has_critic else {}
@@ -188,26 +233,15 @@ class Rollouts:
             "rollout/failed": float(np.isnan(reward_PR).sum()),
             "rollout/longest": float(max(lengths)),
             "rollout/cut_short": float(np.mean(cut)),
-            "rollout/tokens_per_second": sum(lengths) / sampled,
+            "rollout/tokens_per_second": sum(lengths) / seconds,
             "rollout/seconds": time.perf_counter() - begin,
+            "rollout/waited": waited,
+            "rollout/staleness": float(number - version),
         }
         self._show(number, prompts, samples, reward_PR)
         if jax.process_index() == 0:
             self._write(number, arrays, facts, reward_PR)
         return arrays, facts
-
-    def _rewarded(self, numbers: Sequence[int], prompts: Sequence[np.ndarray], samples: list) -> np.ndarray:
-        """float64 [prompts, samples]; NaN where a reward has failed. Process 0 asks, all are told."""
-        shape = (len(prompts), self._config.rollout.samples_per_prompt)
-        found = np.zeros(shape)
-        if self._rewards:
-            answers = [
-                Answer.of(self._tokenizer, prompt, sample, self._prompts.rows[number])
-                for number, prompt, answered in zip(numbers, prompts, samples, strict=True)
-                for sample in answered
-            ]
-            found = self._rewards(answers).reshape(shape)
-        return np.asarray(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else found
 
     def _laid_out(
         self, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray
@@ -286,20 +320,24 @@ class Rollouts:
         with replacing(self._file(number)) as file:
             np.savez(file, about=np.array(about), rewards=reward_PR, **arrays)
 
-    def _read(self, number: int) -> tuple[Arrays, dict[str, float]] | None:
+    def _stored(self, number: int) -> tuple[Arrays, dict[str, float]] | None:
         """A rollout that was made before, whole and by the same flags; None where there is none."""
-        file, there = self._file(number), False
-        arrays: Arrays = {}
-        facts: dict[str, float] = {}
+        file = self._file(number)
         with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
             with np.load(BytesIO(file.read_bytes())) as stored:  # whose arrays are checked as they are read
                 arrays = {name: stored[name] for name in stored.files}
             about = json.loads(str(arrays.pop("about")))
             arrays.pop("rewards")
-            facts, there = about["facts"], (about["format"], about["fingerprint"]) == (FORMAT, self.fingerprint)
-        if jax.process_count() > 1:
-            there = bool(np.all(multihost_utils.process_allgather(np.array(there))))
-        return (arrays, facts) if there else None
+            if (about["format"], about["fingerprint"]) == (FORMAT, self.fingerprint):
+                return arrays, about["facts"]
+        return None
+
+    def _read(self, number: int) -> tuple[Arrays, dict[str, float]] | None:
+        """What is stored, where all processes can read it."""
+        found = self._stored(number)
+        if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.array(found is not None))):
+            return None
+        return found
 
 
 def _stats(model: Model, params: Params, batch: Batch, fields: tuple[str, ...]) -> tuple[jax.Array, ...]:

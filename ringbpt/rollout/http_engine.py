@@ -1,7 +1,8 @@
 """Engine `http`: one or several `ringbpt.serve`, asked for token ids and log-probabilities over HTTP.
 
 A text is drawn by its seed and number wherever it is asked for, so what a lost server was asked another one answers
-with the same tokens. After an update each server is probed: what it says of a text must be what the trainer says.
+with the same tokens. A server is asked once it has read the newest weights and was probed: what it says of some texts
+must be what the trainer says. One that comes back after it was lost reads them again first.
 """
 
 import json
@@ -9,9 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -19,18 +19,23 @@ import numpy as np
 
 from ringbpt.config import UserError
 from ringbpt.config.shown import one_line
-from ringbpt.evaluation.score import Item, Scorer
-from ringbpt.model.llama import Model
 from ringbpt.rollout.engine import Sample
-from ringbpt.types import Params
+from ringbpt.rollout.handover import Probe, Version
 
 AT_ONCE = 64  # requests under way at a server
 MOST_FAILURES = 5  # of a request, wherever it was asked
 HEALTH_SECONDS, PERIOD_SECONDS = 5.0, 0.5
 LOST_SECONDS = 15.0  # without a sign of health, though its address takes connections
-PROBE_TOKENS = 16
-TOLERANCE = 0.02  # nats, of a mean over the probe's tokens: a float32 pair is within 1e-4, one of bf16 within 1e-2
-Says = Callable[[np.ndarray, Sequence[int]], Sequence[float]]  # (prompt, tokens behind it) -> log-probability of each
+TOLERANCE = 0.02  # nats, of a mean over the probe's texts: a float32 pair is within 1e-4, one of bf16 within 1e-2
+MOVED = 1e-3  # nats, of the same mean: what must change an answer's last digit, whatever dtype a server computes in
+
+
+class Said(NamedTuple):
+    """A server's answer to a probe, the tokens and their log-probabilities, and what the trainer said of these."""
+
+    tokens: list[int]
+    logps: list[float]
+    trainers: np.ndarray
 
 
 class Lost(Exception):
@@ -42,7 +47,14 @@ class Lost(Exception):
 
 
 class Address:
-    """A server, as a client sees it."""
+    """A server, as a client sees it. up: whether it answers. has, refused: the versions of weights that it has read,
+    and was probed with, and that it is not asked with any more. said: its last good answer to a probe.
+    """
+
+    has: int | None = None
+    refused: int | None = None
+    said: Said | None = None
+    tries: int = 0  # to have it read the newest
 
     def __init__(self, url: str, api_key: str, seconds: float):
         self.url, self.up, self.seen = url.rstrip("/"), True, time.monotonic()
@@ -68,6 +80,7 @@ class Address:
         except (URLError, OSError, HTTPException, ValueError) as error:
             refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
             self.up = self.up and not refused
+            self.has = None  # another process may answer there next
             raise Lost(one_line(getattr(error, "reason", None) or error)) from None
 
     def look(self) -> None:
@@ -76,6 +89,7 @@ class Address:
             self.ask("/health", seconds=HEALTH_SECONDS)
         except (Lost, UserError):
             self.up = self.up and time.monotonic() - self.seen < LOST_SECONDS
+            self.has = self.has if self.up else None
         else:
             self.up, self.seen = True, time.monotonic()
 
@@ -90,8 +104,9 @@ def _reason(error: HTTPError) -> str:
 class Work:
     """Requests, each taken by some server until it has an answer; those of a lost server go back."""
 
-    def __init__(self, bodies: Sequence[dict[str, Any]], servers: Sequence[Address]):
-        self.bodies, self._servers = bodies, servers
+    def __init__(self, bodies: Sequence[dict[str, Any]], servers: Sequence[Address], version: int | None):
+        """version: of the weights that a server must have; None: whatever it has."""
+        self.bodies, self._servers, self._version = bodies, servers, version
         self.found: dict[int, Any] = {}
         self.error: Exception | None = None
         self._todo, self._taken = deque(range(len(bodies))), dict[int, Address]()
@@ -106,7 +121,8 @@ class Work:
         """The number of a request for this server, once it is up and no other has fewer; None when all is over."""
         with self._changed:
             while not self.over:
-                if self._todo and server.up and self._load(server) == min(map(self._load, self._those_up())):
+                ready = self._is_ready(server)
+                if self._todo and ready and self._load(server) == min(map(self._load, self._those_ready())):
                     number = self._todo.popleft()
                     if number not in self.found:
                         self._taken[number] = server
@@ -119,8 +135,11 @@ class Work:
     def _load(self, server: Address) -> int:
         return sum(taker is server for taker in self._taken.values())
 
-    def _those_up(self) -> list[Address]:
-        return [server for server in self._servers if server.up] or [*self._servers]
+    def _is_ready(self, server: Address) -> bool:
+        return server.up and self._version in (None, server.has)
+
+    def _those_ready(self) -> list[Address]:
+        return [*filter(self._is_ready, self._servers)]
 
     def put(self, number: int, found: Any) -> None:
         """The first answer counts; one of a server that was given up may come later, and says the same."""
@@ -144,6 +163,11 @@ class Work:
             self._failed[number] += 1
             return self._failed[number]
 
+    def look_again(self) -> None:
+        """A server has become ready."""
+        with self._changed:
+            self._changed.notify_all()
+
     def fail(self, error: Exception) -> None:
         with self._changed:
             self.error = self.error or error
@@ -162,13 +186,56 @@ class HttpEngine:
         urls: Sequence[str],
         max_new_tokens: int,
         ends: frozenset[int],
+        temperature: float = 1.0,
         api_key: str = "",
         seconds: float = 600.0,
         say: Callable[[str], None] = print,
     ):
-        """urls: as http://127.0.0.1:8000. seconds: how long no server may be up, and one may take for an answer."""
+        """urls: as http://127.0.0.1:8000. temperature: of the probe, as sampling will have it. seconds: how long no
+        server may be up, and one may take for an answer.
+        """
         self._servers = [Address(url, api_key, seconds) for url in urls]
-        self._most, self._ends, self._seconds, self._say, self._version = max_new_tokens, ends, seconds, say, 0
+        self._most, self._ends, self._temperature = max_new_tokens, ends, temperature
+        self._seconds, self._say = seconds, say
+        self._wanted: Version | None = None
+        self._probe: Probe | None = None
+        self._work: Work | None = None
+        self._closed = False
+
+    def find(self, longest: int) -> None:
+        """Raises UserError where no server answers, and where one takes no text of so many tokens: at once, before
+        anything else is done.
+        """
+        why = ""
+        for server in self._servers:
+            try:
+                about = server.ask("/v1/models", seconds=HEALTH_SECONDS / len(self._servers))["data"][0]
+            except Lost as lost:
+                server.up, why = False, f"{server.url}: {lost}"
+            except (KeyError, IndexError, TypeError):
+                what = "it is no server of OpenAI's routes, as ringbpt.serve is"
+                raise UserError(f"--rollout.servers={server.url}: {what}") from None
+            else:
+                if about.get("max_model_len", longest) < longest:
+                    raise UserError(
+                        f"--rollout.servers={server.url} takes texts of {about['max_model_len']} tokens, and a prompt "
+                        f"with its answer has {longest}: start it with --max_sequence_length={longest}"
+                    )
+        if not any(server.up for server in self._servers):
+            raise UserError(
+                f"--rollout.servers: {why}: start one: python -m ringbpt.serve --load_checkpoint=huggingface::DIR"
+            )
+
+    def update(self, version: Version) -> None:
+        """Servers are asked for what these weights say from now on; each reads them when it is needed next."""
+        if self._wanted != version:
+            self._wanted, self._probe = version, version.probe()
+
+    def close(self) -> None:
+        """Ends what is under way, by a UserError where it is waited for."""
+        self._closed = True
+        if self._work:
+            self._work.fail(UserError("the run ends: no rollout is sampled any more", code=3))
 
     def generate(
         self, prompts: Sequence[np.ndarray], samples: int, temperature: float, seed: int
@@ -186,7 +253,9 @@ class HttpEngine:
         }
         alike |= {"stop_token_ids": sorted(self._ends), "return_token_ids": True}
         bodies = [alike | {"prompt": p.tolist(), "number": i * samples} for i, p in enumerate(prompts)]
-        work = Work(bodies, self._servers)
+        work = self._work = Work(bodies, self._servers, self._wanted.number if self._wanted else None)
+        if self._closed:
+            self.close()
         start = time.monotonic()
         for server in self._servers:
             server.seen = start
@@ -221,14 +290,17 @@ class HttpEngine:
                 work.fail(error)
 
     def _watch(self, server: Address, work: Work) -> None:
+        """Sees whether it is up, and that it has the weights that are wanted, as long as there is work."""
         while not work.over:
             server.look()
             if not server.up:
                 work.give_back(server)
+            elif self._wanted and self._wanted.number not in (server.has, server.refused):
+                self._renew(server, work, self._wanted)
             time.sleep(PERIOD_SECONDS)
 
     def _check_some_are_left(self, work: Work) -> None:
-        silent = time.monotonic() - max(server.seen for server in self._servers)
+        silent = time.monotonic() - max((server.seen for server in self._left()), default=0.0)
         if silent > self._seconds:
             which = ", ".join(server.url for server in self._servers)
             work.fail(
@@ -241,53 +313,68 @@ class HttpEngine:
 
     # --- weights ---
 
-    def update(self, load_checkpoint: str, probe: np.ndarray, says: Says, tolerance: float = TOLERANCE) -> None:
-        """Has every server read these weights, and makes sure that they are the trainer's.
-
-        probe: a prompt, which each server goes on with greedily; says: what the trainer's weights say of those tokens.
-        Raises UserError, code 3, for a server that is lost or refuses, that has another version, or that says other
-        numbers than the trainer (a mean of more than `tolerance` nats apart: a smaller change is not seen).
+    def _renew(self, server: Address, work: Work, version: Version) -> None:
+        """Has a server read the weights, and makes sure that they are the trainer's; one that refuses, or says other
+        numbers than the trainer, is not asked by this version. Where none is left, the work fails.
         """
-        self._version += 1
-        for server in self._servers:
-            found = {}
-            for path, body in (
-                ("/update_weights_from_disk", {"load_checkpoint": load_checkpoint, "version": self._version}),
-                ("/weight_info", None),
-            ):
-                found = self._told(server, path, body)
-            if found.get("version") != self._version:
-                raise UserError(
-                    f"{server.url}: its weights are of version {found.get('version')!r} after an update to "
-                    f"{self._version}",
-                    code=3,
-                )
-            self._probe(server, load_checkpoint, probe, says, tolerance)
-
-    def _told(self, server: Address, path: str, body: dict[str, Any] | None) -> Any:
         try:
-            return server.ask(path, body)
+            server.ask("/update_weights_from_disk", {"model_path": str(version.folder), "version": version.number})
+            self._check(server, version)
         except Lost as why:
-            raise UserError(f"{server.url}{path}: {why}", code=3) from None
+            server.tries += not why.busy
+            self._say(f"{server.url}: {why}: it is told again to read {version.folder}")
+            if server.tries >= MOST_FAILURES:
+                self._refuse(
+                    server, work, UserError(f"{server.url} has failed to read {version.folder}: {why}", code=3)
+                )
+        except UserError as error:
+            self._refuse(server, work, error)
+        else:
+            server.has, server.tries = version.number, 0
+            work.look_again()
 
-    def _probe(self, server: Address, source: str, probe: np.ndarray, says: Says, tolerance: float) -> None:
-        body: dict[str, Any] = {
-            "prompt": probe.tolist(),
-            "temperature": 0.0,
-            "max_tokens": min(PROBE_TOKENS, self._most),
-        }
-        body |= {"logprobs": 0, "return_token_ids": True, "seed": 0}
+    def _refuse(self, server: Address, work: Work, error: UserError) -> None:
+        assert self._wanted is not None
+        server.refused, server.tries = self._wanted.number, 0
+        self._say(f"{error}: it is asked no more by these weights")
+        if not self._left():
+            work.fail(error)
+
+    def _left(self) -> list[Address]:
+        return [s for s in self._servers if self._wanted is None or s.refused != self._wanted.number]
+
+    def _check(self, server: Address, version: Version) -> None:
+        """The probe: one token behind each text, drawn as sampling will draw.
+
+        Raises UserError, code 3, where what the server says is not what the trainer does, and where it is to the last
+        digit what it said before, though the trainer's own has changed: it has not read the folder.
+        """
+        assert self._probe is not None
+        prompts = self._probe.prompts
+        body = {"prompt": prompts, "temperature": self._temperature, "max_tokens": 1, "seed": 0}
         try:
-            [sample] = _samples(self._told(server, "/v1/completions", body), 1)
+            found = server.ask("/v1/completions", body | {"logprobs": 0, "return_token_ids": True})
+            answers = _samples(found, len(prompts))
+            tokens, logps = [answer.tokens[0] for answer in answers], [answer.logps[0] for answer in answers]
+            trainers = self._probe.said(tokens)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise UserError(f"{server.url}: no answer of ringbpt.serve's: {one_line(error)}", code=3) from None
-        apart = np.abs(np.asarray(says(probe, sample.tokens)) - np.asarray(sample.logps)).mean()
-        if not apart <= tolerance:
+        where, apart = f"{server.url}: after reading {version.folder}", np.abs(trainers - np.asarray(logps)).mean()
+        if not apart <= TOLERANCE:
             raise UserError(
-                f"{server.url}: after reading {source} it says log-probabilities that are {apart:.3g} nats from the "
-                f"trainer's, {tolerance:g} at most: stale weights, or another model",
+                f"{where} it says log-probabilities that are {apart:.3g} nats from the trainer's, {TOLERANCE:g} at "
+                "most: stale weights, or another model, dtype or kind of log-probabilities",
                 code=3,
             )
+        if (before := server.said) and (tokens, logps) == (before.tokens, before.logps):
+            moved = np.abs(trainers - before.trainers).mean()
+            if moved > MOVED:
+                raise UserError(
+                    f"{where} it says to the last digit what it said before, and the trainer's log-probabilities have "
+                    f"moved by {moved:.3g} nats: stale weights",
+                    code=3,
+                )
+        server.said = Said(tokens, logps, trainers)
 
 
 def _samples(answer: Any, samples: int) -> list[Sample]:
@@ -298,16 +385,3 @@ def _samples(answer: Any, samples: int) -> list[Sample]:
     if any(len(sample.tokens) != len(sample.logps) or not sample.tokens for sample in found):
         raise ValueError("an answer whose tokens and log-probabilities are not as many")
     return found
-
-
-def trainer_says(model: Model, params: Params) -> Says:
-    """What these weights say, at temperature 1, of the tokens behind a prompt: for HttpEngine.update."""
-    scorer = Scorer(replace(model, temperature=1.0), rows=1)
-
-    def says(prompt: np.ndarray, tokens: Sequence[int]) -> list[float]:
-        whole = np.concatenate([prompt, tokens]).astype(np.int32)
-        ends = range(len(prompt) + 1, len(whole) + 1)  # of each text the last token is judged
-        items = [Item(whole[:end], end - 1) for end in ends]
-        return scorer.score(params, items, scorer.row_length(len(whole))).logp.tolist()
-
-    return says

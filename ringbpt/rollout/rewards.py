@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -66,6 +66,7 @@ class Function:
     seconds: float
     say: Say
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
+    on_mesh: ClassVar[bool] = False
 
     def start(self) -> None:
         """Raises UserError where the file or the function is not there."""
@@ -138,6 +139,7 @@ class Server:
     url: str
     seconds: float
     say: Say
+    on_mesh: ClassVar[bool] = False
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         asked = {
@@ -169,7 +171,9 @@ def _numbers(found: dict[str, Any], count: int) -> list[float]:
 
 
 class OurModel:
-    """A reward model on the trainer's mesh, which reads the tokens as they were sampled."""
+    """A reward model on the trainer's mesh, which reads the tokens as they were sampled; all processes ask it."""
+
+    on_mesh: ClassVar[bool] = True
 
     def __init__(self, spec: str, policy: Model, longest: int):
         """longest: tokens of prompt and answer, at most. Raises UserError for a model that scores nothing, or has
@@ -228,7 +232,15 @@ class Rewards:
 
     def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
         """float64 [answers]; NaN where any part has failed. Raises UserError, code 3, where too many have."""
-        found = np.array([part(answers) for part in self._parts], np.float64)
+        return self.summed(answers, self.asked(answers))
+
+    def asked(self, answers: Sequence[Answer]) -> np.ndarray:
+        """float64 [parts, answers] of what needs no mesh, by process 0, of which a thread may ask; else NaN."""
+        return np.array([[math.nan] * len(answers) if part.on_mesh else part(answers) for part in self._parts])
+
+    def summed(self, answers: Sequence[Answer], found: np.ndarray) -> np.ndarray:
+        """What __call__ gives, of what was asked before; all processes call it, and are given what process 0 has."""
+        found = np.array([part(answers) if part.on_mesh else found[i] for i, part in enumerate(self._parts)])
         total = combined(found, self._weights, self._normalise)
         failed = int(np.isnan(total).sum())
         self.failed += failed
@@ -276,5 +288,6 @@ def _reward(spec: str, config: RolloutConfig, policy: Model, longest: int, say: 
     if not file.is_file():
         raise UserError(f"{where}: no such file")
     function = Function(where, file.absolute(), match[2], config.reward_timeout, say)
-    function.start()
+    if jax.process_index() == 0:
+        function.start()
     return function

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from ringbpt.checkpoint import digests
 from ringbpt.checkpoint.load import describe_predicting, load_model
 from ringbpt.config import DTYPES, UserError, user_path
 from ringbpt.config.foreign import shown
@@ -47,6 +48,9 @@ class Weights:
 
     def _load(self, source: str, adapter: str, version: int | str | None) -> dict[str, Any]:
         """Raises UserError for another model; what was served then goes on being served."""
+        folder = user_path(source.partition("::")[2])
+        if folder.is_dir() and digests.are_in(folder) and (what := digests.problem(folder)):
+            raise UserError(f"{source}: {what}: it was not written to its end, or has changed since")
         model = self._generator.model
         length = model.architecture.max_sequence_length
         found = replace(describe_predicting(source).architecture, max_sequence_length=length)

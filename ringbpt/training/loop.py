@@ -73,12 +73,15 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
             writer.write(row)
             writer.progress(int(row["step"]), row)
 
+    def tick(pending: tuple[int, Metrics] | None) -> None:
+        if pending is not None and (row := clock.tick(*pending)):
+            log(row)
+
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_train_step(layout, objective)
     source = rollouts or _delivery(model, loaders[TRAIN], run)
-    watch = Watch(config.guard, say)
     bytes_per_token = loader.bytes_per_token if objective.is_in_nats(config) else math.inf
-    clock = Clock(config, objective, bytes_per_token, source.take_waited, run.means, watch.look)
+    clock = Clock(config, objective, bytes_per_token, source.take_waited, run.means, Watch(config.guard, say).look)
     compare = make_compare(layout)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with (
@@ -94,7 +97,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
         agreement = Agreement(config.save_minutes or 0.0, signals.told)
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
         for step in range(run.start, config.total_steps):
-            batch = source.batch(step, state)
+            batch = _batch(source, run, step, state, clock, partial(tick, pending))
             if step == run.start:
                 compile_ahead("the step", train_step, state, batch)
                 signals.hold()  # from here on there is something to save
@@ -103,16 +106,14 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
             state, metrics = train_step(state, batch)
             done = step + 1
             run.checkpointer.poll()
-            if pending is not None and (row := clock.tick(*pending)):
-                log(row)
+            tick(pending)
             pending = (done, metrics)
             compare(state, done, now=False)
             last, wish = done == config.total_steps, agreement.after(done)
             evaluates, saves = due(done, config.eval_steps), due(done, config.save_model_freq)
             milestone = due(done, config.save_milestone_freq)
             if last or evaluates or saves or milestone or wish:
-                if row := clock.tick(*pending):
-                    log(row)
+                tick(pending)
                 pending = None
                 if evaluate and (last or (evaluates and not wish.code)):
                     watchdog.at(done, watched=False)  # it may compile
@@ -147,6 +148,19 @@ def _data(
     fingerprint = (rollouts or loaders[TRAIN]).fingerprint
     processes.agree("the data", {"the training data that --train_dataset finds": fingerprint})
     return rollouts, loaders
+
+
+def _batch(
+    source: Rollouts | Delivery[Batch], run: Run, step: int, state: TrainState, clock: Clock, tick: Callable[[], None]
+) -> Batch:
+    """What the step learns from. Where it cannot be had any more, as without servers, what was learnt is saved."""
+    try:
+        return source.batch(step, state)
+    except UserError:
+        if step > run.start and run.config.save_final:
+            tick()
+            run.save(step, state, False, clock.means, whole=True)
+        raise
 
 
 def _delivery(model: Model, loader: Loader, run: Run) -> Delivery[Batch]:

@@ -25,7 +25,8 @@ from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
 from ringbpt.rollout import http_engine as http_engine_module
 from ringbpt.rollout.engine import LocalEngine, Sample
-from ringbpt.rollout.http_engine import HttpEngine, trainer_says
+from ringbpt.rollout.handover import Shelf
+from ringbpt.rollout.http_engine import HttpEngine
 from tests.golden.make_families import restore
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +67,10 @@ class Server:
     """`python -m ringbpt.serve`, ready."""
 
     def __init__(self, folder: Path, *flags: str, key: str = ""):
-        command = [sys.executable, "-m", "ringbpt.serve", f"--load_checkpoint=huggingface::{folder}", "--port=0"]
+        command = [sys.executable, "-m", "ringbpt.serve", f"--load_checkpoint=huggingface::{folder}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "RINGBPT_API_KEY": key}
         self.process = subprocess.Popen(
-            [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [*command, "--port=0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         self.said: list[str] = []
         assert self.process.stdout
@@ -312,23 +313,73 @@ def test_pause_and_resume(server):
     assert answers and server.ask("/health")[1] == {"status": "ok", "waiting": 0}
 
 
-def test_updates_and_what_a_stale_one_is_told_by(server, folder, other, local, drawn):
-    engine, (model, params, _) = http_engine(server), local
+@pytest.fixture
+def versions(tmp_path, folder, other, local) -> tuple[Shelf, Any]:
+    """Version 0, what is served at first, and version 1, of other weights; and an engine with these."""
+    ours, theirs = local, local_engine(other)
+    settings = json.loads((folder / "config.json").read_text())
+    found = Shelf(tmp_path, ours[0], "fp32", settings, PROMPTS[2])
+    for number, params in enumerate((ours[1], theirs[1])):
+        found.put(number, params)
+    return found, theirs[2]
+
+
+def test_updates_are_read_and_probed(server, versions, drawn):
+    (shelf, other_engine), engine = versions, http_engine(server)
     before = server.ask("/weight_info")[1]
-    other_model, other_params, other_engine = local_engine(other)
-    probe = PROMPTS[2]
-    engine.update(f"huggingface::{other}", probe, trainer_says(other_model, other_params))
-    after = server.ask("/weight_info")[1]
-    assert after["version"] == 1 and after["fingerprint"] != before["fingerprint"] and str(other) in after["source"]
-    assert_same(engine.generate(PROMPTS, 3, 0.8, seed=7), other_engine.generate(PROMPTS, 3, 0.8, seed=7))
-    with pytest.raises(UserError, match="nats from the trainer's") as error:  # the folder of the step before
-        engine.update(f"huggingface::{other}", probe, trainer_says(model, params))
-    assert error.value.code == 3 and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="no such folder"):
-        engine.update("huggingface::/nowhere", probe, trainer_says(model, params))
-    engine.update(f"huggingface::{folder}", probe, trainer_says(model, params))
-    assert server.ask("/weight_info")[1]["fingerprint"] == before["fingerprint"]
-    assert_same(engine.generate(PROMPTS, 3, 0.8, seed=7), drawn)
+    for number, wanted in ((1, other_engine.generate(PROMPTS, 3, 0.8, seed=7)), (0, drawn)):
+        engine.update(shelf.version(number))
+        assert_same(engine.generate(PROMPTS, 3, 0.8, seed=7), wanted)
+        after = server.ask("/weight_info")[1]
+        assert after["version"] == number and str(shelf.version(number).folder) in after["source"]
+        assert (after["fingerprint"] == before["fingerprint"]) == (number == 0)
+
+
+def test_twenty_updates_are_probed(server, versions, local):
+    """Each a little apart from the last; what a server says after each is within 1e-4 of the trainer's."""
+    (shelf, _), (_, params, _) = versions, local
+    engine = http_engine(server)
+    for number in range(2, 22):
+        moved = params | {"unembed": params["unembed"] * (1 + 0.01 * number)}
+        shelf.put(number, moved)
+        engine.update(shelf.version(number))
+        engine.generate(PROMPTS[:1], 1, 1.0, seed=0)
+        said = engine._servers[0].said
+        assert server.ask("/weight_info")[1]["version"] == number
+        assert np.abs(said.trainers - said.logps).max() < 1e-4
+        shelf.drop_before(number)
+    engine.update(shelf.version(21))
+    shelf.put(0, params)
+    engine.update(shelf.version(0))
+    engine.generate(PROMPTS[:1], 1, 1.0, seed=0)
+
+
+@pytest.mark.parametrize("step", (0.5, 0.004), ids=("far", "near"))
+def test_a_stale_server_is_found_at_once(server, versions, local, step):
+    """It says that it has read the folder, and has not: far from the trainer, or as near as any that has."""
+    (shelf, _), (_, params, _) = versions, local
+    said: list[str] = []
+    engine = http_engine(server, say=said.append)
+    engine.update(shelf.version(0))
+    engine.generate(PROMPTS[:1], 1, 1.0, seed=0)
+    shelf.put(7, params | {"unembed": params["unembed"] * (1 + step)})
+    [address] = engine._servers
+    ask = address.ask
+    address.ask = lambda path, *more, **named: {} if path == "/update_weights_from_disk" else ask(path, *more, **named)
+    engine.update(shelf.version(7))
+    with pytest.raises(UserError, match="stale weights") as error:
+        engine.generate(PROMPTS[:1], 1, 1.0, seed=0)
+    assert error.value.code == 3 and "\n" not in str(error.value) and "asked no more" in said[-1]
+
+
+def test_a_folder_that_is_damaged_is_refused(server, versions):
+    shelf, _ = versions
+    file = shelf.version(1).folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    status, found = server.ask("/update_weights_from_disk", {"model_path": str(file.parent)})
+    assert status == 400 and "model.safetensors: it is damaged" in found["error"]["message"]
 
 
 def test_another_model_is_refused(server, tmp_path):

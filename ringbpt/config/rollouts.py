@@ -1,0 +1,57 @@
+"""What learning from rollouts needs of a run's flags, and what nothing else reads."""
+
+import re
+
+from ringbpt.config.fields import CRITICS, POLICIES, Config, RolloutConfig
+from ringbpt.config.values import UserError
+
+
+def check_rollouts(config: Config) -> None:
+    """What learning from rollouts needs, and what nothing else reads."""
+    rollout, name = config.rollout, f"--objective={config.objective}"
+    if config.objective not in POLICIES:
+        for flag in ("prompts", "reward"):
+            if getattr(rollout, flag):
+                raise UserError(f"--rollout.{flag} is of learning from rollouts, and {name} has none: --objective=grpo")
+        return
+    if not rollout.prompts:
+        raise UserError(f"{name} learns from its own answers to prompts: --rollout.prompts=FILE.jsonl")
+    if not rollout.reward:
+        raise UserError(f"{name} learns from what answers are worth: --rollout.reward=FILE.py:NAME, or a reward model")
+    if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", *CRITICS):
+        raise UserError(
+            f"--rollout.samples_per_prompt={rollout.samples_per_prompt}: {name} compares a prompt's answers with each "
+            "other: --rollout.samples_per_prompt=8"
+        )
+    if rollout.updates > rollout.prompts_per_step:
+        raise UserError(
+            f"--rollout.updates={rollout.updates} steps learn from --rollout.prompts_per_step="
+            f"{rollout.prompts_per_step} prompts, and some from none: --rollout.updates={rollout.prompts_per_step}"
+        )
+    if config.policy.kl_in_reward and not config.objective.startswith(("reinforce_pp", "ppo")):
+        raise UserError(f"--policy.kl_in_reward is of rewards a token, and {name} has one an answer: leave it out")
+    if config.policy.kl_in_reward and not config.policy.kl_coefficient:
+        raise UserError("--policy.kl_in_reward takes --policy.kl_coefficient=0 of it: --policy.kl_coefficient=0.01")
+    if rollout.servers:
+        _check_servers(rollout)
+    elif rollout.max_staleness:
+        raise UserError(
+            f"--rollout.max_staleness={rollout.max_staleness}: the run's own devices sample or learn, one at a time: "
+            "--rollout.servers=http://HOST:PORT"
+        )
+    if rollout.max_staleness and not config.policy.correction:
+        raise UserError(
+            f"--rollout.max_staleness={rollout.max_staleness}: answers are of an older policy, and would be learnt as "
+            "if they were not: --policy.correction=token_truncate"
+        )
+    if config.eval_steps:
+        raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
+
+
+def _check_servers(rollout: RolloutConfig) -> None:
+    urls = [url.strip().rstrip("/") for url in rollout.servers.split(",")]
+    for url in urls:
+        if not re.fullmatch(r"https?://[^\s/?#]+", url):
+            raise UserError(f"--rollout.servers={url} is no address of a server: http://127.0.0.1:8000")
+        if urls.count(url) > 1:
+            raise UserError(f"--rollout.servers names {url} twice: leave one out")
