@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from ringbpt.rollout.http_engine import LOST_SECONDS
-from tests.flags import flags
 from tests.rollout.test_ahead import STALE, base, of, serving, words  # noqa: F401
 from tests.rollout.test_rollouts import data, rewards, stored  # noqa: F401
 from tests.rollout.test_serve import ROOT, Server
+from tests.training.test_loop import flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
 SLOWLY = """
@@ -40,14 +40,17 @@ def ended(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, out
 
 
-def assert_the_same(run: Path, other: Path) -> None:
-    """To the last bit: rewards, and the files of rollouts."""
+def assert_the_same(run: Path, other: Path, served: bool) -> None:
+    """To the last bit: rewards, tokens, and the files of rollouts; but a server's log-probabilities have the last digit
+    of the batch that they were computed in.
+    """
     assert rewards(run) == rewards(other)
     ours, theirs = stored(run), stored(other)
     assert ours.keys() == theirs.keys()
     for name, arrays in ours.items():
         for column, array in arrays.items():
-            np.testing.assert_array_equal(array, theirs[name][column], f"{name} {column}")
+            limit = 1e-4 if served and column in ("rollout_logp", "old_logp") else 0.0
+            np.testing.assert_allclose(array, theirs[name][column], rtol=0, atol=limit, err_msg=f"{name} {column}")
 
 
 def slowly(tmp_path: Path, seconds: float) -> str:
@@ -76,7 +79,7 @@ def test_a_run_that_is_killed_ten_times(words, base, tmp_path, served):  # noqa:
             assert process.returncode == -signal.SIGKILL, "it was over before: let it have more steps"
             kills += 1
         ended(process)
-    assert_the_same(tmp_path / "run", tmp_path / "whole")
+    assert_the_same(tmp_path / "run", tmp_path / "whole", served)
 
 
 def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_path):  # noqa: F811
@@ -116,4 +119,4 @@ def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_pa
         lost.process.communicate()
     assert run.returncode == 0, said[-5:]
     assert any("asked again" in line for line in said) and used > 0
-    assert_the_same(tmp_path / "run", tmp_path / "whole")
+    assert_the_same(tmp_path / "run", tmp_path / "whole", served=True)
