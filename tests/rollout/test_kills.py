@@ -85,8 +85,8 @@ def test_a_run_that_is_killed_ten_times(words, base, tmp_path, served):  # noqa:
 def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_path):  # noqa: F811
     """One of two; each time it comes back, at the same address, with the weights that it began with."""
     words = (*words, *STALE, "--total_steps=150", "--checkpointer.keep=2")
-    with serving(base, "--batch_size=2") as other:
-        lost = Server(base, "--tokenizer=bytes", "--batch_size=2")
+    with serving(base, "--batch_size=4") as other:
+        lost = Server(base, "--tokenizer=bytes", "--batch_size=4")
         port = lost.url.rpartition(":")[2]
         ended(start(tmp_path, *words, of(other), slowly(tmp_path, 0), name="whole"))
         run = start(tmp_path, *words, of(lost, other), slowly(tmp_path, 0.12), name="run")
@@ -103,7 +103,7 @@ def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_pa
                 if kills < 10:
                     lost.process.kill()
                     lost.process.communicate()
-                    lost, kills = Server(base, "--tokenizer=bytes", "--batch_size=2", f"--port={port}"), kills + 1
+                    lost, kills = Server(base, "--tokenizer=bytes", "--batch_size=4", f"--port={port}"), kills + 1
                 else:
                     lost.process.send_signal(signal.SIGSTOP)
                     time.sleep(LOST_SECONDS + 2)
