@@ -69,8 +69,9 @@ class Server:
     def __init__(self, folder: Path, *flags: str, key: str = ""):
         command = [sys.executable, "-m", "ringbpt.serve", f"--load_checkpoint=huggingface::{folder}"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "RINGBPT_API_KEY": key}
+        flags = flags if any(flag.startswith("--port=") for flag in flags) else (*flags, "--port=0")
         self.process = subprocess.Popen(
-            [*command, "--port=0", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         self.said: list[str] = []
         assert self.process.stdout
