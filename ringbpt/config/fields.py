@@ -37,7 +37,7 @@ OBJECTIVE_NAMES = (
     "discopop", "sigmoid_norm", "simpo", "orpo", "kto", "apo_zero_unpaired",
     "reward",
     "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline",
-    "ppo",
+    "distill", "ppo",
 )  # fmt: skip
 POLICIES = OBJECTIVE_NAMES[OBJECTIVE_NAMES.index("grpo") :]  # those that learn from rollouts
 SCORING = ("reward",)  # those whose model has no vocabulary to predict, and says one number of each token

@@ -16,9 +16,11 @@ def check_rollouts(config: Config) -> None:
         return
     if not rollout.prompts:
         raise UserError(f"{name} learns from its own answers to prompts: --rollout.prompts=FILE.jsonl")
-    if not rollout.reward:
+    if config.objective == "distill":
+        _check_teacher(config)
+    elif not rollout.reward:
         raise UserError(f"{name} learns from what answers are worth: --rollout.reward=FILE.py:NAME, or a reward model")
-    if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", *CRITICS):
+    if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", "distill", *CRITICS):
         raise UserError(
             f"--rollout.samples_per_prompt={rollout.samples_per_prompt}: {name} compares a prompt's answers with each "
             "other: --rollout.samples_per_prompt=8"
@@ -46,6 +48,16 @@ def check_rollouts(config: Config) -> None:
         )
     if config.eval_steps:
         raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
+
+
+def _check_teacher(config: Config) -> None:
+    if not config.reference_checkpoint:
+        raise UserError("--objective=distill learns from a teacher: --reference_checkpoint=PREFIX::PATH")
+    if config.policy.kl_coefficient:
+        raise UserError(
+            f"--policy.kl_coefficient={config.policy.kl_coefficient}: the distance from --reference_checkpoint is all "
+            "that --objective=distill learns: leave it out"
+        )
 
 
 def _check_servers(rollout: RolloutConfig) -> None:

@@ -52,6 +52,7 @@ ALGORITHMS = {
     "reinforce_pp": Algorithm("whitened"),  # arXiv:2501.03262
     "reinforce_pp_baseline": Algorithm("group_whitened"),
     "ppo": Algorithm("gae"),  # arXiv:1707.06347
+    "distill": Algorithm("teacher"),  # the reverse KL at what the student samples: arXiv:2306.13649
 }
 
 
@@ -150,11 +151,12 @@ def _function(algorithm: Algorithm) -> Callable[[TokenStats, Batch, Config], Mea
         ratio_BT = jnp.exp(log_ratio_BT)
         is_clipped = ((ratio_BT < 1 - below) & (advantage_BT < 0)) | ((ratio_BT > 1 + above) & (advantage_BT > 0))
         shown = {
-            "reward": mean(columns["reward"], "answer"),
             "length": mean(per_document(mask_BT, batch), "answer"),
             "clipped": mean(is_clipped.astype(jnp.float32)),
             "mismatch": mean(jnp.exp(jnp.abs(old_BT - rollout_BT))),
         }
+        if "reward" in columns:
+            shown = {"reward": mean(columns["reward"], "answer")} | shown
         if REFERENCE in columns:
             shown["kl"] = mean(DIVERGENCES["k3"](columns[REFERENCE] - logp_BT))
         return found | stop_gradient(shown)
@@ -185,8 +187,8 @@ def objective(name: str) -> Objective:
         shapes=("rl",),
         head="both" if algorithm.has_critic else "unembed",
         needs=("logp_BT", "entropy_BT", *(("value_BT",) if algorithm.has_critic else ())),
-        columns=("advantage", "reward", "rollout_logp", *(("old_value", "return") if algorithm.has_critic else ())),
-        optional=("old_logp", REFERENCE),
+        columns=("advantage", "rollout_logp", *(("old_value", "return") if algorithm.has_critic else ())),
+        optional=("reward", "old_logp", REFERENCE),
         whole_documents=True,
         rollouts=True,
     )

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ringbpt.checkpoint.export import settings_beside
+from ringbpt.checkpoint.load import describe_predicting, load_model
 from ringbpt.config import Config, UserError, printable
 from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
@@ -110,12 +111,13 @@ class Rollouts:
         parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
         self.rows = math.ceil(math.ceil(per_update / per_row) / parts) * parts
         self._sampler = self._samples_from(folder, longest)
-        self._rewards = Rewards(rollout, model, longest, say)
+        self._rewards = Rewards(rollout, model, longest, say) if rollout.reward else None
+        self._teacher = teacher_of(config, model) if self._algorithm.advantage == "teacher" else None
         # Where and how patiently others are asked changes no answer.
         same = replace(rollout, servers="", server_timeout=1, reward_timeout=1, reward_failures=1)
         flags = (config.objective, config.seed, same, config.policy, self.rows)
         self.fingerprint = digest_of([self._prompts.fingerprint, *map(str, flags)])
-        self._stats = jax.jit(partial(_stats, model), static_argnums=2)
+        self._stats = jax.jit(_stats, static_argnums=(0, 3))
         self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
         self._number, self._waited, self._arrays = -1, 0.0, Arrays()
         self._facts: dict[int, dict[str, float]] = {}  # of the last two
@@ -184,7 +186,8 @@ class Rollouts:
 
     def close(self) -> None:
         self._sampler.close()
-        self._rewards.close()
+        if self._rewards:
+            self._rewards.close()
 
     # --- one rollout ---
 
@@ -201,7 +204,8 @@ class Rollouts:
         seed = zlib.crc32(f"{self._config.seed} {number}".encode())
         samples = engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed)
         sampled = time.perf_counter() - begin
-        return Asked(samples, self._rewards.asked(self._answers(number, samples)), version, sampled)
+        found = self._rewards.asked(self._answers(number, samples)) if self._rewards else np.zeros((0, 0))
+        return Asked(samples, found, version, sampled)
 
     def _answers(self, number: int, samples: list[list[Sample]]) -> list[Answer]:
         return [
@@ -215,13 +219,17 @@ class Rollouts:
         _, prompts = self._prompts_of(number)
         samples, found, version, seconds = self._sampler.take(number, params)
         waited = time.perf_counter() - begin
-        reward_PR = self._rewards.summed(self._answers(number, samples), found).reshape(len(prompts), -1)
+        reward_PR = np.zeros((len(prompts), rollout.samples_per_prompt))
+        if self._rewards:
+            reward_PR = self._rewards.summed(self._answers(number, samples), found).reshape(reward_PR.shape)
         arrays, places = self._laid_out(prompts, samples, reward_PR)
         own = {"old_logp": "logp_BT"} if rollout.updates > 1 else {}
         own |= {"old_value": "value_BT"} if self._algorithm.has_critic else {}
-        arrays |= self._said(params, arrays, own)
+        arrays |= self._said(self._model, params, arrays, own)
         if reference is not None:
-            arrays |= self._said(reference, arrays, {REFERENCE: "logp_BT"})
+            arrays |= self._said(self._model, reference, arrays, {REFERENCE: "logp_BT"})
+        if self._teacher:
+            arrays |= self._said(*self._teacher, arrays, {REFERENCE: "logp_BT"})
         arrays |= self._advantages(reward_PR, arrays, places)
         lengths = [len(sample.tokens) for answers in samples for sample in answers]
         cut = [sample.finish == "length" for answers in samples for sample in answers]
@@ -247,7 +255,8 @@ class Rollouts:
         self, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray
     ) -> tuple[Arrays, list[list[Place]]]:
         """({column: [updates, B, T]}, the place of each sample): each prompt once, with all its answers, in a row."""
-        updates, columns = self._config.rollout.updates, ("advantage", "rollout_logp", "reward", "last")
+        updates = self._config.rollout.updates
+        columns = ("advantage", "rollout_logp", "last", *(("reward",) if self._rewards else ()))
         places: list[list[Place]] = [[] for _ in prompts]
         batches = []
         for update in range(updates):
@@ -263,7 +272,7 @@ class Rollouts:
             batches.append(make_batch(rows, (self.rows, self.seq_length), [*ALWAYS, *columns]).by_name())
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, places
 
-    def _said(self, params: Params, arrays: Arrays, wanted: dict[str, str]) -> Arrays:
+    def _said(self, model: Model, params: Params, arrays: Arrays, wanted: dict[str, str]) -> Arrays:
         """{column: what a model says at each place with a target, [updates, B, T]}, by one pass; wanted: the columns,
         and the fields of TokenStats that they are.
         """
@@ -271,8 +280,8 @@ class Rollouts:
         for update in range(len(arrays["token"])) if wanted else ():
             host = Batch.of({name: array[update] for name, array in arrays.items()})
             shape = (self.rows, self.seq_length)
-            batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
-            stats = self._stats(params, batch, tuple(wanted.values()))
+            batch = put_batch(host.rows, shape, model.mesh, model.execution.sequence_layout)
+            stats = self._stats(model, params, batch, tuple(wanted.values()))
             if jax.process_count() > 1:
                 stats = multihost_utils.process_allgather(stats, tiled=True)
             for array, said in zip(found.values(), stats, strict=True):
@@ -286,6 +295,11 @@ class Rollouts:
         if kind in OF_GROUPS:
             of_answers = OF_GROUPS[kind](reward_PR).ravel()
             found = [np.full(len(targets), value) for (_, targets), value in zip(at, of_answers, strict=True)]
+            return {"advantage": _filled(arrays, at, found)}
+        if kind == "teacher":
+            own = arrays.get("old_logp", arrays["rollout_logp"])
+            nearer = np.float64(arrays[REFERENCE]) - own
+            found = [nearer[place.update, place.row, targets] for place, targets in at]
             return {"advantage": _filled(arrays, at, found)}
         policy, costs = self._config.policy, [np.zeros(len(targets)) for _, targets in at]
         if policy.kl_in_reward:
@@ -338,6 +352,23 @@ class Rollouts:
         if jax.process_count() > 1 and not np.all(multihost_utils.process_allgather(np.array(found is not None))):
             return None
         return found
+
+
+def teacher_of(config: Config, student: Model) -> tuple[Model, Params]:
+    """The model of --reference_checkpoint, of any size, on the student's mesh, at the temperature that it samples at.
+
+    Raises UserError for one with another vocabulary, or which predicts no tokens.
+    """
+    spec = config.reference_checkpoint
+    found, own = describe_predicting(spec).architecture, student.architecture
+    if found.vocab_size != own.vocab_size:
+        raise UserError(
+            f"--reference_checkpoint={spec}: its vocabulary has {found.vocab_size} tokens and the student's "
+            f"{own.vocab_size}: a teacher reads the student's tokens, so give one with the same tokenizer"
+        )
+    shape, length = tuple(student.mesh.shape.values()), own.max_sequence_length
+    model, params = load_model(spec, shape, config.dtype, student.execution, max_sequence_length=length)
+    return replace(model, temperature=student.temperature), params
 
 
 def _stats(model: Model, params: Params, batch: Batch, fields: tuple[str, ...]) -> tuple[jax.Array, ...]:

@@ -138,9 +138,54 @@ def test_rows_are_as_long_as_a_prompt_with_all_its_answers(data, tmp_path):
             ("--objective=ppo", "--rollout.prompts=x", "--rollout.reward=y", "--policy.kl_in_reward"),
             "--policy.kl_coefficient=0.01",
         ),
+        (("--objective=distill", "--rollout.prompts=x"), "--reference_checkpoint=PREFIX::PATH"),
+        (
+            (
+                "--objective=distill",
+                "--rollout.prompts=x",
+                "--reference_checkpoint=params::y",
+                "--policy.kl_coefficient=1",
+            ),
+            "leave it out",
+        ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.max_staleness=1"),
+            "--rollout.servers=http://HOST:PORT",
+        ),
+        (
+            (
+                "--objective=grpo",
+                "--rollout.prompts=x",
+                "--rollout.reward=y",
+                "--rollout.max_staleness=1",
+                "--rollout.servers=http://a:1",
+            ),
+            "--policy.correction=token_truncate",
+        ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.servers=http://a:1,a:2"),
+            "--rollout.servers=a:2 is no address",
+        ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.servers=http://a,http://a/"),
+            "names http://a twice",
+        ),
     ],
 )
 def test_what_is_missing_is_said(flags, message):
     with pytest.raises(UserError) as error:
         configured(*flags)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("updates", (1, 2))
+def test_a_student_comes_near_its_teacher(data, tmp_path, updates):
+    """Another model, with more layers, which has learnt something that no fresh one does; no reward is asked for."""
+    deeper = TINY[0].replace("length=64", "length=128").replace("layers=2", "layers=3")
+    teacher = train(tmp_path, *data, deeper, "--objective=grpo", *FULL, "--total_steps=20", name="teacher")
+    words = [word for word in data if "reward" not in word]
+    words += ["--objective=distill", f"--reference_checkpoint=params::{teacher}", f"--rollout.updates={updates}"]
+    run = train(tmp_path, *words, "--total_steps=60", "--rollout.samples_per_prompt=16", name="student")
+    rows = read_rows(run / "metrics.jsonl")
+    kl = [row["kl"] for row in rows]
+    assert "reward" not in rows[0] and np.mean(kl[-3:]) < 0.2 * np.mean(kl[:3]), kl
