@@ -3,7 +3,8 @@
   python scripts/bench_shared_prompts.py [--length=8192] [--prompt=0.9] [--answers=2 --answers=8] <flags of a run>
 
 A step on documents of `length` tokens, which stand in one row with their prompt once, over the same step with a prompt
-for each; the two take turns. The flags are those of ringbpt.train, of which the model and the mesh count.
+for each, and the same of the pass by which a rollout knows what its tokens' log-probabilities are; the two take turns.
+The flags are those of ringbpt.train, of which the objective, the model and the mesh count.
 """
 
 import re
@@ -31,12 +32,12 @@ def main(argv: list[str]) -> int:
     config = parse(tree, start_jax(tree))
     from ringbpt.bench.prompts import measure
 
-    print("answers  tokens  pairs   time    temporary bytes  difference of the losses")
+    print("answers  tokens  pairs   time    of log-probs  temporary bytes  difference of the losses")
     for answers in map(int, own["answers"]):
         row = measure(config, own["length"], own["prompt"], answers, own["repeats"])
         print(
-            f"{answers:7}  {row.tokens:.3f}   {row.pairs:.3f}   {row.seconds:.3f}   {row.temporaries:.3f}"
-            f"            {row.loss:.1e}",
+            f"{answers:7}  {row.tokens:.3f}   {row.pairs:.3f}   {row.seconds:.3f}   {row.said:.3f}"
+            f"         {row.temporaries:.3f}            {row.loss:.1e}",
             flush=True,
         )
     return 0

@@ -84,12 +84,12 @@ def test_a_run_that_is_killed_ten_times(words, base, tmp_path, served):  # noqa:
 
 def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_path):  # noqa: F811
     """One of two; each time it comes back, at the same address, with the weights that it began with."""
-    words = (*words, *STALE, "--total_steps=150", "--checkpointer.keep=2")
+    words = (*words, *STALE, "--total_steps=80", "--rollout.prompts_per_step=24", "--rollout.max_new_tokens=24")
     with serving(base, "--batch_size=4") as other:
         lost = Server(base, "--tokenizer=bytes", "--batch_size=4")
         port = lost.url.rpartition(":")[2]
-        ended(start(tmp_path, *words, of(other), slowly(tmp_path, 0), name="whole"))
-        run = start(tmp_path, *words, of(lost, other), slowly(tmp_path, 0.12), name="run")
+        ended(start(tmp_path, *words, of(other), name="whole"))
+        run = start(tmp_path, *words, of(lost, other), name="run")
         said: list[str] = []
         reading = threading.Thread(target=lambda: said.extend(run.stdout or ()))
         reading.start()
@@ -118,5 +118,5 @@ def test_a_server_that_is_killed_ten_times_and_stopped_three(words, base, tmp_pa
         lost.process.kill()
         lost.process.communicate()
     assert run.returncode == 0, said[-5:]
-    assert any("asked again" in line for line in said) and used > 0
     assert_the_same(tmp_path / "run", tmp_path / "whole", served=True)
+    assert sum("asked again" in line for line in said) > 3 and used > 0
