@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
     from ringbpt.checkpoint.load import load_model
-    from ringbpt.generation.generator import Generator, plan_batches
+    from ringbpt.generation.generator import Generator, plan_rows
     from ringbpt.generation.sampling import Sampling
     from ringbpt.types import TokenMeta
 
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         model, params = load_model(f"huggingface::{Path(folder)}", (1, 1, 1, 1))
     generator = Generator(model, params)
     total = args.tokens * args.turns + 2
-    shape, batches = plan_batches([args.context], model, 1, total + 2)
-    ours = generator.tokens([prompt], shape, batches[0], Sampling())
+    shape, rows = plan_rows([args.context], model, 1, total + 2)
+    ours = generator.tokens([prompt], shape, rows, Sampling())
     started = time.perf_counter()
     mine = [next(ours)[0].id, next(ours)[0].id]  # prefill and the compilation of a step
     print(f"ours: prefill and compilation {time.perf_counter() - started:.1f} s", flush=True)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     whole: dict[str, list[float]] = {"first token": [], "forward": []}
     for _ in range(args.turns):
         for name, once in (
-            ("first token", lambda: next(generator.tokens([prompt], shape, batches[0], Sampling()))),
+            ("first token", lambda: next(generator.tokens([prompt], shape, rows, Sampling()))),
             ("forward", lambda: forward(params, token_BT, meta).block_until_ready()),
         ):
             started = time.perf_counter()

@@ -8,8 +8,9 @@ import numpy as np
 
 from ringbpt.config import UserError, for_terminal
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.generator import BatchShape, Generator, rounded_length
+from ringbpt.generation.generator import Generator, rounded_length
 from ringbpt.generation.sampling import Sampling
+from ringbpt.generation.stream import BatchShape
 from ringbpt.generation.text import BEFORE, Text
 
 

@@ -2,7 +2,9 @@
 
 A row of the cache holds the prompts of a row of the batch, packed as in training: which key belongs to which text is
 said by positions and segments, so prompts of unequal length waste neither prefill nor memory. Behind its share of the
-prompts every device has room for its share of the new tokens; step t of all texts of a row goes to device t mod sp.
+prompts every device has room for its share of the new tokens: a ring of slots, of which step t of all texts writes one,
+on device t mod sp. A text that begins at any step has had its last token before the ring comes round to its first, so
+a row can begin others while its neighbours go on.
 Each device attends to what it holds, and the partial results are merged by their log-sum-exp over sp.
 The step is one shard_map: what it sends is one token's activations. Ref: Flash-Decoding, and arXiv:2310.01889.
 """
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
 from ringbpt.dims import ACTIVATION_AXES, spec
@@ -23,7 +25,7 @@ from ringbpt.model.adapters import IN_OUT
 from ringbpt.model.experts import mixture
 from ringbpt.model.feedforward import matmul_in, swiglu
 from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
-from ringbpt.model.llama import Model, layer_of
+from ringbpt.model.llama import Model, layer_of, make_dims
 from ringbpt.model.quantised import Quantised, dequantised
 from ringbpt.model.weights import dot, embed
 from ringbpt.types import Batch, Params, TokenMeta
@@ -88,41 +90,75 @@ def make_split(model: Model) -> Callable[[Params], Params]:
     return split
 
 
-def make_prefill(model: Model, room: int) -> Callable[[Params, Batch], tuple[Cache, jax.Array]]:
-    """prefill(weights, batch) -> (cache, the last layer's x_BTD), in layout order.
+def empty_cache(model: Model, rows: int, places: int, shared: bool) -> Callable[[], Cache]:
+    """make() -> a cache in which nothing stands, `places` of a row on all devices of sp together; jitted.
 
-    The cache has `room` empty places behind each device's share. One program computes all layers: a deep model compiles
-    no longer than a shallow one.
+    shared: whether its metas say that several texts begin alike.
     """
-    kv_spec, cache_spec, meta_spec = (spec(dims, ACTIVATION_AXES) for dims in ("B T K H", CACHE, "B S"))
-    on_shards = partial(jax.shard_map, mesh=model.mesh, check_vma=False)
+    dims = make_dims(model.architecture)
+    sharding = NamedSharding(model.mesh, spec(CACHE, ACTIVATION_AXES))
+    of_meta = NamedSharding(model.mesh, spec("B S", ACTIVATION_AXES))
 
-    def to_cache(k_BTKH):
-        return jnp.pad(jnp.swapaxes(k_BTKH, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
+    def make():
+        k, v = (tuple(jnp.zeros((rows, dims.K, places, dims.H), model.dtype) for _ in range(dims.L)) for _ in range(2))
+        metas = (jnp.zeros((rows, places), jnp.int32) for _ in range(3 if shared else 2))
+        return Cache(k, v, TokenMeta(*metas))
 
-    def with_room(meta):
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room))), meta)
+    layers = (sharding,) * dims.L
+    return jax.jit(make, out_shardings=Cache(layers, layers, of_meta))
+
+
+def make_put(mesh: Mesh, dims: str) -> Callable[..., Any]:
+    """put(old, new, row_B) -> old, a tree of arrays of these dims, with rows of new, jitted; old is donated.
+
+    Of each of the devices that share the rows, new has one row, or as many as old; row_B, int32 as new has rows, says
+    which of the device's rows each becomes (of as many: itself), or -1, none. What new is shorter in is filled with 0.
+    """
+
+    def one(row_B, old, new):
+        missing = zip(old.shape[1:], new.shape[1:], strict=True)
+        new = jnp.pad(new, [(0, 0), *((0, whole - size) for whole, size in missing)])
+        if len(new) == len(old):
+            return jnp.where((row_B >= 0).reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+        there = lax.dynamic_slice_in_dim(old, row_B[0], 1)
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(row_B[0] >= 0, new, there), row_B[0], 0)
+
+    def put(old, new, row_B):
+        return jax.tree.map(partial(one, row_B), old, new)
+
+    place, row = (spec(letters, ACTIVATION_AXES) for letters in (dims, "B"))
+    on_shards = jax.shard_map(put, mesh=mesh, in_specs=(place, place, row), out_specs=place, check_vma=False)
+    return jax.jit(on_shards, donate_argnums=0)
+
+
+def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tuple[Cache, jax.Array]]:
+    """prefill(weights, batch, cache, row_B) -> (cache, the last layer's x_BTD), in layout order; the cache is donated.
+
+    What has stood in a row of the cache is gone where a row of the batch becomes it; row_B: see make_put. One program
+    computes all layers: a deep model compiles no longer than a shallow one.
+    """
+    kv_spec, cache_spec = (spec(dims, ACTIVATION_AXES) for dims in ("B T K H", CACHE))
+    move = jax.shard_map(
+        lambda k_BTKH: jnp.swapaxes(k_BTKH, 1, 2), mesh=model.mesh, in_specs=kv_spec, out_specs=cache_spec,
+        check_vma=False,
+    )  # fmt: skip
 
     def one_layer(w, x_BTD, meta):
         (x_BTD, _), (k_BTKH, v_BTKH) = model.layer(w, (x_BTD, None), meta, rope_of(model.architecture, meta))
-        move = on_shards(to_cache, in_specs=kv_spec, out_specs=cache_spec)
-        return x_BTD, move(k_BTKH), move(v_BTKH)
+        return x_BTD, (move(k_BTKH), move(v_BTKH))
 
     placed = [NamedSharding(model.mesh, s) for s in (spec("B T D", ACTIVATION_AXES), cache_spec, cache_spec)]
     start = jax.jit(partial(embed, model.mesh, model.dtype))
-    layer = jax.jit(one_layer, donate_argnums=1, out_shardings=tuple(placed))
-    pad_meta = jax.jit(
-        on_shards(with_room, in_specs=meta_spec, out_specs=meta_spec),
-        out_shardings=NamedSharding(model.mesh, meta_spec),
-    )
+    layer = jax.jit(one_layer, donate_argnums=1, out_shardings=(placed[0], tuple(placed[1:])))
+    put, put_meta = make_put(model.mesh, CACHE), make_put(model.mesh, "B S")
 
-    def prefill(weights: Params, batch: Batch) -> tuple[Cache, jax.Array]:
-        x_BTD, ks, vs = start(weights["embed"], batch.token_BT), [], []
-        for w in weights["layers"]:
-            x_BTD, k, v = layer(w, x_BTD, batch.meta)
-            ks.append(k)
-            vs.append(v)
-        return Cache(tuple(ks), tuple(vs), pad_meta(batch.meta)), x_BTD
+    def prefill(weights: Params, batch: Batch, cache: Cache, row_B: jax.Array) -> tuple[Cache, jax.Array]:
+        x_BTD, pairs = start(weights["embed"], batch.token_BT), []
+        for w, *old in zip(weights["layers"], cache.k, cache.v, strict=True):
+            x_BTD, new = layer(w, x_BTD, batch.meta)
+            pairs.append(put(tuple(old), new, row_B))
+        ks, vs = zip(*pairs, strict=True)
+        return Cache(ks, vs, put_meta(cache.meta, batch.meta, row_B)), x_BTD
 
     return prefill
 
@@ -157,14 +193,15 @@ def merge_over(part: Partial, axis: str) -> jax.Array:
 
 
 def write_place(step: jax.Array, prompt_share: int, whole_share: int, texts: int) -> tuple[jax.Array, jax.Array]:
-    """Inside shard_map: (does this device keep the tokens of `step`, where in its share they are written).
+    """Inside shard_map: (does this device keep the tokens of `step`, where in its share they are written: a ring).
 
     Those of other devices go to the share's last places, which nobody sees: a cache that is only ever written, and not
     read to keep what stood there, is updated in place.
     """
     size = lax.axis_size("sp")
+    slots = (whole_share - prompt_share) // texts - 1
     mine = lax.axis_index("sp") == step % size
-    return mine, jnp.where(mine, prompt_share + (step // size) * texts, whole_share - texts)
+    return mine, jnp.where(mine, prompt_share + (step // size) % slots * texts, whole_share - texts)
 
 
 def write(cache: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:

@@ -4,7 +4,6 @@ In that order as transformers has it: penalty, temperature, top-k, top-p, min-p.
 greedy and drawn are values and not part of the program, so changing them compiles nothing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,24 +38,15 @@ class Sampling:
     def numbers(self) -> tuple[float | int, ...]:
         return float(self.temperature), self.top_k, float(self.top_p), float(self.min_p), float(self.repetition_penalty)
 
-    def options(self) -> "Options":
-        return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x, int) else jnp.float32) for x in self.numbers()))
-
 
 class Options(NamedTuple):
-    """Sampling as arrays: numbers that hold for all texts, or [P, 1]."""
+    """Sampling's numbers: those of one that holds for all texts, or arrays, for `filtered` and `penalise` [P, 1]."""
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
-
-
-def options_of(samplings: Sequence[Sampling]) -> Options:
-    """The options of P texts, each [P, 1]."""
-    columns = zip(*(each.numbers() for each in samplings), strict=True)
-    return Options(*(jnp.asarray(x, jnp.int32 if isinstance(x[0], int) else jnp.float32)[:, None] for x in columns))
 
 
 def penalise(logits_PV: jax.Array, seen_PV: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -82,16 +72,18 @@ def filtered(logits_PV: jax.Array, options: Options) -> jax.Array:
     return jnp.where(keep_PV, logits_PV, -jnp.inf)
 
 
-def draw(logits_PV: jax.Array, key_P: jax.Array, step: jax.Array) -> jax.Array:
+def draw(logits_PV: jax.Array, seed_P: jax.Array, number_P: jax.Array, count_P: jax.Array) -> jax.Array:
     """A token for each of P texts, int32, from `filtered` logits.
 
-    A text's key and the step decide alone: not what stands beside it in the batch.
+    A text's seed, its number among those of its seed, uint32 both, and the tokens that it has decide alone: not what
+    stands beside it in the batch.
     """
 
-    def one(logits_V, key):
-        return jax.random.categorical(jax.random.fold_in(key, step), logits_V)
+    def one(logits_V, seed, number, count):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), count)
+        return jax.random.categorical(key, logits_V)
 
-    return jax.vmap(one)(logits_PV, key_P).astype(jnp.int32)
+    return jax.vmap(one)(logits_PV, seed_P, number_P, count_P).astype(jnp.int32)
 
 
 def token_logp(logits_PV: jax.Array, token_P: jax.Array) -> jax.Array:

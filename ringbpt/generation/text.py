@@ -11,7 +11,7 @@ from ringbpt.config import TokenizerConfig, UserError
 from ringbpt.data.prompts import encode_prompt
 from ringbpt.data.text.chat import ChatTemplate, set_chat_template
 from ringbpt.data.text.tokenizers import FLAG, Tokenizer, make_tokenizer
-from ringbpt.generation.generator import Generator, check_vocabulary, plan_batches
+from ringbpt.generation.generator import Generator, check_vocabulary, plan_rows
 from ringbpt.generation.sampling import Sampling
 
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
@@ -139,23 +139,23 @@ def complete(
     batch_size: int = 8,
     stops: Sequence[str] = (),
 ) -> Iterator[tuple[int, Completion]]:
-    """(number of the prompt, its completion), batch by batch, the longest prompts first."""
+    """(number of the prompt, its completion) as each ends; the longest prompts begin first, batch_size at a time."""
     if not prompts:
         return
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {number + 1} has no tokens: write something")
     check_vocabulary(prompts, generator.model.architecture.vocab_size)
-    shape, batches = plan_batches([len(prompt) for prompt in prompts], generator.model, batch_size, max_new_tokens)
-    for batch in batches:
-        texts = {number: Text(tokenizer, stops, prompts[number][-BEFORE:]) for row in batch for number in row}
-        logps: dict[int, list[float]] = {number: [] for number in texts}
-        for new in generator.tokens(prompts, shape, batch, sampling):
-            for number, token in new.items():
-                texts[number].add(token.id)
-                logps[number].append(token.logp)
-            if all(text.finished for text in texts.values()):
-                break
-        for number, text in texts.items():
-            reason = "stop" if text.finished else "length"
-            yield number, Completion(text.text, text.tokens, logps[number][: len(text.tokens)], reason)
+    shape, rows = plan_rows([len(prompt) for prompt in prompts], generator.model, batch_size, max_new_tokens)
+    texts = [Text(tokenizer, stops, prompt[-BEFORE:]) for prompt in prompts]
+    logps: list[list[float]] = [[] for _ in prompts]
+    over: set[int] = set()
+    for new in generator.tokens(prompts, shape, rows, sampling, over=over):
+        for number, token in new.items():
+            text = texts[number]
+            text.add(token.id)
+            logps[number].append(token.logp)
+            if text.finished or len(text.tokens) == max_new_tokens:
+                over.add(number)
+                reason = "stop" if text.finished else "length"
+                yield number, Completion(text.text, text.tokens, logps[number], reason)

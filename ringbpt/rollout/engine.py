@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringbpt.generation.generator import BatchShape, Generator, Rows, check_lengths, check_vocabulary
+from ringbpt.generation.generator import Generator, check_lengths, check_vocabulary
 from ringbpt.generation.sampling import Sampling
+from ringbpt.generation.stream import BatchShape, rows_at_once
 from ringbpt.layouts import row_length
 from ringbpt.model.llama import Model
 from ringbpt.types import Params
@@ -31,17 +32,21 @@ class Sample(NamedTuple):
 
 
 class LocalEngine:
-    """Samples several answers to each prompt on the model's mesh; all prompts of a call share one compiled program."""
+    """Samples several answers to each prompt on the model's mesh; all prompts of a call share one compiled program.
 
-    def __init__(self, model: Model, longest: int, max_new_tokens: int, ends: frozenset[int]):
-        """longest: tokens of a prompt, at most. ends: the tokens that end an answer. Raises UserError where prompt and
-        answer are above the model's length.
+    A prompt whose answers have ended makes room for the next one.
+    """
+
+    def __init__(self, model: Model, longest: int, max_new_tokens: int, ends: frozenset[int], rows: int = 0):
+        """longest: tokens of a prompt, at most. ends: the tokens that end an answer. rows: prompts answered at a time,
+        a multiple of dp x fsdp; 0: all of a call, or as many as there is room for (see rows_at_once). Raises UserError
+        where prompt and answer are above the model's length.
         """
         check_lengths(longest, max_new_tokens, model.architecture.max_sequence_length)
         mesh, execution = model.mesh.shape, model.execution
         self._model, self._ends, self._most = model, ends, max_new_tokens
         self._length = row_length(longest, mesh["sp"], execution.scan_mlp_chunk_size)
-        self._parts = mesh["dp"] * mesh["fsdp"]
+        self._rows = rows
         self._generator: Generator | None = None
 
     def update(self, params: Params) -> None:
@@ -62,22 +67,16 @@ class LocalEngine:
         """`samples` answers to each prompt, in the order of the prompts; the same seed draws the same."""
         assert self._generator is not None, "an engine has weights before it is asked"
         check_vocabulary(prompts, self._model.architecture.vocab_size)
-        rows = -(-len(prompts) // self._parts) * self._parts
-        shape = BatchShape(rows, self._length, samples, self._most)
-        batch: Rows = [[number] for number in range(len(prompts))] + [[] for _ in range(rows - len(prompts))]
-        texts: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-        logps: list[list[float]] = [[] for _ in texts]
-        under_way = set(range(len(texts)))
-        for new in self._generator.tokens(prompts, shape, batch, Sampling(temperature, seed=seed), samples):
-            for number in tuple(under_way):
-                texts[number].append(new[number].id)
-                logps[number].append(new[number].logp)
-                if new[number].id in self._ends:
-                    under_way.remove(number)
-            if not under_way:
-                break
-        found = [
-            Sample(tokens, logp, "length" if number in under_way else "stop")
-            for number, (tokens, logp) in enumerate(zip(texts, logps, strict=True))
-        ]
+        shape = BatchShape(0, self._length, samples, self._most)
+        shape = shape._replace(rows=self._rows or rows_at_once(shape, len(prompts), self._model.mesh))
+        found = [Sample([], [], "length") for _ in range(len(prompts) * samples)]
+        over: set[int] = set()
+        sampling, rows = Sampling(temperature, seed=seed), [[number] for number in range(len(prompts))]
+        for new in self._generator.tokens(prompts, shape, rows, sampling, samples, over=over):
+            for number, token in new.items():
+                found[number].tokens.append(token.id)
+                found[number].logps.append(token.logp)
+                if token.id in self._ends:
+                    found[number] = found[number]._replace(finish="stop")
+                    over.add(number)
         return [found[i : i + samples] for i in range(0, len(found), samples)]

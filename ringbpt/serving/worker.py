@@ -18,8 +18,9 @@ import numpy as np
 from ringbpt.config import complain
 from ringbpt.config.shown import one_line
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.generator import BatchShape, Draw, Generator, Rows, rounded_length
+from ringbpt.generation.generator import Generator, Rows, rounded_length
 from ringbpt.generation.sampling import Sampling
+from ringbpt.generation.stream import BatchShape, Draw
 from ringbpt.generation.text import BEFORE, Text
 
 TOGETHER_SECONDS = 0.005  # what is sent at once arrives within it, and stands in one batch
@@ -203,7 +204,7 @@ class Worker:
             return
         self.batches += 1
         shape, samples = self._shape(batch), batch[0].samples
-        rows: Rows = [[i] for i in range(len(batch))] + [[] for _ in range(shape.rows - len(batch))]
+        rows: Rows = [[i] for i in range(len(batch))]
         texts = [(row, number) for row in batch for number in range(samples)]
         draws = [Draw(row.sampling, row.number + number) for row, number in texts]
         answers = [Answer(row, number, self._tokenizer) for row, number in texts]

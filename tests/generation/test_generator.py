@@ -1,6 +1,8 @@
 """Text out: the same 64 tokens as transformers' generate on every mesh, whatever else is in the batch."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +14,9 @@ import pytest
 from ringbpt.checkpoint.load import load_model
 from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
-from ringbpt.generation.decode import make_prefill, make_split
-from ringbpt.generation.generator import (
-    BatchShape,
-    Draw,
-    Generator,
-    NewToken,
-    make_steps,
-    new_share,
-    plan_batches,
-    rounded_length,
-)
-from ringbpt.generation.sampling import Sampling, filtered, penalise
+from ringbpt.generation.generator import Generator, plan_rows, rounded_length
+from ringbpt.generation.sampling import Options, Sampling, filtered, penalise
+from ringbpt.generation.stream import BatchShape, Draw, NewToken
 from ringbpt.layouts import inverse, permutation, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
@@ -40,12 +33,11 @@ def run(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampli
 
 
 def draw(generator: Generator, prompts: list[np.ndarray], new_tokens: int, sampling=GREEDY, batch_size=8):
-    shape, batches = plan_batches([len(p) for p in prompts], generator.model, batch_size, new_tokens)
+    shape, rows = plan_rows([len(p) for p in prompts], generator.model, batch_size, new_tokens)
     found: dict[int, list[NewToken]] = {i: [] for i in range(len(prompts))}
-    for batch in batches:
-        for tokens in generator.tokens(prompts, shape, batch, sampling):
-            for number, token in tokens.items():
-                found[number].append(token)
+    for tokens in generator.tokens(prompts, shape, rows, sampling):
+        for number, token in tokens.items():
+            found[number].append(token)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -101,6 +93,21 @@ def generator(loaded) -> Generator:
     return Generator(*loaded)
 
 
+@contextmanager
+def compiles() -> Iterator[list[str]]:
+    """What is compiled meanwhile, an entry for each program."""
+    found: list[str] = []
+
+    def told(event: str, duration: float, **_: object) -> None:
+        found.extend([event] * ("backend_compile" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(told)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(told)
+
+
 def test_seeds_reproduce_whatever_stands_beside(generator):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(2, 96, n) for n in (9, 5, 12)]
@@ -117,7 +124,7 @@ def test_texts_drawn_each_in_its_own_way(generator):
     ways = [Sampling(1.0, seed=7), Sampling(0.5, top_k=5, seed=2**32 - 1), Sampling(2.0, top_p=0.5, min_p=0.1, seed=7)]
     shape = BatchShape(4, rounded_length(20, generator.model), 1, 6)
     draws = [Draw(way, number) for way, number in zip(ways, (0, 1, 0), strict=True)]
-    steps = generator.tokens(prompts, shape, [[0], [1], [2], []], ways[0], draws=draws)
+    steps = generator.tokens(prompts, shape, [[0], [1], [2]], ways[0], draws=draws)
     found = [[step[number] for step in steps_of] for number, steps_of in enumerate([[*steps]] * 3)]
     beside = [[prompts[0]], [prompts[2], prompts[1]], [prompts[2]]]
     for number, (way, alone) in enumerate(zip(ways, beside, strict=True)):
@@ -127,15 +134,14 @@ def test_texts_drawn_each_in_its_own_way(generator):
 
 
 def test_no_recompiles(generator):
-    """One program a shape: neither further groups nor other options compile anything."""
+    """One program a shape: neither rows that begin others nor other options compile anything."""
     prompts = [np.full(n, 5) for n in (8, 8, 8, 8, 3)]
-    run(generator, prompts, 4, Sampling(temperature=0.7), batch_size=2)
-    with jax.log_compiles(False), jax.transfer_guard("allow"):
-        steps = [step for programs in generator._programs.values() for step in programs[1:]]
-        before = [step._cache_size() for step in steps]
+    run(generator, prompts[:3], 4, Sampling(temperature=0.7), batch_size=2)
+    with compiles() as compiled:
         run(generator, prompts, 4, Sampling(temperature=0.2, top_k=3, min_p=0.1, seed=4), batch_size=2)
-        assert [step._cache_size() for step in steps] == before
-    assert set(before) == {1}
+        assert not compiled
+        jax.jit(lambda x: 3 * x + 1)(jnp.ones(3)).block_until_ready()
+        assert compiled
 
 
 def test_log_probabilities_of_drawn_tokens(loaded, generator):
@@ -151,22 +157,12 @@ def test_new_weights_compile_nothing(loaded, generator):
     model, params = loaded
     other = jax.device_put(jax.tree.map(lambda x: x[..., ::-1] if x.ndim > 2 else x, params), model.shardings)
     before = draw(generator, prompts, 4, warm, batch_size=2)
-    compiles = []
-
-    def compiled(event: str, duration: float, **_: object) -> None:
-        compiles.extend([event] * ("backend_compile" in event))
-
-    jax.monitoring.register_event_duration_secs_listener(compiled)
-    try:
+    with compiles() as compiled:
         generator.update(other)
         after = draw(generator, prompts, 4, warm, batch_size=2)
         generator.update(params)
         again = draw(generator, prompts, 4, warm, batch_size=2)
-        assert compiles == []
-        jax.jit(lambda x: 3 * x + 1)(jnp.ones(3)).block_until_ready()
-        assert len(compiles)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(compiled)
+        assert not compiled
     assert before == again != after
 
 
@@ -175,27 +171,10 @@ def test_decoding_copies_no_cache(mesh, tmp_path):
     """The compiled step has the cache as its donated argument and updates it in place: no copy of its shape, ever."""
     restore("llama3.2", tmp_path)
     model, params = load_model(f"huggingface::{tmp_path}", MESHES[mesh])
-    shape = BatchShape(rows=1, length=448, texts=1, new_tokens=40)
-    prefill = make_prefill(model, new_share(shape, model.mesh.shape["sp"]))
-    weights = make_split(model)(params)
-    from ringbpt.mesh import put_batch
-    from ringbpt.types import Batch, TokenMeta
-
-    zeros = np.zeros((1, 448), np.int32)
-    batch = put_batch(lambda a, b: Batch(zeros, zeros, zeros, zeros, zeros), (1, 448), model.mesh, "contiguous")
-    cache, _ = prefill(weights, batch)
-    _, step = make_steps(model, shape, drawn=False, penalised=False)
-    one = jnp.zeros((1, 1), jnp.int32)
-    args = (
-        weights,
-        cache,
-        one,
-        TokenMeta(one, one),
-        jnp.int32(0),
-        Sampling().options(),
-        jax.random.split(jax.random.key(0), 1),
-        None,
-    )
+    generator = Generator(model, params)
+    stream = generator.stream(BatchShape(rows=2, length=448, texts=1, new_tokens=40))
+    args = generator.weights, stream._cache, stream._told[0], None, stream._texts, jnp.int32(0)
+    cache, step = stream._cache, generator.programs.step(448 // model.mesh.shape["sp"], drawn=False)
     compiled = step.lower(*args).compile()
     sizes = cache.k[0].addressable_shards[0].data.shape
     text = compiled.as_text()
@@ -210,19 +189,21 @@ def test_decoding_copies_no_cache(mesh, tmp_path):
 
 def test_plan_packs_unequal_prompts(generator):
     lengths = [100, 60, 40, 30, 30, 30, 10]
-    shape, batches = plan_batches(lengths, generator.model, 7, 16)
+    shape, rows = plan_rows(lengths, generator.model, 7, 16)
     assert (shape.rows, shape.length) == (3, 100)
-    assert sorted(n for batch in batches for row in batch for n in row) == list(range(7))
-    assert len(batches) == 1
+    assert sorted(n for row in rows for n in row) == list(range(7)) and len(rows) == 3
+    shape, rows = plan_rows(lengths, generator.model, 3, 16)
+    assert rows == [[0], [1, 2], [3], [4, 5], [6]] and shape == BatchShape(2, 100, 2, 16)
     with pytest.raises(UserError, match="--max_new_tokens=412"):
-        plan_batches(lengths, generator.model, 7, 500)
+        plan_rows(lengths, generator.model, 7, 500)
 
 
 def test_filters():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
     def kept(**options):
-        return np.flatnonzero(np.isfinite(filtered(logits, Sampling(temperature=1.0, **options).options())[0])).tolist()
+        numbers = Sampling(temperature=1.0, **options).numbers()
+        return np.flatnonzero(np.isfinite(filtered(logits, Options(*numbers))[0])).tolist()
 
     assert kept() == [0, 1, 2, 3]
     assert kept(top_k=2) == [0, 1]

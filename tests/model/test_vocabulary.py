@@ -9,7 +9,7 @@ from ringbpt.checkpoint.store import Entry, Wanted
 from ringbpt.checkpoint.tensors import conversions, place
 from ringbpt.config import Config, UserError, check_mesh
 from ringbpt.config.families import FAMILIES
-from ringbpt.generation.generator import Generator, plan_batches
+from ringbpt.generation.generator import Generator, plan_rows
 from ringbpt.generation.sampling import Sampling
 from tests.flags import llama_flags
 from tests.model.helpers import CHEAP, LLAMA, assert_same, loss_and_grads, make_batch, make_model
@@ -56,11 +56,9 @@ def test_what_is_generated_is_the_same(models):
     found = []
     for tp in (1, 2):
         generator = Generator(models[tp], models[tp].init(jax.random.key(0)))
-        shape, batches = plan_batches([9, 5], models[tp], 8, 6)
+        shape, rows = plan_rows([9, 5], models[tp], 8, 6)
         sampling = Sampling(temperature=5.0, seed=1, repetition_penalty=1.2)  # hot: what is added would be drawn
-        found.append(
-            [[t.id for t in new.values()] for b in batches for new in generator.tokens(prompts, shape, b, sampling)]
-        )
+        found.append([[t.id for t in new.values()] for new in generator.tokens(prompts, shape, rows, sampling)])
     assert found[0] == found[1] and max(max(ids) for ids in found[0]) < SIZE
 
 

@@ -1,6 +1,7 @@
 """Samples: what a token was drawn with is what the trainer says of it, on every mesh, and one prefill serves many."""
 
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from ringbpt.config import UserError
 from ringbpt.data.documents import make_batch
+from ringbpt.generation.stream import Stream
 from ringbpt.mesh import put_batch
 from ringbpt.rollout.collect import _piece
 from ringbpt.rollout.engine import LocalEngine, Sample
@@ -94,17 +96,54 @@ def test_one_prefill_serves_a_prompts_samples():
     """The prompts' tokens stand in the batch once, however many samples there are."""
     _, _, engine = engine_of((1, 1, 1, 1), attention_type="blockwise")
     seen = []
-    generator = engine._generator
-    compiled = generator._compiled
-
-    def watched(*args):
-        prefill, *rest = compiled(*args)
-        return (lambda weights, batch: seen.append(batch) or prefill(weights, batch)), *rest
-
-    generator._compiled = watched
+    programs = engine._generator.programs
+    prefill = programs.prefill
+    programs.prefill = lambda weights, batch, *rest: seen.append(batch) or prefill(weights, batch, *rest)
     engine.generate(PROMPTS, 4, 0.7, seed=3)
     (batch,) = seen
     assert int(jnp.sum(batch.segment_BT > 0)) == sum(map(len, PROMPTS))
+
+
+MANY = [np.roll(prompt, shift) for shift in range(3) for prompt in PROMPTS]
+MANY_ENDS = frozenset({END, 2, 3, 4, 5, 6, 7, 8})
+
+
+@cache
+def all_at_once(temperature: float, samples: int) -> list[list[Sample]]:
+    model, params, _ = engine_of((1, 1, 1, 1), attention_type="blockwise")
+    engine = LocalEngine(model, longest=7, max_new_tokens=6, ends=MANY_ENDS)
+    engine.update(params)
+    return engine.generate(MANY, samples, temperature, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "flags", "rows", "temperature", "samples"),
+    [(*WAYS[0], 1, 0.0, 1), (*WAYS[0], 2, 1.0, 3), (*WAYS[1], 2, 1.0, 3), (*WAYS[2], 4, 1.0, 3)],
+)
+def test_how_many_rows_there_are_at_once_changes_nothing(mesh, flags, rows, temperature, samples):
+    """A row begins the next prompt where its answers have ended, and others go on."""
+    model, params, _ = engine_of(mesh, **flags)
+    engine = LocalEngine(model, longest=7, max_new_tokens=6, ends=MANY_ENDS, rows=rows)
+    engine.update(params)
+    found, wanted = engine.generate(MANY, samples, temperature, seed=5), all_at_once(temperature, samples)
+    assert len({len(sample.tokens) for answers in found for sample in answers}) > 2
+    for ours, theirs in zip(chain(*found), chain(*wanted), strict=True):
+        assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+        np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-5)
+
+
+def test_a_row_waits_for_no_other(monkeypatch):
+    """Steps: two rows that begin the next prompt at once, against pairs that wait for the longer of the two."""
+    steps, step = [], Stream.step
+    monkeypatch.setattr(Stream, "step", lambda stream: steps.append(1) or step(stream))
+    model, params, _ = engine_of((1, 1, 1, 1), attention_type="blockwise")
+    engine = LocalEngine(model, longest=7, max_new_tokens=6, ends=MANY_ENDS, rows=2)
+    engine.update(params)
+    lengths = [max(len(s.tokens) for s in answers) for answers in engine.generate(MANY, 1, 1.0, seed=5)]
+    free = [0, 0]
+    for length in lengths:  # each in the row that is free first
+        free[free.index(min(free))] += length
+    assert len(steps) == max(free) < sum(max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
 
 
 def test_a_prompt_and_its_answers_must_fit_the_model():
