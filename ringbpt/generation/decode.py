@@ -131,6 +131,47 @@ def make_put(mesh: Mesh, dims: str) -> Callable[..., Any]:
     return jax.jit(on_shards, donate_argnums=0)
 
 
+class Sizes(NamedTuple):
+    """Of one device: its rows, its places for prompts, and those of all its slots for new tokens."""
+
+    rows: int
+    prompts: int
+    slots: int
+
+
+def make_grow(model: Model) -> Callable[..., tuple[Cache, Any]]:
+    """grow(cache, rest, turn, old, new) -> (cache, rest), jitted: of other Sizes, none of which is less than it was.
+
+    rest: other arrays of dims "B ...". turn: int32, the place among the old slots that would be written next. The slots
+    are dealt out anew from there, the oldest first: what stands in one stays as long as it did.
+    """
+    row, cache_spec, meta_spec = (spec(dims, ACTIVATION_AXES) for dims in ("B", CACHE, "B S"))
+    specs = Cache(cache_spec, cache_spec, meta_spec)
+
+    @partial(jax.jit, static_argnums=(3, 4))
+    def grow(cache, rest, turn, old: Sizes, new: Sizes):
+        def longer(x, axis, size):
+            return jnp.pad(x, [(0, size * (i == axis)) for i in range(x.ndim)])
+
+        def dealt_out(turn, axis, x):
+            prompts, slots, last = jnp.split(x, (old.prompts, old.prompts + old.slots), axis)
+            slots = longer(jnp.roll(slots, -turn, axis), axis, new.slots - old.slots)
+            whole = jnp.concatenate([longer(prompts, axis, new.prompts - old.prompts), slots, last], axis)
+            return longer(whole, 0, new.rows - old.rows)
+
+        def local(cache, rest, turn):
+            k, v = jax.tree.map(partial(dealt_out, turn, 2), (cache.k, cache.v))
+            meta = jax.tree.map(partial(dealt_out, turn, 1), cache.meta)
+            return Cache(k, v, meta), jax.tree.map(lambda x: longer(x, 0, new.rows - old.rows), rest)
+
+        on_shards = jax.shard_map(
+            local, mesh=model.mesh, in_specs=(specs, row, PartitionSpec()), out_specs=(specs, row), check_vma=False
+        )
+        return on_shards(cache, rest, turn)
+
+    return grow
+
+
 def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tuple[Cache, jax.Array]]:
     """prefill(weights, batch, cache, row_B) -> (cache, the last layer's x_BTD), in layout order; the cache is donated.
 

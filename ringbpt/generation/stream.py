@@ -21,8 +21,10 @@ from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import (
     CACHE,
     Cache,
+    Sizes,
     empty_cache,
     make_decode,
+    make_grow,
     make_last_logits,
     make_prefill,
     make_put,
@@ -133,7 +135,7 @@ class Programs:
 
     def __init__(self, model: Model):
         self.model = model
-        self.prefill, self.first = make_prefill(model), make_first(model)
+        self.prefill, self.first, self.grow = make_prefill(model), make_first(model), make_grow(model)
         self.put = make_put(model.mesh, "B _")
         self._kept: dict[Any, Any] = {}
 
@@ -160,7 +162,7 @@ class Stream:
         self.shape, self.shared, self.steps = shape, shared, 0
         self._programs, self._weights, self._model = programs, weights, model
         self._parts = mesh.shape["dp"] * mesh.shape["fsdp"]
-        self._order = permutation(model.execution.sequence_layout, T, mesh.shape["sp"])
+        self._order = self._order_of(shape)
         self._row = NamedSharding(mesh, spec("B _", ACTIVATION_AXES))
         self._cache = programs.cache(B, T + new_share(shape, mesh.shape["sp"]) * mesh.shape["sp"], shared)
         self._host = no_texts((B, Q))
@@ -172,6 +174,36 @@ class Stream:
 
     def _on_rows(self, tree: Any) -> Any:
         return jax.device_put(tree, self._row)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether every device has written as many of its slots: once in as many steps as sp has devices."""
+        return self.steps % self._model.mesh.shape["sp"] == 0
+
+    def grow(self, shape: BatchShape) -> dict[int, int]:
+        """Room for more rows, longer prompts and longer texts; the texts of a row stay as many. {row before: now}."""
+        assert self.may_grow and shape.texts == self.shape.texts
+        sp, old, new = self._model.mesh.shape["sp"], *(self._sizes(each) for each in (self.shape, shape))
+        slots, rest = old.slots // shape.texts, (self._told, self._seen)
+        turn = jnp.int32(self.steps // sp % slots * shape.texts)
+        self._cache, (self._told, self._seen) = self._programs.grow(self._cache, rest, turn, old, new)
+        moved = {row: row // old.rows * new.rows + row % old.rows for row in range(self.shape.rows)}
+        rows, every = np.array([*moved.values()]), np.ones(len(moved), bool)
+        host = jax.tree.map(partial(_with_rows, rows, every), no_texts((shape.rows, shape.texts)), self._host)
+        # The next step is the one that writes behind the old slots, or the first of them where there are as many.
+        self._host = host._replace(begun=host.begun + np.int32(slots * sp - self.steps))
+        self.steps, self._order = slots * sp, self._order_of(shape)
+        self._texts, self.shape = self._on_rows(self._host), shape
+        self._units = {moved[row]: unit for row, unit in self._units.items()}
+        self._counts = {moved[row]: count for row, count in self._counts.items()}
+        return moved
+
+    def _sizes(self, shape: BatchShape) -> Sizes:
+        sp = self._model.mesh.shape["sp"]
+        return Sizes(shape.rows // self._parts, shape.length // sp, new_share(shape, sp) - shape.texts)
+
+    def _order_of(self, shape: BatchShape) -> np.ndarray:
+        return permutation(self._model.execution.sequence_layout, shape.length, self._model.mesh.shape["sp"])
 
     @property
     def free(self) -> list[int]:

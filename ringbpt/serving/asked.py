@@ -89,11 +89,12 @@ def read_request(
     options = body.get("stream_options", {})
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise Refused('stream_options may have "include_usage"', "stream_options")
+    samples = _whole(body, "n", 1, 1, limits.texts)
     return Asked(
         prompts,
-        _whole(body, "n", 1, 1, limits.texts),
+        samples,
         _sampling(body),
-        _whole(body, "number", 0, 0, LARGEST_SEED),
+        _whole(body, "number", 0, 0, LARGEST_SEED + 1 - samples * len(prompts)),
         [_max_tokens(body, len(prompt), limits, chat) for prompt in prompts],
         _stops(body.get("stop", [])),
         tokenizer.ends.stop | frozenset(_ids(body.get("stop_token_ids", []), "stop_token_ids")),

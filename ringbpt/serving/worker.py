@@ -1,12 +1,11 @@
-"""The one thread that owns the device: what waits becomes a batch, and each text's tokens are told as they come.
+"""The one thread that owns the device: each row of what is generated takes the next request as soon as it is free.
 
-What arrives meanwhile waits for the next batch. Sizes are rounded up to powers of two, so that few programs are
-compiled, and a text's tokens depend on its own seed and number, not on what it shares the batch with.
+What is under way grows where one that waits has no room in it. Sizes are powers of two, so that few programs are
+compiled, and a text's tokens depend on its own seed and number, not on what it stands beside, nor when it began.
 """
 
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,13 +17,14 @@ import numpy as np
 from ringbpt.config import complain
 from ringbpt.config.shown import one_line
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.generation.generator import Generator, Rows, rounded_length
+from ringbpt.generation.generator import Generator, rounded_length
 from ringbpt.generation.sampling import Sampling
-from ringbpt.generation.stream import BatchShape, Draw
+from ringbpt.generation.stream import PLACES, BatchShape, Draw, Stream, Unit, places
 from ringbpt.generation.text import BEFORE, Text
 
-TOGETHER_SECONDS = 0.005  # what is sent at once arrives within it, and stands in one batch
-BATCH_TOKENS = 1 << 16  # places of a batch, unless one text of the model's length is more
+# Rows of what is generated, for each device that has rows of its own: the next step, where one is to begin and none is
+# free, or what --batch_size has room for. Few, since each is a program; one client alone pays for one row.
+LADDER = [8**i for i in range(8)]
 
 
 class News(NamedTuple):
@@ -39,7 +39,7 @@ class News(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its answers, which stand in one row of a batch.
+    """A prompt and its answers, which stand in one row of what is generated.
 
     number: of its first answer among those of its seed. ends: tokens that end an answer. piecemeal: tell of every
     token, or else of the whole answer. tell(number of the answer, its news): called in the worker's thread.
@@ -55,11 +55,6 @@ class Row:
     piecemeal: bool
     tell: Callable[[int, News], None]
     cancelled: bool = False  # nobody listens any more
-
-    @property
-    def program(self) -> tuple[int, bool, bool]:
-        """What must be alike in a batch."""
-        return self.samples, self.sampling.temperature > 0, self.sampling.repetition_penalty != 1.0
 
 
 class Answer:
@@ -96,16 +91,18 @@ class Answer:
 
 
 class Worker:
-    """Generates what is submitted, and does what else concerns the weights between two batches."""
+    """Generates what is submitted, and does what else concerns the weights while nothing is under way."""
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, batch_size: int):
         """batch_size: texts generated at a time, at most."""
         self.generator, self._tokenizer, self.batch_size = generator, tokenizer, batch_size
-        self._most = max(BATCH_TOKENS, 2 * generator.model.architecture.max_sequence_length)
+        self._most = PLACES * generator.model.mesh.size
         self._rows: deque[Row] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
-        self.paused, self._closing, self.batches = False, False, 0
+        self.paused, self._closing = False, False
+        self._stream: Stream | None = None  # of this thread alone, as are those under way in its rows
+        self._under_way: dict[int, tuple[Row, list[Answer]]] = {}
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
@@ -123,7 +120,7 @@ class Worker:
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future:
-        """Has it done in the worker's thread, before the next batch."""
+        """Has it done in the worker's thread, once what is under way has ended: nothing else begins before."""
         done: Future = Future()
         with self._changed:
             self._calls.append((function, done))
@@ -131,7 +128,7 @@ class Worker:
         return done
 
     def pause(self, paused: bool) -> None:
-        """Whether batches wait; one that is under way goes on to its end."""
+        """Whether what waits goes on waiting; what is under way goes on to its end."""
         with self._changed:
             self.paused = paused
             self._changed.notify()
@@ -148,24 +145,31 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._calls and (self.paused or not self._rows):
+                while not self._under_way and not self._calls and (self.paused or not self._rows):
                     if self._closing:
                         return
                     self._changed.wait()
-                call = self._calls.popleft() if self._calls else None
+                call = self._calls.popleft() if self._calls and not self._under_way else None
+                shape, taken = self._take() if not (call or self._calls or self.paused) else (None, [])
             if call:
                 self._do(*call)
                 continue
-            time.sleep(TOGETHER_SECONDS)
-            batch = self._take()
             try:
-                self._generate(batch)
+                if shape:
+                    self._begin(shape, taken)
+                if self._under_way:
+                    self._step()
             except Exception as error:  # memory, most likely: these have no answer, the next may have one
                 line = one_line(error)
-                complain(f"a batch of {len(batch)} has failed: {line}")
-                for row in batch:
+                under_way = [row for row, _ in self._under_way.values()]
+                rows = under_way + [row for row in taken if row not in under_way]
+                complain(f"a batch of {len(rows)} has failed: {line}")
+                for row in rows:
                     for number in range(row.samples):
                         row.tell(number, News("", [], [], error=line))
+                self._under_way.clear()
+            if not self._under_way:
+                self._stream = None  # the next begins with what it wants
 
     @staticmethod
     def _do(function: Callable[[], Any], done: Future) -> None:
@@ -174,49 +178,62 @@ class Worker:
         except BaseException as error:  # whoever asked is told
             done.set_exception(error)
 
-    def _take(self) -> list[Row]:
-        """The row that has waited longest, and those that one program generates with it."""
-        with self._changed:
-            if self.paused:
-                return []
-            waiting = [row for row in self._rows if not row.cancelled]
-            batch = waiting[:1]
-            for row in waiting[1:]:
-                whole = (len(batch) + 1) * row.samples
-                if whole > self.batch_size:
-                    break
-                if row.program == batch[0].program and _places(self._shape([*batch, row])) <= self._most:
-                    batch.append(row)
-            taken = set(map(id, batch))
-            self._rows = deque(row for row in waiting if id(row) not in taken)
-        return batch
+    def _take(self) -> tuple[BatchShape | None, list[Row]]:
+        """Those that have waited longest, as many as there is room for beside what is under way, and the shape that has
+        it; None where nobody begins.
+        """
+        self._rows = deque(row for row in self._rows if not row.cancelled)
+        shape, taken = self._stream.shape if self._stream else None, list[Row]()
+        while self._rows:
+            wanted = self._shape(shape, self._rows[0], len(self._under_way) + len(taken) + 1)
+            if wanted is None:
+                break
+            shape = wanted
+            taken.append(self._rows.popleft())
+        return shape if taken else None, taken
 
-    def _shape(self, batch: Sequence[Row]) -> BatchShape:
+    def _shape(self, shape: BatchShape | None, row: Row, count: int) -> BatchShape | None:
+        """The shape that has room for this row too, as the last of so many; None where there is none beside the others.
+
+        shape: of the others, or None where there are none.
+        """
         model = self.generator.model
         parts = model.mesh.shape["dp"] * model.mesh.shape["fsdp"]
-        rows = 1 << (-(-len(batch) // parts) - 1).bit_length()
-        longest, new = max(len(row.prompt) for row in batch), max(row.max_tokens for row in batch)
-        new_tokens = 1 << max(new - 1, 15).bit_length()
-        return BatchShape(rows * parts, rounded_length(longest, model), batch[0].samples, new_tokens)
+        at_most = -(-self.batch_size // (row.samples * parts))
+        rows = min(next(rows for rows in LADDER if rows * parts >= count), at_most) * parts
+        length, new_tokens = rounded_length(len(row.prompt), model), 1 << max(row.max_tokens - 1, 63).bit_length()
+        wanted = BatchShape(rows, length, row.samples, new_tokens)
+        if shape is None:
+            return wanted
+        wanted = BatchShape(*map(max, shape, wanted))
+        fits = count * row.samples <= self.batch_size and places(wanted) <= self._most
+        return wanted if fits and row.samples == shape.texts else None
 
-    def _generate(self, batch: Sequence[Row]) -> None:
-        if not batch:
-            return
-        self.batches += 1
-        shape, samples = self._shape(batch), batch[0].samples
-        rows: Rows = [[i] for i in range(len(batch))]
-        texts = [(row, number) for row in batch for number in range(samples)]
-        draws = [Draw(row.sampling, row.number + number) for row, number in texts]
-        answers = [Answer(row, number, self._tokenizer) for row, number in texts]
-        prompts = [row.prompt for row in batch]
-        for new in self.generator.tokens(prompts, shape, rows, batch[0].sampling, samples, draws):
-            for number, answer in enumerate(answers):
+    def _begin(self, shape: BatchShape, taken: Sequence[Row]) -> None:
+        """Rows of a stream of this shape begin what was taken."""
+        if self._stream is None:
+            self._stream = self.generator.stream(shape, shared=shape.texts > 1)
+        elif self._stream.shape != shape:
+            while not self._stream.may_grow:
+                self._step()
+            moved = self._stream.grow(shape)
+            self._under_way = {moved[at]: found for at, found in self._under_way.items()}
+        units = {}
+        for at, row in zip(self._stream.free, taken, strict=False):
+            draws = [Draw(row.sampling, row.number + number) for number in range(row.samples)]
+            units[at] = Unit([row.prompt], draws, row.max_tokens)
+            self._under_way[at] = row, [Answer(row, number, self._tokenizer) for number in range(row.samples)]
+        self._stream.fill(units)
+
+    def _step(self) -> None:
+        """One more token of each answer; a row whose answers have ended is free."""
+        assert self._stream
+        for at, tokens in self._stream.step().items():
+            _, answers = self._under_way[at]
+            for answer, token in zip(answers, tokens, strict=True):
                 if not answer.over:
-                    answer.add(*new[number])
+                    answer.add(*token)
             if all(answer.over for answer in answers):
-                break
-
-
-def _places(shape: BatchShape) -> int:
-    """Tokens that the cache of a batch has room for."""
-    return shape.rows * (shape.length + shape.texts * shape.new_tokens)
+                del self._under_way[at]
+                if at in self._stream.under_way:
+                    self._stream.stop(at)

@@ -16,7 +16,7 @@ from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.generation.generator import Generator, plan_rows, rounded_length
 from ringbpt.generation.sampling import Options, Sampling, filtered, penalise
-from ringbpt.generation.stream import BatchShape, Draw, NewToken
+from ringbpt.generation.stream import BatchShape, Draw, NewToken, Unit
 from ringbpt.layouts import inverse, permutation, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
@@ -131,6 +131,40 @@ def test_texts_drawn_each_in_its_own_way(generator):
         wanted = draw(generator, alone, 6, way)[draws[number].number]
         assert [token.id for token in found[number]] == [token.id for token in wanted]
         np.testing.assert_allclose([x.logp for x in found[number]], [x.logp for x in wanted], atol=1e-5)
+
+
+@pytest.mark.parametrize(("mesh", "layout"), [("sp=4", "zigzag"), ("fsdp=2", "contiguous")])
+def test_texts_go_on_while_their_batch_grows(mesh, layout, generator, tmp_path):
+    """More rows, longer prompts and longer texts, at several turns of the ring of slots: as each is alone."""
+    restore("llama", tmp_path)
+    model, params = load_model(f"huggingface::{tmp_path}", MESHES[mesh])
+    model = replace(model, execution=replace(model.execution, sequence_layout=layout))
+    rng, ways = np.random.default_rng(2), [Sampling(1.0, seed=5), GREEDY, Sampling(0.7, repetition_penalty=1.5, seed=1)]
+    prompts = [rng.integers(2, 96, size) for size in (11, 5, 9, 30, 7, 16)]
+    mosts, found = [9, 16, 16, 40, 3, 21], [list[NewToken]() for _ in prompts]
+    first = BatchShape(2, 16, 1, 16)
+    stream = Generator(model, params).stream(first)
+    at: dict[int, int] = {}  # {row: number of its text}
+    for number, shape, steps in (
+        (0, first, 2), (1, first, 5), (2, BatchShape(4, 16, 1, 16), 6), (3, BatchShape(4, 32, 1, 64), 9),
+        (4, BatchShape(4, 32, 1, 64), 4), (5, BatchShape(8, 48, 1, 64), 99),
+    ):  # fmt: skip
+        if shape != stream.shape:
+            moved = stream.grow(shape)
+            at = {moved[row]: text for row, text in at.items()}
+        row = stream.free[0]
+        stream.fill({row: Unit([prompts[number]], [Draw(ways[number % 3], 0)], mosts[number])})
+        at[row] = number
+        for step in range(steps + 4):
+            if not stream.under_way or (step >= steps and stream.may_grow):
+                break
+            for row, [token] in stream.step().items():
+                found[at[row]].append(token)
+    assert not stream.under_way
+    for prompt, most, way, text in zip(prompts, mosts, ways * 2, found, strict=True):
+        [wanted] = draw(generator, [prompt], most, way)
+        assert [token.id for token in text] == [token.id for token in wanted]
+        np.testing.assert_allclose([x.logp for x in text], [x.logp for x in wanted], atol=2e-5)
 
 
 def test_no_recompiles(generator):

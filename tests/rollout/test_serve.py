@@ -253,6 +253,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "hot": ({"temperature": "hot"}, "no number"),
     "top_p": ({"top_p": 0}, "top_p"),
     "seed": ({"seed": 2**32}, "seed"),
+    "numbers that end above": ({"number": 2**32 - 1, "n": 2}, "number"),
     "a seed of digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "malformed"),
     "stop": ({"stop": [""]}, "stop"),
     "logprobs": ({"logprobs": 5}, "logprobs"),
@@ -464,11 +465,11 @@ def test_a_key_and_a_graceful_end(folder, server):
             keyed.models.list()
 
 
-@pytest.mark.slow  # of two signals at once the second is not always seen in time
-def test_two_signals_end_it_at_once(folder):
+def test_signals_that_follow_each_other_end_it_at_once(folder):
+    """Two within a second; as many as it takes, for a busy machine may be late to hear of the first."""
     with serving(folder) as own:
         own.post("/pause")
-        body = json.dumps({"prompt": "a"}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 500}).encode()
         waiting = Request(f"{own.url}/v1/completions", body, {"Content-Type": "application/json"})
 
         def refused() -> None:
@@ -479,11 +480,12 @@ def test_two_signals_end_it_at_once(folder):
         thread.start()
         while own.ask("/health")[1]["waiting"] < 1:
             time.sleep(0.02)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            own.process.send_signal(number)
+        while own.process.poll() is None:
+            own.process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
         code, _, err = own.ended()
         thread.join(60)
-    assert code in (130, 143) and err.endswith("twice: at once\n") and err.count("\n") == 1
+    assert code == 143 and err.endswith("twice: at once\n") and err.count("\n") == 1
 
 
 def test_a_lost_server_changes_nothing(folder, server, local):
@@ -511,36 +513,39 @@ def test_a_port_that_is_taken(folder, server):
 
 
 @pytest.mark.slow
-def test_requests_are_batched(server, client):
-    """32 of unequal length, at once and one by one, both without what is compiled."""
+def test_requests_are_batched(folder):
+    """32 of unequal length, at once and one by one: the fastest of several rounds, for what a round compiles depends on
+    who comes first. All have room in sizes that differ by their rows alone.
+    """
     rng = np.random.default_rng(0)
+    sizes = rng.integers((3, 129), (60, 257), (32, 2)).tolist()
     bodies = [
-        {"prompt": rng.integers(0, 96, rng.integers(3, 60)).tolist(), "max_tokens": int(rng.integers(8, 64)), "seed": i}
-        for i in range(32)
+        {"prompt": rng.integers(0, 96, prompt).tolist(), "max_tokens": answer, "seed": i}
+        for i, (prompt, answer) in enumerate(sizes)
     ]
     found: dict[int, Any] = {}
 
-    def ask(number: int) -> None:
-        found[number] = client.completions.create(model="tiny", **bodies[number]).choices[0].text
+    def ask(*numbers: int) -> None:
+        for number in numbers:
+            found[number] = own.post("/v1/completions", **bodies[number])["choices"][0]["text"]
 
-    def at_once() -> float:
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(32)]
+    def seconds(askers: list[threading.Thread]) -> float:
+        found.clear()
         start = time.perf_counter()
-        for thread in threads:
+        for thread in askers:
             thread.start()
-        for thread in threads:
+        for thread in askers:
             thread.join()
         return time.perf_counter() - start
 
-    for _ in range(3):  # what it compiles depends on who comes first
-        at_once()
-    for number in range(32):
-        ask(number)
-    together = at_once()
-    batched = dict(found)
-    start = time.perf_counter()
-    for number in range(32):
-        ask(number)
-    alone = time.perf_counter() - start
-    print(f"32 requests: {together:.2f} s at once, {alone:.2f} s one by one: {together / alone:.2f}")
-    assert found == batched and together <= 0.5 * alone
+    rounds = []
+    with serving(folder, "--mesh_dim=1,1,1,1") as own:
+        for _ in range(4):
+            together = seconds([threading.Thread(target=ask, args=(i,)) for i in range(32)])
+            batched = dict(found)
+            alone = seconds([threading.Thread(target=ask, args=range(32))])
+            assert found == batched and len(found) == 32
+            rounds.append((together, alone))
+    together, alone = map(min, zip(*rounds, strict=True))
+    print(f"32 requests: {together:.2f} s at once, {alone:.2f} s one by one: {together / alone:.2f}; {rounds}")
+    assert together <= 0.5 * alone
