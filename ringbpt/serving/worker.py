@@ -19,12 +19,8 @@ from ringbpt.config.shown import one_line
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import Generator, rounded_length
 from ringbpt.generation.sampling import Sampling
-from ringbpt.generation.stream import PLACES, BatchShape, Draw, Stream, Unit, places
+from ringbpt.generation.stream import PLACES, BatchShape, Draw, Stream, Unit, places, rows_at_once
 from ringbpt.generation.text import BEFORE, Text
-
-# Rows of what is generated, for each device that has rows of its own: the next step, where one is to begin and none is
-# free, or what --batch_size has room for. Few, since each is a program; one client alone pays for one row.
-LADDER = [8**i for i in range(8)]
 
 
 class News(NamedTuple):
@@ -195,18 +191,20 @@ class Worker:
     def _shape(self, shape: BatchShape | None, row: Row, count: int) -> BatchShape | None:
         """The shape that has room for this row too, as the last of so many; None where there is none beside the others.
 
-        shape: of the others, or None where there are none.
+        shape: of the others, or None where there are none. There is one row, so that one client alone pays for no more,
+        or as many as there may be: two programs.
         """
         model = self.generator.model
         parts = model.mesh.shape["dp"] * model.mesh.shape["fsdp"]
-        at_most = -(-self.batch_size // (row.samples * parts))
-        rows = min(next(rows for rows in LADDER if rows * parts >= count), at_most) * parts
         length, new_tokens = rounded_length(len(row.prompt), model), 1 << max(row.max_tokens - 1, 63).bit_length()
-        wanted = BatchShape(rows, length, row.samples, new_tokens)
+        wanted = BatchShape(parts, length, row.samples, new_tokens)
         if shape is None:
             return wanted
         wanted = BatchShape(*map(max, shape, wanted))
-        fits = count * row.samples <= self.batch_size and places(wanted) <= self._most
+        at_most = self.batch_size // row.samples
+        if count > wanted.rows:
+            wanted = wanted._replace(rows=rows_at_once(wanted, at_most, model.mesh))
+        fits = count <= min(wanted.rows, at_most) and places(wanted) <= self._most
         return wanted if fits and row.samples == shape.texts else None
 
     def _begin(self, shape: BatchShape, taken: Sequence[Row]) -> None:

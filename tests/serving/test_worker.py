@@ -111,7 +111,7 @@ def test_who_has_no_room_waits_and_nobody_overtakes(generator):
     """Several answers to a prompt beside others with one, and more places than there may be."""
     log: list[str] = []
     worker = worker_of(generator, 8)
-    worker._most = 8 * 130
+    worker._most = 2 * (64 + 2 * 64)  # places: two rows of two answers
     long, several, large, last = (
         Asked("long", log, most=20), Asked("several", log, samples=2), Asked("large", log, prompt=300, samples=2),
         Asked("last", log, samples=2),
