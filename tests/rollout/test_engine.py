@@ -105,7 +105,7 @@ def test_one_prefill_serves_a_prompts_samples():
 
 
 MANY = [np.roll(prompt, shift) for shift in range(3) for prompt in PROMPTS]
-MANY_ENDS = frozenset({END, 2, 3, 4, 5, 6, 7, 8})
+MANY_ENDS = frozenset(range(24))
 
 
 @cache
@@ -126,7 +126,7 @@ def test_how_many_rows_there_are_at_once_changes_nothing(mesh, flags, rows, temp
     engine = LocalEngine(model, longest=7, max_new_tokens=6, ends=MANY_ENDS, rows=rows)
     engine.update(params)
     found, wanted = engine.generate(MANY, samples, temperature, seed=5), all_at_once(temperature, samples)
-    assert len({len(sample.tokens) for answers in found for sample in answers}) > 2
+    assert len({max(len(sample.tokens) for sample in answers) for answers in found}) > 2  # rows are free at other steps
     for ours, theirs in zip(chain(*found), chain(*wanted), strict=True):
         assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
         np.testing.assert_allclose(ours.logps, theirs.logps, atol=1e-5)
