@@ -103,24 +103,27 @@ class Generator:
         waiting = list(reversed(rows))
         texts: dict[int, list[int]] = {}
         stream = self.stream(shape, samples > 1)
-        while waiting or stream.under_way:
-            free = stream.free
-            begun = {row: waiting.pop() for row in free[: len(waiting)]}
-            for row, own in begun.items():
-                texts[row] = [number * samples + i for number in own for i in range(samples)]
-            stream.fill(
-                {
-                    row: Unit([prompts[number] for number in own], [draws[n] for n in texts[row]], shape.new_tokens)
-                    for row, own in begun.items()
+        try:
+            while waiting or stream.under_way:
+                free = stream.free
+                begun = {row: waiting.pop() for row in free[: len(waiting)]}
+                for row, own in begun.items():
+                    texts[row] = [number * samples + i for number in own for i in range(samples)]
+                stream.fill(
+                    {
+                        row: Unit([prompts[number] for number in own], [draws[n] for n in texts[row]], shape.new_tokens)
+                        for row, own in begun.items()
+                    }
+                )
+                told = stream.step()
+                yield {
+                    number: token
+                    for row, tokens in told.items()
+                    for number, token in zip(texts[row], tokens, strict=True)
+                    if number not in over
                 }
-            )
-            told = stream.step()
-            yield {
-                number: token
-                for row, tokens in told.items()
-                for number, token in zip(texts[row], tokens, strict=True)
-                if number not in over
-            }
-            for row in told:
-                if row in stream.under_way and all(number in over for number in texts[row]):
-                    stream.stop(row)
+                for row in told:
+                    if row in stream.under_way and all(number in over for number in texts[row]):
+                        stream.stop(row)
+        finally:  # nothing is under way, for which a template's limit of memory (data/text/template.py) were too low
+            stream.settle()

@@ -276,6 +276,10 @@ class Stream:
         """The row is free, whatever its texts still had to say."""
         del self._units[row]
 
+    def settle(self) -> None:
+        """Returns once the device has done what was sent ahead."""
+        jax.block_until_ready(self._told)
+
     @property
     def under_way(self) -> AbstractSet[int]:
         """The rows whose texts go on."""
