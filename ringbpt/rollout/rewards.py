@@ -5,16 +5,11 @@ A reward that fails (raises, takes too long, is no number) is NaN, counted, and 
 
 import json
 import math
-import os
 import re
-import selectors
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -24,7 +19,6 @@ import numpy as np
 
 from ringbpt.checkpoint.load import describe_checkpoint, load_model
 from ringbpt.config import CHECKPOINT_PREFIXES, RolloutConfig, UserError, printable
-from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
 from ringbpt.data.text.tokenizers import Tokenizer
@@ -33,9 +27,9 @@ from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives.units import by_document, ends
 from ringbpt.rollout.engine import Sample
+from ringbpt.rollout.process import Process
 
 RETRY_SECONDS = 1.0
-START_SECONDS = 60.0  # in which a function's process must have read its file
 
 
 class Answer(NamedTuple):
@@ -60,73 +54,20 @@ Say = Callable[[str], None]
 class Function:
     """A python file's function, FILE.py:NAME, called as NAME(prompt=, completion=, row=), in a process of its own."""
 
-    where: str
-    file: Path
-    name: str
-    seconds: float
+    process: Process
     say: Say
-    _process: subprocess.Popen[str] | None = field(default=None, init=False)
     on_mesh: ClassVar[bool] = False
 
-    def start(self) -> None:
-        """Raises UserError where the file or the function is not there."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ringbpt.rollout.worker", str(self.file), self.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(self.file.parent)])},
-        )
-        found = self._answer(max(self.seconds, START_SECONDS))
-        if "error" in found:
-            self.close()
-            raise UserError(f"{self.where}: {printable(found['error'])}")
-
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        return [self._one(answer) for answer in answers]
-
-    def _one(self, answer: Answer) -> float:
-        if self._process is None or self._process.poll() is not None:
-            self.start()
-        assert self._process is not None and self._process.stdin is not None
-        try:
-            asked = {"prompt": answer.prompt, "completion": answer.completion, "row": answer.row}
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            self.close()
-            return self._failed("its process has ended")
-        found = self._answer(self.seconds)
-        return self._failed(found["error"]) if "error" in found else found["reward"]
-
-    def _failed(self, why: str) -> float:
-        self.say(f"{self.where}: {printable(why)}")
-        return math.nan
-
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        assert self._process is not None
-        line = _line_within(self._process.stdout, seconds)
-        if line:
-            return json.loads(line)
-        self.close()
-        if line is None:
-            return {"error": f"no answer after {seconds:g} s: its process is ended, another begins"}
-        return {"error": "its process has ended: another begins"}
+        asked = [{"prompt": a.prompt, "completion": a.completion, "row": a.row} for a in answers]
+        found = self.process.ask(asked)
+        for each in found:
+            if "error" in each:
+                self.say(f"{self.process.where}: {printable(each['error'])}")
+        return [each.get("reward", math.nan) for each in found]
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            with self._process:  # waits for it, and closes its pipes
-                pass
-            self._process = None
-
-
-def _line_within(stream: IO[str] | None, seconds: float) -> str | None:
-    """A line, "" at the end of the stream, None where none comes in time: one at once, and whole, comes of a worker."""
-    assert stream is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        return stream.readline() if selector.select(seconds) else None
+        self.process.close()
 
 
 @dataclass
@@ -242,18 +183,23 @@ class Rewards:
         """What __call__ gives, of what was asked before; all processes call it, and are given what process 0 has."""
         found = np.array([part(answers) if part.on_mesh else found[i] for i, part in enumerate(self._parts)])
         total = combined(found, self._weights, self._normalise)
-        failed = int(np.isnan(total).sum())
-        self.failed += failed
-        if failed > self._limit * len(answers):
-            raise UserError(
-                f"--rollout.reward: {failed} of {len(answers)} rewards of a rollout have failed, and "
-                f"--rollout.reward_failures={self._limit:g} is the share that may", code=3
-            )  # fmt: skip
+        self.failed += int(np.isnan(total).sum())
+        check_failures("--rollout.reward", "rewards", total, self._limit)
         return total
 
     def close(self) -> None:
         for part in self._parts:
             part.close()
+
+
+def check_failures(flag: str, what: str, found: np.ndarray, limit: float) -> None:
+    """Raises UserError, code 3, where more of a rollout's rewards than the share `limit` have failed, which are NaN."""
+    failed = int(np.isnan(found).sum())
+    if failed > limit * found.size:
+        raise UserError(
+            f"{flag}: {failed} of {found.size} {what} of a rollout have failed, and "
+            f"--rollout.reward_failures={limit:g} is the share that may", code=3
+        )  # fmt: skip
 
 
 def combined(found: np.ndarray, weights: Sequence[float], normalise: bool) -> np.ndarray:
@@ -277,17 +223,9 @@ def _weights(config: RolloutConfig, count: int) -> list[float]:
 
 
 def _reward(spec: str, config: RolloutConfig, policy: Model, longest: int, say: Say) -> Any:
-    where = f"--rollout.reward={spec}"
     if re.match(r"https?://", spec):
         return Server(spec, config.reward_timeout, say)
     if spec.partition("::")[0] in CHECKPOINT_PREFIXES and "::" in spec:
         return OurModel(spec, policy, longest)
-    if not (match := re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", spec)):
-        raise UserError(f"{where}: none of FILE.py:NAME, PREFIX::PATH of a reward model, and http://HOST/PATH")
-    file = user_path(match[1])
-    if not file.is_file():
-        raise UserError(f"{where}: no such file")
-    function = Function(where, file.absolute(), match[2], config.reward_timeout, say)
-    if jax.process_index() == 0:
-        function.start()
-    return function
+    choices = "none of FILE.py:NAME, PREFIX::PATH of a reward model, and http://HOST/PATH"
+    return Function(Process("rollout.reward", spec, "reward", config.reward_timeout, choices), say)
