@@ -447,6 +447,7 @@ CHOICES = {
 
 MODEL = "--load_checkpoint=huggingface::{f}/model"
 SMALL = "{small}"
+ASKED = "--objective=grpo --eval_steps=0 --rollout.prompts={f}/good.jsonl"
 FLAGS: dict[str, list[tuple[str, str]]] = {
     "train": [
         ("--totl_steps=3", "--total_steps?"),
@@ -458,6 +459,10 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--lora.rank=4 --lora.alpha=nan", "--lora.alpha"),
         ("--objective=reward --eval_steps=5 --eval_passkey=64", "predicts none"),
         ("--llama.head=score", "--objective=reward"),
+        ("--rollout.environment=x.py:E", "and --objective=sft has none: --objective=grpo"),
+        (f"{ASKED} --rollout.reward=x.py:f --rollout.environment=x.py:E", "leave --rollout.reward out"),
+        (f"{ASKED} --rollout.environment=x.py:E", "chat template"),
+        (f"{ASKED} --rollout.max_turns=0", "below 1"),
         ("--total_steps=0", "--total_steps=0 is below 1"),
         ("--total_steps=1.5", "write 1"),
         ("--total_steps=9007199254740992", "--total_steps=2147483647 at most"),
@@ -705,6 +710,18 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--output={f}/good.jsonl/x", "no folder"),
         ("--output={out} --pairs=0", "below 1"),
         ("--output={out} --seed=-1", "below 0"),
+    ],
+    "scripts/make_prompts.py": [
+        ("", "--output is missing"),
+        ("--output={f}/good.jsonl/x", "no folder"),
+        ("--output={out} --task=passkeys", "--task='passkey'"),
+        ("--output={out} --task=passkey --length=9", "below 48"),
+        ("--output={out} --count=0", "below 1"),
+    ],
+    "scripts/environments.py": [
+        ("", "--output is missing"),
+        ("--output={f}/good.jsonl/x", "no folder"),
+        ("--output={out} --count=0", "below 1"),
     ],
     "scripts/bench_shared_prompts.py": [
         (f"{SMALL} --answers=x", "--answers=2"),

@@ -223,7 +223,7 @@ class RolloutConfig:
     )
     reward_weights: str = flag("", "of several, as 1,0.5; empty: all 1")
     reward_normalise: bool = flag(False, "each of several over the rollout first, and then the sum of them")
-    reward_timeout: float = flag(60.0, "seconds that a reward may take", above=0)
+    reward_timeout: float = flag(60.0, "seconds that a reward, or a step of an environment, may take", above=0)
     reward_failures: float = flag(0.5, "the share of a rollout's rewards that may fail", at_least=0, at_most=1)
     prompts_per_step: int = flag(8, "of each rollout", at_least=1, at_most=1 << 20)
     samples_per_prompt: int = flag(8, "answers to each", at_least=1, at_most=1 << 12)
@@ -233,6 +233,13 @@ class RolloutConfig:
     servers: str = flag("", "ringbpt.serve's addresses, http://HOST:PORT with commas; empty: the run's own devices")
     server_timeout: float = flag(600.0, "seconds without a server, or for an answer, after which a run ends", above=0)
     max_staleness: int = flag(0, "rollouts that servers sample while earlier ones are learnt", at_least=0, at_most=64)
+    environment: str = flag("", "FILE.py:NAME, which answers the policy's turns and says what they are worth")
+    max_turns: int = flag(4, "of the policy in an environment, each of max_new_tokens", at_least=1, at_most=1 << 10)
+
+    @property
+    def most_drawn(self) -> int:
+        """Tokens of an answer that are sampled, at most, in all its turns."""
+        return self.max_new_tokens * (self.max_turns if self.environment else 1)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ def check_rollouts(config: Config) -> None:
     """What learning from rollouts needs, and what nothing else reads."""
     rollout, name = config.rollout, f"--objective={config.objective}"
     if config.objective not in POLICIES:
-        for flag in ("prompts", "reward"):
+        for flag in ("prompts", "reward", "environment"):
             if getattr(rollout, flag):
                 raise UserError(f"--rollout.{flag} is of learning from rollouts, and {name} has none: --objective=grpo")
         return
     if not rollout.prompts:
         raise UserError(f"{name} learns from its own answers to prompts: --rollout.prompts=FILE.jsonl")
+    if rollout.reward and rollout.environment:
+        raise UserError("--rollout.environment says itself what an answer is worth: leave --rollout.reward out")
     if config.objective == "distill":
         _check_teacher(config)
-    elif not rollout.reward:
+    elif not rollout.reward and not rollout.environment:
         raise UserError(f"{name} learns from what answers are worth: --rollout.reward=FILE.py:NAME, or a reward model")
     if rollout.samples_per_prompt < 2 and config.objective not in ("reinforce_pp", "distill", *CRITICS):
         raise UserError(

@@ -12,15 +12,20 @@ from ringbpt.data.text.shapes import settings_of, tools_of
 from ringbpt.data.text.tokenizers import Tokenizer
 
 
-def read_prompts(file: Path, flag: str = "prompts") -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, each with a prompt or messages. Raises UserError with file and line."""
+def read_prompts(file: Path, flag: str = "prompts", of_environment: bool = False) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, each with a prompt or messages, or with whatever an environment makes them of.
+
+    Raises UserError with file and line.
+    """
 
     def checked(row: Any) -> Any:
-        if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
+        is_prompt = isinstance(row.get("prompt"), str) or isinstance(row.get("messages"), list)
+        if not is_prompt and not of_environment:
             raise ValueError
         return row
 
-    return read_rows(file, flag, 'neither "prompt", a text, nor "messages", a list', checked)
+    wanted = "no object" if of_environment else 'neither "prompt", a text, nor "messages", a list'
+    return read_rows(file, flag, wanted, checked)
 
 
 def whole_text(text: str, where: str) -> str:

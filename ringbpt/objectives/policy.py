@@ -136,7 +136,7 @@ def _function(algorithm: Algorithm) -> Callable[[TokenStats, Batch, Config], Mea
         advantage_BT, average = columns["advantage"], c.average or algorithm.average
 
         def mean(x_BT: Array, over: str = "token") -> Mean:
-            return averaged(x_BT, mask_BT, batch, over, config.rollout.max_new_tokens)
+            return averaged(x_BT, mask_BT, batch, over, config.rollout.most_drawn)
 
         log_ratio_BT = log_ratios(logp_BT, old_BT, mask_BT, batch, algorithm.ratio)
         loss_BT = surrogate(algorithm, c, logp_BT, log_ratio_BT, advantage_BT)

@@ -5,16 +5,15 @@ max_staleness rollouts ahead: rollout n is sampled by the policy before rollout 
 of them is ready sooner. So a run is the same however fast its servers are, and goes on as if nothing had been.
 """
 
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ringbpt.config import UserError
+from ringbpt.processes import told
 from ringbpt.rollout.engine import LocalEngine, Sample
 from ringbpt.rollout.handover import Shelf
 from ringbpt.rollout.http_engine import HttpEngine
@@ -24,13 +23,14 @@ from ringbpt.types import Params
 class Asked(NamedTuple):
     """A rollout's answers to each of its prompts, and what rewards that need no mesh say of each: float64 [rewards,
     answers], NaN where one has failed or is still to be asked. version: the rollout before which the policy's weights
-    were these. seconds: that sampling took.
+    were these. seconds: that sampling took. facts: what an environment knows of it, for the log.
     """
 
     samples: list[list[Sample]]
     found: np.ndarray
     version: int
     seconds: float
+    facts: dict[str, float]
 
 
 Ask = Callable[[Any, int, int], Asked]  # (engine, number of a rollout, version)
@@ -85,7 +85,7 @@ class Ahead:
                     version = number
                 wanted.append((n, version))
         # Kept even where no rollout of this run is by them: one that goes on has it.
-        if told_by_first(any(version == number for _, version in wanted) and not self._shelf.has(number)):
+        if told(any(version == number for _, version in wanted) and not self._shelf.has(number)):
             self._shelf.put(number, params)
         if self._engine:
             self._shelf.drop_before(number - self._staleness)
@@ -101,13 +101,13 @@ class Ahead:
     def take(self, number: int, params: Params) -> Asked:
         """Waits for it. Raises the UserError that has ended its sampling, on all processes."""
         if not self._engine:
-            return decoded(broadcast(b""))
+            return decoded(told(None))
         try:
             asked = self._under_way.pop(number).result()
         except UserError as error:
-            broadcast(json.dumps({"error": str(error), "code": error.code}).encode())
+            told({"error": str(error), "code": error.code})
             raise
-        broadcast(encoded(asked))
+        told(encoded(asked) if jax.process_count() > 1 else None)
         return asked
 
     def close(self) -> None:
@@ -116,27 +116,14 @@ class Ahead:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def encoded(asked: Asked) -> bytes:
-    return json.dumps(asked._replace(found=asked.found.tolist())).encode()
+def encoded(asked: Asked) -> list[Any]:
+    """As JSON knows it."""
+    return [*asked._replace(found=asked.found.tolist())]
 
 
-def decoded(content: bytes) -> Asked:
+def decoded(found: list[Any] | dict[str, Any]) -> Asked:
     """Raises UserError where process 0 has."""
-    found = json.loads(content)
     if isinstance(found, dict):
         raise UserError(found["error"], code=found["code"])
-    samples, of_each, version, seconds = found
-    return Asked([[Sample(*s) for s in answers] for answers in samples], np.array(of_each), version, seconds)
-
-
-def broadcast(content: bytes) -> bytes:
-    """What process 0 says, on all."""
-    if jax.process_count() == 1:
-        return content
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(content))))
-    own = np.frombuffer(content.ljust(size)[:size], np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own)))
-
-
-def told_by_first(whether: bool) -> bool:
-    return broadcast(b"1" if whether else b"0") == b"1"
+    samples, of_each, version, seconds, facts = found
+    return Asked([[Sample(*s) for s in answers] for answers in samples], np.array(of_each), version, seconds, facts)

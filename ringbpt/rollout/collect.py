@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from ringbpt.data.packing import best_fit
 from ringbpt.data.prompts import read_prompts
 from ringbpt.data.reading.files import digest_of, replacing
 from ringbpt.data.text.tokenizers import Tokenizer
+from ringbpt.generation.generator import check_lengths
 from ringbpt.generation.text import encode_prompts
 from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
@@ -40,6 +41,7 @@ from ringbpt.objectives.objective import REFERENCE
 from ringbpt.objectives.policy import ALGORITHMS
 from ringbpt.rollout.ahead import Ahead, Asked, InTurns
 from ringbpt.rollout.engine import LocalEngine, Sample
+from ringbpt.rollout.episodes import Episodes
 from ringbpt.rollout.handover import Shelf
 from ringbpt.rollout.http_engine import HttpEngine
 from ringbpt.rollout.rewards import Answer, Rewards
@@ -62,10 +64,11 @@ class Place(NamedTuple):
 class Prompts:
     """A file's prompts as tokens, in an order of the seed, epoch after epoch."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer):
+    def __init__(self, config: Config, tokenizer: Tokenizer, episodes: Episodes | None = None):
+        """episodes: what begins with the file's rows, where they are no prompts themselves."""
         name, self._seed = config.rollout.prompts, config.seed
-        self.rows = read_prompts(user_path(name), "rollout.prompts")
-        self.tokens = encode_prompts(self.rows, tokenizer, name)
+        self.rows = read_prompts(user_path(name), "rollout.prompts", of_environment=episodes is not None)
+        self.tokens = episodes.begin(self.rows) if episodes else encode_prompts(self.rows, tokenizer, name)
         self.longest = max(map(len, self.tokens))
         self.fingerprint = digest_of([json.dumps(self.rows), *(str(tokens.tolist()) for tokens in self.tokens)])
 
@@ -104,9 +107,10 @@ class Rollouts:
         rollout = config.rollout
         self._config, self._model, self._tokenizer, self._say, self._weights = config, model, tokenizer, say, weights
         self._folder, self._algorithm = folder / FOLDER, ALGORITHMS[config.objective]
-        self._prompts = Prompts(config, tokenizer)
+        self._episodes = Episodes(rollout, tokenizer, say) if rollout.environment else None
+        self._prompts = Prompts(config, tokenizer, self._episodes)
         self.seq_length = config.train_dataset.seq_length
-        longest, per_row = self._room()
+        longest, per_row, self._most = self._room()
         per_update = math.ceil(rollout.prompts_per_step / rollout.updates)
         parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
         self.rows = math.ceil(math.ceil(per_update / per_row) / parts) * parts
@@ -122,25 +126,33 @@ class Rollouts:
         self._number, self._waited, self._arrays = -1, 0.0, Arrays()
         self._facts: dict[int, dict[str, float]] = {}  # of the last two
 
-    def _room(self) -> tuple[int, int]:
-        """(tokens of a prompt and an answer, at most; how many prompts, with all their answers, a row surely holds)."""
+    def _room(self) -> tuple[int, int, int]:
+        """(tokens of a prompt and an answer, at most; how many prompts, with all their answers, a row surely holds;
+        tokens of an answer, at most: with an environment's in it, as many as a row has room for).
+        """
         rollout, flag = self._config.rollout, self._config.train_dataset.group
-        longest = self._prompts.longest + rollout.max_new_tokens
-        whole = self._prompts.longest - 1 + rollout.samples_per_prompt * rollout.max_new_tokens
+        prompt, each, most = self._prompts.longest, rollout.samples_per_prompt, rollout.most_drawn
+        whole = prompt - 1 + each * most
         if whole > self.seq_length:
+            turns = f" in --rollout.max_turns={rollout.max_turns}" if self._episodes else ""
             raise UserError(
-                f"--train_dataset.{flag}.seq_length={self.seq_length} does not hold a prompt of "
-                f"{self._prompts.longest} tokens with --rollout.samples_per_prompt={rollout.samples_per_prompt} of "
-                f"--rollout.max_new_tokens={rollout.max_new_tokens}: --train_dataset.{flag}.seq_length={whole}"
+                f"--train_dataset.{flag}.seq_length={self.seq_length} does not hold a prompt of {prompt} tokens with "
+                f"--rollout.samples_per_prompt={each} of --rollout.max_new_tokens={rollout.max_new_tokens}{turns}: "
+                f"--train_dataset.{flag}.seq_length={whole}"
             )
-        return longest, self.seq_length // whole
+        if not self._episodes:
+            return prompt + most, self.seq_length // whole, most
+        limit = self._model.architecture.max_sequence_length
+        check_lengths(prompt, most, limit)
+        most = min((self.seq_length - prompt + 1) // each, limit - prompt)
+        return prompt + most, 1, most
 
     def _samples_from(self, folder: Path, longest: int) -> InTurns | Ahead:
         """Raises UserError where the run's servers cannot be had."""
         config, rollout, tokenizer = self._config, self._config.rollout, self._tokenizer
         most, ends = rollout.max_new_tokens, frozenset(tokenizer.ends.stop)
         if not rollout.servers:
-            return InTurns(LocalEngine(self._model, self._prompts.longest, most, ends), self._ask)
+            return InTurns(LocalEngine(self._model, longest - most, most, ends), self._ask)
         engine = None
         if jax.process_index() == 0:
             urls = [url.strip() for url in rollout.servers.split(",")]
@@ -156,7 +168,7 @@ class Rollouts:
         rollout = self._config.rollout
         return (
             f"{len(self._prompts.rows):,} prompts of {self._prompts.longest} tokens at most; a rollout has "
-            f"{rollout.prompts_per_step} x {rollout.samples_per_prompt} answers of {rollout.max_new_tokens} tokens at "
+            f"{rollout.prompts_per_step} x {rollout.samples_per_prompt} answers of {self._most} tokens at "
             f"most, learnt in {rollout.updates} step(s) of {self.rows} x {self.seq_length:,}"
         )
 
@@ -186,8 +198,9 @@ class Rollouts:
 
     def close(self) -> None:
         self._sampler.close()
-        if self._rewards:
-            self._rewards.close()
+        for part in (self._rewards, self._episodes):
+            if part:
+                part.close()
 
     # --- one rollout ---
 
@@ -199,13 +212,16 @@ class Rollouts:
 
     def _ask(self, engine: LocalEngine | HttpEngine, number: int, version: int) -> Asked:
         """A rollout's answers; it needs nothing that another thread changes."""
-        begin, rollout = time.perf_counter(), self._config.rollout
-        _, prompts = self._prompts_of(number)
-        seed = zlib.crc32(f"{self._config.seed} {number}".encode())
-        samples = engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed)
+        begin, rollout, seed = time.perf_counter(), self._config.rollout, partial(_seed, self._config, number)
+        numbers, prompts = self._prompts_of(number)
+        if self._episodes:
+            rows = [self._prompts.rows[n] for n in numbers]
+            samples, reward_PR, known = self._episodes.play(engine, numbers, rows, prompts, self._most, seed)
+            return Asked(samples, reward_PR.reshape(1, -1), version, time.perf_counter() - begin, known)
+        samples = engine.generate(prompts, rollout.samples_per_prompt, rollout.temperature, seed())
         sampled = time.perf_counter() - begin
         found = self._rewards.asked(self._answers(number, samples)) if self._rewards else np.zeros((0, 0))
-        return Asked(samples, found, version, sampled)
+        return Asked(samples, found, version, sampled, {})
 
     def _answers(self, number: int, samples: list[list[Sample]]) -> list[Answer]:
         return [
@@ -217,11 +233,12 @@ class Rollouts:
     def _make(self, number: int, params: Params, reference: Params | None) -> tuple[Arrays, dict]:
         rollout, begin = self._config.rollout, time.perf_counter()
         _, prompts = self._prompts_of(number)
-        samples, found, version, seconds = self._sampler.take(number, params)
+        samples, found, version, seconds, known = self._sampler.take(number, params)
         waited = time.perf_counter() - begin
-        reward_PR = np.zeros((len(prompts), rollout.samples_per_prompt))
+        shape = len(prompts), rollout.samples_per_prompt
         if self._rewards:
-            reward_PR = self._rewards.summed(self._answers(number, samples), found).reshape(reward_PR.shape)
+            found = self._rewards.summed(self._answers(number, samples), found)
+        reward_PR = found.reshape(shape) if found.size else np.zeros(shape)
         arrays, places = self._laid_out(prompts, samples, reward_PR)
         own = {"old_logp": "logp_BT"} if rollout.updates > 1 else {}
         own |= {"old_value": "value_BT"} if self._algorithm.has_critic else {}
@@ -231,11 +248,11 @@ class Rollouts:
         if self._teacher:
             arrays |= self._said(*self._teacher, arrays, {REFERENCE: "logp_BT"})
         arrays |= self._advantages(reward_PR, arrays, places)
-        lengths = [len(sample.tokens) for answers in samples for sample in answers]
+        lengths = [int(sample.mask.sum()) for answers in samples for sample in answers]
         cut = [sample.finish == "length" for answers in samples for sample in answers]
-        known = [row[~np.isnan(row)] for row in reward_PR]  # of a prompt whose rewards have all failed there are none
-        spread = np.array([float(np.std(row)) if row.size else 0.0 for row in known])
-        facts = {
+        valued = [row[~np.isnan(row)] for row in reward_PR]  # of a prompt whose rewards have all failed there are none
+        spread = np.array([float(np.std(row)) if row.size else 0.0 for row in valued])
+        facts = known | {
             "rollout/reward_spread": float(np.mean(spread)),
             "rollout/without_spread": float(np.mean(spread == 0)),
             "rollout/failed": float(np.isnan(reward_PR).sum()),
@@ -371,6 +388,11 @@ def teacher_of(config: Config, student: Model) -> tuple[Model, Params]:
     return replace(model, temperature=student.temperature), params
 
 
+def _seed(config: Config, number: int, turn: int = 0) -> int:
+    """By which a rollout's answers are drawn, and the later turns of trajectories."""
+    return zlib.crc32(f"{config.seed} {number}{f' {turn}' if turn else ''}".encode())
+
+
 def _stats(model: Model, params: Params, batch: Batch, fields: tuple[str, ...]) -> tuple[jax.Array, ...]:
     """What a model says of each place, [B, T], by these fields of TokenStats: "logp_BT", "value_BT"."""
     head = "both" if len(fields) > 1 else "score" if fields == ("value_BT",) else "unembed"
@@ -394,7 +416,7 @@ def _piece(prompt: np.ndarray, sample: Sample, reward: float, unit: int, first: 
     logp = np.concatenate([np.zeros(before), sample.logps]).astype(np.float32)
     values = {
         "token": tokens,
-        "mask": (np.arange(len(tokens)) >= before).astype(np.float32),
+        "mask": np.concatenate([np.zeros(before), sample.mask]).astype(np.float32),
         "rollout_logp": logp,
         "advantage": np.zeros(len(tokens), np.float32),
         "reward": np.full(len(tokens), reward, np.float32),

@@ -18,12 +18,19 @@ from ringbpt.types import Params
 
 class Sample(NamedTuple):
     """One answer. tokens: ids, the end token among them where it has ended by one. logps: of each under the
-    distribution that it was drawn from, in nats. finish: "stop", or "length" where max_new_tokens ended it.
+    distribution that it was drawn from, in nats. finish: "stop", or "length" where max_new_tokens ended it. drawn:
+    which of the tokens were, where not all were: others are an environment's (see episodes.py), with a 0 in logps.
     """
 
     tokens: list[int]
     logps: list[float]
     finish: str
+    drawn: Sequence[bool] = ()
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [tokens]: which of them were drawn."""
+        return np.array(self.drawn or [True] * len(self.tokens), bool)
 
     @property
     def said(self) -> list[int]:
@@ -64,14 +71,17 @@ class LocalEngine:
     def generate(
         self, prompts: Sequence[np.ndarray], samples: int, temperature: float, seed: int
     ) -> list[list[Sample]]:
-        """`samples` answers to each prompt, in the order of the prompts; the same seed draws the same."""
+        """`samples` answers to each prompt, in the order of the prompts; the same seed draws the same.
+
+        An empty prompt holds a place: it has no answers, and the others are drawn as if it had.
+        """
         assert self._generator is not None, "an engine has weights before it is asked"
         check_vocabulary(prompts, self._model.architecture.vocab_size)
         shape = BatchShape(0, self._length, samples, self._most)
         shape = shape._replace(rows=self._rows or rows_at_once(shape, len(prompts), self._model.mesh))
         found = [Sample([], [], "length") for _ in range(len(prompts) * samples)]
         over: set[int] = set()
-        sampling, rows = Sampling(temperature, seed=seed), [[number] for number in range(len(prompts))]
+        sampling, rows = Sampling(temperature, seed=seed), [[n] for n, prompt in enumerate(prompts) if len(prompt)]
         for new in self._generator.tokens(prompts, shape, rows, sampling, samples, over=over):
             for number, token in new.items():
                 found[number].tokens.append(token.id)
@@ -79,4 +89,4 @@ class LocalEngine:
                 if token.id in self._ends:
                     found[number] = found[number]._replace(finish="stop")
                     over.add(number)
-        return [found[i : i + samples] for i in range(0, len(found), samples)]
+        return [found[i * samples : (i + 1) * samples] if len(prompt) else [] for i, prompt in enumerate(prompts)]

@@ -240,7 +240,8 @@ class HttpEngine:
     def generate(
         self, prompts: Sequence[np.ndarray], samples: int, temperature: float, seed: int
     ) -> list[list[Sample]]:
-        """`samples` answers to each prompt, in the order of the prompts; the same seed draws the same.
+        """`samples` answers to each prompt, in the order of the prompts; the same seed draws the same. An empty prompt
+        holds a place, and has no answers.
 
         Raises UserError, code 3, where no server is left, and for what a server refuses.
         """
@@ -252,7 +253,8 @@ class HttpEngine:
             "logprobs": 0,
         }
         alike |= {"stop_token_ids": sorted(self._ends), "return_token_ids": True}
-        bodies = [alike | {"prompt": p.tolist(), "number": i * samples} for i, p in enumerate(prompts)]
+        there = [i for i, prompt in enumerate(prompts) if len(prompt)]
+        bodies = [alike | {"prompt": prompts[i].tolist(), "number": i * samples} for i in there]
         work = self._work = Work(bodies, self._servers, self._wanted.number if self._wanted else None)
         if self._closed:
             self.close()
@@ -267,7 +269,8 @@ class HttpEngine:
             self._check_some_are_left(work)
         if work.error is not None:
             raise work.error
-        return [work.found[number] for number in range(len(bodies))]
+        found = {i: work.found[number] for number, i in enumerate(there)}
+        return [found.get(i, []) for i in range(len(prompts))]
 
     def _thread(self, server: Address, work: Work, samples: int) -> threading.Thread:
         return threading.Thread(target=self._ask, args=(server, work, samples), daemon=True)

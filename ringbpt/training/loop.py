@@ -141,6 +141,9 @@ def _data(
         return merge(state.trained, state.frozen), layout.reference_of(state)
 
     config, model = layout.config, layout.model
+    if objective.rollouts:  # before anything is sampled, which its ends end
+        template = config.train_dataset.text_processor.chat_template
+        set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
     rollouts = Rollouts(config, model, tokenizer, folder, weights, say) if objective.rollouts else None
     loaders = {} if rollouts else loaders_of(config, tokenizer)
     shares = bool(rollouts) or any(loader.shares for loader in loaders.values())

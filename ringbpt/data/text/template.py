@@ -96,7 +96,9 @@ def _limited(flag: str) -> Iterator[None]:
     """A template's run, which may take SECONDS of this process's time and MEMORY bytes more than it has.
 
     Raises UserError where it takes more; whatever else it does wrong is a TemplateError. There is no limit of memory
-    where the system has none, nor one of time in another thread than the main one.
+    where the system has none, and none at all in another thread than the main one: signals come to that, and a limit of
+    memory is the whole process', so that what other threads do meanwhile would fail by it, and two would undo each
+    other's. A template that is given by a user has run in the main thread before any other runs it.
     """
     from jinja2 import TemplateError, TemplateRuntimeError
 
@@ -107,7 +109,7 @@ def _limited(flag: str) -> Iterator[None]:
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
             most = int(file.read(20).split()[0]) * PAGE + MEMORY
-        if before[0] in (resource.RLIM_INFINITY, -1) or most < before[0]:
+        if timed and (before[0] in (resource.RLIM_INFINITY, -1) or most < before[0]):
             resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
     except (OSError, ValueError):
         pass
@@ -126,7 +128,8 @@ def _limited(flag: str) -> Iterator[None]:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        if timed:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _too_much(flag: str, what: str) -> UserError:
