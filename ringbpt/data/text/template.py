@@ -128,7 +128,6 @@ def _limited(flag: str) -> Iterator[None]:
         if timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, handler)
-        if timed:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 
