@@ -172,12 +172,8 @@ def make_grow(model: Model) -> Callable[..., tuple[Cache, Any]]:
     return grow
 
 
-def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tuple[Cache, jax.Array]]:
-    """prefill(weights, batch, cache, row_B) -> (cache, the last layer's x_BTD), in layout order; the cache is donated.
-
-    What has stood in a row of the cache is gone where a row of the batch becomes it; row_B: see make_put. One program
-    computes all layers: a deep model compiles no longer than a shallow one.
-    """
+def make_prefill_layer(model: Model) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """layer(w, x_BTD, meta) -> (x_BTD, (k, v), each [B, K, T, H]), in layout order, jitted; x is donated."""
     kv_spec, cache_spec = (spec(dims, ACTIVATION_AXES) for dims in ("B T K H", CACHE))
     move = jax.shard_map(
         lambda k_BTKH: jnp.swapaxes(k_BTKH, 1, 2), mesh=model.mesh, in_specs=kv_spec, out_specs=cache_spec,
@@ -189,8 +185,17 @@ def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tu
         return x_BTD, (move(k_BTKH), move(v_BTKH))
 
     placed = [NamedSharding(model.mesh, s) for s in (spec("B T D", ACTIVATION_AXES), cache_spec, cache_spec)]
+    return jax.jit(one_layer, donate_argnums=1, out_shardings=(placed[0], tuple(placed[1:])))
+
+
+def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tuple[Cache, jax.Array]]:
+    """prefill(weights, batch, cache, row_B) -> (cache, the last layer's x_BTD), in layout order; the cache is donated.
+
+    What has stood in a row of the cache is gone where a row of the batch becomes it; row_B: see make_put. One program
+    computes all layers: a deep model compiles no longer than a shallow one.
+    """
     start = jax.jit(partial(embed, model.mesh, model.dtype))
-    layer = jax.jit(one_layer, donate_argnums=1, out_shardings=(placed[0], tuple(placed[1:])))
+    layer = make_prefill_layer(model)
     put, put_meta = make_put(model.mesh, CACHE), make_put(model.mesh, "B S")
 
     def prefill(weights: Params, batch: Batch, cache: Cache, row_B: jax.Array) -> tuple[Cache, jax.Array]:

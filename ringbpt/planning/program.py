@@ -70,6 +70,10 @@ def batch_columns(config: Config) -> tuple[str, ...]:
     """The columns of a batch of the run: as of data whose answers share their prompts, where the objective has such."""
     objective = objective_of(config)
     shared = ("last",) * (objective.whole_documents and config.train_dataset.share_prompts)
+    if objective.rollouts:  # its columns of what is optional too: rewards, what the old policy said, and the reference
+        asked = {"reward": config.rollout.reward, "old_logp": config.rollout.updates > 1}
+        asked |= {REFERENCE: config.policy.kl_coefficient or config.objective == "distill"}
+        return (*ALWAYS, *objective.columns, *shared, *(name for name, has in asked.items() if has))
     reference = (REFERENCE,) * (objective.reference and not objective.in_step(config))
     return (*ALWAYS, *objective.columns, *shared, *reference)
 
@@ -87,7 +91,7 @@ def compile_program(config: Config, machine: Topology) -> Program:
         "optimizer state": sum(
             _shard_bytes(getattr(state, name), getattr(away, name)) for name in ("opt_state", "step", "guard")
         ),
-        "batch": _shard_bytes(batch, jax.tree.map(lambda _: False, batch)),
+        "batch": shard_bytes(batch),
     }
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
@@ -112,10 +116,14 @@ def compile_program(config: Config, machine: Topology) -> Program:
     )
 
 
+def shard_bytes(tree: Any) -> int:
+    """Of a tree of abstract arrays, what one device has."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def _shard_bytes(tree: Any, away: Any) -> int:
     """Of what lives on the device: an argument in the host's memory is the host's."""
-    leaves = [x for x, host in zip(jax.tree.leaves(tree), jax.tree.leaves(away), strict=True) if not host]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return shard_bytes([x for x, host in zip(jax.tree.leaves(tree), jax.tree.leaves(away), strict=True) if not host])
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

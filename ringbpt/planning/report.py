@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ringbpt.config import Config
+from ringbpt.config import POLICIES, Config
 from ringbpt.evaluation.pictures import set_title
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import estimate, step_flops
 from ringbpt.planning.hlo import parse
 from ringbpt.planning.overlap import has_kernel, ring_hops
 from ringbpt.planning.program import Program, compile_program
+from ringbpt.planning.sampling import Sampling, compile_sampling
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.memory import ARGUMENTS, account
 
@@ -19,13 +20,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
+    """sampling: of rollouts on the same devices, beside the state; None where there are none."""
+
     config: Config
     machine: Topology
     program: Program
+    sampling: Sampling | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes of one device, in a step or while rollouts are sampled, whichever are more."""
+        return max(self.program.total, self.sampled or 0)
+
+    @property
+    def sampled(self) -> int | None:
+        """Bytes of one device while rollouts are sampled."""
+        kept = sum(count for name, count in self.program.arguments.items() if name != "batch")
+        return self.sampling.total + kept if self.sampling else None
 
     @property
     def fits(self) -> bool:
-        return self.machine.memory is None or self.program.total <= self.machine.memory
+        return self.machine.memory is None or self.total <= self.machine.memory
 
     @property
     def verdict(self) -> str:
@@ -52,6 +67,7 @@ class Plan:
             "arguments": program.arguments,
             "largest": [asdict(buffer) for buffer in program.largest],
             "closed_form": closed_form(config, machine.platform),
+            "sampling": asdict(self.sampling) | {"total": self.sampled} if self.sampling else None,
             "fits": self.fits,
             "flops": asdict(flops),
             **dict.fromkeys(("collectives", "ring_overlap", "step_seconds", "tokens_per_second", "mfu", "hop_margin")),
@@ -87,7 +103,9 @@ def model_name(config: Config) -> str:
 
 
 def make_plan(config: Config, machine: Topology) -> Plan:
-    return Plan(config, machine, compile_program(config, machine))
+    samples = config.objective in POLICIES and not config.rollout.servers
+    sampling = compile_sampling(config, machine) if samples else None  # the quicker refusals first
+    return Plan(config, machine, compile_program(config, machine), sampling)
 
 
 def closed_form(config: Config, platform: str) -> dict[str, int] | None:
@@ -134,8 +152,13 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"  {name:<32}{size(count):>12}{known:>14}")
     if sizes["host"]:
         lines.append(f"  {'in the host memory':<32}{size(sizes['host']):>12}")
+    most = sizes["total"]
+    if sampling := report["sampling"]:
+        most = max(most, sampling["total"])
+        lines += ["", f"while it samples, {sampling['rows']} prompts of {sampling['prompt']:,} tokens at a time"]
+        lines += [f"  {name:<32}{size(sampling[name]):>12}" for name in ("weights", "cache", "working", "total")]
     if limit is not None:
-        left = limit - sizes["total"]
+        left = limit - most
         verdict = f"fits, {size(left)} left" if report["fits"] else f"does not fit: {size(-left)} too much"
         lines.append(f"  {'of':<32}{size(limit):>12}   {verdict}")
     if formula:
@@ -175,7 +198,7 @@ def suggestion(flags: str, plan: Plan) -> str:
     seconds = report["step_seconds"]
     time = f"{seconds[0]:.3g} to {seconds[1]:.3g}" if seconds else ""
     host = f", {size(plan.program.host)} on the host" if plan.program.host else ""
-    return f"  {flags:<50}{size(plan.program.total):>12}  {time:>16}  {plan.verdict}{host}"
+    return f"  {flags:<50}{size(plan.total):>12}  {time:>16}  {plan.verdict}{host}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

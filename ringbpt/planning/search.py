@@ -48,7 +48,7 @@ def find(
 
 def _tried(what: str, config: Config, machine: Topology, say: Say) -> Plan:
     made = make_plan(config, machine)
-    say(f"{what}: {size(made.program.total)} of {size(machine.memory or 0)}, {made.verdict}")
+    say(f"{what}: {size(made.total)} of {size(machine.memory or 0)}, {made.verdict}")
     return made
 
 
@@ -121,7 +121,7 @@ def _largest(plan: Callable[[int], Plan], first: int, memory: int, close: float,
             units = min(max(guess, low + 1), high - 1)
     if not fitting:
         raise UserError(
-            f"nothing fits: even the smallest that was tried needs {size(known[min(known)].program.total)} of "
+            f"nothing fits: even the smallest that was tried needs {size(known[min(known)].total)} of "
             f"{size(memory)}: use more devices, --llama.remat_block=nothing_saveable, or offload"
         )
     return known[max(fitting)]
@@ -129,8 +129,8 @@ def _largest(plan: Callable[[int], Plan], first: int, memory: int, close: float,
 
 def _line(known: dict[int, Plan], memory: int) -> int:
     """Where the line through the two values nearest to the limit meets it; with one alone, in proportion."""
-    nearest = sorted(known, key=lambda n: abs(known[n].program.total - memory))[:2]
-    totals = [known[n].program.total for n in nearest]
+    nearest = sorted(known, key=lambda n: abs(known[n].total - memory))[:2]
+    totals = [known[n].total for n in nearest]
     if len(nearest) == 1 or totals[0] == totals[1]:
         fixed = sum(known[nearest[0]].program.arguments.values())
         grows = max(totals[0] - fixed, 1)

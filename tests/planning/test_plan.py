@@ -11,8 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt import plan as entry
 from ringbpt.config import UserError, parse, parse_args
+from ringbpt.generation.generator import Generator
+from ringbpt.generation.stream import BatchShape
 from ringbpt.mesh import make_mesh
 from ringbpt.model.flops import forward_flops
+from ringbpt.model.llama import Model
 from ringbpt.planning import search
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import balance, step_flops, visible_pairs
@@ -369,3 +372,34 @@ def test_a_plan_is_made_twice_with_a_compilation_cache(tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_what_samples_is_what_the_engine_holds():
+    """Weights and cache of one device, byte for byte, on a mesh that splits both; and they stand beside the state."""
+    lengths = [SIZES[0].format(256), SIZES[1].format(2), "--llama.max_sequence_length=512"]
+    flags = [*MODEL, *lengths, "--objective=ppo", "--rollout.prompts=x", "--rollout.reward=x.py:y", "--dtype=bf16"]
+    flags += ["--rollout.samples_per_prompt=4", "--rollout.max_new_tokens=16", "--rollout.prompts_per_step=6"]
+    config = parse(parse_args([*flags, "--mesh_dim=1,2,2,2"]), 8)
+    found = make_plan(config, topology("cpu-8"))
+    sampling = found.sampling
+    assert sampling and (sampling.prompt, sampling.rows) == (256 + 1 - 4 * 16, 6)
+    model = Model.of(config, make_mesh(config.mesh_shape))
+    generator = Generator(model, model.init(jax.random.key(0)))
+    stream = generator.stream(BatchShape(6, 256, 4, 16), shared=True)
+
+    def held(tree):
+        device = jax.devices()[0]
+        return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
+
+    assert (sampling.weights, sampling.cache) == (held(generator.weights), held(stream._cache))
+    kept = sum(found.program.arguments.values()) - found.program.arguments["batch"]
+    assert found.sampled == kept + sampling.total and found.total == max(found.program.total, found.sampled)
+    assert "while it samples, 6 prompts of 193 tokens" in table(found.as_dict())
+    served = make_plan(replace(config, rollout=replace(config.rollout, servers="http://a")), topology("cpu-8"))
+    assert served.sampling is None and served.total == served.program.total
+
+
+def test_rows_without_room_for_a_prompt_are_refused():
+    flags = [*SMALL, "--objective=grpo", "--rollout.prompts=x", "--rollout.reward=x.py:y"]
+    with pytest.raises(UserError, match=r"does not hold .*samples_per_prompt=8 answers"):
+        make_plan(parse(parse_args(flags), 8), topology("cpu-8"))
