@@ -27,6 +27,13 @@ def check_rollouts(config: Config) -> None:
             f"--rollout.samples_per_prompt={rollout.samples_per_prompt}: {name} compares a prompt's answers with each "
             "other: --rollout.samples_per_prompt=8"
         )
+    for flag, whole in (("top_p", 1.0), ("top_k", 0)):
+        if (given := getattr(rollout, flag)) != whole:
+            raise UserError(
+                f"--rollout.{flag}={given} would draw from a part of the tokens, and the policy is learnt on all: its "
+                f"probabilities would not be those that answers were drawn with: --rollout.{flag}={whole:g}, and "
+                "--rollout.temperature for narrower ones"
+            )
     if rollout.updates > rollout.prompts_per_step:
         raise UserError(
             f"--rollout.updates={rollout.updates} steps learn from --rollout.prompts_per_step="

@@ -138,6 +138,14 @@ def test_rows_are_as_long_as_a_prompt_with_all_its_answers(data, tmp_path):
             ("--objective=ppo", "--rollout.prompts=x", "--rollout.reward=y", "--policy.kl_in_reward"),
             "--policy.kl_coefficient=0.01",
         ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.top_p=0.9"),
+            "--rollout.top_p=1, and",
+        ),
+        (
+            ("--objective=grpo", "--rollout.prompts=x", "--rollout.reward=y", "--rollout.top_k=50"),
+            "--rollout.top_k=0, and",
+        ),
         (("--objective=distill", "--rollout.prompts=x"), "--reference_checkpoint=PREFIX::PATH"),
         (
             (

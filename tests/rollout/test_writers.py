@@ -69,3 +69,38 @@ def test_the_best_answers_are_rows_that_a_run_learns_from(data, tmp_path, capsys
         )  # fmt: skip
         assert read_rows(run / "metrics.jsonl")[-1]["loss"] < read_rows(run / "metrics.jsonl")[0]["loss"]
     assert means[0] + 0.05 < means[1] and means[1] < means[2]
+
+
+HALVES = "def halves(prompt, completion, row):\n    return round(2 * sum(map(str.isalpha, completion)) / 6) / 2\n"
+
+
+@pytest.mark.slow
+def test_what_was_learnt_with_its_worth_is_said_when_it_is_asked_for(data, tmp_path, capsys):  # noqa: F811
+    """Conditional fine-tuning on all answers of a policy: asked for high worth and for low, it gives either."""
+    prompts, long = data[0].partition("=")[2], TINY[0].replace("length=64", "length=128")
+    (tmp_path / "halves.py").write_text(HALVES)
+    reward = f"--reward={tmp_path}/halves.py:halves"
+    long = long.replace("hidden_size=32,intermediate_size=64", "hidden_size=64,intermediate_size=128")
+    first = train(tmp_path, *data, long, "--objective=grpo", *FULL, "--total_steps=15", name="first")
+    asked = ["--max_new_tokens=6", "--mesh_dim=8,1,1,1", reward]
+    words = [f"--load_checkpoint=params::{first}", f"--prompts={prompts}", *asked, "--samples=96"]
+    assert run_main(main, [*words, f"--output={tmp_path}/all.jsonl"]) == 0
+    worth = [row["reward"] for row in lines(tmp_path / "all.jsonl")]
+    assert min(worth.count(0.0), worth.count(1.0)) > 20  # there is something to be learnt of either
+    run = train(
+        tmp_path, long, "--total_steps=1500", *FULL, "--optimizer.adamw_optimizer.lr=2e-3", "--log_freq=100",
+        "--optimizer.adamw_optimizer.lr_decay_steps=1500", "--train_dataset.shuffle",
+        f"--train_dataset.json_dataset.path={tmp_path}/all.jsonl", "--train_dataset.json_dataset.batch_size=4",
+        "--train_dataset.text_processor.fields=", f"--load_checkpoint=params::{first}",
+        "--train_dataset.text_processor.input_template={} <{reward}> ", name="conditional",
+    )  # fmt: skip
+    means = {}
+    for wanted in (0.0, 1.0):
+        rows = [json.dumps({"prompt": f"{n % 7}: <{wanted}> ", "worth": 1.0}) for n in range(20)]
+        (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+        words = [f"--load_checkpoint=params::{run}", f"--prompts={tmp_path}/asked.jsonl", *asked, "--samples=8"]
+        assert run_main(main, [*words, f"--output={tmp_path}/said{wanted}.jsonl"]) == 0
+        means[wanted] = np.mean([row["reward"] for row in lines(tmp_path / f"said{wanted}.jsonl")])
+    with capsys.disabled():
+        print(f"asked for 0: {means[0.0]:.3f}, for 1: {means[1.0]:.3f}, learnt from {np.mean(worth):.3f}")
+    assert means[1.0] >= means[0.0] + 0.5
