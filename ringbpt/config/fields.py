@@ -229,9 +229,7 @@ class RolloutConfig:
     samples_per_prompt: int = flag(8, "answers to each", at_least=1, at_most=1 << 12)
     max_new_tokens: int = flag(256, "of an answer, its end among them", at_least=1, at_most=LARGEST_POSITION)
     temperature: float = flag(1.0, "of sampling, and of what the policy is learnt as", above=0, at_most=100)
-    top_p: float = flag(
-        1.0, "of sampling: 1 is all it may be, for the policy is learnt on all", above=0, at_most=1
-    )
+    top_p: float = flag(1.0, "of sampling: 1 is all it may be, for the policy is learnt on all", above=0, at_most=1)
     top_k: int = flag(0, "of sampling: 0 is all it may be", at_least=0)
     updates: int = flag(1, "optimizer steps that a rollout is learnt in", at_least=1, at_most=1 << 10)
     servers: str = flag("", "ringbpt.serve's addresses, http://HOST:PORT with commas; empty: the run's own devices")

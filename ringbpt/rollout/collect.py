@@ -29,7 +29,7 @@ from ringbpt.config.foreign import user_path
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
 from ringbpt.data.prompts import read_prompts
-from ringbpt.data.reading.files import digest_of, replacing
+from ringbpt.data.reading.files import digest_of, replacing, write_whole
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import check_lengths
 from ringbpt.generation.text import encode_prompts
@@ -44,11 +44,14 @@ from ringbpt.rollout.engine import LocalEngine, Sample
 from ringbpt.rollout.episodes import Episodes
 from ringbpt.rollout.handover import Shelf
 from ringbpt.rollout.http_engine import HttpEngine
+from ringbpt.rollout.page import page
 from ringbpt.rollout.rewards import Answer, Rewards
 from ringbpt.types import ALWAYS, Batch, Params
 
 FORMAT = 1
-FOLDER = "rollouts"
+# The mean of exp |difference of log-probabilities|, where sampler and policy are one: 1.01 in bfloat16.
+WARNED, STOPPED = 1.05, 2.0
+FOLDER, PAGE = "rollouts", "samples.html"
 KEY = "RINGBPT_API_KEY"  # of servers, as ringbpt.serve has it
 Arrays = dict[str, np.ndarray]  # columns, [updates, B, T]
 
@@ -187,9 +190,22 @@ class Rollouts:
         host, shape = Batch.of(arrays), (self.rows, self.seq_length)
         return put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
 
-    def facts(self, step: int) -> dict[str, float]:
-        """What is known of the rollout that the step, from 1, has learnt from: for a row of metrics."""
-        return self._facts.get((step - 1) // self._config.rollout.updates, {})
+    def facts(self, step: int, row: dict[str, float]) -> dict[str, float]:
+        """What is known of the rollout that the step, from 1, has learnt from: for its row of metrics.
+
+        Says where the row tells that answers were not drawn by the policy that learns from them, though they should be.
+        Raises UserError, code 3, where that is beyond what a correction could mend.
+        """
+        found, mismatch = self._facts.get((step - 1) // self._config.rollout.updates, {}), row.get("mismatch", 1.0)
+        if mismatch > WARNED and not found.get("rollout/staleness"):
+            what = (
+                f"step {step}: mismatch {mismatch:.3g}: answers were not drawn with the probabilities that the policy "
+                "has: another dtype, other weights, or log-probabilities of another temperature"
+            )
+            if mismatch > STOPPED:
+                raise UserError(f"{what}; {STOPPED:g} is the most that is learnt from", code=3)
+            self._say(f"warning: {what}")
+        return found
 
     def take_waited(self) -> float:
         """Seconds that rollouts have taken since this was last asked."""
@@ -335,10 +351,13 @@ class Rollouts:
         return np.flatnonzero((segment == place.segment) & (weight > 0))
 
     def _show(self, number: int, prompts: Sequence[np.ndarray], samples: list, reward_PR: np.ndarray) -> None:
-        if number * self._config.rollout.updates % self._config.log_freq == 0:
+        """An answer in the terminal, and all of some prompts as a page, as often as there is a line of metrics."""
+        if number * self._config.rollout.updates % self._config.log_freq == 0 and jax.process_index() == 0:
             text = self._tokenizer.decode(prompts[0], True), self._tokenizer.decode(samples[0][0].said)
             shown = (printable(json.dumps(part[-60:] if n == 0 else part[:60])) for n, part in enumerate(text))
             self._say(f"rollout {number}: {' -> '.join(shown)}: reward {reward_PR[0, 0]:.3f}")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._folder.parent / PAGE, page(number, self._tokenizer, prompts, samples, reward_PR))
 
     # --- its file ---
 

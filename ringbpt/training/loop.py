@@ -67,7 +67,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
-        row |= rollouts.facts(int(row["step"])) if rollouts else {}
+        row |= rollouts.facts(int(row["step"]), row) if rollouts else {}
         if len(row) > 1:  # held-out data of which nothing takes loss gives no number
             run.await_first()
             writer.write(row)

@@ -9,7 +9,10 @@ import pytest
 from ringbpt import generate
 from ringbpt.checkpoint.export import to_huggingface
 from ringbpt.checkpoint.safetensors import TensorFolder
-from ringbpt.config import UserError, run_main
+from ringbpt.config import TokenizerConfig, UserError, run_main
+from ringbpt.data.text.tokenizers import make_tokenizer
+from ringbpt.rollout.engine import LocalEngine, Sample
+from ringbpt.rollout.page import page
 from ringbpt.training.metrics import read_rows
 from tests.training.test_loop import FULL, TINY, configured, losses, refusal, train
 
@@ -42,6 +45,42 @@ def test_rewards_grow(data, tmp_path, objective):
     run = train(tmp_path, *data, f"--objective={objective}", "--total_steps=40", "--rollout.prompts_per_step=8")
     found = rewards(run)
     assert np.mean(found[:3]) < 0.35 and np.mean(found[-3:]) > np.mean(found[:3]) + 0.25
+
+
+def test_answers_are_seen_on_a_page(data, tmp_path):
+    """All of them, whatever is in them, and nothing that a browser would obey."""
+    tokenizer = make_tokenizer(TokenizerConfig("bytes"))
+    spoken = list(b"<script>alert(1)</script>")
+    answers = [
+        Sample(spoken, [-0.1] * len(spoken), "length"),
+        Sample([*spoken, 257], [-3.0] * (len(spoken) + 1), "stop"),
+    ]
+    mixed = Sample([104, 105], [-0.5, 0.0], "stop", [True, False])
+    found = page(
+        3, tokenizer, [np.array([97]), np.array([98])], [answers, [mixed, mixed]], np.array([[0.2, np.nan], [1, 0]])
+    )
+    assert "<script" not in found and found.count("its reward has failed") == 1 and "<i title" in found
+    assert "2 prompts, 4 answers; mean reward 0.400" in found and "probability 0.905" in found
+    run = train(tmp_path, *data, "--objective=grpo", "--total_steps=2")
+    text = (run / "samples.html").read_text()
+    assert "Rollout 1" in text and text.count('<div class="answer">') == 16
+
+
+def test_answers_that_another_drew_are_said_and_no_longer_learnt(data, tmp_path, monkeypatch, capsys):
+    """Log-probabilities of another temperature, as some servers give them: a little off, and far."""
+    generate, factor = LocalEngine.generate, 0.95
+
+    def off(self, *given):
+        found = generate(self, *given)
+        return [[s._replace(logps=[factor * x for x in s.logps]) for s in answers] for answers in found]
+
+    monkeypatch.setattr(LocalEngine, "generate", off)
+    train(tmp_path, *data, "--objective=grpo", "--total_steps=2", name="near")
+    assert capsys.readouterr().out.count("warning: step") == 2
+    factor = 0.5
+    with pytest.raises(UserError, match=r"mismatch .* is the most that is learnt from") as error:
+        train(tmp_path, *data, "--objective=grpo", "--total_steps=3", name="far")
+    assert error.value.code == 3
 
 
 def stored(run: Path) -> dict[str, dict[str, np.ndarray]]:
