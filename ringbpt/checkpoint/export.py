@@ -140,14 +140,15 @@ def _step_weights(spec: str, path: Path) -> tuple[Weights, Architecture]:
 def merged_weights(spec: str, adapter: Path) -> tuple[Weights, Architecture]:
     """A model's weights with an adapter's pairs added to them, w + scale a b in float32; and what they are of."""
     model, params = load_model(spec, (1, 1, 1, 1), adapter=adapter)
-    return weights_of(model, params, np.dtype(np.float32)), model.architecture
+    return make_weights(model, np.dtype(np.float32))(params), model.architecture
 
 
-def weights_of(model: Model, params: Params, cast: np.dtype) -> Weights:
-    """The weights on a model's mesh, as `cast`: a layer at a time is fetched, its pair added to it and its codes made
-    numbers, in float32. Of several processes all ask for each, in one order, and each gets all of it.
+def make_weights(model: Model, cast: np.dtype) -> Callable[[Params], Weights]:
+    """weights(params): those on a model's mesh, as `cast`: a layer at a time is fetched, its pair added to it and its
+    codes made numbers, in float32. Of several processes all ask for each, in one order, and each gets all of it.
+    What is compiled is kept for other params.
     """
-    axis, layers = model.architecture.param_scan_axis, params["layers"]
+    axis = model.architecture.param_scan_axis
     everywhere = NamedSharding(model.mesh, PartitionSpec()) if jax.process_count() > 1 else None
 
     @partial(jax.jit, static_argnames="weight", out_shardings=everywhere)
@@ -163,7 +164,14 @@ def weights_of(model: Model, params: Params, cast: np.dtype) -> Weights:
             w = w + one[SCALE] * jnp.tensordot(a, b, 1, precision="highest")
         return w.astype(cast)
 
-    def of_layers(name: str) -> np.ndarray:
+    @partial(jax.jit, out_shardings=everywhere)
+    def fetched(x: jax.Array) -> jax.Array:
+        return fetch(x).astype(cast)
+
+    def of_itself(x: jax.Array) -> np.ndarray:
+        return np.asarray(fetched(x))
+
+    def of_layers(layers: Params, name: str) -> np.ndarray:
         parts = {part: layers[name + part] for part in ("", A, B, SCALE) if name + part in layers}
         stacked = jax.tree.leaves(parts[""])[0]
         count = stacked.shape[min(axis, stacked.ndim - 1)]
@@ -173,12 +181,13 @@ def weights_of(model: Model, params: Params, cast: np.dtype) -> Weights:
             whole[i] = first if i == 0 else np.asarray(layer(parts, jnp.int32(i), name))
         return np.moveaxis(whole, 0, min(axis, first.ndim))
 
-    def whole(name: str) -> np.ndarray:
-        return np.asarray(jax.jit(lambda x: fetch(x).astype(cast), out_shardings=everywhere)(params[name]))
+    def weights(params: Params) -> Weights:
+        layers = params["layers"]
+        own = [name for name in layers if not is_of_a_pair(name) and not name.endswith(SCALE)]
+        found: Weights = {name: partial(of_itself, x) for name, x in params.items() if name != "layers"}
+        return found | {f"layers.{name}": partial(of_layers, layers, name) for name in own}
 
-    own = [name for name in layers if not is_of_a_pair(name) and not name.endswith(SCALE)]
-    found: Weights = {name: partial(whole, name) for name in params if name != "layers"}
-    return found | {f"layers.{name}": partial(of_layers, name) for name in own}
+    return weights
 
 
 def report_merged(spec: str, adapter: Path, folder: Path) -> str:

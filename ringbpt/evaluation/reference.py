@@ -28,16 +28,15 @@ from ringbpt.layouts import permutation
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives.objective import REFERENCE
-from ringbpt.types import Array, Params
+from ringbpt.types import Array, Params, PyTree
 
 SAY_EVERY = 30.0  # seconds
 Row = list[int]  # numbers of the documents that stand in it
 
 
-def weights_fingerprint(params: Params) -> str:
-    """Hex digits for the weights' values as float32, the same on any mesh: of each weight a sum modulo 2^32 of what
-    each number's bits and its place come to, so that the order of adding does not matter.
-    """
+@jax.jit
+def _sums(params: Params) -> PyTree:
+    """Two numbers of each weight: see weights_fingerprint."""
 
     def of_weight(x: Array) -> Array:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
@@ -49,7 +48,15 @@ def weights_fingerprint(params: Params) -> str:
         mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
         return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)])
 
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(of_weight, tree))(params))
+    return jax.tree.map(of_weight, params)
+
+
+def weights_fingerprint(params: Params) -> str:
+    """Hex digits for the weights' values as float32, the same on any mesh: of each weight a sum modulo 2^32 of what
+    each number's bits and its place come to, so that the order of adding does not matter.
+    """
+
+    sums = jax.device_get(_sums(params))
     words = {jax.tree_util.keystr(path): leaf.tolist() for path, leaf in jax.tree.leaves_with_path(sums)}
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 

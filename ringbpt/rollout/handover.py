@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.checkpoint import digests
-from ringbpt.checkpoint.export import weights_of, write_weights
+from ringbpt.checkpoint.export import make_weights, write_weights
 from ringbpt.checkpoint.huggingface import MAX_SHARD_BYTES, write_settings
 from ringbpt.config import UserError
 from ringbpt.layouts import permutation, row_length
@@ -57,7 +57,8 @@ class Shelf:
 
     def __init__(self, run: Path, model: Model, dtype: str, given: dict[str, Any], text: np.ndarray):
         """dtype: of the weights that are written, "bf16". given: the config.json that the run's model began with."""
-        self._folder, self._model, self._cast, self._given = run / FOLDER, model, COMPUTE_DTYPES[dtype], given
+        self._folder, self._model, self._cast, self._given = run / FOLDER, model, np.dtype(COMPUTE_DTYPES[dtype]), given
+        self._weights, self._log_softmax = make_weights(model, self._cast), _log_softmax(model)
         self._text = text[:PROBE_TOKENS]
         self._ends = np.unique(np.linspace(1, len(self._text), PROBES).astype(int))
 
@@ -76,9 +77,8 @@ class Shelf:
             for old in (new, folder):
                 shutil.rmtree(old, ignore_errors=True)
         logp_PV = self._distributions(params)
-        weights = weights_of(self._model, params, np.dtype(self._cast))
-        what = self._model.architecture, np.dtype(self._cast), self._given
-        settings = write_weights(weights, *what, new, MAX_SHARD_BYTES, "--rollout.servers")
+        what = self._model.architecture, self._cast, self._given
+        settings = write_weights(self._weights(params), *what, new, MAX_SHARD_BYTES, "--rollout.servers")
         if not is_main:
             return
         try:
@@ -99,7 +99,7 @@ class Shelf:
 
     def _distributions(self, params: Params) -> np.ndarray:
         """[P, V] float32, the log-probabilities behind each beginning."""
-        model, execution, mesh = self._model, self._model.execution, self._model.mesh
+        execution, mesh = self._model.execution, self._model.mesh
         chunks = [execution.loss_chunk_size] + [execution.scan_mlp_chunk_size] * execution.scan_mlp
         length = row_length(len(self._text), mesh.shape["sp"], *chunks)
         order = permutation(execution.sequence_layout, length, mesh.shape["sp"])
@@ -109,7 +109,7 @@ class Shelf:
         of_text = (token_T, np.arange(length, dtype=np.int32), segment_T)
         whole = [np.broadcast_to(x_T[order], (rows, length)) for x_T in of_text]
         place_P = np.argsort(order)[self._ends - 1]
-        return np.asarray(_log_softmax(model)(params, *whole, place_P))
+        return np.asarray(self._log_softmax(params, *whole, place_P))
 
 
 def _log_softmax(model: Model) -> Any:
