@@ -244,8 +244,8 @@ def load_recipe(path: str) -> ConfigDict:
 
 
 def _recipes() -> str:
-    found = sorted(file.name for file in (HOME / "configs").glob("*.py"))
-    return f"try --config=configs/{found[0]}" if found else "give flags instead, see --help"
+    first = HOME / "configs" / "debug.py"
+    return f"try --config=configs/{first.name}" if first.is_file() else "give flags instead, see --help"
 
 
 # --- the tree, checked and frozen ---

@@ -169,7 +169,7 @@ class Kept:
 def ask(engine: Any, number: int, version: int) -> Asked:
     time.sleep(SECONDS)
     assert engine.version == version
-    return Asked([[Sample([number], [-1.0], "stop")]], np.zeros((1, 1)), version, SECONDS)
+    return Asked([[Sample([number], [-1.0], "stop")]], np.zeros((1, 1)), version, SECONDS, {})
 
 
 @pytest.mark.parametrize("staleness", (0, 1, 3))
@@ -203,10 +203,12 @@ def test_what_has_ended_one_rollout_ends_the_run_and_no_thread_is_left():
 
 
 def test_what_is_said_is_what_all_processes_hear():
-    asked = Asked([[Sample([1, 2], [-0.1, -1 / 3], "length")]], np.array([[np.nan], [0.1]]), 3, 0.5)
-    found = decoded(encoded(asked))
-    assert found[0] == asked[0] and found[2:] == asked[2:]
+    asked = Asked(
+        [[Sample([1, 2], [-0.1, -1 / 3], "length")]], np.array([[np.nan], [0.1]]), 3, 0.5, {"rollout/turns": 2.0}
+    )
+    found = decoded(json.loads(json.dumps(encoded(asked))))
+    assert found.samples[0][0][:3] == asked.samples[0][0][:3] and found[2:] == asked[2:]
     np.testing.assert_array_equal(found.found, asked.found)
     with pytest.raises(UserError, match="lost") as error:
-        decoded(json.dumps({"error": "lost", "code": 3}).encode())
+        decoded({"error": "lost", "code": 3})
     assert error.value.code == 3
