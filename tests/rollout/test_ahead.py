@@ -88,6 +88,18 @@ def test_one_step_off_is_a_run_like_any_other(words, server, tmp_path):
     assert_alike(run, whole)
 
 
+@pytest.mark.slow
+def test_one_step_off_learns_as_well(words, server, tmp_path, capsys):
+    """The reward that is reached, the mean of the last ten steps, within 5 % of that of taking turns."""
+    words = (*words, "--total_steps=150", "--rollout.prompts_per_step=8")
+    own = rewards(train(tmp_path, *words, name="own"))
+    off = rewards(train(tmp_path, *words, of(server), *STALE, name="off"))
+    before, after = np.mean(own[-10:]), np.mean(off[-10:])
+    with capsys.disabled():
+        print(f"from {np.mean(own[:3]):.3f}: taking turns {before:.4f}, one step off {after:.4f}")
+    assert np.mean(own[:3]) < 0.35 and before > 0.9 and after > 0.95 * before
+
+
 def test_what_is_said_where_weights_are_gone(words, server, tmp_path, capsys):
     import shutil
 
