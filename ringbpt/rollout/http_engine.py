@@ -1,8 +1,9 @@
-"""Engine `http`: one or several `ringbpt.serve`, asked for token ids and log-probabilities over HTTP.
+"""Engine `http`: one or several servers, asked for token ids and log-probabilities over HTTP.
 
-A text is drawn by its seed and number wherever it is asked for, so what a lost server was asked another one answers
-with the same tokens. A server is asked once it has read the newest weights and was probed: what it says of some texts
-must be what the trainer says. One that comes back after it was lost reads them again first.
+A server is asked once it has read the newest weights and was probed: what it says of some texts must be what the
+trainer says. One that comes back after it was lost reads them again first. By `ringbpt.serve` a text is drawn by its
+seed and number wherever it is asked for, so what a lost server was asked another one answers with the same tokens;
+servers of other kinds answer with others, as good.
 """
 
 import json
@@ -21,6 +22,7 @@ from ringbpt.config import UserError
 from ringbpt.config.shown import one_line
 from ringbpt.rollout.engine import Sample
 from ringbpt.rollout.handover import Probe, Version
+from ringbpt.rollout.servers import KINDS, Kind, kind_of
 
 AT_ONCE = 64  # requests under way at a server
 MOST_FAILURES = 5  # of a request, wherever it was asked
@@ -47,10 +49,12 @@ class Lost(Exception):
 
 
 class Address:
-    """A server, as a client sees it. up: whether it answers. has, refused: the versions of weights that it has read,
-    and was probed with, and that it is not asked with any more. said: its last good answer to a probe.
+    """A server, as a client sees it. up: whether it answers. kind: once it has said. has, refused: the versions of
+    weights that it has read, and was probed with, and that it is not asked with any more. said: its last good answer
+    to a probe.
     """
 
+    kind: Kind | None = None
     has: int | None = None
     refused: int | None = None
     said: Said | None = None
@@ -65,12 +69,12 @@ class Address:
         self._open = build_opener(ProxyHandler({})).open  # no proxy stands between a trainer and its servers
 
     def ask(self, path: str, body: dict[str, Any] | None = None, seconds: float = 0.0) -> Any:
-        """Its JSON answer. Raises Lost where none comes, UserError where it refuses."""
+        """Its JSON answer, None where that is empty. Raises Lost where none comes, UserError where it refuses."""
         content = None if body is None else json.dumps(body).encode()
         try:
             request = Request(f"{self.url}{path}", content, self._headers)
             with self._open(request, timeout=seconds or self._seconds) as response:
-                return json.loads(response.read())
+                return json.loads(response.read() or b"null")
         except HTTPError as error:
             with error:
                 why = _reason(error)
@@ -80,8 +84,44 @@ class Address:
         except (URLError, OSError, HTTPException, ValueError) as error:
             refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
             self.up = self.up and not refused
-            self.has = None  # another process may answer there next
+            self.has = self.kind = None  # another process may answer there next
             raise Lost(one_line(getattr(error, "reason", None) or error)) from None
+
+    def meet(self, seconds: float = HEALTH_SECONDS) -> tuple[Kind, int | None]:
+        """Its kind, and the longest text that it takes, where it says so. Raises UserError for a kind that is unknown,
+        and for one that can be told to read no weights.
+        """
+        about = self.ask("/v1/models", seconds=seconds)
+        kind = kind_of(self.url, about)
+        try:
+            if kind.needs:
+                self.ask(kind.needs, seconds=seconds)
+        except UserError as error:
+            raise UserError(f"{error}: it can be told to read no weights: start it as {kind.start}") from None
+        self.kind = kind
+        return kind, about["data"][0].get("max_model_len")
+
+    def sample(self, body: dict[str, Any], samples: int) -> list[Sample]:
+        """The answers to a request of ours. Raises as ask does, and UserError for one that holds none."""
+        answer = self.ask("/v1/completions", self._kind().asked(body))
+        try:
+            return _samples(answer, samples)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            what = f"no answer with tokens and their log-probabilities: {one_line(error)}"
+            raise UserError(f"{self.url}: {what}", code=3) from None
+
+    def _kind(self) -> Kind:
+        """Another thread may have found meanwhile that it is gone."""
+        if (kind := self.kind) is None:
+            raise Lost("it was lost")
+        return kind
+
+    def reread(self, version: Version) -> None:
+        """Has it read a version's weights. Raises as ask does."""
+        for path, body in self._kind().reread(version):
+            found = self.ask(path, body)
+            if isinstance(found, dict) and found.get("success") is False:
+                raise Lost(f"{path}: {one_line(found)}")
 
     def look(self) -> None:
         """Whether it is up; one that is silent for LOST_SECONDS no longer is."""
@@ -95,9 +135,11 @@ class Address:
 
 
 def _reason(error: HTTPError) -> str:
+    """SGLang has its message at the top, and OpenAI's routes have it in an "error"."""
     try:
-        return one_line(json.loads(error.read())["error"]["message"], 500)
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):
+        found = json.loads(error.read())
+        return one_line(found.get("error", found)["message"], 500)
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError):
         return one_line(error.reason)
 
 
@@ -136,7 +178,7 @@ class Work:
         return sum(taker is server for taker in self._taken.values())
 
     def _is_ready(self, server: Address) -> bool:
-        return server.up and self._version in (None, server.has)
+        return server.up and server.kind is not None and self._version in (None, server.has)
 
     def _those_ready(self) -> list[Address]:
         return [*filter(self._is_ready, self._servers)]
@@ -209,22 +251,17 @@ class HttpEngine:
         why = ""
         for server in self._servers:
             try:
-                about = server.ask("/v1/models", seconds=HEALTH_SECONDS / len(self._servers))["data"][0]
+                kind, most = server.meet(HEALTH_SECONDS / len(self._servers))
             except Lost as lost:
                 server.up, why = False, f"{server.url}: {lost}"
-            except (KeyError, IndexError, TypeError):
-                what = "it is no server of OpenAI's routes, as ringbpt.serve is"
-                raise UserError(f"--rollout.servers={server.url}: {what}") from None
             else:
-                if about.get("max_model_len", longest) < longest:
+                if most is not None and most < longest:
                     raise UserError(
-                        f"--rollout.servers={server.url} takes texts of {about['max_model_len']} tokens, and a prompt "
-                        f"with its answer has {longest}: start it with --max_sequence_length={longest}"
+                        f"--rollout.servers={server.url} takes texts of {most} tokens, and a prompt with its answer "
+                        f"has {longest}: start it with {kind.length}={longest}"
                     )
         if not any(server.up for server in self._servers):
-            raise UserError(
-                f"--rollout.servers: {why}: start one: python -m ringbpt.serve --load_checkpoint=huggingface::DIR"
-            )
+            raise UserError(f"--rollout.servers: {why}: start one: {KINDS['ringbpt'].start}")
 
     def update(self, version: Version) -> None:
         """Servers are asked for what these weights say from now on; each reads them when it is needed next."""
@@ -279,9 +316,7 @@ class HttpEngine:
         """Asks for one after the other."""
         while (number := work.take(server)) is not None:
             try:
-                work.put(number, _samples(server.ask("/v1/completions", work.bodies[number]), samples))
-            except (KeyError, TypeError, IndexError, ValueError) as error:
-                work.fail(UserError(f"{server.url}: no answer of ringbpt.serve's: {one_line(error)}", code=3))
+                work.put(number, server.sample(work.bodies[number], samples))
             except Lost as why:
                 if not work.over:
                     self._say(f"{server.url}: {why}: what it was asked is asked again")
@@ -298,9 +333,25 @@ class HttpEngine:
             server.look()
             if not server.up:
                 work.give_back(server)
-            elif self._wanted and self._wanted.number not in (server.has, server.refused):
-                self._renew(server, work, self._wanted)
+            elif self._is_known(server, work) and self._is_behind(server):
+                self._renew(server, work)
             time.sleep(PERIOD_SECONDS)
+
+    def _is_behind(self, server: Address) -> bool:
+        return self._wanted is not None and self._wanted.number not in (server.has, server.refused)
+
+    def _is_known(self, server: Address, work: Work) -> bool:
+        """Whether it has said what kind it is, now or before; one that was away may be another since."""
+        if server.kind is None:
+            try:
+                server.meet()
+            except Lost:
+                return False  # it is looked at again
+            except UserError as error:
+                work.fail(error)
+                return False
+            work.look_again()
+        return True
 
     def _check_some_are_left(self, work: Work) -> None:
         silent = time.monotonic() - max((server.seen for server in self._left()), default=0.0)
@@ -316,12 +367,14 @@ class HttpEngine:
 
     # --- weights ---
 
-    def _renew(self, server: Address, work: Work, version: Version) -> None:
+    def _renew(self, server: Address, work: Work) -> None:
         """Has a server read the weights, and makes sure that they are the trainer's; one that refuses, or says other
         numbers than the trainer, is not asked by this version. Where none is left, the work fails.
         """
+        version = self._wanted
+        assert version is not None
         try:
-            server.ask("/update_weights_from_disk", {"model_path": str(version.folder), "version": version.number})
+            server.reread(version)
             self._check(server, version)
         except Lost as why:
             server.tries += not why.busy
@@ -355,13 +408,12 @@ class HttpEngine:
         assert self._probe is not None
         prompts = self._probe.prompts
         body = {"prompt": prompts, "temperature": self._temperature, "max_tokens": 1, "seed": 0}
+        answers = server.sample(body | {"logprobs": 0, "return_token_ids": True}, len(prompts))
+        tokens, logps = [answer.tokens[0] for answer in answers], [answer.logps[0] for answer in answers]
         try:
-            found = server.ask("/v1/completions", body | {"logprobs": 0, "return_token_ids": True})
-            answers = _samples(found, len(prompts))
-            tokens, logps = [answer.tokens[0] for answer in answers], [answer.logps[0] for answer in answers]
             trainers = self._probe.said(tokens)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise UserError(f"{server.url}: no answer of ringbpt.serve's: {one_line(error)}", code=3) from None
+        except IndexError:
+            raise UserError(f"{server.url} samples tokens that the run's model does not have", code=3) from None
         where, apart = f"{server.url}: after reading {version.folder}", np.abs(trainers - np.asarray(logps)).mean()
         if not apart <= TOLERANCE:
             raise UserError(
@@ -387,4 +439,6 @@ def _samples(answer: Any, samples: int) -> list[Sample]:
     found = [Sample(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
     if any(len(sample.tokens) != len(sample.logps) or not sample.tokens for sample in found):
         raise ValueError("an answer whose tokens and log-probabilities are not as many")
+    if others := {sample.finish for sample in found} - {"stop", "length"}:
+        raise Lost(f"an answer was ended by {one_line(others.pop())}")
     return found

@@ -417,7 +417,7 @@ def test_a_server_that_always_fails(monkeypatch):
         def do_GET(self, status: int = 200) -> None:
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(b'{"error": {"message": "out of\\nmemory"}}')
+            self.wfile.write(b'{"error": {"message": "out of\\nmemory"}, "data": [{"owned_by": "ringbpt"}]}')
 
         def do_POST(self) -> None:
             self.do_GET(500)
@@ -494,6 +494,7 @@ def test_a_lost_server_changes_nothing(folder, server, local):
     said: list[str] = []
     with serving(folder, "--batch_size=2") as lost:
         engine = http_engine(server, lost, say=said.append)
+        engine.find(3 + NEW)
         killing = threading.Timer(0.3, lost.process.kill)
         killing.start()
         found = engine.generate(prompts, 2, 1.0, seed=3)
