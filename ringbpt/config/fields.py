@@ -232,7 +232,7 @@ class RolloutConfig:
     top_p: float = flag(1.0, "of sampling: 1 is all it may be, for the policy is learnt on all", above=0, at_most=1)
     top_k: int = flag(0, "of sampling: 0 is all it may be", at_least=0)
     updates: int = flag(1, "optimizer steps that a rollout is learnt in", at_least=1, at_most=1 << 10)
-    servers: str = flag("", "ringbpt.serve's addresses, http://HOST:PORT with commas; empty: the run's own devices")
+    servers: str = flag("", "ringbpt.serve's, vLLM's or SGLang's http://HOST:PORT, with commas; empty: own devices")
     server_timeout: float = flag(600.0, "seconds without a server, or for an answer, after which a run ends", above=0)
     max_staleness: int = flag(0, "rollouts that servers sample while earlier ones are learnt", at_least=0, at_most=64)
     environment: str = flag("", "FILE.py:NAME, which answers the policy's turns and says what they are worth")
