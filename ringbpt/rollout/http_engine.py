@@ -51,7 +51,7 @@ class Lost(Exception):
 class Address:
     """A server, as a client sees it. up: whether it answers. kind: once it has said. has, refused: the versions of
     weights that it has read, and was probed with, and that it is not asked with any more. said: its last good answer
-    to a probe.
+    to a probe. reading: held while it is told to read weights and probed.
     """
 
     kind: Kind | None = None
@@ -62,7 +62,7 @@ class Address:
 
     def __init__(self, url: str, api_key: str, seconds: float):
         self.url, self.up, self.seen = url.rstrip("/"), True, time.monotonic()
-        self._seconds = seconds
+        self._seconds, self.reading = seconds, threading.Lock()
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -143,12 +143,20 @@ def _reason(error: HTTPError) -> str:
         return one_line(error.reason)
 
 
+class Wanted(NamedTuple):
+    """The weights that servers must have, and what proves it."""
+
+    version: Version
+    probe: Probe
+
+
 class Work:
     """Requests, each taken by some server until it has an answer; those of a lost server go back."""
 
-    def __init__(self, bodies: Sequence[dict[str, Any]], servers: Sequence[Address], version: int | None):
-        """version: of the weights that a server must have; None: whatever it has."""
-        self.bodies, self._servers, self._version = bodies, servers, version
+    def __init__(self, bodies: Sequence[dict[str, Any]], servers: Sequence[Address], wanted: Wanted | None):
+        """wanted: the weights that a server must have; None: whatever it has."""
+        self.bodies, self._servers, self.wanted = bodies, servers, wanted
+        self._version = wanted.version.number if wanted else None
         self.found: dict[int, Any] = {}
         self.error: Exception | None = None
         self._todo, self._taken = deque(range(len(bodies))), dict[int, Address]()
@@ -176,6 +184,15 @@ class Work:
 
     def _load(self, server: Address) -> int:
         return sum(taker is server for taker in self._taken.values())
+
+    def is_behind(self, server: Address) -> bool:
+        """Whether it is to read the weights before it is asked."""
+        return self._version is not None and self._version not in (server.has, server.refused)
+
+    @property
+    def left(self) -> list[Address]:
+        """The servers that have not been refused by these weights."""
+        return [s for s in self._servers if self._version is None or s.refused != self._version]
 
     def _is_ready(self, server: Address) -> bool:
         return server.up and server.kind is not None and self._version in (None, server.has)
@@ -239,8 +256,7 @@ class HttpEngine:
         self._servers = [Address(url, api_key, seconds) for url in urls]
         self._most, self._ends, self._temperature = max_new_tokens, ends, temperature
         self._seconds, self._say = seconds, say
-        self._wanted: Version | None = None
-        self._probe: Probe | None = None
+        self._wanted: Wanted | None = None
         self._work: Work | None = None
         self._closed = False
 
@@ -265,8 +281,8 @@ class HttpEngine:
 
     def update(self, version: Version) -> None:
         """Servers are asked for what these weights say from now on; each reads them when it is needed next."""
-        if self._wanted != version:
-            self._wanted, self._probe = version, version.probe()
+        if self._wanted is None or self._wanted.version != version:
+            self._wanted = Wanted(version, version.probe())
 
     def close(self) -> None:
         """Ends what is under way, by a UserError where it is waited for."""
@@ -292,7 +308,7 @@ class HttpEngine:
         alike |= {"stop_token_ids": sorted(self._ends), "return_token_ids": True}
         there = [i for i, prompt in enumerate(prompts) if len(prompt)]
         bodies = [alike | {"prompt": prompts[i].tolist(), "number": i * samples} for i in there]
-        work = self._work = Work(bodies, self._servers, self._wanted.number if self._wanted else None)
+        work = self._work = Work(bodies, self._servers, self._wanted)
         if self._closed:
             self.close()
         start = time.monotonic()
@@ -333,12 +349,11 @@ class HttpEngine:
             server.look()
             if not server.up:
                 work.give_back(server)
-            elif self._is_known(server, work) and self._is_behind(server):
-                self._renew(server, work)
+            elif self._is_known(server, work) and work.wanted and work.is_behind(server):
+                with server.reading:  # what was begun for work before may still go on
+                    if work.is_behind(server) and not work.over:
+                        self._renew(server, work, work.wanted)
             time.sleep(PERIOD_SECONDS)
-
-    def _is_behind(self, server: Address) -> bool:
-        return self._wanted is not None and self._wanted.number not in (server.has, server.refused)
 
     def _is_known(self, server: Address, work: Work) -> bool:
         """Whether it has said what kind it is, now or before; one that was away may be another since."""
@@ -354,7 +369,7 @@ class HttpEngine:
         return True
 
     def _check_some_are_left(self, work: Work) -> None:
-        silent = time.monotonic() - max((server.seen for server in self._left()), default=0.0)
+        silent = time.monotonic() - max((server.seen for server in work.left), default=0.0)
         if silent > self._seconds:
             which = ", ".join(server.url for server in self._servers)
             work.fail(
@@ -367,51 +382,45 @@ class HttpEngine:
 
     # --- weights ---
 
-    def _renew(self, server: Address, work: Work) -> None:
+    def _renew(self, server: Address, work: Work, wanted: Wanted) -> None:
         """Has a server read the weights, and makes sure that they are the trainer's; one that refuses, or says other
         numbers than the trainer, is not asked by this version. Where none is left, the work fails.
         """
-        version = self._wanted
-        assert version is not None
+        version = wanted.version
         try:
             server.reread(version)
-            self._check(server, version)
+            self._check(server, wanted)
         except Lost as why:
             server.tries += not why.busy
             self._say(f"{server.url}: {why}: it is told again to read {version.folder}")
             if server.tries >= MOST_FAILURES:
-                self._refuse(
-                    server, work, UserError(f"{server.url} has failed to read {version.folder}: {why}", code=3)
-                )
+                what = f"{server.url} has failed to read {version.folder}: {why}"
+                self._refuse(server, work, version, UserError(what, code=3))
         except UserError as error:
-            self._refuse(server, work, error)
+            self._refuse(server, work, version, error)
         else:
             server.has, server.tries = version.number, 0
             work.look_again()
 
-    def _refuse(self, server: Address, work: Work, error: UserError) -> None:
-        assert self._wanted is not None
-        server.refused, server.tries = self._wanted.number, 0
+    def _refuse(self, server: Address, work: Work, version: Version, error: UserError) -> None:
+        server.refused, server.tries = version.number, 0
         self._say(f"{error}: it is asked no more by these weights")
-        if not self._left():
+        if not work.left:
             work.fail(error)
 
-    def _left(self) -> list[Address]:
-        return [s for s in self._servers if self._wanted is None or s.refused != self._wanted.number]
-
-    def _check(self, server: Address, version: Version) -> None:
+    def _check(self, server: Address, wanted: Wanted) -> None:
         """The probe: one token behind each text, drawn as sampling will draw.
 
         Raises UserError, code 3, where what the server says is not what the trainer does, and where it is to the last
         digit what it said before, though the trainer's own has changed: it has not read the folder.
         """
-        assert self._probe is not None
-        prompts = self._probe.prompts
+        version, probe = wanted
+        prompts = probe.prompts
         body = {"prompt": prompts, "temperature": self._temperature, "max_tokens": 1, "seed": 0}
         answers = server.sample(body | {"logprobs": 0, "return_token_ids": True}, len(prompts))
         tokens, logps = [answer.tokens[0] for answer in answers], [answer.logps[0] for answer in answers]
         try:
-            trainers = self._probe.said(tokens)
+            trainers = probe.said(tokens)
         except IndexError:
             raise UserError(f"{server.url} samples tokens that the run's model does not have", code=3) from None
         where, apart = f"{server.url}: after reading {version.folder}", np.abs(trainers - np.asarray(logps)).mean()
