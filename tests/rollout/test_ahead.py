@@ -143,7 +143,7 @@ def test_the_last_server_is_lost_and_the_run_is_saved(words, base, tmp_path, mon
 
 # --- without servers ---
 
-SECONDS = 0.2
+SECONDS = 0.1
 
 
 class Made:

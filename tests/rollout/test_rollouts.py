@@ -33,7 +33,8 @@ def data(tmp_path_factory) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-OBJECTIVES = ("grpo", "rloo", "reinforce_pp", "ppo")
+# Of tokens' advantages and of answers', with a critic and without; what stands between them only slowly.
+OBJECTIVES = ("grpo", "ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rloo", "reinforce_pp")))
 
 
 def rewards(run: Path) -> list[float]:
@@ -225,7 +226,7 @@ def test_what_is_missing_is_said(flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("updates", (1, 2))
+@pytest.mark.parametrize("updates", (pytest.param(1, marks=pytest.mark.slow), 2))
 def test_a_student_comes_near_its_teacher(data, tmp_path, updates):
     """Another model, with more layers, which has learnt something that no fresh one does; no reward is asked for."""
     deeper = TINY[0].replace("length=64", "length=128").replace("layers=2", "layers=3")
