@@ -9,7 +9,6 @@ at once.
 """
 
 import ipaddress
-import os
 import signal
 import socket
 import sys
@@ -21,9 +20,9 @@ from typing import Any
 from ringbpt import ending
 from ringbpt.config import Flag, UserError, printable, printed_help, read_flags, run_main, say
 from ringbpt.config.fields import LARGEST_POSITION
+from ringbpt.config.rollouts import KEY, api_key
 from ringbpt.generate import MODEL_FLAGS, start_model
 
-KEY = "RINGBPT_API_KEY"
 WAKE_SECONDS = 0.05
 FLAGS = MODEL_FLAGS | {
     "host": Flag(str, "127.0.0.1", "the address to listen at; one that other machines reach demands a key"),
@@ -38,9 +37,7 @@ def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
     flags = read_flags(argv, FLAGS)
-    key = flags["api_key"] or os.environ.get(KEY, "")
-    if not key.isascii() or not key.isprintable() or key != key.strip():
-        raise UserError(f"the API key of --api_key or {KEY} must be plain characters, without a space at its ends")
+    key = api_key(flags["api_key"])
     if not key and not is_loopback(flags["host"]):
         raise UserError(f"--host={flags['host']} may be reached by others: give a key by {KEY}, or --host=127.0.0.1")
     try:

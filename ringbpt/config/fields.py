@@ -233,7 +233,9 @@ class RolloutConfig:
     top_k: int = flag(0, "of sampling: 0 is all it may be", at_least=0)
     updates: int = flag(1, "optimizer steps that a rollout is learnt in", at_least=1, at_most=1 << 10)
     servers: str = flag("", "ringbpt.serve's, vLLM's or SGLang's http://HOST:PORT, with commas; empty: own devices")
-    server_timeout: float = flag(600.0, "seconds without a server, or for an answer, after which a run ends", above=0)
+    server_timeout: float = flag(
+        600.0, "seconds without a server, or for an answer, after which a run ends", above=0, at_most=1e7
+    )
     max_staleness: int = flag(0, "rollouts that servers sample while earlier ones are learnt", at_least=0, at_most=64)
     environment: str = flag("", "FILE.py:NAME, which answers the policy's turns and says what they are worth")
     max_turns: int = flag(4, "of the policy in an environment, each of max_new_tokens", at_least=1, at_most=1 << 10)

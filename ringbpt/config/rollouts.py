@@ -1,9 +1,12 @@
 """What learning from rollouts needs of a run's flags, and what nothing else reads."""
 
+import os
 import re
 
 from ringbpt.config.fields import CRITICS, POLICIES, Config, RolloutConfig
 from ringbpt.config.values import UserError
+
+KEY = "RINGBPT_API_KEY"
 
 
 def check_rollouts(config: Config) -> None:
@@ -57,6 +60,16 @@ def check_rollouts(config: Config) -> None:
         )
     if config.eval_steps:
         raise UserError(f"--eval_steps={config.eval_steps}: {name} has no held-out data: --eval_steps=0")
+
+
+def api_key(given: str = "") -> str:
+    """Of servers: what was given, else the variable RINGBPT_API_KEY. Raises UserError for what no request can carry,
+    without showing it.
+    """
+    key = given or os.environ.get(KEY, "")
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise UserError(f"the API key of --api_key or {KEY} must be plain characters, without a space at its ends")
+    return key
 
 
 def _check_teacher(config: Config) -> None:

@@ -6,7 +6,7 @@ of them is ready sooner. So a run is the same however fast its servers are, and 
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,8 @@ from ringbpt.rollout.engine import LocalEngine, Sample
 from ringbpt.rollout.handover import Shelf
 from ringbpt.rollout.http_engine import HttpEngine
 from ringbpt.types import Params
+
+LOOK_SECONDS = 0.5  # how often it is looked whether a signal has come
 
 
 class Asked(NamedTuple):
@@ -37,6 +39,14 @@ Ask = Callable[[Any, int, int], Asked]  # (engine, number of a rollout, version)
 IsMade = Callable[[int], bool]
 
 
+class Interrupted(Exception):
+    """A signal has come while a rollout was waited for. code: of the exit that it asks for."""
+
+    def __init__(self, code: int):
+        super().__init__(f"told to stop ({code})")
+        self.code = code
+
+
 class InTurns:
     """Sampling on the trainer's mesh, which holds the policy's weights a second time meanwhile."""
 
@@ -52,6 +62,9 @@ class InTurns:
         self._engine.release()
         return asked
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -60,13 +73,22 @@ class Ahead:
     """Sampling by servers; all processes call the same methods, process 0 has the engine."""
 
     def __init__(
-        self, engine: HttpEngine | None, ask: Ask, shelf: Shelf, staleness: int, count: int, say: Callable[[str], None]
+        self,
+        engine: HttpEngine | None,
+        ask: Ask,
+        shelf: Shelf,
+        staleness: int,
+        count: int,
+        say: Callable[[str], None],
+        signalled: Callable[[], int] = lambda: 0,
     ):
-        """staleness: how many rollouts are sampled ahead. count: of the run's rollouts."""
+        """staleness: how many rollouts are sampled ahead. count: of the run's rollouts. signalled: the exit code that a
+        signal has asked this process for, or 0.
+        """
         self._engine, self._ask, self._shelf, self._staleness, self._count = engine, ask, shelf, staleness, count
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._under_way: dict[int, Future[Asked]] = {}
-        self._say = say
+        self._say, self._signalled = say, signalled
 
     def hand_over(self, number: int, params: Params, have: bool, is_made: IsMade) -> None:
         """Before rollout `number` is learnt, by these weights: begins what shall be sampled until then.
@@ -77,7 +99,7 @@ class Ahead:
         for n in range(number, number + self._staleness + 1) if self._engine else ():
             if n not in self._under_way and not (have if n == number else is_made(n)):
                 version = max(n - self._staleness, 0)
-                if version != number and not self._shelf.has(version):
+                if version != number and not self._shelf.is_good(version):
                     self._say(
                         f"rollout {n} is sampled by newer weights than it would have been: those before rollout "
                         f"{version} are not in the run's folder any more"
@@ -99,20 +121,28 @@ class Ahead:
         return self._ask(self._engine, number, version)
 
     def take(self, number: int, params: Params) -> Asked:
-        """Waits for it. Raises the UserError that has ended its sampling, on all processes."""
+        """Waits for it. Raises what has ended its sampling, on all processes a UserError or Interrupted."""
         if not self._engine:
             return decoded(told(None))
+        under_way = self._under_way.pop(number)
         try:
-            asked = self._under_way.pop(number).result()
-        except UserError as error:
-            told({"error": str(error), "code": error.code})
+            while not wait([under_way], LOOK_SECONDS).done:
+                if code := self._signalled():
+                    raise Interrupted(code)
+            asked = under_way.result()
+        except Exception as error:
+            told({"error": str(error), "code": getattr(error, "code", 1), "stops": isinstance(error, Interrupted)})
             raise
         told(encoded(asked) if jax.process_count() > 1 else None)
         return asked
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """What is under way ends soon, once the rewards that it may ask do too."""
         if self._engine:
             self._engine.close()
+
+    def close(self) -> None:
+        self.stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
@@ -124,6 +154,6 @@ def encoded(asked: Asked) -> list[Any]:
 def decoded(found: list[Any] | dict[str, Any]) -> Asked:
     """Raises UserError where process 0 has."""
     if isinstance(found, dict):
-        raise UserError(found["error"], code=found["code"])
+        raise Interrupted(found["code"]) if found.get("stops") else UserError(found["error"], code=found["code"])
     samples, of_each, version, seconds, facts = found
     return Asked([[Sample(*s) for s in answers] for answers in samples], np.array(of_each), version, seconds, facts)

@@ -6,7 +6,6 @@ again. Which prompts it has, and by which keys they are answered, depends on its
 
 import json
 import math
-import os
 import time
 import zipfile
 import zlib
@@ -26,6 +25,7 @@ from ringbpt.checkpoint.export import settings_beside
 from ringbpt.checkpoint.load import describe_predicting, load_model
 from ringbpt.config import Config, UserError, printable
 from ringbpt.config.foreign import user_path
+from ringbpt.config.rollouts import api_key
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
 from ringbpt.data.prompts import read_prompts
@@ -52,7 +52,6 @@ FORMAT = 1
 # The mean of exp |difference of log-probabilities|, where sampler and policy are one: 1.01 in bfloat16.
 WARNED, STOPPED = 1.05, 2.0
 FOLDER, PAGE = "rollouts", "samples.html"
-KEY = "RINGBPT_API_KEY"  # of servers, as ringbpt.serve has it
 Arrays = dict[str, np.ndarray]  # columns, [updates, B, T]
 
 
@@ -102,8 +101,9 @@ class Rollouts:
         folder: Path,
         weights: Callable[[Any], tuple[Params, Params | None]],
         say: Callable[[str], None] = print,
+        signalled: Callable[[], int] = lambda: 0,
     ):
-        """folder: the run's. weights(state) -> (the policy's params, the reference's or None).
+        """folder: the run's. signalled: see Ahead. weights(state) -> (the policy's params, the reference's or None).
 
         Raises UserError for prompts that cannot be read, rewards that cannot be had, and rows that are too short.
         """
@@ -117,7 +117,7 @@ class Rollouts:
         per_update = math.ceil(rollout.prompts_per_step / rollout.updates)
         parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
         self.rows = math.ceil(math.ceil(per_update / per_row) / parts) * parts
-        self._sampler = self._samples_from(folder, longest)
+        self._sampler = self._samples_from(folder, longest, signalled)
         self._rewards = Rewards(rollout, model, longest, say) if rollout.reward else None
         self._teacher = teacher_of(config, model) if self._algorithm.advantage == "teacher" else None
         # Where and how patiently others are asked changes no answer.
@@ -150,7 +150,7 @@ class Rollouts:
         most = min((self.seq_length - prompt + 1) // each, limit - prompt)
         return prompt + most, 1, most
 
-    def _samples_from(self, folder: Path, longest: int) -> InTurns | Ahead:
+    def _samples_from(self, folder: Path, longest: int, signalled: Callable[[], int]) -> InTurns | Ahead:
         """Raises UserError where the run's servers cannot be had."""
         config, rollout, tokenizer = self._config, self._config.rollout, self._tokenizer
         most, ends = rollout.max_new_tokens, frozenset(tokenizer.ends.stop)
@@ -159,13 +159,13 @@ class Rollouts:
         engine = None
         if jax.process_index() == 0:
             urls = [url.strip() for url in rollout.servers.split(",")]
-            key, seconds = os.environ.get(KEY, ""), rollout.server_timeout
-            engine = HttpEngine(urls, most, ends, rollout.temperature, key, seconds, self._say)
+            seconds = rollout.server_timeout
+            engine = HttpEngine(urls, most, ends, rollout.temperature, api_key(), seconds, self._say)
             engine.find(longest)
         settings = settings_beside(config.load_checkpoint) if config.load_checkpoint else {}
         shelf = Shelf(folder, self._model, config.dtype, settings, self._prompts.tokens[0])
         count = math.ceil(config.total_steps / rollout.updates)
-        return Ahead(engine, self._ask, shelf, rollout.max_staleness, count, self._say)
+        return Ahead(engine, self._ask, shelf, rollout.max_staleness, count, self._say, signalled)
 
     def describe(self) -> str:
         rollout = self._config.rollout
@@ -213,10 +213,11 @@ class Rollouts:
         return seconds
 
     def close(self) -> None:
-        self._sampler.close()
+        self._sampler.stop()
         for part in (self._rewards, self._episodes):
             if part:
                 part.close()
+        self._sampler.close()
 
     # --- one rollout ---
 
@@ -396,14 +397,21 @@ def teacher_of(config: Config, student: Model) -> tuple[Model, Params]:
     Raises UserError for one with another vocabulary, or which predicts no tokens.
     """
     spec = config.reference_checkpoint
-    found, own = describe_predicting(spec).architecture, student.architecture
+    own = student.architecture
+    try:
+        found = describe_predicting(spec).architecture
+    except UserError as error:  # where it is found is said as of a policy
+        raise UserError(f"--reference_checkpoint={spec}: {error}", code=error.code) from None
     if found.vocab_size != own.vocab_size:
         raise UserError(
             f"--reference_checkpoint={spec}: its vocabulary has {found.vocab_size} tokens and the student's "
             f"{own.vocab_size}: a teacher reads the student's tokens, so give one with the same tokenizer"
         )
     shape, length = tuple(student.mesh.shape.values()), own.max_sequence_length
-    model, params = load_model(spec, shape, config.dtype, student.execution, max_sequence_length=length)
+    try:
+        model, params = load_model(spec, shape, config.dtype, student.execution, max_sequence_length=length)
+    except UserError as error:  # what is given as a checkpoint elsewhere
+        raise UserError(f"--reference_checkpoint={spec}: {error}", code=error.code) from None
     return replace(model, temperature=student.temperature), params
 
 

@@ -6,9 +6,11 @@ a probe: texts, and what the trainer says of the token behind each, which a serv
 """
 
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from ringbpt.checkpoint import digests
 from ringbpt.checkpoint.export import make_weights, write_weights
 from ringbpt.checkpoint.huggingface import MAX_SHARD_BYTES, write_settings
 from ringbpt.config import UserError
+from ringbpt.config.shown import one_line
 from ringbpt.layouts import permutation, row_length
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
@@ -47,6 +50,13 @@ class Version(NamedTuple):
     folder: Path
 
     def probe(self) -> Probe:
+        """Raises UserError, code 3, where it cannot be read."""
+        try:
+            return self._probe()
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise UserError(f"{self.folder / PROBE}: {one_line(error)}", code=3) from None
+
+    def _probe(self) -> Probe:
         with np.load(self.folder / PROBE) as stored:
             text, ends = stored["text"].tolist(), stored["ends"].tolist()
             return Probe([text[:end] for end in ends], stored["logp"])
@@ -66,8 +76,14 @@ class Shelf:
         return Version(number, (self._folder / f"{number:08d}").absolute())
 
     def has(self, number: int) -> bool:
-        """Whether it is there, whole, as far as names and sizes tell: servers look closer."""
+        """Whether it is there, as far as names tell."""
         return (self.version(number).folder / READY).is_file()
+
+    def is_good(self, number: int) -> bool:
+        """Whether it is there as it was written: all of it is read."""
+        with suppress(OSError):
+            return self.has(number) and not digests.problem(self.version(number).folder)
+        return False
 
     def put(self, number: int, params: Params) -> None:
         """All processes call it; process 0 writes. Raises UserError, code 4, where that cannot be."""

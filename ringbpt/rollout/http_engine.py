@@ -50,12 +50,14 @@ class Lost(Exception):
 
 class Address:
     """A server, as a client sees it. up: whether it answers. kind: once it has said. has, refused: the versions of
-    weights that it has read, and was probed with, and that it is not asked with any more. said: its last good answer
+    weights that it has read, and was probed with, and that it is not asked with any more; had: what it had at the end
+    of the work before. said: its last good answer
     to a probe. reading: held while it is told to read weights and probed.
     """
 
     kind: Kind | None = None
     has: int | None = None
+    had: int | None = None
     refused: int | None = None
     said: Said | None = None
     tries: int = 0  # to have it read the newest
@@ -313,7 +315,7 @@ class HttpEngine:
             self.close()
         start = time.monotonic()
         for server in self._servers:
-            server.seen = start
+            server.seen, server.had, server.has = start, server.has, None  # another process may answer there since
             watch = threading.Thread(target=self._watch, args=(server, work), daemon=True)
             askers = min(AT_ONCE, len(bodies))
             for thread in (watch, *(self._thread(server, work, samples) for _ in range(askers))):
@@ -342,18 +344,26 @@ class HttpEngine:
                 time.sleep(PERIOD_SECONDS)
             except UserError as error:
                 work.fail(error)
+            except Exception as error:  # what nobody has thought of ends the run, and leaves nobody waiting
+                work.fail(UserError(f"{server.url}: {type(error).__name__}: {one_line(error)}", code=3))
 
     def _watch(self, server: Address, work: Work) -> None:
         """Sees whether it is up, and that it has the weights that are wanted, as long as there is work."""
-        while not work.over:
-            server.look()
-            if not server.up:
-                work.give_back(server)
-            elif self._is_known(server, work) and work.wanted and work.is_behind(server):
-                with server.reading:  # what was begun for work before may still go on
-                    if work.is_behind(server) and not work.over:
-                        self._renew(server, work, work.wanted)
-            time.sleep(PERIOD_SECONDS)
+        try:
+            while not work.over:
+                self._look(server, work)
+                time.sleep(PERIOD_SECONDS)
+        except Exception as error:  # as in _ask
+            work.fail(UserError(f"{server.url}: {type(error).__name__}: {one_line(error)}", code=3))
+
+    def _look(self, server: Address, work: Work) -> None:
+        server.look()
+        if not server.up:
+            work.give_back(server)
+        elif self._is_known(server, work) and work.wanted and work.is_behind(server):
+            with server.reading:  # what was begun for work before may still go on
+                if work.is_behind(server) and not work.over:
+                    self._renew(server, work, work.wanted)
 
     def _is_known(self, server: Address, work: Work) -> bool:
         """Whether it has said what kind it is, now or before; one that was away may be another since."""
@@ -388,8 +398,10 @@ class HttpEngine:
         """
         version = wanted.version
         try:
-            server.reread(version)
-            self._check(server, wanted)
+            if server.had != version.number or not self._is_as_before(server, wanted):
+                server.had = None
+                server.reread(version)
+                self._check(server, wanted)
         except Lost as why:
             server.tries += not why.busy
             self._say(f"{server.url}: {why}: it is told again to read {version.folder}")
@@ -407,6 +419,15 @@ class HttpEngine:
         self._say(f"{error}: it is asked no more by these weights")
         if not work.left:
             work.fail(error)
+
+    def _is_as_before(self, server: Address, wanted: Wanted) -> bool:
+        """Whether it answers the probe to the last digit as when it had last read these weights."""
+        before = server.said
+        try:
+            self._check(server, wanted)
+        except UserError:
+            return False
+        return before is not None and server.said is not None and before[:2] == server.said[:2]
 
     def _check(self, server: Address, wanted: Wanted) -> None:
         """The probe: one token behind each text, drawn as sampling will draw.

@@ -33,7 +33,7 @@ class Process:
             raise UserError(f"{self.where}: no such file")
         self._file, self._name = file.absolute(), match[2]
         self._process: subprocess.Popen[bytes] | None = None
-        self._unread = b""
+        self._unread, self._closed = b"", False
         self._start()
 
     def _start(self) -> None:
@@ -47,7 +47,7 @@ class Process:
         self._unread = b""
         found = self._answer(max(self._seconds, START_SECONDS))
         if "error" in found:
-            self.close()
+            self._end()
             raise UserError(f"{self.where}: {printable(found['error'])}")
 
     def ask(self, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,6 +59,8 @@ class Process:
 
     def _ask(self, questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The answers to the first of them: to all, unless the process is lost."""
+        if self._closed:  # by another thread: no other process begins
+            return [{"error": "the run ends"} for _ in questions]
         if self._process is None or self._process.poll() is not None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
@@ -67,7 +69,7 @@ class Process:
             while left:
                 left = left[self._process.stdin.write(left) :]
         except OSError:
-            self.close()
+            self._end()
             return [{"error": "its process has ended"}]
         found: list[dict[str, Any]] = []
         while self._process is not None and len(found) < len(questions):
@@ -78,7 +80,7 @@ class Process:
         line = self._line(seconds)
         if line:
             return json.loads(line)
-        self.close()
+        self._end()
         if line is None:
             return {"error": f"no answer after {seconds:g} s: its process is ended, another begins"}
         return {"error": "its process has ended: another begins"}
@@ -99,6 +101,11 @@ class Process:
         return line
 
     def close(self) -> None:
+        """For good: what is asked after it has no answer."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             with self._process:  # waits for it, and closes its pipes

@@ -22,6 +22,7 @@ from ringbpt.mesh import make_mesh, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
+from ringbpt.rollout.ahead import Interrupted
 from ringbpt.rollout.collect import Rollouts
 from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
@@ -56,7 +57,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
     model = Model.of(config, mesh)
     layout = StateLayout(config, model, has_reference=objective.in_step(config))
-    rollouts, loaders = _data(layout, objective, tokenizer, run.folder)
+    rollouts, loaders = _data(layout, objective, tokenizer, run.folder, signals)
     state = run.first_state(layout, (rollouts or loaders[TRAIN]).fingerprint)
     if objective.reference or layout.has_reference:
         state, loaders = ask_reference(run, layout, state, loaders)
@@ -133,7 +134,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
 
 
 def _data(
-    layout: StateLayout, objective: Objective, tokenizer: Tokenizer, folder: Path
+    layout: StateLayout, objective: Objective, tokenizer: Tokenizer, folder: Path, signals: Signals
 ) -> tuple[Rollouts | None, dict[str, Loader]]:
     """What the policy itself samples, where the objective learns from that, or the loaders of a run's data sets."""
 
@@ -144,7 +145,8 @@ def _data(
     if objective.rollouts:  # before anything is sampled, which its ends end
         template = config.train_dataset.text_processor.chat_template
         set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
-    rollouts = Rollouts(config, model, tokenizer, folder, weights, say) if objective.rollouts else None
+    asked = (weights, say, signals.told)
+    rollouts = Rollouts(config, model, tokenizer, folder, *asked) if objective.rollouts else None
     loaders = {} if rollouts else loaders_of(config, tokenizer)
     shares = bool(rollouts) or any(loader.shares for loader in loaders.values())
     model.check_kernel(config.train_dataset.seq_length, shares)
@@ -156,14 +158,21 @@ def _data(
 def _batch(
     source: Rollouts | Delivery[Batch], run: Run, step: int, state: TrainState, clock: Clock, tick: Callable[[], None]
 ) -> Batch:
-    """What the step learns from. Where it cannot be had any more, as without servers, what was learnt is saved."""
+    """What the step learns from. Where it cannot be had any more, as without servers, or a signal ends the waiting for
+    it, what was learnt is saved.
+    """
     try:
         return source.batch(step, state)
-    except UserError:
-        if step > run.start and run.config.save_final:
+    except (UserError, Interrupted) as error:
+        saves = step > run.start and run.config.save_final
+        if saves:
             tick()
             run.save(step, state, False, clock.means, whole=True)
-        raise
+        if isinstance(error, UserError):
+            raise
+        raise Stopped(
+            error.code, f"saved step {step}" if saves else f"before step {step + 1}", run.folder.name
+        ) from None
 
 
 def _delivery(model: Model, loader: Loader, run: Run) -> Delivery[Batch]:

@@ -14,9 +14,11 @@ import pytest
 
 from ringbpt.checkpoint.export import to_huggingface
 from ringbpt.config import UserError
+from ringbpt.ending import Stopped
 from ringbpt.rollout import http_engine
-from ringbpt.rollout.ahead import Ahead, Asked, decoded, encoded
+from ringbpt.rollout.ahead import Ahead, Asked, Interrupted, InTurns, decoded, encoded
 from ringbpt.rollout.engine import Sample
+from ringbpt.rollout.http_engine import HttpEngine
 from ringbpt.training.metrics import read_rows
 from tests.rollout.test_rollouts import data, rewards, stored  # noqa: F401
 from tests.rollout.test_serve import Server
@@ -171,6 +173,8 @@ class Kept:
     def has(self, number: int) -> bool:
         return number in self.there
 
+    is_good = has
+
     def put(self, number: int, params: Any) -> None:
         self.there.add(number)
 
@@ -212,6 +216,62 @@ def test_what_has_ended_one_rollout_ends_the_run_and_no_thread_is_left():
         ahead.take(0, None)
     ahead.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("rollouts")]
+
+
+def test_a_signal_ends_the_waiting_for_a_rollout(words, tmp_path, monkeypatch):
+    """At once, with what was learnt saved; the same command goes on as if nothing had been."""
+    let_go, told = threading.Event(), []
+
+    def hangs(engine: Any, number: int, version: int) -> Asked:
+        let_go.wait(30)
+        raise UserError("too late")
+
+    ahead = Ahead(Made(), hangs, Kept(), 1, 4, print, signalled=lambda: 75 if told else 0)
+    ahead.hand_over(0, None, False, lambda n: False)
+    threading.Timer(0.2, told.append, [True]).start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted) as interrupted:
+        ahead.take(0, None)
+    assert interrupted.value.code == 75 and time.monotonic() - begin < 5
+    let_go.set()
+    ahead.close()
+    take = InTurns.take
+
+    def signalled(self: Any, number: int, params: Any) -> Asked:
+        if number == 2:
+            raise Interrupted(75)
+        return take(self, number, params)
+
+    monkeypatch.setattr(InTurns, "take", signalled)
+    with pytest.raises(Stopped, match="saved step 2") as stopped:
+        train(tmp_path, *words, "--total_steps=4", name="run")
+    assert stopped.value.code == 75
+    monkeypatch.setattr(InTurns, "take", take)
+    train(tmp_path, *words, "--total_steps=4", "--autoresume", name="run")
+    assert_alike(tmp_path / "run", train(tmp_path, *words, "--total_steps=4", name="whole"))
+
+
+def test_a_server_that_is_another_since_reads_again(words, base, tmp_path, monkeypatch):
+    """Restarted between two rollouts, at the same address, where both are by the same weights."""
+    generate, again = HttpEngine.generate, []
+    with serving(base) as lost:
+        port = lost.url.rpartition(":")[2]
+        whole = train(tmp_path, *words, of(lost), *STALE, "--total_steps=3", name="whole")
+        to_huggingface(f"params::{whole}", tmp_path / "other", dtype="fp32")
+
+        def restarted(self: Any, *given: Any) -> Any:
+            found = generate(self, *given)
+            if not again:
+                lost.process.kill()
+                lost.process.wait()
+                again.append(Server(tmp_path / "other", "--tokenizer=bytes", f"--port={port}"))
+            return found
+
+        monkeypatch.setattr(HttpEngine, "generate", restarted)
+        run = train(tmp_path, *words, of(lost), *STALE, "--total_steps=3", name="run")
+        again[0].process.kill()
+        again[0].process.communicate()
+    assert_alike(run, whole)
 
 
 def test_what_is_said_is_what_all_processes_hear():
