@@ -1,6 +1,6 @@
 """A plan: the compiled step's memory, arithmetic, transfers and time, as a dict for JSON, a table and a picture."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ringbpt.planning.estimate import estimate, step_flops
 from ringbpt.planning.hlo import parse
 from ringbpt.planning.overlap import has_kernel, ring_hops
 from ringbpt.planning.program import Program, compile_program
-from ringbpt.planning.sampling import Sampling, compile_sampling
+from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.memory import ARGUMENTS, account
 
@@ -103,6 +103,10 @@ def model_name(config: Config) -> str:
 
 
 def make_plan(config: Config, machine: Topology) -> Plan:
+    if config.objective in POLICIES:
+        data = config.train_dataset
+        rows = {data.group: replace(data.source, batch_size=rows_of_step(config))}
+        config = replace(config, train_dataset=replace(data, **rows))
     samples = config.objective in POLICIES and not config.rollout.servers
     sampling = compile_sampling(config, machine) if samples else None  # the quicker refusals first
     return Plan(config, machine, compile_program(config, machine), sampling)

@@ -3,6 +3,7 @@
 Of the programs, a layer's prefill and the step of all layers are compiled; the rest is shapes.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ class Sampling:
 def longest_prompt(config: Config) -> int:
     """Tokens of a prompt that stands in a row with all its answers, as long as they may be; at least 1."""
     rollout, length = config.rollout, config.train_dataset.seq_length
-    prompt = length + 1 - rollout.samples_per_prompt * rollout.max_new_tokens
+    prompt = length + 1 - rollout.samples_per_prompt * rollout.most_drawn
     if prompt < 1:
         flag = f"--train_dataset.{config.train_dataset.group}.seq_length"
         raise UserError(
@@ -51,6 +52,13 @@ def longest_prompt(config: Config) -> int:
             f"--rollout.max_new_tokens={rollout.max_new_tokens}: {flag}={length - prompt + 1} and what a prompt has"
         )
     return prompt
+
+
+def rows_of_step(config: Config) -> int:
+    """Rows of a step that learns from rollouts, each of them one prompt with its answers, as collect.py has them."""
+    parts = config.mesh_shape.row_shards * config.optimizer.accumulate_gradient_steps
+    per_update = math.ceil(config.rollout.prompts_per_step / config.rollout.updates)
+    return math.ceil(per_update / parts) * parts
 
 
 def compile_sampling(config: Config, machine: Topology) -> Sampling:
@@ -61,7 +69,7 @@ def compile_sampling(config: Config, machine: Topology) -> Sampling:
     model, rollout, sizes = Model.of(config, mesh), config.rollout, mesh.shape
     prompt, parts = longest_prompt(config), sizes["dp"] * sizes["fsdp"]
     length = row_length(prompt, sizes["sp"], config.execution.scan_mlp_chunk_size)
-    shape = BatchShape(0, length, rollout.samples_per_prompt, rollout.max_new_tokens)
+    shape = BatchShape(0, length, rollout.samples_per_prompt, rollout.most_drawn)
     shape = shape._replace(rows=rows_at_once(shape, rollout.prompts_per_step, mesh))
 
     def placed(tree: Any, dims: str) -> Any:

@@ -381,6 +381,7 @@ def test_what_samples_is_what_the_engine_holds():
     flags += ["--rollout.samples_per_prompt=4", "--rollout.max_new_tokens=16", "--rollout.prompts_per_step=6"]
     config = parse(parse_args([*flags, "--mesh_dim=1,2,2,2"]), 8)
     found = make_plan(config, topology("cpu-8"))
+    assert found.config.train_dataset.batch_size == 6  # whatever is said of data sets
     sampling = found.sampling
     assert sampling and (sampling.prompt, sampling.rows) == (256 + 1 - 4 * 16, 6)
     model = Model.of(config, make_mesh(config.mesh_shape))
