@@ -11,6 +11,10 @@ from ringbpt.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
+SHORT = (
+    "--rollout.prompts_per_step=16", "--total_steps=800", "--policy.entropy_coefficient=0.05",
+    "--optimizer.adamw_optimizer.lr_decay_steps=800",
+)  # fmt: skip
 
 
 def run(*words: str) -> None:
@@ -36,7 +40,7 @@ def test_a_key_is_found_in_1024_tokens(tmp_path):
         run("scripts/make_prompts.py", "--task=passkey", f"--output={tmp_path}/{name}", *more)
     recipe = "--config=configs/grpo_passkey.py"
     first = (f"--rollout.prompts={tmp_path}/short/prompts.jsonl", "--train_dataset.json_dataset.seq_length=128")
-    learnt = rewards(tmp_path, "first", recipe, *first, "--rollout.prompts_per_step=16", "--total_steps=600")
+    learnt = rewards(tmp_path, "first", recipe, *first, *SHORT)
     assert learnt[0] <= 0.3
     then = (f"--rollout.prompts={tmp_path}/long/prompts.jsonl", f"--load_checkpoint=params::{tmp_path}/first")
     assert np.mean(rewards(tmp_path, "then", recipe, *then)[-3:]) >= 0.9
