@@ -8,8 +8,8 @@ Command:   python -m ringbpt.train --config=configs/grpo_passkey.py --logger.exp
                --optimizer.adamw_optimizer.lr_decay_steps=800
            python -m ringbpt.train --config=configs/grpo_passkey.py --load_checkpoint=params::runs/passkeys_short
 Hardware:  two CPU cores; nothing is downloaded
-Expected:  the mean reward of the short ones, a share of the key's two characters, from 0.01 to 0.99 in 500 steps, and of
-           the long ones from 0.74 to 0.99 in 30; eight minutes in all
+Expected:  the mean reward of the short ones, a share of the key's two characters, from 0.01 to 0.99 in 500 steps, and
+           of the long ones from 0.74 to 0.99 in 30; eight minutes in all
 """
 
 from ml_collections import ConfigDict
