@@ -99,7 +99,7 @@ class Ahead:
         for n in range(number, number + self._staleness + 1) if self._engine else ():
             if n not in self._under_way and not (have if n == number else is_made(n)):
                 version = max(n - self._staleness, 0)
-                if version != number and not self._shelf.is_good(version):
+                if version != number and not self._shelf.has(version):
                     self._say(
                         f"rollout {n} is sampled by newer weights than it would have been: those before rollout "
                         f"{version} are not in the run's folder any more"

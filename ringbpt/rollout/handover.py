@@ -22,7 +22,8 @@ from ringbpt.checkpoint.export import make_weights, write_weights
 from ringbpt.checkpoint.huggingface import MAX_SHARD_BYTES, write_settings
 from ringbpt.config import UserError
 from ringbpt.config.shown import one_line
-from ringbpt.layouts import permutation, row_length
+from ringbpt.evaluation.score import Scorer
+from ringbpt.layouts import permutation
 from ringbpt.model.llama import COMPUTE_DTYPES, Model
 from ringbpt.types import Params, TokenMeta
 
@@ -76,13 +77,12 @@ class Shelf:
         return Version(number, (self._folder / f"{number:08d}").absolute())
 
     def has(self, number: int) -> bool:
-        """Whether it is there, as far as names tell."""
-        return (self.version(number).folder / READY).is_file()
-
-    def is_good(self, number: int) -> bool:
-        """Whether it is there as it was written: all of it is read."""
+        """Whether it is there as it was written: all of it is read, where it is there before it is put, as in a run
+        that goes on.
+        """
+        folder = self.version(number).folder
         with suppress(OSError):
-            return self.has(number) and not digests.problem(self.version(number).folder)
+            return (folder / READY).is_file() and not digests.problem(folder)
         return False
 
     def put(self, number: int, params: Params) -> None:
@@ -116,8 +116,7 @@ class Shelf:
     def _distributions(self, params: Params) -> np.ndarray:
         """[P, V] float32, the log-probabilities behind each beginning."""
         execution, mesh = self._model.execution, self._model.mesh
-        chunks = [execution.loss_chunk_size] + [execution.scan_mlp_chunk_size] * execution.scan_mlp
-        length = row_length(len(self._text), mesh.shape["sp"], *chunks)
+        length = Scorer(self._model, rows=1).row_length(len(self._text))
         order = permutation(execution.sequence_layout, length, mesh.shape["sp"])
         rows = mesh.shape["dp"] * mesh.shape["fsdp"]
         token_T, segment_T = np.zeros(length, np.int32), np.zeros(length, np.int32)

@@ -15,7 +15,7 @@ from ringbpt.generation.generator import Generator
 from ringbpt.types import Params
 
 # What a config.json says beside that decides nothing of what is computed here.
-NOT_OF_WEIGHTS = {"bos_token_id", "eos_token_id", "initializer_range", "use_cache"}
+NOT_OF_WEIGHTS = {"bos_token_id", "eos_token_id", "initializer_range"}
 
 
 class Weights:

@@ -173,8 +173,6 @@ class Kept:
     def has(self, number: int) -> bool:
         return number in self.there
 
-    is_good = has
-
     def put(self, number: int, params: Any) -> None:
         self.there.add(number)
 
