@@ -21,7 +21,7 @@ PACKAGE = ROOT / "ringbpt"
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
     {"", "dims", "types", "layouts", "hardware", "config", "ending"},
-    {"mesh", "processes", "host_memory", "attention", "data"},
+    {"mesh", "processes", "host_memory", "reduction", "attention", "data"},
     {"model", "objectives"},
     {"checkpoint"},
     {"generation", "evaluation"},
@@ -159,6 +159,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # samplers; +200 servers of other kinds.
 WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200 + 1_100 + 650
 WHOLE += 300 + 400 + 150 + 150 + 200
+WHOLE += 250  # sums in hops
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

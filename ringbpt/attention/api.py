@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -18,6 +19,7 @@ from ringbpt.attention.local import block_sizes, blockwise, cudnn, pallas_hopper
 from ringbpt.attention.parallel import all_gather, ring, ulysses
 from ringbpt.dims import ACTIVATION_AXES, AXES, Axes
 from ringbpt.dims import spec as partition
+from ringbpt.reduction import Reduction
 from ringbpt.types import TokenMeta
 
 # Names under which a remat policy can keep the forward's result, so that the backward never runs the ring again.
@@ -95,26 +97,38 @@ LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
 }
 
 
-def _over(strategy: ModuleType, local: Local, axis: str, **options: Any) -> Local:
+class Way(NamedTuple):
+    """What belongs to one call. hops: how far keys travel round a ring. reduction: how their gradients are summed."""
+
+    hops: ring.Hops
+    reduction: Reduction
+
+
+def _over(strategy: ModuleType, local: Local, axis: str, backward: dict[str, Any], **options: Any) -> Local:
     """A device's attention, and how devices meet over a mesh axis: again a Local, so that strategies nest."""
     return Local(
         attend=partial(strategy.forward, local, axis, **options),
-        attend_bwd=partial(strategy.backward, local, axis, **options),
+        attend_bwd=partial(strategy.backward, local, axis, **options, **backward),
     )
 
 
-def _ring(axis: str, local: Local, spec: "AttentionSpec", hops: ring.Hops) -> Local:
-    return _over(ring, local, axis, hops=hops, bidirectional=spec.bidirectional)
+def _ring(axis: str, local: Local, spec: "AttentionSpec", way: Way) -> Local:
+    summed = {"reduce_dtype": way.reduction.dtype}
+    return _over(ring, local, axis, summed, hops=way.hops, bidirectional=spec.bidirectional)
 
 
-# Each: (a device's attention to the keys at hand, the spec, how far keys travel round a ring) -> its queries' attention
-# to the keys of all devices of sp, for use inside a shard_map.
-OVER_SP: dict[str, Callable[[Local, "AttentionSpec", ring.Hops], Local]] = {
-    "none": lambda local, spec, hops: local,
+def _all_gather(local: Local, spec: "AttentionSpec", way: Way) -> Local:
+    return _over(all_gather, local, "sp", {"reduction": way.reduction}, heads_k_stride=spec.heads_k_stride)
+
+
+# Each: (a device's attention to the keys at hand, the spec, of this call) -> its queries' attention to the keys of all
+# devices of sp, for use inside a shard_map.
+OVER_SP: dict[str, Callable[[Local, "AttentionSpec", Way], Local]] = {
+    "none": lambda local, spec, way: local,
     "ring": partial(_ring, "sp"),
-    "all_gather": lambda local, spec, hops: _over(all_gather, local, "sp", heads_k_stride=spec.heads_k_stride),
-    "ulysses": lambda local, spec, hops: _over(ulysses, local, "sp"),
-    "ulysses_ring": lambda local, spec, hops: _over(ulysses, _ring("ring", local, spec, hops), "ulysses"),
+    "all_gather": _all_gather,
+    "ulysses": lambda local, spec, way: _over(ulysses, local, "sp", {}),
+    "ulysses_ring": lambda local, spec, way: _over(ulysses, _ring("ring", local, spec, way), "ulysses", {}),
 }
 STRATEGIES = (*OVER_SP, "auto")
 
@@ -133,6 +147,8 @@ class AttentionSpec:
     local: what a device computes with, one of LOCALS, in blocks of at most query_chunk_size queries and key_chunk_size
     keys; None: as the implementation thinks best. `auto`: the fastest that does what is asked on the mesh's devices.
 
+    reduce_dtype: in which the gradients of keys and values travel to where the keys belong; they are added in float32.
+
     Raises ValueError for an unknown name, and NotImplementedError for an option that the strategy does not have.
     """
 
@@ -145,6 +161,7 @@ class AttentionSpec:
     ulysses_degree: int | None = None
     bidirectional: bool = False
     skip_hops: bool = False
+    reduce_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -188,7 +205,8 @@ class ShardedAttention:
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
 
     def _over_sp(self, hops: ring.Hops) -> Local:
-        return OVER_SP[self.spec.strategy](self.local, self.spec, hops)
+        way = Way(hops, Reduction.on(self.mesh, self.spec.reduce_dtype))
+        return OVER_SP[self.spec.strategy](self.local, self.spec, way)
 
 
 def make_sharded_attention(mesh: Mesh, spec: AttentionSpec) -> ShardedAttention:

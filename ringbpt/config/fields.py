@@ -372,6 +372,11 @@ class Execution:
     loss_chunk_size: int = flag(1024, "tokens of the local sequence whose logits are held together", at_least=1)
     kv_heads_at_a_time: int | None = flag(None, "of a device; a whole layer in blocks", at_least=1)
     scan_layers: bool = flag(True, "one layer's program for all layers")
+    reduce_dtype: str = flag(
+        "fp32",
+        "in which gradients of weights, keys and values travel to be summed; bf16: half the bytes (docs/attention.md)",
+        choices=("fp32", "bf16"),
+    )
     residual_over_tp: bool = flag(False, "between layers, tokens split over tp too: what remat saves shrinks by tp")
     remat_block: str = flag(
         "",

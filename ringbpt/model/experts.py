@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ringbpt.config import Architecture
 from ringbpt.model.feedforward import in_chunks
+from ringbpt.reduction import Reduction
 
 WEIGHTS = ("E D F", "E D F", "E F D")
 
@@ -73,7 +74,9 @@ def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_ED
     return jnp.sum(out.astype(jnp.float32) * weight, axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
 
 
-def make_experts(mesh: Mesh, num_experts: int, chunk_size: int | None) -> Callable[..., jax.Array]:
+def make_experts(
+    mesh: Mesh, num_experts: int, chunk_size: int | None, reduction: Reduction
+) -> Callable[..., jax.Array]:
     """experts(x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> [B, T, D] in x's dtype.
 
     In chunks of the local length as the dense feedforward (None: one chunk), the backward recomputing each chunk.
@@ -86,4 +89,4 @@ def make_experts(mesh: Mesh, num_experts: int, chunk_size: int | None) -> Callab
         dx, d_weight, *dws = vjp(dy)
         return (dx, d_weight), dws
 
-    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, ("B T D", "B T _", "B T _"), learned=2)
+    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, ("B T D", "B T _", "B T _"), reduction, learned=2)

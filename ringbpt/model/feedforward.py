@@ -19,6 +19,7 @@ from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model import adapters
 from ringbpt.model.quantised import IS_QUANTISED
 from ringbpt.model.weights import dot, gather_shards, project, scatter_grad
+from ringbpt.reduction import Reduction
 
 
 def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
@@ -60,14 +61,14 @@ def join_chunks(chunks: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Array]:
+def make_feedforward(mesh: Mesh, chunk_size: int | None, reduction: Reduction) -> Callable[..., jax.Array]:
     """feedforward(x_BTD, w_gate_DF, w_up_DF, w_down_FD) -> [B, T, D] in x's dtype.
 
     chunk_size None: in one piece, its activations saved for the backward unless rematerialised from outside.
     Otherwise in chunks of the local length, which chunk_size divides or exceeds.
     """
     if chunk_size is None:
-        return partial(swiglu, matmul=partial(project, mesh))
+        return partial(swiglu, matmul=partial(project, mesh, reduction))
 
     def forward(x, w_gate, w_up, w_down):
         return swiglu(x, w_gate, w_up, w_down, matmul_in(x.dtype))
@@ -76,7 +77,7 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None) -> Callable[..., jax.Ar
         dx, dws = swiglu_backward(*args)
         return (dx,), dws
 
-    return in_chunks(mesh, forward, backward, ("D F", "D F", "F D"), chunk_size, ("B T D",))
+    return in_chunks(mesh, forward, backward, ("D F", "D F", "F D"), chunk_size, ("B T D",), reduction)
 
 
 def in_chunks(
@@ -86,6 +87,7 @@ def in_chunks(
     weights: tuple[str, ...],
     chunk_size: int | None,
     inputs: tuple[str, ...],
+    reduction: Reduction,
     learned: int = 1,
 ) -> Callable[..., jax.Array]:
     """function(*inputs, *weights) -> [B, T, D] in the first input's dtype, in chunks of each device's share of tokens.
@@ -124,7 +126,7 @@ def in_chunks(
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), list(map(adapters.learning, whole)))
         sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args))
         letters = list(map(adapters.learning, letters_of(stored)))
-        return *map(join_chunks, grads), jax.tree.map(scatter_grad, sums, letters)
+        return *map(join_chunks, grads), jax.tree.map(partial(scatter_grad, reduction=reduction), sums, letters)
 
     def on_shards(function, stored, in_specs, out_specs):
         stored_specs = jax.tree.map(weight_spec, letters_of(stored))

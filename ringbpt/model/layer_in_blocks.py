@@ -24,6 +24,7 @@ from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning, learning
 from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
+from ringbpt.reduction import Reduction
 from ringbpt.types import Params, TokenMeta
 
 PROJECTIONS = ("w_q", "w_k", "w_v")
@@ -48,6 +49,7 @@ class LayerInBlocks:
     letters: dict[str, str]
     kv_heads: int
     chunk_size: int | None
+    reduction: Reduction
 
     def __call__(self, w: Params, x_BTD: jax.Array, meta: TokenMeta) -> jax.Array:
         return self._layer(w, x_BTD, meta, self.attention.needed_hops(meta))
@@ -105,7 +107,7 @@ class LayerInBlocks:
     def _scattered(self, name: str, dw: jax.Array) -> jax.Array:
         """The sum of all devices' gradients, as the weight itself is stored."""
         if name.startswith("w_"):
-            return scatter_grad(dw, self.letters[name])
+            return scatter_grad(dw, self.letters[name], self.reduction)
         # Of what all heads share, each device of tp has its own heads' part of the gradient.
         return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
 

@@ -34,6 +34,7 @@ from ringbpt.model.weights import (
     project,
     weight,
 )
+from ringbpt.reduction import Reduction
 from ringbpt.types import Batch, Params, TokenMeta, TokenStats
 
 COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -285,7 +286,7 @@ class Model:
     def layer(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: Rope) -> tuple:
         """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
         execution = self.execution
-        parts = Parts(partial(project, self.mesh), partial(self._attend, meta=meta), self._feedforward)
+        parts = Parts(partial(project, self.mesh, self.reduction), partial(self._attend, meta=meta), self._feedforward)
         if not execution.remat_block:  # inside a rematerialised block another remat would run its part a third time
             parts = parts._replace(
                 remat_attention=partial(self._remat, policy=execution.remat_attention),
@@ -339,7 +340,13 @@ class Model:
             ulysses_degree=execution.ulysses_degree,
             bidirectional=execution.ring_bidirectional and rings,  # one device sends nothing, in whatever direction
             skip_hops=execution.ring_skip_hops,
+            reduce_dtype=self.reduction.dtype,
         )
+
+    @cached_property
+    def reduction(self) -> Reduction:
+        """How the gradients of weights, which all devices of fsdp and sp use, are summed."""
+        return Reduction.on(self.mesh, COMPUTE_DTYPES[self.execution.reduce_dtype])
 
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:
@@ -355,6 +362,7 @@ class Model:
             letters={name: param.get_metadata("dims") for name, param in self._declared["layers"].items()},
             kv_heads=self.execution.kv_heads_at_a_time,
             chunk_size=self._chunk_size,
+            reduction=self.reduction,
         )
 
     @property
@@ -365,11 +373,11 @@ class Model:
     def _feedforward(self) -> Callable[..., jax.Array]:
         experts = self.architecture.num_experts
         if experts:
-            return make_experts(self.mesh, experts, self._chunk_size)
-        return make_feedforward(self.mesh, self._chunk_size)
+            return make_experts(self.mesh, experts, self._chunk_size, self.reduction)
+        return make_feedforward(self.mesh, self._chunk_size, self.reduction)
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:
         return make_token_stats(
-            self.mesh, self.execution.loss_chunk_size, self.architecture.vocab_size, self.temperature
+            self.mesh, self.execution.loss_chunk_size, self.architecture.vocab_size, self.reduction, self.temperature
         )

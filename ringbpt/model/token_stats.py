@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.feedforward import join_chunks, split_chunks
 from ringbpt.model.weights import dot, gather_shards, scatter_grad
+from ringbpt.reduction import Reduction
 from ringbpt.types import TokenStats
 
 # The logit of what is no token: its probability is zero, and zero times it is zero.
@@ -22,7 +23,7 @@ NO_TOKEN = -1e30
 
 
 def make_token_stats(
-    mesh: Mesh, chunk_size: int, vocab_size: int, temperature: float = 1.0
+    mesh: Mesh, chunk_size: int, vocab_size: int, reduction: Reduction, temperature: float = 1.0
 ) -> Callable[..., TokenStats]:
     """token_stats(hidden_BTD, unembed_DV, target_BT) -> TokenStats; logp and entropy are differentiable.
 
@@ -78,7 +79,7 @@ def make_token_stats(
 
         chunks = chunks_of(hidden, target, lse, entropy, d_logp, d_entropy)
         d_whole, d_hidden = lax.scan(chunk_backward, jnp.zeros(whole.shape, jnp.float32), chunks)
-        return join_chunks(d_hidden), scatter_grad(d_whole, "D V")
+        return join_chunks(d_hidden), scatter_grad(d_whole, "D V", reduction)
 
     in_specs, w_specs = (hidden_spec, w_spec, token_spec), (hidden_spec, w_spec)
     on_shards = partial(jax.shard_map, mesh=mesh, check_vma=False)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, WEIGHT_AXES, Dims, spec, weight_spec
 from ringbpt.model import adapters
 from ringbpt.model.quantised import Quantised, dequantised
+from ringbpt.reduction import Reduction
 from ringbpt.types import Params, PyTree
 
 FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
@@ -38,6 +40,17 @@ def constrain_activation(x: jax.Array, mesh: Mesh, letters: str) -> jax.Array:
     return constrain(x, mesh, spec(letters, ACTIVATION_AXES))
 
 
+def cast(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A stored weight in the compute dtype, without a second stack of all layers' weights beside the first.
+
+    A TPU's compiler makes one ahead of the scan over layers: cast, where a layer's weights are cast by a conversion
+    alone, so they are rounded by an operation of its own; and transposed, where products like them better so, and the
+    layout is said.
+    """
+    w = with_layout_constraint(w, Layout(major_to_minor=tuple(range(w.ndim))))
+    return (lax.reduce_precision(w, 8, 7) if dtype == jnp.bfloat16 else w).astype(dtype)
+
+
 def gather_shards(w: Any, letters: str, dtype: jnp.dtype) -> jax.Array:
     """Inside shard_map: a matrix whole in D, where it has one, in the compute dtype; a number as it is.
 
@@ -49,19 +62,19 @@ def gather_shards(w: Any, letters: str, dtype: jnp.dtype) -> jax.Array:
     if isinstance(w, Quantised):
         whole = jax.tree.map(lambda x: lax.all_gather(x, FSDP, axis=dims.index("D"), tiled=True), w)
         return dequantised(whole, letters, dtype)
-    return lax.all_gather(w.astype(dtype), FSDP, axis=dims.index("D"), tiled=True) if "D" in dims else w.astype(dtype)
+    return lax.all_gather(cast(w, dtype), FSDP, axis=dims.index("D"), tiled=True) if "D" in dims else cast(w, dtype)
 
 
-def scatter_grad(dw: jax.Array, letters: str) -> jax.Array:
+def scatter_grad(dw: jax.Array, letters: str, reduction: Reduction) -> jax.Array:
     """Inside shard_map: the sum of every device's float32 gradient, each keeping its own part of D, where there is one.
 
     Of a weight that all devices of tp have, each has made the part that its heads or its part of F have a share in.
     """
     dims = letters.split()
-    dw = lax.psum(dw, "dp" if any(GATHERED_AXES.get(letter) for letter in dims) else ("dp", "tp"))
+    others: tuple[str, ...] = ("dp",) if any(GATHERED_AXES.get(letter) for letter in dims) else ("dp", "tp")
     if "D" not in dims:
-        return lax.psum(dw, FSDP)
-    return lax.psum_scatter(dw, FSDP, scatter_dimension=dims.index("D"), tiled=True)
+        return reduction.everywhere(dw, (*others, *FSDP))
+    return reduction.everywhere(reduction.scatter(dw, FSDP, dims.index("D")), others)  # the smaller of the two last
 
 
 def gather(w: Any, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
@@ -77,19 +90,20 @@ def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-def project(mesh: Mesh, equation: str, x: jax.Array, w: Any) -> jax.Array:
-    """`project(mesh, "BTD,DNH->BTNH", x, w)`: an einsum of an activation with a stored weight, in x's dtype.
+def project(mesh: Mesh, reduction: Reduction, equation: str, x: jax.Array, w: Any) -> jax.Array:
+    """`project(mesh, reduction, "BTD,DNH->BTNH", x, w)`: an einsum of an activation with a stored weight, in x's dtype.
 
     The letters say the shardings: w is gathered over fsdp and sp just before use, the product is an activation,
-    and w's gradient is summed and scattered to w's own sharding in float32, whatever dtype x has. w: what
-    `adapters.use` gave.
+    and w's gradient is summed in float32, whatever dtype x has, and scattered to w's own sharding by `reduction`. w:
+    what `adapters.use` gave.
     """
-    return adapters.apply(equation, x, w, partial(_project, mesh, True), partial(_project, mesh, False))
+    learns, stays = (partial(_project, mesh, reduction, learns) for learns in (True, False))
+    return adapters.apply(equation, x, w, learns, stays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _project(mesh: Mesh, learns: bool, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _project_fwd(mesh, learns, equation, x, w)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _project(mesh: Mesh, reduction: Reduction, learns: bool, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _project_fwd(mesh, reduction, learns, equation, x, w)[0]
 
 
 def _letters(equation: str) -> tuple[str, str, str]:
@@ -99,23 +113,48 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return " ".join(x), " ".join(w), " ".join(result)
 
 
-def _project_fwd(mesh, learns, equation, x, w):
+def _project_fwd(mesh, reduction, learns, equation, x, w):
     _, w_letters, y_letters = _letters(equation)
     y = dot(equation, x, gather(w, mesh, w_letters, x.dtype), x.dtype)
     return constrain_activation(y, mesh, y_letters), (x, w)
 
 
-def _project_bwd(mesh, learns, equation, residuals, dy):
+def _project_bwd(mesh, reduction, learns, equation, residuals, dy):
     x, w = residuals
-    x_letters, w_letters, y_letters = _letters(equation)
-    x_term, w_term, y_term = (letters.replace(" ", "") for letters in (x_letters, w_letters, y_letters))
+    every = x_letters, w_letters, y_letters = _letters(equation)
+    x_term, w_term, y_term = (letters.replace(" ", "") for letters in every)
     dy = constrain_activation(dy, mesh, y_letters)
     dx = dot(f"{y_term},{w_term}->{x_term}", dy, gather(w, mesh, w_letters, x.dtype), x.dtype)
     dx = constrain_activation(dx, mesh, x_letters)
     if not learns:
         return dx, None
-    dw = dot(f"{x_term},{y_term}->{w_term}", x, dy, jnp.float32)
-    return dx, constrain(dw, mesh, weight_spec(w_letters)).astype(w.dtype)
+    in_specs = tuple(spec(letters, ACTIVATION_AXES) for letters in (x_letters, y_letters))
+    gradient = jax.shard_map(
+        partial(_weight_gradient, reduction, *every),
+        mesh=mesh, in_specs=in_specs, out_specs=weight_spec(w_letters), check_vma=False,
+    )  # fmt: skip
+    return dx, gradient(x, dy).astype(w.dtype)
+
+
+def _weight_gradient(
+    reduction: Reduction, x_letters: str, w_letters: str, y_letters: str, x: jax.Array, dy: jax.Array
+) -> jax.Array:
+    """Inside shard_map: the weight's gradient, float32, summed over all tokens, this device's part of its D.
+
+    Devices of tp whose weight is the same have the same of x and of dy, and nothing to sum.
+    """
+    x_term, w_term, y_term = (letters.replace(" ", "") for letters in (x_letters, w_letters, y_letters))
+
+    def product(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return dot(f"{x_term},{y_term}->{w_term}", x, dy, jnp.float32)
+
+    if "D" not in w_term:
+        return reduction.everywhere(product(x, dy), ("dp", *FSDP))
+    operand, of_operand, term = (
+        (x, lambda part: product(part, dy), x_term) if "D" in x_term else (dy, lambda part: product(x, part), y_term)
+    )
+    dw = reduction.scatter_product(of_operand, operand, FSDP, term.index("D"), w_term.index("D"))
+    return reduction.everywhere(dw, "dp")
 
 
 _project.defvjp(_project_fwd, _project_bwd)

@@ -260,13 +260,13 @@ def test_masks_are_not_hoisted_out_of_the_scan_over_layers():
 
 
 def test_the_ring_makes_the_fewest_hops():
-    """n - 1 transfers of K/V forward; backward n - 1 of K/V and n - 1 of dK/dV, and one of zeros to keep one body."""
+    """n - 1 transfers of K/V forward; backward n - 1 of K/V and n - 1 of dK/dV."""
     text = compiled(8, 32).as_text()
     rings = [line for line in text.splitlines() if re.search(r" collective-permute(-start)?\(", line)]
     sent = [line for line in rings if "f32[2,1,32,2,16]" in line.split("=", 1)[1].split("(")[0]]
-    # Loops hold one body each: forward (1 in the scan), its rematerialisation (1), backward: first hop 1, body 2,
-    # the last hop's arrival 1, homecoming 1.
-    assert len(sent) == 1 + 1 + 5, [line.strip()[:200] for line in sent]
+    # Loops hold one body each: forward (1 in the scan), its rematerialisation (1), backward: the own keys 1, during the
+    # first hop's work K/V alone 1, body 2 (n - 3 times), the last hop's arrival 1, homecoming 1.
+    assert len(sent) == 1 + 1 + 6, [line.strip()[:200] for line in sent]
 
 
 def temporaries(sp: int, kv_heads: int, dtype, **options) -> int:
@@ -284,12 +284,12 @@ def temporaries(sp: int, kv_heads: int, dtype, **options) -> int:
 @pytest.mark.parametrize(
     ("sizes", "kv_heads", "dtype", "options"),
     [
-        pytest.param((2, 4, 8), 2, jnp.bfloat16, {}, marks=SLOW),
+        pytest.param((5, 8), 2, jnp.bfloat16, {}, marks=SLOW),
         pytest.param((2, 8), 2, jnp.bfloat16, {"skip_hops": True}, marks=SLOW),
         pytest.param((2, 4, 8), 8, jnp.float32, {"skip_hops": True}, marks=SLOW),
-        # With two devices no hop follows another, and the compiler, which sees that, has no K and V in flight to hold:
-        # less, where they are as large as the queries.
-        ((4, 8), 8, jnp.float32, {}),
+        # With up to four devices the backward's loop is one hop or none, and the compiler, which sees that, makes
+        # another program of it.
+        ((5, 8), 8, jnp.float32, {}),
     ],
     ids=["grouped", "grouped, hops as data", "hops as data", "a hop after another"],
 )

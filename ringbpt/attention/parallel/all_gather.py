@@ -1,8 +1,8 @@
 """Gathered keys: every device sees all keys and values, a few heads at a time, and keeps its own queries.
 
 One collective for each group of heads instead of a ring of them: less to hide behind computation when a device
-holds few tokens, at the price of memory for sp times as many keys. The gradients of K and V are summed and scattered
-in float32. Everything here runs inside shard_map. Ref: Llama 3 (arXiv:2407.21783, section 3.3.2).
+holds few tokens, at the price of memory for sp times as many keys. The gradients of K and V are summed in
+float32 and scattered. Everything here runs inside shard_map. Ref: Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, gather_meta
+from ringbpt.reduction import Reduction
 from ringbpt.types import TokenMeta
 
 
@@ -53,7 +54,7 @@ def _gather_pair(k, v, axis: str) -> jax.Array:
 
 def backward(
     local: Local, axis: str, q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    heads_k_stride=None,
+    *, reduction: Reduction, heads_k_stride=None,
 ):  # fmt: skip
     """Gradients towards this device's q, k and v (float32); K and V are gathered again, not kept."""
     count = k.shape[2] // _stride(heads_k_stride, k.shape[2])
@@ -63,7 +64,7 @@ def backward(
         q, k, v, out, lse, d_out = heads
         kv = _gather_pair(k, v, axis)
         dq, dk, dv = local.attend_bwd(q, kv[0], kv[1], out, lse, d_out, q_meta, whole_meta, mask)
-        return dq, lax.psum_scatter(jnp.stack([dk, dv]), axis, scatter_dimension=2, tiled=True)
+        return dq, reduction.scatter(jnp.stack([dk, dv]), axis, 2)
 
     dq, d_kv = lax.map(group, tuple(_groups(x, count) for x in (q, k, v, out, lse, d_out)))
     d_kv = jnp.moveaxis(d_kv, 1, 0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility
 from ringbpt.types import TokenMeta
@@ -107,15 +108,15 @@ def forward(
 
 def backward(
     local: Local, axis: str, q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    hops: Hops = None, bidirectional: bool = False,
+    hops: Hops = None, bidirectional: bool = False, reduce_dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients towards this device's q, k and v (float32), from the global out and lse.
 
     The sum of dK and dV for a device's keys is handed on with the keys, one hop behind: while hop i computes, the sum
-    of hop i - 1 is on its way. So that the first sending of K and V and the sum's homecoming hide behind computation
-    too, the device's own keys are done in two halves: the first half of its queries before the ring starts, the second
-    while the sum comes home. None is exposed. n - 1 transfers of K and V cannot be fewer; dK and dV go once all the
-    way round, n, the first with the own half only: kept back it would save one, and cost a second loop body.
+    of hop i - 1 is on its way, in reduce_dtype. So that the first sending of K and V and the sum's homecoming hide
+    behind computation too, the device's own keys are done in two halves: the first half of its queries before the ring
+    starts, the second while the sum comes home. None is exposed, and n - 1 transfers of K and V and n - 1 of their
+    gradients cannot be fewer: what the own keys get at home never travels.
     """
     size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
     meta_at = _all_metas(kv_meta, axis, streams)
@@ -131,37 +132,51 @@ def backward(
     def send(arrays, way=1):
         return [_send(x, axis, size, way * step) for (step, _), x in zip(streams, arrays, strict=True)]
 
+    def send_sums(d_kvs, way=1):
+        return [x.astype(jnp.float32) for x in send([x.astype(reduce_dtype) for x in d_kvs], way)]
+
+    def turn(i, state, onward: bool = True):
+        """(dq, dK and dV of the keys at hand, those keys) -> the same after hop i: what goes on hides behind it."""
+        dq, d_kvs, kvs = state
+        coming = (send(kvs) if onward else None, send_sums(d_kvs) if d_kvs else None)
+        dq_hop, d_hop = grads(rows, _join(kvs), i)
+        # All has arrived before anything is added up: the additions alone would seem long enough to hide K and V.
+        dq_hop, d_hop, (next_kvs, arrived) = lax.optimization_barrier((dq_hop, d_hop, coming))
+        return dq + dq_hop, _add(arrived, d_hop) if arrived else d_hop, next_kvs or kvs
+
     def alone():
         return grads(rows, (k, v), 0)
 
     def round_trip():
-        last = size - 1 if hops is None else hops
         first = jax.tree.map(lambda x: x[:, :half], rows)
         kvs = send(_split(jnp.stack([k, v]), streams))
         if half:
-            dq_first, d_kvs = grads(first, (k, v), 0)
+            dq_first, d_first = grads(first, (k, v), 0)
         else:
-            dq_first, d_kvs = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
+            dq_first, d_first = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
+        # Not later, to save memory: it is for hiding the first keys' way.
+        dq_first, d_first, kvs = lax.optimization_barrier((dq_first, d_first, kvs))
         dq = jnp.pad(dq_first, ((0, 0), (0, q.shape[1] - half), (0, 0), (0, 0)))
-
-        def hop(i, state):
-            dq, d_kvs, kvs = state
-            next_kvs, arrived = send(kvs), send(d_kvs)
-            dq_hop, d_hop = grads(rows, _join(kvs), i)
-            # All has arrived before anything is added up: the additions alone would seem long enough to hide K and V.
-            dq_hop, d_hop, next_kvs, arrived = lax.optimization_barrier((dq_hop, d_hop, next_kvs, arrived))
-            return dq + dq_hop, _add(arrived, d_hop), next_kvs
-
-        dq, d_kvs, kvs = lax.fori_loop(1, last, hop, (dq, d_kvs, kvs))
-        arrived = send(d_kvs)
-        dq_hop, d_hop = grads(rows, _join(kvs), last)
+        dq, d_kvs = further((dq, None, kvs))
 
         # The rest of the own keys is for hiding the homecoming: not before, and nor are its rows cut out before.
-        d_kvs, late = lax.optimization_barrier((_add(arrived, d_hop), rows))
+        d_kvs, late = lax.optimization_barrier((d_kvs, rows))
         second = jax.tree.map(lambda x: x[:, half:], late)
-        home = _homecoming(d_kvs, send, size, hops)
+        home = _homecoming(d_kvs, send_sums, size, hops)
         dq_second, d_second = grads(second, (k, v), 0)
-        return (dq + dq_hop).at[:, half:].add(dq_second), _add(home, d_second)
+        return dq.at[:, half:].add(dq_second), _add(_add(home, d_first), d_second)
+
+    def further(state):
+        """(dq, the sums at hand) after all hops. The first brings no sum with it, and the last sends no keys."""
+        if size == 2:
+            return turn(1, state, onward=False)[:2]
+        last = size - 1 if hops is None else hops
+        state = turn(1, state)
+
+        def others(state):
+            return turn(last, lax.fori_loop(2, last, turn, state), onward=False)
+
+        return (others(state) if hops is None else lax.cond(hops > 1, others, lambda state: state, state))[:2]
 
     if size == 1:
         dq, d_kvs = alone()
