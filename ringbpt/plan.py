@@ -22,7 +22,7 @@ from ringbpt.config import (
 )
 
 FLAGS = {
-    "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v5e-N, v6e-N, 8xa100, 4x8xh100 (nodes x GPUs), rtx4090, cpu-8"),
+    "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v6e-N, tpu7x-4x4x4, 4x8xh100 (nodes x GPUs), 72xgb200, cpu-8"),
     "find": Flag(str, "", "the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)"),
     "suggest": Flag(bool, False, "a few changes that make it fit or go faster, each with its own compiled figures"),
     "json": JSON,

@@ -2,7 +2,7 @@
 
 A kernel's or a ring's test compiles so, on a laptop:
 
-    machine = topology("v5e-8")                                     # or v4-16, 8xh200, 4x8xh100, cpu-8
+    machine = topology("v5e-8")                                     # or v4-16, tpu7x-4x4x4, 8xh200, 4x8xh100, cpu-8
     mesh = make_mesh((1, 1, 1, 8), devices=machine.devices)
     attend = make_attention(mesh, ...)
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(None, "sp")))
@@ -42,18 +42,27 @@ _TPUS: dict[str, tuple[int, dict[int, str], dict[str, Any]]] = {
     "v5p": (2, _CUBES | {4096: "16x16x16"}, {}),
     "v5e": (1, _LITE, {}),
     "v6e": (1, _LITE, {}),
+    "v7x": (2, _CUBES, {}),
 }
-_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e"}
+_ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "tpu7x": "v7x"}
+_TWO_DEVICES_A_CHIP = ("v2", "v3", "v7x")
 
 # cores, floating-point units a core, shared memory a core, L2 in MiB, GHz, bytes, compute capability.
 _GPUS = {
     "A100": (108, 64, 167936, 40, 1.41, 85100068864, "major: 8"),
+    "A100-40": (108, 64, 167936, 40, 1.41, 42331013120, "major: 8"),
     "H100": (132, 128, 233472, 50, 1.98, 84942979072, "major: 9 feature_extension: ACCELERATED_FEATURES"),
+    "H100-NVL": (132, 128, 233472, 50, 1.785, 99949740032, "major: 9 feature_extension: ACCELERATED_FEATURES"),
     "H200": (132, 128, 233472, 50, 1.98, 151397597184, "major: 9 feature_extension: ACCELERATED_FEATURES"),
+    "B200": (148, 128, 233472, 126, 1.965, 191456346112, "major: 10 feature_extension: ACCELERATED_FEATURES"),
+    "GB200": (152, 128, 233472, 126, 2.062, 198105366528, "major: 10 feature_extension: ACCELERATED_FEATURES"),
     "RTX4090": (128, 128, 102400, 72, 2.52, 25393692672, "major: 8 minor: 9"),
 }
-_GPU_NAME = re.compile(r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?(a100|h100|h200|rtx-?4090)(?:-(?:sxm-?)?(24|80|141)gb?)?")
-_NOMINAL_GB = {"H200": "141", "RTX4090": "24"}  # the others have 80
+_GPU_NAME = re.compile(
+    r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?(a100-(?:sxm4?-?)?40(?:gb?)?|h100-nvl|a100|h100|h200|gb200|b200|rtx-?4090)"
+    r"(?:-(?:sxm[45]?-?)?(24|80|94|141|180|186)gb?)?"
+)
+_NOMINAL_GB = {"H200": "141", "RTX4090": "24", "H100-NVL": "94", "A100-40": "40", "B200": "180", "GB200": "186"}
 
 # The part of a GPU's memory that a run can be given: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax's own default is 0.75).
 GPU_FRACTION = 0.95
@@ -138,16 +147,20 @@ def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:
 
 
 def topology(name: str) -> Topology:
-    """The machine of that name: v4-512, v5litepod-8, 8xa100-80g, 4x8xh100 (nodes x GPUs), rtx4090, cpu-8.
+    """The machine of that name: v4-512, v5litepod-8, tpu7x-4x4x4, 8xa100-80g, 4x8xh100 (nodes x GPUs), rtx4090, cpu-8.
 
-    v2 to v5p count TensorCores, two a chip, as their vendor does; v5e and v6e count chips. Raises UserError for a
-    name that is none, or with what to install where the compiler is missing.
+    v2 to v5p and v7x count TensorCores, two a chip, as their vendor does, v5e and v6e chips; all may be named by their
+    shape in chips instead. Raises UserError for a name that is none, or with what to install where the compiler is
+    missing.
     """
     plain = name.strip().lower()
     if match := _GPU_NAME.fullmatch(plain):
         return _gpu(name, match)
     kind, _, count = plain.rpartition("-")
     kind = _ALIASES.get(kind, kind)
+    if kind in _TPUS and "x" in count:
+        cores, shapes, _ = _TPUS[kind]
+        count = next((str(chips * cores) for chips, shape in shapes.items() if shape == count), count)
     if not re.fullmatch("[0-9]{1,6}", count) or kind not in (*_TPUS, "cpu"):
         raise UserError(_unknown(name))
     return _cpu(name, int(count)) if kind == "cpu" else _tpu(name, kind, int(count))
@@ -184,16 +197,17 @@ def _tpu(name: str, kind: str, count: int) -> Topology:
     if shape == "1x1":
         options = {**options, "chips_per_host_bounds": (1, 1, 1)}
     with quiet():
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options)
+        name_there = "tpu7x" if kind == "v7x" else kind
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name_there}:{shape}", **options)
     devices = tuple(found.devices)
-    per_chip = 2 if kind in ("v2", "v3") else 1
+    per_chip = 2 if kind in _TWO_DEVICES_A_CHIP else 1
     return Topology(name, "tpu", devices, min(4 * per_chip, len(devices)), hardware.find(devices[0].device_kind))
 
 
 def _gpu(name: str, match: re.Match[str]) -> Topology:
     first, second, model, gb = match.groups()
     nodes, gpus = (int(first), int(second)) if second else (1, int(first or 1))
-    known = hardware.find(model.replace("-", ""))
+    known = hardware.find("A100-40" if "40" in model and "a100" in model else model.replace("rtx-", "rtx"))
     assert known
     if nodes < 1 or gpus < 1 or (gb and gb != _NOMINAL_GB.get(known.name, "80")):
         raise UserError(_unknown(name))

@@ -20,16 +20,23 @@ from ringbpt.planning.topologies import need, topology
         ("v5e-256", "v5e", 256, 4),
         ("V6e-8", "v6e", 8, 4),
         ("v3-512", "v3", 512, 8),
+        ("tpu7x-4x4x4", "v7x", 128, 8),
+        ("v7x-16", "v7x", 16, 8),
+        ("v5p-4x4x4", "v5p", 64, 4),
         ("h200", "H200", 1, 1),
         ("8xa100-80g", "A100", 8, 8),
         ("4x8xh100", "H100", 32, 8),
         ("2xrtx4090-24g", "RTX4090", 2, 2),
         ("rtx-4090", "RTX4090", 1, 1),
+        ("8xa100-sxm4-40gb", "A100-40", 8, 8),
+        ("2xh100-nvl", "H100-NVL", 2, 2),
+        ("4x8xb200", "B200", 32, 8),
+        ("72xgb200", "GB200", 72, 72),
     ],
 )
 def test_names_people_use(name, kind, count, per_host):
     try:
-        need("tpu" if name.lower().startswith("v") else "cuda")
+        need("tpu" if name.lower().startswith(("v", "tpu")) else "cuda")
     except UserError as error:
         pytest.skip(str(error))
     machine = topology(name)
@@ -51,7 +58,9 @@ def test_cpus_are_the_ones_of_this_process():
         ("v7-8", "v2-8 to v2-512"),
         ("8xh200-80g", "did you mean --topology=8xh200?"),
         ("rtx4090-80g", "did you mean --topology=rtx4090?"),
-        ("4x8xb200", "did you mean --topology=4x8xh200?"),
+        ("4x8xb300", "did you mean --topology=4x8xb200?"),
+        ("8xb200-80g", "did you mean --topology=8xb200?"),
+        ("v5p-4x4x5", "v5p-"),
         ("v4", "did you mean"),
         ("cpu-99", "8 CPU devices"),
         ("0xh100", "did you mean"),
