@@ -240,7 +240,7 @@ def _make_chooser(mesh: Mesh, spec: AttentionSpec) -> Callable[..., jax.Array]:
         load = Load(sp, max(1, B // (dp * fsdp)), T // sp, N // tp, kv_heads // tp, H, itemsize)
         choice = choose(load, machine(mesh))
         _log_once(f"attention over sp: {choice.strategy}; {choice.why}")
-        two_ways = spec.bidirectional and "ring" in choice.strategy
+        two_ways = choice.bidirectional or (spec.bidirectional and "ring" in choice.strategy)
         return make_attention(
             mesh, spec, strategy=choice.strategy, ulysses_degree=choice.ulysses_degree, bidirectional=two_ways
         )

@@ -1,12 +1,12 @@
 """A step's arithmetic by our own count, and a bracket of its time, with every assumption written out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from ringbpt import hardware
+from ringbpt import rates
 from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.work import count
 from ringbpt.config import Config
@@ -14,11 +14,15 @@ from ringbpt.dims import AXES
 from ringbpt.model.flops import forward_flops, training_flops
 from ringbpt.model.llama import make_dims
 from ringbpt.planning.overlap import Hop
+from ringbpt.planning.step_time import BACKWARD, UNHIDDEN, Bracket, Pass, Work, bracket
 from ringbpt.planning.topologies import Topology
+from ringbpt.rates import Links, Pair
 from ringbpt.training.memory import host_traffic
 from ringbpt.types import TokenMeta
 
-# Policies under which a layer's backward runs its forward again, attention and all.
+# Policies that keep attention's result for the backward; under any other one a layer's attention runs again.
+KEPT = ("", "everything_saveable", "save_attention")
+# Policies under which a layer's projections and its feedforward run again.
 NOTHING_SAVED = ("nothing_saveable", "offload_inputs")
 
 
@@ -38,33 +42,40 @@ def visible_pairs(config: Config) -> float:
     return config.train_dataset.batch_size * (window * (window + 1) / 2 + (length - window) * window)
 
 
-def step_flops(config: Config) -> Flops:
+def attends_again(config: Config) -> bool:
+    """Whether by the flags a layer's backward runs the forward of its attention once more."""
+    execution = config.execution
+    return not {execution.remat_block, execution.remat_attention} <= set(KEPT)
+
+
+def step_flops(config: Config, again: bool | None = None) -> Flops:
     """The model's own (forward and backward), attention's part in it, and what is computed once more.
 
-    Computed again are, by the flags: each layer's forward pass but what the policy saved; in attention's backward
-    the scores; in the blockwise feedforward's gate and up; in the loss's the logits. A layer in blocks computes its
-    projections again in the backward, and attention's operands for the policy's sake before.
+    Computed again are each layer's products but what the policy saved, and but the feedforward's last one, which no
+    backward asks for; in attention's backward the scores; in the blockwise feedforward's gate and up, once, whatever
+    the policy; in the loss's the logits. A layer in blocks computes its projections again in the backward, and
+    attention's operands for the policy's sake before. again: whether attention's forward runs again, as the compiled
+    program says; None: as the flags do.
     """
     architecture, execution, d = config.architecture, config.execution, make_dims(config.architecture)
     tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
     pairs = visible_pairs(config)
-    forward, dense = forward_flops(architecture, tokens, pairs), forward_flops(architecture, tokens, 0)
-    attention = forward - dense
-    loss = 2.0 * tokens * d.D * d.V
-    layers, feedforward = dense - loss, 2.0 * tokens * d.L * 3 * d.D * d.F * (architecture.num_experts_per_tok or 1)
-    again = attention / 2 + loss  # the scores are half of attention's products
-    if execution.scan_mlp or execution.kv_heads_at_a_time:
-        again += feedforward * 2 / 3
+    attention = forward_flops(architecture, tokens, pairs) - forward_flops(architecture, tokens, 0)
+    experts = architecture.num_experts_per_tok if architecture.num_experts else 1
+    gate_and_up = 2.0 * tokens * d.L * 2 * d.D * d.F * experts
+    of_one = 2.0 * tokens * d.L * d.D * d.H  # a head's queries, keys, values or output
+    computed = attention / 2 + 2.0 * tokens * d.D * d.V  # the scores are half of attention's products
+    layers = execution.remat_block in (*NOTHING_SAVED, "save_attention")
+    if execution.scan_mlp or execution.kv_heads_at_a_time or layers:
+        computed += gate_and_up
+    if attends_again(config) if again is None else again:
+        computed += attention
     if execution.kv_heads_at_a_time:
-        projected = 2.0 * tokens * d.L * d.D * d.H
-        again += projected * (2 * d.N + 2 * d.K)  # queries, keys, values and output, in the backward itself
-        if execution.remat_block in NOTHING_SAVED:
-            again += attention + projected * (d.N + 2 * d.K)
-    elif execution.remat_block == "save_attention":
-        again += layers
-    elif execution.remat_block in NOTHING_SAVED:
-        again += layers + attention
-    return Flops(training_flops(config, tokens, pairs), attention=3 * attention, recompute=again)
+        computed += of_one * (2 * d.N + 2 * d.K)
+        computed += of_one * (d.N + 2 * d.K) * (execution.remat_block in NOTHING_SAVED)
+    elif layers:
+        computed += of_one * (2 * d.N + 2 * d.K)
+    return Flops(training_flops(config, tokens, pairs), attention=3 * attention, recompute=computed)
 
 
 def balance(config: Config) -> float:
@@ -80,93 +91,124 @@ def balance(config: Config) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """low, high: seconds a step. hop_margin: a hop's computation over its transfer, at the slowest transfer and the
-    quickest computation: above 1 it hides; None without hops. assumptions: one line each.
+    """The bracket of a step, and one line for each of its assumptions. hops: of its rings; hidden: of them, those that
+    are sent behind a computation that lasts as long, however quick it is and however slow the transfer.
     """
 
-    low: float
-    high: float
-    hop_margin: float | None
+    bracket: Bracket
+    hops: int
+    hidden: int
     assumptions: list[str]
 
 
 def estimate(
     config: Config,
     machine: Topology,
-    flops: Flops,
     collectives: Mapping[str, Mapping[str, int]],
     hops: list[Hop],
-    kernel: bool,
+    kernel: str,
+    again: bool,
 ) -> Estimate:
     """The bracket for a machine whose peaks are known. Raises ValueError for one whose peaks are not (a CPU).
 
-    kernel: attention is a fused kernel in the compiled program, and not blocks in plain XLA.
+    kernel: what computes attention in the compiled program. again: whether its forward runs again for the backward.
     """
-    if machine.hardware is None:
+    if machine.links is None:
         raise ValueError(f"nobody knows the peaks of {machine.name}")
-    peak = machine.hardware.bf16_tflops * 1e12 / (hardware.FLOAT32_COST if config.dtype == "fp32" else 1)
-    devices, uneven = len(machine.devices), balance(config)
-    again_attention = flops.attention / 6 * (3 if config.execution.remat_block in NOTHING_SAVED else 1)
-    attention = (flops.attention + again_attention) * uneven / devices / peak
-    dense = (flops.model - flops.attention + flops.recompute - again_attention) / devices / peak
-    attention_share = hardware.KERNEL_SHARE if kernel else hardware.BLOCKWISE_SHARE
-    best, worst = (attention / attention_share[i] + dense / hardware.MATMUL_SHARE[i] for i in (0, 1))
-    ring = sum(hop.bytes * hop.times for hop in hops)
-    rates = link_rates(config, machine)
-    others = sum(
-        (sum(kinds.values()) - (ring if axis == "sp" else 0)) / rates[axis][1] for axis, kinds in collectives.items()
-    )
-    exposed = sum(hop.bytes * hop.times for hop in hops if not hop.hidden)
-    # A hop of the ring goes over one link, one way, on a TPU's torus.
-    permute = (machine.hardware.link_gb_per_s * 1e9,) * 2 if machine.platform == "tpu" else rates["sp"]
-    margin = attention / attention_share[0] / (ring / permute[1]) if hops else None
+    links, flops, devices = machine.links, step_flops(config, again), len(machine.devices)
+    uneven = balance(config)
+    forward = flops.attention / 3 * uneven / devices
+    parts = {"forward": forward, "backward": forward * BACKWARD} | ({"again": forward} if again else {})
+    executed = flops.attention * (0.5 / 3 + again / 3)  # of attention, beyond the model's own
     meanwhile, after = host_traffic(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
-    host_best, host_worst = (rate * 1e9 for rate in hardware.HOST_GB_PER_S)
-    low = max(best, ring / permute[0], meanwhile / host_best) + after / host_best
-    high = max(worst, ring / permute[1]) + exposed / permute[1] + others + (meanwhile + after) / host_worst
-    lines = _assumptions(config, machine, attention_share, uneven, rates, permute, meanwhile + after)
-    return Estimate(low, high, margin, lines)
+    rates_of, sp = link_rates(config, machine), config.mesh_shape.sp
+    dealt = collectives.get("sp", {}).get("all-to-all", 0)
+    ring = sum(hop.bytes * hop.times for hop in hops)
+    others = [
+        (sum(kinds.values()) - (ring + dealt if axis == "sp" else 0), rates_of[axis])
+        for axis, kinds in collectives.items()
+    ]
+    work = Work(
+        passes=[_pass(name, amount, hops, sp) for name, amount in parts.items()],
+        dense=(flops.model - flops.attention + flops.recompute - executed) / devices,
+        hop_rate=hop_rate(config, links),
+        waits=_seconds([(dealt, links.all_to_all(1, sp))]),
+        others=_seconds(others),
+        meanwhile=meanwhile,
+        after=after,
+    )
+    found = bracket(work, links.known, kernel, make_dims(config.architecture).H, config.dtype == "fp32")
+    in_time = {name for name, margin in zip(parts, found.margins, strict=True) if margin is not None and margin >= 1}
+    return Estimate(
+        found,
+        hops=sum(hop.times for hop in hops),
+        hidden=sum(hop.times for hop in hops if hop.hidden and _part(hop) in in_time),
+        assumptions=_assumptions(config, machine, kernel, uneven, work, meanwhile + after),
+    )
 
 
-def link_rates(config: Config, machine: Topology) -> dict[str, tuple[float, float]]:
+def _part(hop: Hop) -> str:
+    """Which pass of attention a hop belongs to."""
+    return "again" if hop.again else "backward" if hop.backward else "forward"
+
+
+def _seconds(sent: Sequence[tuple[float, Pair]]) -> Pair:
+    best, worst = (sum(size / rate[i] for size, rate in sent) for i in (0, 1))
+    return best, worst
+
+
+def _pass(name: str, flops: float, hops: list[Hop], sp: int) -> Pass:
+    """With the hops that are its own, and behind which of them the schedule has a computation."""
+    own = [hop for hop in hops if _part(hop) == name]
+    behind, alone = (sum(hop.bytes * hop.times for hop in own if hop.hidden is way) for way in (True, False))
+    return Pass(flops, behind, (sp - 1) / sp, alone)
+
+
+def hop_rate(config: Config, links: Links) -> Pair:
+    """Bytes a second of one hop of the ring."""
+    inner = config.execution.ulysses_degree or 1
+    return links.neighbour(inner, config.mesh_shape.sp // inner, 2 if config.execution.ring_bidirectional else 1)
+
+
+def link_rates(config: Config, machine: Topology) -> dict[str, Pair]:
     """{axis or axes: bytes a second that one device sends along it, (at best, at worst)}."""
-    assert machine.hardware
-    known = machine.hardware
-    inside = known.link_gb_per_s * 1e9 * (2 if machine.platform == "tpu" else known.links)
-    network = hardware.NETWORK_GB_PER_S
-    rates: dict[str, tuple[float, float]] = {}
-    stride = 1
+    assert machine.links
+    found: dict[str, Pair] = {}
+    inner = 1
     for name, size in reversed(list(zip(AXES, config.mesh_shape, strict=True))):
-        stride *= size
-        crosses = machine.platform == "cuda" and stride > machine.devices_per_host
-        rates[name] = (network[0] * 1e9, network[1] * 1e9) if crosses else (inside, inside)
+        found[name] = machine.links.collective(inner, size)
+        inner *= size
     for number in range(2, len(AXES) + 1):
         for together in combinations(AXES, number):
-            best, worst = (min(rates[name][i] for name in together) for i in (0, 1))
-            rates["+".join(together)] = best, worst
-    return rates | {"none": (inside, inside)}
+            best, worst = (min(found[name][i] for name in together) for i in (0, 1))
+            found["+".join(together)] = best, worst
+    return found | {"none": machine.links.collective(1, 1)}
 
 
-def _assumptions(config, machine, attention_share, uneven, rates, permute, host) -> list[str]:
-    known, percent = machine.hardware, lambda pair: f"{pair[0]:.0%} to {pair[1]:.0%}"
-    slower = f", float32 products {hardware.FLOAT32_COST} times as long" if config.dtype == "fp32" else ""
+def _assumptions(config: Config, machine: Topology, kernel: str, uneven: float, work: Work, host: float) -> list[str]:
+    assert machine.links
+    known, axes = machine.links.known, link_rates(config, machine)
+    head_dim = make_dims(config.architecture).H
+    slower = f", float32 products {rates.FLOAT32_COST} times as long" if config.dtype == "fp32" else ""
     window = config.architecture.sliding_window
     seen = f"a window of {window} tokens" if window else "so every earlier token"
+    products, attention = rates.matmul_share(known, kernel), rates.attention_share(known, kernel, head_dim)
     lines = [
         f"peak {known.bf16_tflops:g} TFLOP/s a device{slower}",
-        f"matrix products reach {percent(hardware.MATMUL_SHARE)} of it, attention {percent(attention_share)}",
+        f"matrix products reach {products} of it",
+        f"attention ({kernel}, heads of {head_dim}) reaches {attention} of it",
         f"each row of the batch is one document, {seen} is visible",
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
-        f"a hop goes at {permute[1] / 1e9:g} to {permute[0] / 1e9:g} GB/s",
-        "at best every other transfer hides, at worst none does: "
-        + ", ".join(f"{axis} at {rates[axis][1] / 1e9:g} GB/s" for axis in AXES),
+        f"a hop goes at {work.hop_rate[1] / 1e9:g} to {work.hop_rate[0] / 1e9:g} GB/s",
+        f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does: "
+        + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in AXES),
         "reading the data, the host's own work and stragglers cost nothing",
     ]
     if host:
-        speed = f"{hardware.HOST_GB_PER_S[1]:g} to {hardware.HOST_GB_PER_S[0]:g} GB/s"
+        speed = f"{rates.HOST_GB_PER_S[1]:g} to {rates.HOST_GB_PER_S[0]:g} GB/s"
         lines.append(
-            f"{host / 2**30:.1f} GiB to and from the host's memory at {speed}: at best all but the update hides, at "
-            "worst nothing does"
+            f"{host / 2**30:.1f} GiB to and from the host's memory at {speed}: at best all but the update hides, "
+            f"at worst {1 - UNHIDDEN:.0%} of that"
         )
     if machine.platform == "cuda":
         lines.append("memory: the run is given XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")

@@ -13,6 +13,7 @@ Kernels count by their being custom calls; what they are called does not matter.
 from dataclasses import dataclass
 
 from ringbpt.attention.api import SCOPE
+from ringbpt.planning.attention_runs import AGAIN
 from ringbpt.planning.hlo import Computation, Instruction, Module, parse
 
 # Custom calls that compute nothing.
@@ -24,7 +25,8 @@ class Hop:
     """One transfer in the program, run `times` times a call.
 
     hidden_by: the attention computations between its start and its end. synchronous: nothing else can run meanwhile.
-    in_loop: it stands in a loop's body. bytes: what one device sends each time.
+    in_loop: it stands in a loop's body. again: of a forward that a checkpointed layer's backward runs once more. bytes:
+    what one device sends each time.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Hop:
     backward: bool
     synchronous: bool
     hidden_by: tuple[str, ...]
+    again: bool = False
 
     @property
     def hidden(self) -> bool:
@@ -68,6 +71,7 @@ def ring_hops(text: str) -> list[Hop]:
                 backward="transpose(" in instruction.op_name,
                 synchronous=not between,
                 hidden_by=tuple(i.name for i in between if _is_attention(module, i, instruction)),
+                again=AGAIN in instruction.op_name,
             )
         )
     return hops
@@ -108,15 +112,6 @@ def _is_attention(module: Module, instruction: Instruction, hop: Instruction) ->
     # What a GPU's compiler wraps around a kernel and the slices that it takes has no name of its own.
     named = [instruction] if instruction.op_name else products
     return bool(products) and any(_scope(i.op_name) == _scope(hop.op_name) for i in named)
-
-
-def has_kernel(module: Module) -> bool:
-    """Whether attention is a kernel in this program, and not a loop in plain XLA."""
-    return any(
-        i.opcode == "custom-call" and _multiplies(i) and f"/{SCOPE}/" in i.op_name
-        for computation in module.computations.values()
-        for i in computation.instructions
-    )
 
 
 def _multiplies(instruction: Instruction) -> bool:

@@ -6,10 +6,11 @@ from typing import Any
 
 from ringbpt.config import POLICIES, Config
 from ringbpt.evaluation.pictures import set_title
+from ringbpt.planning.attention_runs import kernel_of, runs_again
 from ringbpt.planning.collectives import collective_bytes
-from ringbpt.planning.estimate import estimate, step_flops
+from ringbpt.planning.estimate import attends_again, estimate, step_flops
 from ringbpt.planning.hlo import parse
-from ringbpt.planning.overlap import has_kernel, ring_hops
+from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
 from ringbpt.planning.topologies import Topology
@@ -49,7 +50,9 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The whole report, in what JSON knows; what a program that does not fit cannot say is None."""
         config, machine, program = self.config, self.machine, self.program
-        flops = step_flops(config)
+        module = parse(program.text) if program.text else None
+        again = attends_again(config) if module is None else runs_again(module)
+        flops = step_flops(config, again)
         report: dict[str, Any] = {
             "model": model_name(config),
             "topology": machine.name,
@@ -70,27 +73,36 @@ class Plan:
             "sampling": asdict(self.sampling) | {"total": self.sampled} if self.sampling else None,
             "fits": self.fits,
             "flops": asdict(flops),
-            **dict.fromkeys(("collectives", "ring_overlap", "step_seconds", "tokens_per_second", "mfu", "hop_margin")),
+            **dict.fromkeys(
+                (
+                    "collectives",
+                    "ring_overlap",
+                    "step_seconds",
+                    "tokens_per_second",
+                    "mfu",
+                    "hop_margin",
+                    "exposed_seconds",
+                )
+            ),
             "assumptions": [],
         }
-        if not program.text:
+        if module is None:
             return report
-        module = parse(program.text)
         kinds = collective_bytes(module, config.mesh_shape)
         report["collectives"] = {axis: sum(sizes.values()) for axis, sizes in kinds.items()}
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report
-        hops = ring_hops(program.text)
-        every, hidden = sum(hop.times for hop in hops), sum(hop.times for hop in hops if hop.hidden)
-        report["ring_overlap"] = {"hops": every, "hidden": hidden, "exposed": every - hidden}
-        guess = estimate(config, machine, flops, kinds, hops, has_kernel(module))
+        guess = estimate(config, machine, kinds, ring_hops(program.text), kernel_of(module), again)
+        found = guess.bracket
+        report["ring_overlap"] = {"hops": guess.hops, "hidden": guess.hidden, "exposed": guess.hops - guess.hidden}
         tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
         full = machine.hardware.bf16_tflops * 1e12 * len(machine.devices)
         return report | {
-            "step_seconds": [guess.low, guess.high],
-            "tokens_per_second": [tokens / guess.high, tokens / guess.low],
-            "mfu": [flops.model / guess.high / full, flops.model / guess.low / full],
-            "hop_margin": guess.hop_margin,
+            "step_seconds": [found.low, found.high],
+            "tokens_per_second": [tokens / found.high, tokens / found.low],
+            "mfu": [flops.model / found.high / full, flops.model / found.low / full],
+            "hop_margin": min((margin for margin in found.margins if margin is not None), default=None),
+            "exposed_seconds": list(found.exposed),
             "assumptions": guess.assumptions,
         }
 
@@ -185,6 +197,10 @@ def table(report: dict[str, Any]) -> str:
         hops = report["ring_overlap"]
         margin = f"; a hop's computation is {report['hop_margin']:.1f} x its transfer" if report["hop_margin"] else ""
         lines.append(f"ring         {hops['hops']} hops, {hops['hidden']} hidden, {hops['exposed']} exposed{margin}")
+        least, most = report["exposed_seconds"]
+        lines.append(
+            f"exposed      {least:.3g} to {most:.3g} s a step in which devices wait for a ring or for all-to-alls"
+        )
     if report["step_seconds"]:
         (low, high), (slow, fast) = report["step_seconds"], report["tokens_per_second"]
         worst, best = report["mfu"]

@@ -26,6 +26,7 @@ from ringbpt import hardware
 from ringbpt.config import UserError, nearest_name
 from ringbpt.config.foreign import quiet
 from ringbpt.hardware import Hardware
+from ringbpt.rates import Links
 
 _CUBES = {
     4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
@@ -73,7 +74,8 @@ MOST_GPUS = 1 << 14  # each is described apart, which takes time and memory
 class Topology:
     """name: as it was asked for. devices: abstract ones (real ones for a CPU). hosts: how many of them share a host.
 
-    memory: bytes that a program may use on one device; None where nobody knows (a CPU).
+    memory: bytes that a program may use on one device; None where nobody knows (a CPU). slices: of TPUs, how many
+    a network joins.
     """
 
     name: str
@@ -81,6 +83,15 @@ class Topology:
     devices: tuple[jax.Device, ...]
     devices_per_host: int
     hardware: Hardware | None
+    slices: int = 1
+
+    @property
+    def links(self) -> Links | None:
+        """What joins the devices; None where nobody knows."""
+        if self.hardware is None:
+            return None
+        reach = len(self.devices) // self.slices if self.platform == "tpu" else self.devices_per_host
+        return Links(self.hardware, reach)
 
     @property
     def memory(self) -> int | None:

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ringbpt import hardware, rates
 from ringbpt.attention import api, make_attention
-from ringbpt.attention.choose import Choice, Load, Machine, can_deal, choose, estimate, machine
+from ringbpt.attention.choose import Choice, Load, can_deal, choose, estimate, machine
 from ringbpt.mesh import make_mesh
+from ringbpt.rates import Links
 from ringbpt.types import TokenMeta
 
-V4 = Machine("v4", 275e12, 30.75 * 2**30, 50e9, torus=True, host=4)
-H200 = Machine("H200", 989e12, 141 * 2**30, 450e9, torus=False, host=8)
+V4 = Links(hardware.find("v4"), 256)
+V5P = Links(hardware.find("v5p"), 64)
+H200 = Links(hardware.find("H200"), 8)
 
 
 def load(sp: int, tokens: int, heads: int = 32, kv_heads: int = 8) -> Load:
@@ -25,8 +28,20 @@ def test_a_ring_hides_what_is_long_enough():
         "32,768 tokens, 8 query and 8 kv heads a device, sp=64 on v4; a layer there and back: "
     )
     times = estimate(load(64, 32768, 8, 8), V4)
-    compute = 3.5 * 4 * 128 * 8 * 32768 * 64 * 32768 / 2 / (0.6 * 275e12)
-    assert times["ring", None] == pytest.approx(compute, rel=1e-3)
+    share = rates.attention_share(V4.known, "auto", 128).best
+    compute = 3.5 * 4 * 128 * 8 * 32768 * 64 * 32768 / 2 / (share * 275e12)
+    assert times["ring", None].seconds == pytest.approx(compute, rel=1e-3)
+    assert times["ring", None].exposed == 0 and not choice.bidirectional and "exposed" not in choice.why.split(",")[2]
+
+
+def test_half_of_the_keys_go_each_way_where_one_way_is_exposed():
+    """On a torus, whose links carry both ways at once; a GPU's are one pool whichever way it sends."""
+    one = estimate(load(8, 32768, 32, 32), V5P)["ring", None]
+    two = estimate(load(8, 4096, 32, 32), V5P)["ring", None]
+    assert (one.ways, one.exposed) == (1, 0) and two.ways == 2
+    odd = estimate(load(8, 4095, 32, 32), V5P)["ring", None]
+    assert odd.ways == 1 and odd.exposed > two.exposed
+    assert estimate(load(8, 256), H200)["ring", None].ways == 1
 
 
 def test_short_shares_do_not_wait_for_a_ring():
@@ -53,7 +68,7 @@ def test_between_hosts_ulysses_stays_inside():
     """16 GPUs on two hosts, few tokens: heads are traded within a host, at most."""
     seconds = estimate(load(16, 1024, 32, 8), H200)
     assert min(u for strategy, u in seconds if strategy == "ulysses_ring") == 2
-    assert seconds["ulysses_ring", 8] < seconds["ulysses", None]
+    assert seconds["ulysses_ring", 8].seconds < seconds["ulysses", None].seconds
 
 
 def test_nothing_to_choose():
