@@ -6,6 +6,7 @@ memory by name, arithmetic, transfers by mesh axis, whether every hop of the rin
 
 import json
 import sys
+from dataclasses import asdict, replace
 
 from ringbpt.config import (
     JSON,
@@ -24,6 +25,7 @@ from ringbpt.config import (
 FLAGS = {
     "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v6e-N, tpu7x-4x4x4, 4x8xh100 (nodes x GPUs), 72xgb200, cpu-8"),
     "find": Flag(str, "", "the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)"),
+    "check_run": Flag(str, "", "a run's metrics.jsonl: does it lie in this plan's bracket?"),
     "suggest": Flag(bool, False, "a few changes that make it fit or go faster, each with its own compiled figures"),
     "json": JSON,
     "png": Flag(str, "", "a picture of the memory"),
@@ -44,17 +46,25 @@ def main(argv: list[str]) -> int:
     kind, _, count = own["topology"].lower().rpartition("-")
     if kind == "cpu" and count.isdigit() and 0 < int(count) <= 4096:
         jax.config.update("jax_num_cpu_devices", int(count))
+    from ringbpt.planning.check import check, checked, read_run, typical
     from ringbpt.planning.report import draw, make_plan, suggestion, table
     from ringbpt.planning.search import find, suggest
     from ringbpt.planning.topologies import topology
 
+    run = read_run(user_path(own["check_run"])) if own["check_run"] else []
     machine = topology(own["topology"])
+    if run and machine.hardware is None:
+        raise UserError(f"--check_run: nobody knows the speed of {machine.name}: name the run's machine, as 8xh100")
     config = parse(tree, len(machine.devices))
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with json_to(own["json"]) as write:
         plan = find(tree, machine, own["find"], say) if own["find"] else make_plan(config, machine)
-        report = plan.as_dict()
+        report = replace(plan, pairs=typical(run, "visible_pairs")).as_dict()
         print(table(report))
+        found = check(report, run) if run else []
+        report["run"] = [asdict(each) | {"inside": each.inside} for each in found]
+        if found:
+            print(f"\n{checked(found, len(run))}")
         if own["suggest"]:
             print("\nwith                                                      total    a step, s")
             for flags, other in suggest(tree, machine):
@@ -62,7 +72,7 @@ def main(argv: list[str]) -> int:
         write(json.dumps(report, indent=1) + "\n")
     if own["png"]:
         draw(report, user_path(own["png"]))
-    return 0 if plan.fits else 1
+    return 0 if plan.fits and not any(each.inside is False for each in found) else 1
 
 
 if __name__ == "__main__":

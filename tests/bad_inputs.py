@@ -331,6 +331,7 @@ READERS: dict[str, tuple[str, str]] = {
     "texts": ("evaluate", "--load_checkpoint=huggingface::{f}/model --perplexity={}"),
     "adapter": ("generate", "--load_checkpoint=huggingface::{f}/model --prompt=a --max_new_tokens=4 --adapter={}"),
     "converted": ("scripts/hf2jax.py", "--checkpoint_dir={} --output_file={out}"),
+    "run": ("plan", "--topology=8xh100 --check_run={}"),
 }
 # adapter_config.json beside nothing.
 ADAPTERS = {
@@ -638,6 +639,9 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--topology=cpu-8 --png={f}/folder", "no file"),
         ("--topology=cpu-8 --json={f}/none/x", "make it first"),
         ("--topology=cpu-8 --num_cpu_devices=1000000000", "4096 at most"),
+        ("--topology=8xh100 --check_run={f}/good.jsonl", "no row with step_seconds"),
+        ("--topology=8xh100 --check_run={f}/none", "--check_run="),
+        ("--topology=8xh100 --check_run={f}/folder", "a folder"),
     ],
     "verify": [
         (

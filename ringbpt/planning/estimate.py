@@ -48,18 +48,18 @@ def attends_again(config: Config) -> bool:
     return not {execution.remat_block, execution.remat_attention} <= set(KEPT)
 
 
-def step_flops(config: Config, again: bool | None = None) -> Flops:
+def step_flops(config: Config, again: bool | None = None, pairs: float | None = None) -> Flops:
     """The model's own (forward and backward), attention's part in it, and what is computed once more.
 
     Computed again are each layer's products but what the policy saved, and but the feedforward's last one, which no
     backward asks for; in attention's backward the scores; in the blockwise feedforward's gate and up, once, whatever
     the policy; in the loss's the logits. A layer in blocks computes its projections again in the backward, and
     attention's operands for the policy's sake before. again: whether attention's forward runs again, as the compiled
-    program says; None: as the flags do.
+    program says; None: as the flags do. pairs: visible ones of a batch; None: each row is one document.
     """
     architecture, execution, d = config.architecture, config.execution, make_dims(config.architecture)
     tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
-    pairs = visible_pairs(config)
+    pairs = visible_pairs(config) if pairs is None else pairs
     attention = forward_flops(architecture, tokens, pairs) - forward_flops(architecture, tokens, 0)
     experts = architecture.num_experts_per_tok if architecture.num_experts else 1
     gate_and_up = 2.0 * tokens * d.L * 2 * d.D * d.F * experts
@@ -108,14 +108,16 @@ def estimate(
     hops: list[Hop],
     kernel: str,
     again: bool,
+    pairs: float | None = None,
 ) -> Estimate:
     """The bracket for a machine whose peaks are known. Raises ValueError for one whose peaks are not (a CPU).
 
     kernel: what computes attention in the compiled program. again: whether its forward runs again for the backward.
+    pairs: visible ones of a batch, as a run counted them; None: each row is one document.
     """
     if machine.links is None:
         raise ValueError(f"nobody knows the peaks of {machine.name}")
-    links, flops, devices = machine.links, step_flops(config, again), len(machine.devices)
+    links, flops, devices = machine.links, step_flops(config, again, pairs), len(machine.devices)
     uneven = balance(config)
     forward = flops.attention / 3 * uneven / devices
     parts = {"forward": forward, "backward": forward * BACKWARD} | ({"again": forward} if again else {})
@@ -143,7 +145,7 @@ def estimate(
         found,
         hops=sum(hop.times for hop in hops),
         hidden=sum(hop.times for hop in hops if hop.hidden and _part(hop) in in_time),
-        assumptions=_assumptions(config, machine, kernel, uneven, work, meanwhile + after),
+        assumptions=_assumptions(config, machine, kernel, uneven, work, meanwhile + after, pairs),
     )
 
 
@@ -185,7 +187,9 @@ def link_rates(config: Config, machine: Topology) -> dict[str, Pair]:
     return found | {"none": machine.links.collective(1, 1)}
 
 
-def _assumptions(config: Config, machine: Topology, kernel: str, uneven: float, work: Work, host: float) -> list[str]:
+def _assumptions(
+    config: Config, machine: Topology, kernel: str, uneven: float, work: Work, host: float, pairs: float | None
+) -> list[str]:
     assert machine.links
     known, axes = machine.links.known, link_rates(config, machine)
     head_dim = make_dims(config.architecture).H
@@ -197,7 +201,9 @@ def _assumptions(config: Config, machine: Topology, kernel: str, uneven: float, 
         f"peak {known.bf16_tflops:g} TFLOP/s a device{slower}",
         f"matrix products reach {products} of it",
         f"attention ({kernel}, heads of {head_dim}) reaches {attention} of it",
-        f"each row of the batch is one document, {seen} is visible",
+        f"each row of the batch is one document, {seen} is visible"
+        if pairs is None
+        else f"{pairs:,.0f} pairs of a batch are visible, as the run counted them",
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
         f"a hop goes at {work.hop_rate[1] / 1e9:g} to {work.hop_rate[0] / 1e9:g} GB/s",
         f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does: "

@@ -21,12 +21,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """sampling: of rollouts on the same devices, beside the state; None where there are none."""
+    """sampling: of rollouts on the same devices, beside the state; None where there are none. pairs: visible ones of a
+    batch, where a run has counted them.
+    """
 
     config: Config
     machine: Topology
     program: Program
     sampling: Sampling | None = None
+    pairs: float | None = None
 
     @property
     def total(self) -> int:
@@ -52,7 +55,7 @@ class Plan:
         config, machine, program = self.config, self.machine, self.program
         module = parse(program.text) if program.text else None
         again = attends_again(config) if module is None else runs_again(module)
-        flops = step_flops(config, again)
+        flops = step_flops(config, again, self.pairs)
         report: dict[str, Any] = {
             "model": model_name(config),
             "topology": machine.name,
@@ -92,7 +95,7 @@ class Plan:
         report["collectives"] = {axis: sum(sizes.values()) for axis, sizes in kinds.items()}
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report
-        guess = estimate(config, machine, kinds, ring_hops(program.text), kernel_of(module), again)
+        guess = estimate(config, machine, kinds, ring_hops(program.text), kernel_of(module), again, self.pairs)
         found = guess.bracket
         report["ring_overlap"] = {"hops": guess.hops, "hidden": guess.hidden, "exposed": guess.hops - guess.hidden}
         tokens = config.train_dataset.batch_size * config.train_dataset.seq_length
