@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     if printed_help(argv, "columns", __doc__, {}):
         return 0
     tree = parse_args(argv)
-    from ringbpt.mesh import make_mesh, start_jax
+    from ringbpt.mesh import mesh_of, start_jax
 
     config = parse(tree, start_jax(tree))
     from ringbpt.data.text.tokenizers import make_tokenizer
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     if not objective_of(config).reference:
         raise UserError(f"--objective={config.objective} is compared with no reference model: --objective=dpo is")
     loaders = loaders_of(config, make_tokenizer(config.tokenizer))
-    model = Model.of(config, make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!")))
+    model = Model.of(config, mesh_of(config))
     model.check_kernel(config.train_dataset.seq_length, any(loader.shares for loader in loaders.values()))
     Reference(config, model).column_of(loaders)
     return 0

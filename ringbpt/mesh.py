@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ringbpt import processes
-from ringbpt.config import RUN_FLAGS, UserError, check_value
+from ringbpt.config import RUN_FLAGS, Config, UserError, check_value
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
 from ringbpt.layouts import permutation
 from ringbpt.types import Batch
@@ -69,17 +69,57 @@ def choose_platform() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def make_mesh(shape: Sequence[int], *, plain_order: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    shape: Sequence[int],
+    *,
+    plain_order: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+    over_slices: str = "dp",
+) -> Mesh:
     """A `dp, fsdp, tp, sp` mesh of `shape`, over the first devices that fill it (a run's config fills them all).
 
     Neighbours on sp are neighbours on the interconnect where jax knows the topology; `plain_order` takes the
-    devices as they are numbered.
+    devices as they are numbered. over_slices: the axis along which a TPU's slices follow each other; all others stay
+    inside of a slice. Raises UserError where the slices do not divide it.
     """
-    devices = jax.devices()[: math.prod(shape)] if devices is None else devices
+    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     auto = (AxisType.Auto,) * len(AXES)
-    if plain_order:
-        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
-    return jax.make_mesh(tuple(shape), AXES, axis_types=auto, devices=devices)
+    slices = slices_of(devices)
+    place = AXES.index(over_slices)
+    if shape[place] % len(slices):
+        raise UserError(_not_over_slices(list(shape), place, len(slices)))
+    inner = [size // len(slices) if at == place else size for at, size in enumerate(shape)]
+
+    def inside(part: Sequence[jax.Device]) -> np.ndarray:
+        if plain_order:
+            return np.asarray(part).reshape(inner)
+        return jax.make_mesh(tuple(inner), AXES, axis_types=auto, devices=part).devices
+
+    return Mesh(np.concatenate([inside(part) for part in slices], axis=place), AXES, axis_types=auto)
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run's flags, over the devices that there are, or over these."""
+    plain = config.mesh_dim.startswith("!")
+    return make_mesh(config.mesh_shape, plain_order=plain, devices=devices, over_slices=config.mesh_slices)
+
+
+def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by their slice, which only TPUs have, in the order of their numbers."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) if device.platform == "tpu" else 0, []).append(device)
+    return [slices[number] for number in sorted(slices)]
+
+
+def _not_over_slices(shape: list[int], place: int, slices: int) -> str:
+    """Which axis could stretch over so many slices, or how the mesh would have to be."""
+    fits = [axis for axis, size in zip(AXES, shape, strict=True) if size % slices == 0]
+    if fits:
+        advice = f"--mesh_slices={fits[0]} would"
+    else:
+        advice = f"a mesh in which one axis is a multiple of {slices} would, as --mesh_dim={slices},-1,1,1"
+    return f"--mesh_slices={AXES[place]}: {slices} slices do not share {AXES[place]}={shape[place]}: {advice}"
 
 
 def put_batch(rows: Callable[[int, int], Batch], shape_BT: tuple[int, int], mesh: Mesh, layout: str) -> Batch:

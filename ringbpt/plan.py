@@ -23,7 +23,7 @@ from ringbpt.config import (
 )
 
 FLAGS = {
-    "topology": Flag(str, "", "v4-8 ... v4-4096, v5p-N, v6e-N, tpu7x-4x4x4, 4x8xh100 (nodes x GPUs), 72xgb200, cpu-8"),
+    "topology": Flag(str, "", "v4-8, 2xv5p-128 (slices), v6e-N, tpu7x-4x4x4, 4x8xh100 (nodes x GPUs), 72xgb200, cpu-8"),
     "find": Flag(str, "", "the largest value that fits: seq_length, batch_size, or sp (the smallest that fits)"),
     "check_run": Flag(str, "", "a run's metrics.jsonl: does it lie in this plan's bracket?"),
     "suggest": Flag(bool, False, "a few changes that make it fit or go faster, each with its own compiled figures"),
@@ -59,11 +59,12 @@ def main(argv: list[str]) -> int:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with json_to(own["json"]) as write:
         plan = find(tree, machine, own["find"], say) if own["find"] else make_plan(config, machine)
-        report = replace(plan, pairs=typical(run, "visible_pairs")).as_dict()
+        plan = replace(plan, pairs=typical(run, "visible_pairs")) if run else plan
+        report = plan.as_dict()
         print(table(report))
         found = check(report, run) if run else []
-        report["run"] = [asdict(each) | {"inside": each.inside} for each in found]
         if found:
+            report["run"] = [asdict(each) | {"inside": each.inside} for each in found]
             print(f"\n{checked(found, len(run))}")
         if own["suggest"]:
             print("\nwith                                                      total    a step, s")

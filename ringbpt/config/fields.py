@@ -11,7 +11,7 @@ from typing import Any
 from ringbpt.config.fields_of_data import LARGEST_POSITION, DatasetConfig, TokenizerConfig
 from ringbpt.config.presets import PRESETS
 from ringbpt.config.values import Flag, flag
-from ringbpt.dims import MeshShape
+from ringbpt.dims import AXES, MeshShape
 
 # What several flags may be.
 # Weights in blocks of 4 or 8 bits, of BLOCK numbers along the hidden size; scales doubly quantised have heads, or
@@ -420,6 +420,7 @@ class Config:
     mesh_dim: str = flag(
         "1,-1,1,1", "dp,fsdp,tp,sp, or 'dp:1,sp:-1'; -1: the rest; ! first: plain order", shown="devices"
     )
+    mesh_slices: str = flag("dp", "of TPUs in several slices, the axis that stretches over them", choices=AXES)
     dtype: str = flag("bf16", "of the computation", choices=tuple(DTYPES), shown="devices")
     objective: str = flag("sft", "what is learnt", choices=OBJECTIVE_NAMES, shown="training")
     loss_average: str = flag("token", "of sft, over tokens, or over rows of each one's mean", choices=("token", "row"))

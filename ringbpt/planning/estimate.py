@@ -1,7 +1,7 @@
 """A step's arithmetic by our own count, and a bracket of its time, with every assumption written out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +13,7 @@ from ringbpt.config import Config
 from ringbpt.dims import AXES
 from ringbpt.model.flops import forward_flops, training_flops
 from ringbpt.model.llama import make_dims
+from ringbpt.planning.between_slices import NETWORK
 from ringbpt.planning.overlap import Hop
 from ringbpt.planning.step_time import BACKWARD, UNHIDDEN, Bracket, Pass, Work, bracket
 from ringbpt.planning.topologies import Topology
@@ -126,15 +127,13 @@ def estimate(
     rates_of, sp = link_rates(config, machine), config.mesh_shape.sp
     dealt = collectives.get("sp", {}).get("all-to-all", 0)
     ring = sum(hop.bytes * hop.times for hop in hops)
-    others = [
-        (sum(kinds.values()) - (ring + dealt if axis == "sp" else 0), rates_of[axis])
-        for axis, kinds in collectives.items()
-    ]
+    hidden = {"sp": ring + dealt, NETWORK: collectives.get(NETWORK, {}).get("collective-permute", 0)}  # the ring's own
+    others = [(sum(kinds.values()) - hidden.get(axis, 0), rates_of[axis]) for axis, kinds in collectives.items()]
     work = Work(
         passes=[_pass(name, amount, hops, sp) for name, amount in parts.items()],
         dense=(flops.model - flops.attention + flops.recompute - executed) / devices,
-        hop_rate=hop_rate(config, links),
-        waits=_seconds([(dealt, links.all_to_all(1, sp))]),
+        hop_rate=hop_rate(config, machine),
+        waits=_seconds([(dealt, _along(config, machine, "sp").all_to_all(1, sp))]),
         others=_seconds(others),
         meanwhile=meanwhile,
         after=after,
@@ -166,25 +165,38 @@ def _pass(name: str, flops: float, hops: list[Hop], sp: int) -> Pass:
     return Pass(flops, behind, (sp - 1) / sp, alone)
 
 
-def hop_rate(config: Config, links: Links) -> Pair:
+def _along(config: Config, machine: Topology, axis: str) -> Links:
+    """The links of an axis: of several slices, one stretches over the network, and the others stay inside."""
+    assert machine.links
+    if machine.slices == 1:
+        return machine.links
+    members = getattr(config.mesh_shape, axis) // machine.slices
+    return replace(machine.links, reach=members if axis == config.mesh_slices else len(machine.devices))
+
+
+def hop_rate(config: Config, machine: Topology) -> Pair:
     """Bytes a second of one hop of the ring."""
-    inner = config.execution.ulysses_degree or 1
-    return links.neighbour(inner, config.mesh_shape.sp // inner, 2 if config.execution.ring_bidirectional else 1)
+    inner, ways = config.execution.ulysses_degree or 1, 2 if config.execution.ring_bidirectional else 1
+    return _along(config, machine, "sp").neighbour(inner, config.mesh_shape.sp // inner, ways)
 
 
 def link_rates(config: Config, machine: Topology) -> dict[str, Pair]:
-    """{axis or axes: bytes a second that one device sends along it, (at best, at worst)}."""
+    """{axis or axes: bytes a second that one device sends along it, (at best, at worst)}.
+
+    Of several slices each axis has the links inside of a slice: what goes between them is counted apart.
+    """
     assert machine.links
     found: dict[str, Pair] = {}
     inner = 1
+    within = replace(machine.links, reach=len(machine.devices)) if machine.slices > 1 else machine.links
     for name, size in reversed(list(zip(AXES, config.mesh_shape, strict=True))):
-        found[name] = machine.links.collective(inner, size)
+        found[name] = within.collective(inner, size)
         inner *= size
     for number in range(2, len(AXES) + 1):
         for together in combinations(AXES, number):
             best, worst = (min(found[name][i] for name in together) for i in (0, 1))
             found["+".join(together)] = best, worst
-    return found | {"none": machine.links.collective(1, 1)}
+    return found | {"none": machine.links.collective(1, 1), NETWORK: machine.links.network}
 
 
 def _assumptions(
@@ -207,7 +219,7 @@ def _assumptions(
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
         f"a hop goes at {work.hop_rate[1] / 1e9:g} to {work.hop_rate[0] / 1e9:g} GB/s",
         f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does: "
-        + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in AXES),
+        + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in (*AXES, *[NETWORK] * (machine.slices > 1))),
         "reading the data, the host's own work and stragglers cost nothing",
     ]
     if host:

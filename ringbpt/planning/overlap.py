@@ -10,7 +10,7 @@ The program must be scheduled: compiled for a TPU or a GPU (planning.topologies)
 Kernels count by their being custom calls; what they are called does not matter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringbpt.attention.api import SCOPE
 from ringbpt.planning.attention_runs import AGAIN
@@ -57,6 +57,7 @@ def ring_hops(text: str) -> list[Hop]:
     bodies = {i.attribute("body") for c in module.computations.values() for i in c.instructions if i.opcode == "while"}
     hops, seen = [], set()
     for instruction, computation, times in module.executed():
+        instruction = _with_name(module, computation, instruction)
         if not _is_hop(module, instruction) or (computation.name, instruction.name) in seen:
             continue
         seen.add((computation.name, instruction.name))
@@ -77,6 +78,19 @@ def ring_hops(text: str) -> list[Hop]:
     return hops
 
 
+def _with_name(module: Module, computation: Computation, permute: Instruction) -> Instruction:
+    """A permute under the name of the attention that is computed next, where the compiler has dropped its own, as it
+    does for several slices.
+    """
+    if permute.op_name or permute.opcode != "collective-permute-start":
+        return permute
+    following = computation.instructions[computation.instructions.index(permute) :]
+    names = (p.op_name for i in following for p in (i, *module.inside(i)) if _multiplies(p))
+    beside = next((name for name in names if f"/{SCOPE}/" in name), "")
+    name = f"{beside.rpartition(f'/{SCOPE}/')[0]}/{SCOPE}/ppermute" if beside else ""
+    return replace(permute, attributes=f'{permute.attributes}, metadata={{op_name="{name}"}}')
+
+
 def _is_hop(module: Module, instruction: Instruction) -> bool:
     """A permute that the program asked for: those that the partitioner invents carry another operation's name."""
     permutes = instruction.opcode in ("collective-permute", "collective-permute-start") or (
@@ -90,7 +104,7 @@ def _between(computation: Computation, start: Instruction) -> list[Instruction]:
     """What is scheduled while the transfer is under way; [] for one that is synchronous."""
     if not start.opcode.endswith("-start") or '"is_sync":true' in start.attributes:
         return []
-    first = computation.instructions.index(start)
+    first = [i.name for i in computation.instructions].index(start.name)
     for i, instruction in enumerate(computation.instructions[first + 1 :], first + 1):
         if instruction.opcode.endswith("-done") and start.name in instruction.operands:
             return computation.instructions[first + 1 : i]

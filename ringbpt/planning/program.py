@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from ringbpt.config import Config
 from ringbpt.dims import ACTIVATION_AXES, spec
-from ringbpt.mesh import make_mesh
+from ringbpt.mesh import mesh_of
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
 from ringbpt.objectives.objective import REFERENCE
@@ -54,7 +54,7 @@ def step_and_arguments(
     config: Config, devices: tuple[jax.Device, ...]
 ) -> tuple[Any, tuple[TrainState, Batch], TrainState]:
     """(the jitted train step of the loop, its abstract arguments, which of the state is in the host's memory)."""
-    mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=devices)
+    mesh = mesh_of(config, devices)
     model = Model.of(config, mesh)
     objective, names = objective_of(config), batch_columns(config)
     model.check_kernel(config.train_dataset.seq_length, "last" in names)

@@ -7,6 +7,7 @@ from typing import Any
 from ringbpt.config import POLICIES, Config
 from ringbpt.evaluation.pictures import set_title
 from ringbpt.planning.attention_runs import kernel_of, runs_again
+from ringbpt.planning.between_slices import NETWORK, bytes_between
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import attends_again, estimate, step_flops
 from ringbpt.planning.hlo import parse
@@ -92,6 +93,8 @@ class Plan:
         if module is None:
             return report
         kinds = collective_bytes(module, config.mesh_shape)
+        if machine.slices > 1:
+            kinds[NETWORK] = bytes_between(module, machine.slices)
         report["collectives"] = {axis: sum(sizes.values()) for axis, sizes in kinds.items()}
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report

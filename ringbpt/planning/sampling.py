@@ -17,7 +17,7 @@ from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.generation.decode import CACHE, Cache, empty_cache, make_prefill_layer, make_split, weight_specs
 from ringbpt.generation.stream import BatchShape, make_step, new_share, no_texts, rows_at_once
 from ringbpt.layouts import row_length
-from ringbpt.mesh import make_mesh
+from ringbpt.mesh import mesh_of
 from ringbpt.model.llama import Model
 from ringbpt.planning.program import needed_bytes, shard_bytes
 from ringbpt.planning.topologies import Topology
@@ -65,7 +65,7 @@ def compile_sampling(config: Config, machine: Topology) -> Sampling:
     """For prompts as long as a row of the step has room for. What does not fit is a Sampling too, with the bytes that
     it would need.
     """
-    mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"), devices=machine.devices)
+    mesh = mesh_of(config, machine.devices)
     model, rollout, sizes = Model.of(config, mesh), config.rollout, mesh.shape
     prompt, parts = longest_prompt(config), sizes["dp"] * sizes["fsdp"]
     length = row_length(prompt, sizes["sp"], config.execution.scan_mlp_chunk_size)

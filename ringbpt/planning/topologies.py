@@ -47,6 +47,8 @@ _TPUS: dict[str, tuple[int, dict[int, str], dict[str, Any]]] = {
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "tpu7x": "v7x"}
 _TWO_DEVICES_A_CHIP = ("v2", "v3", "v7x")
+_TPU_NAME = re.compile(r"(?:([0-9]{1,3})x)?([a-z]+[0-9]*[a-z]*)-([0-9x]+)")
+MOST_SLICES = 64
 
 # cores, floating-point units a core, shared memory a core, L2 in MiB, GHz, bytes, compute capability.
 _GPUS = {
@@ -158,7 +160,7 @@ def _place_on_host(module: Any, on_host: Sequence[bool]) -> None:
 
 
 def topology(name: str) -> Topology:
-    """The machine of that name: v4-512, v5litepod-8, tpu7x-4x4x4, 8xa100-80g, 4x8xh100 (nodes x GPUs), rtx4090, cpu-8.
+    """The machine of that name: v4-512, 2xv5p-128 (slices), tpu7x-4x4x4, 8xa100-80g, 4x8xh100 (nodes x GPUs), cpu-8.
 
     v2 to v5p and v7x count TensorCores, two a chip, as their vendor does, v5e and v6e chips; all may be named by their
     shape in chips instead. Raises UserError for a name that is none, or with what to install where the compiler is
@@ -167,14 +169,14 @@ def topology(name: str) -> Topology:
     plain = name.strip().lower()
     if match := _GPU_NAME.fullmatch(plain):
         return _gpu(name, match)
-    kind, _, count = plain.rpartition("-")
+    slices, kind, count = match.groups() if (match := _TPU_NAME.fullmatch(plain)) else (None, "", "")
     kind = _ALIASES.get(kind, kind)
     if kind in _TPUS and "x" in count:
         cores, shapes, _ = _TPUS[kind]
         count = next((str(chips * cores) for chips, shape in shapes.items() if shape == count), count)
-    if not re.fullmatch("[0-9]{1,6}", count) or kind not in (*_TPUS, "cpu"):
+    if not re.fullmatch("[0-9]{1,6}", count) or kind not in (*_TPUS, "cpu") or (slices and kind == "cpu"):
         raise UserError(_unknown(name))
-    return _cpu(name, int(count)) if kind == "cpu" else _tpu(name, kind, int(count))
+    return _cpu(name, int(count)) if kind == "cpu" else _tpu(name, kind, int(count), int(slices or 1))
 
 
 def _unknown(name: str) -> str:
@@ -195,12 +197,14 @@ def _cpu(name: str, count: int) -> Topology:
     return Topology(name, "cpu", tuple(devices[:count]), count, None)
 
 
-def _tpu(name: str, kind: str, count: int) -> Topology:
+def _tpu(name: str, kind: str, count: int, slices: int) -> Topology:
     cores, shapes, options = _TPUS[kind]
     if count % cores or count // cores not in shapes:
         near = sorted(shapes, key=lambda chips: abs(math.log(chips * cores / max(count, 1))))[:2]
         counts = " or ".join(f"{kind}-{chips * cores}" for chips in sorted(near))
         raise UserError(f"--topology={name}: {kind} machines come as powers of two: {counts}")
+    if not 0 < slices <= MOST_SLICES:
+        raise UserError(f"--topology={name}: {slices} slices: 1 to {MOST_SLICES}, as --topology=2x{kind}-{count}")
     need("tpu")
     from jax.experimental import topologies
 
@@ -209,10 +213,13 @@ def _tpu(name: str, kind: str, count: int) -> Topology:
         options = {**options, "chips_per_host_bounds": (1, 1, 1)}
     with quiet():
         name_there = "tpu7x" if kind == "v7x" else kind
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name_there}:{shape}", **options)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name_there}:{shape}", num_slices=slices, **options
+        )
     devices = tuple(found.devices)
     per_chip = 2 if kind in _TWO_DEVICES_A_CHIP else 1
-    return Topology(name, "tpu", devices, min(4 * per_chip, len(devices)), hardware.find(devices[0].device_kind))
+    known = hardware.find(devices[0].device_kind)
+    return Topology(name, "tpu", devices, min(4 * per_chip, len(devices)), known, slices)
 
 
 def _gpu(name: str, match: re.Match[str]) -> Topology:

@@ -18,7 +18,7 @@ from ringbpt.data.text.tokenizers import Tokenizer, describe_ends, make_tokenize
 from ringbpt.ending import Signals, Stopped
 from ringbpt.evaluation.pairs import draw_pictured
 from ringbpt.evaluation.probe import make_probe
-from ringbpt.mesh import make_mesh, put_batch
+from ringbpt.mesh import mesh_of, put_batch
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
@@ -53,7 +53,7 @@ def train(config: Config, signals: Signals | None = None) -> Path:
 
 def _train(config: Config, run: Run, signals: Signals) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
-    mesh = make_mesh(config.mesh_shape, plain_order=config.mesh_dim.startswith("!"))
+    mesh = mesh_of(config)
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
     model = Model.of(config, mesh)
     layout = StateLayout(config, model, has_reference=objective.in_step(config))

@@ -293,7 +293,7 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
     assert 0 < low < high
     tokens = 4 * 512
     assert report["tokens_per_second"] == pytest.approx([tokens / high, tokens / low])
-    assert files[1].read_bytes().startswith(b"\x89PNG") and report["run"] == []
+    assert files[1].read_bytes().startswith(b"\x89PNG") and "run" not in report
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("memory of one device", "largest temporaries", "transfers", "ring", "MFU"))
 

@@ -3,11 +3,18 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ringbpt.config import UserError
+from ringbpt.dims import AXES
+from ringbpt.mesh import make_mesh
 from ringbpt.planning import topologies
+from ringbpt.planning.between_slices import bytes_between
+from ringbpt.planning.hlo import parse
+from ringbpt.planning.report import make_plan
 from ringbpt.planning.topologies import need, topology
+from tests.planning.test_plan import config_of
 
 
 @pytest.mark.parametrize(
@@ -32,11 +39,12 @@ from ringbpt.planning.topologies import need, topology
         ("2xh100-nvl", "H100-NVL", 2, 2),
         ("4x8xb200", "B200", 32, 8),
         ("72xgb200", "GB200", 72, 72),
+        ("2xv5e-16", "v5e", 32, 4),
     ],
 )
 def test_names_people_use(name, kind, count, per_host):
     try:
-        need("tpu" if name.lower().startswith(("v", "tpu")) else "cuda")
+        need("tpu" if name.lower().startswith(("v", "tpu", "2xv5e")) else "cuda")
     except UserError as error:
         pytest.skip(str(error))
     machine = topology(name)
@@ -61,6 +69,8 @@ def test_cpus_are_the_ones_of_this_process():
         ("4x8xb300", "did you mean --topology=4x8xb200?"),
         ("8xb200-80g", "did you mean --topology=8xb200?"),
         ("v5p-4x4x5", "v5p-"),
+        ("0xv5p-8", "0 slices: 1 to 64"),
+        ("2xcpu-8", "did you mean"),
         ("v4", "did you mean"),
         ("cpu-99", "8 CPU devices"),
         ("0xh100", "did you mean"),
@@ -97,3 +107,51 @@ def test_two_processes_compile_for_tpus_at_once():
     finally:
         ends = [process.communicate(timeout=60) for process in both]
     assert [err for _, err in ends] == ["", ""]  # and no complaint that there is no TPU
+
+
+SENDS = """HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  %a = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %b = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target={{0->1}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %c = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=4, is_host_transfer=true
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_counted_apart():
+    assert bytes_between(parse(SENDS), 4) == {"all-reduce": 32 * 2 * 3 // 4, "collective-permute": 32}
+
+
+def slices(name: str) -> topologies.Topology:
+    try:
+        need("tpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    return topology(name)
+
+
+def test_one_axis_of_a_mesh_stretches_over_slices():
+    """Every other axis, and its own inner part, stays inside of a slice."""
+    machine = slices("2xv5p-8")
+    assert machine.slices == 2 and len(machine.devices) == 8 and machine.links and machine.links.reach == 4
+    for axis, shape in (("dp", (2, 1, 1, 4)), ("sp", (1, 2, 1, 4)), ("fsdp", (1, 4, 2, 1))):
+        mesh = make_mesh(shape, devices=machine.devices, over_slices=axis)
+        at = AXES.index(axis)
+        numbers = np.vectorize(lambda device: device.slice_index)(np.moveaxis(mesh.devices, at, 0))
+        halves = numbers.reshape(2, -1)
+        assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all() and halves[0, 0] != halves[1, 0]
+    with pytest.raises(UserError, match="2 slices do not share dp=1: --mesh_slices=fsdp would"):
+        make_mesh((1, 4, 1, 2), devices=machine.devices)
+
+
+@pytest.mark.slow
+def test_a_plan_for_two_slices_has_its_rings_inside_and_its_gradients_between():
+    flags = "--dtype=bf16", "--mesh_dim=2,1,1,4", "--llama.attention_kernel=auto", "--llama.remat_block=save_attention"
+    report = make_plan(config_of(*flags), slices("2xv5p-8")).as_dict()
+    assert report["ring_overlap"]["hops"] >= 2 * 3 * 3  # two layers; forward, and K, V and their gradients backward
+    weights = report["arguments"]["parameters"]
+    # Of each gradient half goes over, and comes back: once at least, and not with every block of a layer.
+    assert weights < report["collectives"]["slices"] < 4 * weights
+    assert any("slices at 3.125 GB/s" in line for line in report["assumptions"])
