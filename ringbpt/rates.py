@@ -37,7 +37,7 @@ class Share:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.best:.0%} to {self.worst:.0%} ({self.source})"
+        return f"{self.best:.0%} to {self.worst:.0%}"
 
 
 @cache

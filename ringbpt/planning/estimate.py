@@ -125,7 +125,8 @@ def estimate(
     executed = flops.attention * (0.5 / 3 + again / 3)  # of attention, beyond the model's own
     meanwhile, after = host_traffic(config, config.train_dataset.batch_size, config.train_dataset.seq_length)
     rates_of, sp = link_rates(config, machine), config.mesh_shape.sp
-    dealt = collectives.get("sp", {}).get("all-to-all", 0)
+    deals = config.execution.sequence_parallel in ("ulysses", "ulysses_ring", "auto")
+    dealt = collectives.get("sp", {}).get("all-to-all", 0) if deals else 0
     ring = sum(hop.bytes * hop.times for hop in hops)
     hidden = {"sp": ring + dealt, NETWORK: collectives.get(NETWORK, {}).get("collective-permute", 0)}  # the ring's own
     others = [(sum(kinds.values()) - hidden.get(axis, 0), rates_of[axis]) for axis, kinds in collectives.items()]
@@ -211,8 +212,8 @@ def _assumptions(
     products, attention = rates.matmul_share(known, kernel), rates.attention_share(known, kernel, head_dim)
     lines = [
         f"peak {known.bf16_tflops:g} TFLOP/s a device{slower}",
-        f"matrix products reach {products} of it",
-        f"attention ({kernel}, heads of {head_dim}) reaches {attention} of it",
+        f"matrix products reach {products} of it: {products.source}",
+        f"attention ({kernel}, heads of {head_dim}) reaches {attention} of it: {attention.source}",
         f"each row of the batch is one document, {seen} is visible"
         if pairs is None
         else f"{pairs:,.0f} pairs of a batch are visible, as the run counted them",

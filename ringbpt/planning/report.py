@@ -224,7 +224,9 @@ def suggestion(flags: str, plan: Plan) -> str:
     seconds = report["step_seconds"]
     time = f"{seconds[0]:.3g} to {seconds[1]:.3g}" if seconds else ""
     host = f", {size(plan.program.host)} on the host" if plan.program.host else ""
-    return f"  {flags:<50}{size(plan.total):>12}  {time:>16}  {plan.verdict}{host}"
+    waits = report["exposed_seconds"]
+    exposed = f", {waits[1]:.2g} s exposed" if waits and waits[1] else ""
+    return f"  {flags:<50}{size(plan.total):>12}  {time:>16}  {plan.verdict}{host}{exposed}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -70,6 +70,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
         "optimizer.offload_params": True,
     },
     {"llama.loss_chunk_size": 512},
+    {"llama.ring_bidirectional": True},
+    {"llama.sequence_layout": "zigzag"},
+    {"llama.sequence_parallel": "auto"},
 )
 
 
@@ -85,7 +88,10 @@ def suggest(tree: ConfigDict, machine: Topology) -> Iterator[tuple[str, Plan]]:
             config = parse(changed, len(machine.devices))
         except UserError:
             continue
-        if config != current and not (config.execution.residual_over_tp and config.mesh_shape[2] == 1):
+        idle = (config.execution.residual_over_tp and config.mesh_shape.tp == 1) or (
+            config.mesh_shape.sp == 1 and any(name.startswith(("llama.ring", "llama.sequence")) for name in change)
+        )
+        if config != current and not idle:
             yield " ".join(f"--{name}={value}" for name, value in change.items()), make_plan(config, machine)
 
 

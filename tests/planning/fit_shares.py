@@ -76,7 +76,7 @@ def pair(share: float, ratios: Sequence[float]) -> list[float]:
 
 
 def sources(runs: Sequence[Run]) -> str:
-    return f"{len(runs)} runs of " + "; ".join(sorted({run.table for run in runs}))
+    return f"{len(runs)} run{'s' * (len(runs) > 1)} of " + "; ".join(sorted({run.table for run in runs}))
 
 
 def made(runs: list[Run]) -> dict:
