@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ringbpt import processes
 from ringbpt.config import RUN_FLAGS, Config, UserError, check_value
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
-from ringbpt.layouts import permutation
+from ringbpt.layouts import Order, order_of
 from ringbpt.types import Batch
 
 
@@ -122,28 +122,36 @@ def _not_over_slices(shape: list[int], place: int, slices: int) -> str:
     return f"--mesh_slices={AXES[place]}: {slices} slices do not share {AXES[place]}={shape[place]}: {advice}"
 
 
-def put_batch(rows: Callable[[int, int], Batch], shape_BT: tuple[int, int], mesh: Mesh, layout: str) -> Batch:
-    """The global batch on the mesh, in layout order: B over dp and fsdp, T over sp.
+def put_batch(
+    rows: Callable[[int, int], Batch],
+    shape_BT: tuple[int, int],
+    mesh: Mesh,
+    layout: str,
+    window: int | None = None,
+) -> Batch:
+    """The global batch on the mesh, in layout order: B over dp and fsdp, T over sp. window: see layouts.order_of.
 
     `rows(start, stop)` gives rows of the global batch as host arrays in text order (of a host batch, `batch.rows`);
     each process asks only for the rows that its own devices hold a part of, once each. All columns go the same way.
     """
     sharding = NamedSharding(mesh, spec("B T", ACTIVATION_AXES))
-    order = permutation(layout, shape_BT[1], mesh.shape["sp"])
-    fetched: dict[tuple[int, int], Batch] = {}
+    fetched: dict[tuple[int, int], tuple[Batch, Order]] = {}
 
-    def fetch(index_B: slice) -> Batch:
+    def fetch(index_B: slice) -> tuple[Batch, Order]:
         start, stop, _ = index_B.indices(shape_BT[0])
         if (start, stop) not in fetched:
-            fetched[start, stop] = rows(start, stop)
+            batch = rows(start, stop)
+            order = order_of(layout, batch.meta, mesh.shape["sp"], window)
+            fetched[start, stop] = order.batch(batch), order
         return fetched[start, stop]
 
     def place(leaf: int) -> jax.Array:
         def shard(index: tuple[slice, slice]) -> np.ndarray:
-            return jax.tree.leaves(fetch(index[0]))[leaf][:, order[index[1]]]
+            batch, order = fetch(index[0])
+            return order.lay_out(jax.tree.leaves(batch)[leaf], index[1])
 
         return jax.make_array_from_callback(shape_BT, sharding, shard)
 
     mine = next(iter(sharding.addressable_devices_indices_map(shape_BT).values()))
-    structure = jax.tree.structure(fetch(mine[0]))
+    structure = jax.tree.structure(fetch(mine[0])[0])
     return jax.tree.unflatten(structure, [place(leaf) for leaf in range(structure.num_leaves)])

@@ -183,12 +183,12 @@ def with_reference(config: Config, host: "Batch", seed: int) -> "Batch":
     import jax
     import numpy as np
 
-    from ringbpt.mesh import make_mesh, put_batch
+    from ringbpt.mesh import make_mesh
     from ringbpt.model.llama import Model
     from ringbpt.objectives.objective import REFERENCE
 
     model = Model.of(config, make_mesh(config.mesh_shape))
-    batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+    batch = model.put_batch(host.rows, host.token_BT.shape)
     logp_BT = jax.jit(lambda params, b: model.token_stats(params, b).logp_BT)(model.init(jax.random.key(seed)), batch)
     return replace(host, columns=host.columns | {REFERENCE: np.asarray(logp_BT)})
 
@@ -230,7 +230,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from ringbpt.mesh import make_mesh, put_batch
+    from ringbpt.mesh import make_mesh
     from ringbpt.model.adapters import SCALE, A, B
     from ringbpt.model.llama import Model
     from ringbpt.objectives import objective_of
@@ -238,7 +238,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
 
     model = Model.of(config, make_mesh(config.mesh_shape))
     model.check_kernel(config.train_dataset.seq_length, "last" in host.columns)
-    batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+    batch = model.put_batch(host.rows, host.token_BT.shape)
     trained, frozen = first_weights(config, model, seed)
     objective = objective_of(config)
     grads, means = jax.jit(make_gradients(config, model, objective))(trained, batch, frozen)

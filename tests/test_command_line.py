@@ -18,6 +18,7 @@ from ringbpt import evaluate, inspect, plan, verify
 from ringbpt.__main__ import OF_A_RUN, VERBS, flags_of, main, make_parser
 from ringbpt.config import JSON, UserError, json_to, model_folder, parse, parse_args, read_flags, run_main
 from ringbpt.data.reading.hub import load_huggingface
+from ringbpt.layouts import LAYOUTS
 from ringbpt.training.metrics import check_wandb
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,7 @@ def test_python_m_ringbpt():
 
 def test_flags_and_choices_that_a_shell_may_complete():
     options = {name: action for action in make_parser(["train"])._actions for name in action.option_strings}
-    assert set(options["--llama.sequence_layout"].choices) == {"auto", "contiguous", "zigzag", "striped"}
+    assert set(options["--llama.sequence_layout"].choices) == {"auto", *LAYOUTS}
     assert options["--autoresume"].choices == ["True", "False"] and "--learning_rate" in options
     assert "topology" in flags_of("plan") and "seed" in flags_of("plan")
     assert "--topology" not in options and "seed" in flags_of("generate") and "total_steps" not in flags_of("generate")

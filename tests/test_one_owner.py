@@ -111,10 +111,10 @@ def test_names_are_listed_once(path):
 @pytest.mark.parametrize(
     "source",
     [
-        'MINE = ("contiguous", "zigzag", "striped")',
+        'MINE = ("contiguous", "zigzag", "striped", "balanced")',
         'def f(x):\n    assert x in ["ring", "all_gather", "ulysses", "ulysses_ring"]',
         'RATES = {"adamw": 1, "palm": 2, "lion": 3, "muon": 4}',
-        'x: Literal["concat", "first_fit", "best_fit"]',
+        'x: Literal["concat", "first_fit", "best_fit", "balanced"]',
         'AXES = ("dp", "fsdp", "tp", "sp")',
     ],
 )

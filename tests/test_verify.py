@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ringbpt import inspect, mesh, plan, verify
+from ringbpt import inspect, plan, verify
 from ringbpt.attention.parallel import ring
 from ringbpt.config import ALIASES, ENTRY_FLAGS, RUN_FLAGS, UserError, parse, parse_args, run_main, split_flags
 from ringbpt.config.families import FAMILIES
+from ringbpt.layouts import LAYOUTS
+from ringbpt.model import llama
 
 FLAGS = [
     "--config=tests/recipe.py",
@@ -82,12 +84,12 @@ def test_a_hop_that_never_arrives(config, monkeypatch):
 
 def corrupt(monkeypatch, change):
     """Every batch goes to the devices changed: change(host batch, sp) -> host batch."""
-    put_batch = mesh.put_batch
+    put_batch = llama.put_batch
 
-    def put(rows, shape_BT, mesh, layout):
-        return put_batch(lambda a, b: change(rows(a, b), mesh.shape["sp"]), shape_BT, mesh, layout)
+    def put(rows, shape_BT, mesh, layout, window):
+        return put_batch(lambda a, b: change(rows(a, b), mesh.shape["sp"]), shape_BT, mesh, layout, window)
 
-    monkeypatch.setattr(mesh, "put_batch", put)
+    monkeypatch.setattr(llama, "put_batch", put)
 
 
 @pytest.mark.slow
@@ -116,7 +118,7 @@ def test_the_debug_recipe_has_enough_variants():
     config = parse(parse_args(["--config=configs/debug.py"]), device_count=8)
     found = verify.variants(config, 8)
     assert len(found) >= 24
-    assert {variant.execution.sequence_layout for variant in found} == {"contiguous", "zigzag", "striped"}
+    assert {variant.execution.sequence_layout for variant in found} == {*LAYOUTS}
     assert {variant.execution.sequence_parallel for variant in found} >= {
         "ring",
         "all_gather",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ringbpt.attention.core import MaskSpec, block_visibility
-from ringbpt.layouts import permutation
+from ringbpt.layouts import order_of
 from ringbpt.types import TokenMeta
 
 
@@ -38,6 +38,14 @@ class Work:
         return _balance(self.blocks.sum(axis=1))
 
     @property
+    def hop_balance(self) -> float:
+        """The same of visible pairs where all devices wait for each other after every hop: each hop lasts as long as
+        its most loaded device needs. A ring waits at most so long; what one device has more at one hop, another at the
+        next, costs nothing as long as keys that have arrived wait to be used.
+        """
+        return float(self.pairs.max(axis=0).sum() / self.pairs.sum() * len(self.pairs)) if self.pairs.any() else 1.0
+
+    @property
     def skipped(self) -> float:
         """The share of all blocks that nobody computes."""
         return 1 - float(self.blocks.sum()) / (self.blocks.size * self.blocks_a_hop)
@@ -59,8 +67,8 @@ class Work:
                 f"{np.count_nonzero(pairs):>15}"
             )
         lines.append(
-            f"max/mean {self.balance:.3f} in pairs, {self.block_balance:.3f} in blocks; {self.skipped:.1%} of the "
-            f"blocks skipped; {self.hops} of {self.pairs.shape[1] - 1} hops needed"
+            f"max/mean {self.balance:.3f} in pairs ({self.hop_balance:.3f} hop by hop), {self.block_balance:.3f} in "
+            f"blocks; {self.skipped:.1%} of the blocks skipped; {self.hops} of {self.pairs.shape[1] - 1} hops needed"
         )
         return "\n".join(lines)
 
@@ -81,11 +89,12 @@ def count(
 
     Raises ValueError where the layout cannot deal out the length (see layouts.permutation).
     """
-    order = permutation(layout, meta.position_BT.shape[1], sp)
-    tokens = len(order) // sp
+    meta = jax.tree.map(np.asarray, meta)
+    order, tokens = order_of(layout, meta, sp, mask.window), meta.position_BT.shape[1] // sp
+    numbered = order.meta(meta)
     devices = [
-        jax.tree.map(lambda x, places=places: np.asarray(x)[:, places].astype(np.int64), meta)
-        for places in order.reshape(sp, tokens)
+        jax.tree.map(lambda x, r=r: order.lay_out(x, slice(r * tokens, (r + 1) * tokens)).astype(np.int64), numbered)
+        for r in range(sp)
     ]
     size_T, size_S = min(query_chunk_size, tokens), min(key_chunk_size, tokens)
     pairs, blocks, full = np.zeros((3, sp, sp), np.int64)

@@ -16,7 +16,7 @@ from ringbpt.attention.core import MaskSpec
 from ringbpt.attention.work import visible_pairs
 from ringbpt.config import Config
 from ringbpt.data.documents import Piece, make_batch
-from ringbpt.mesh import make_mesh, put_batch
+from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
 from ringbpt.training.step import make_gradients
@@ -77,7 +77,7 @@ def measure(config: Config, length: int, prompt: float, answers: int, repeats: i
     for shared in (True, False):
         vocab_size = config.architecture.vocab_size
         host = answers_of(length, prompt, answers, vocab_size, shared, multiple, objective.columns)
-        batch = put_batch(host.rows, host.token_BT.shape, model.mesh, config.execution.sequence_layout)
+        batch = model.put_batch(host.rows, host.token_BT.shape)
         program = jax.jit(gradients).lower(params, batch).compile()
         said = jax.jit(lambda params, batch: model.token_stats(params, batch).logp_BT).lower(params, batch).compile()
         memory = program.memory_analysis()

@@ -452,8 +452,9 @@ def bad_lines_allowed(text: str, flag: str) -> int:
 def check_sequence(flag: str, seq_length: int, config: Config, sp: int) -> None:
     """One dataset's sequence against sp, the layout, the model's length and the chunks of the local sequence."""
     execution = config.execution
-    pieces = sp * 2 if execution.sequence_layout == "zigzag" else sp
-    why = f"2*sp={pieces} (zigzag, sp={sp} of --mesh_dim)" if pieces > sp else f"sp={sp} of --mesh_dim"
+    layout = execution.sequence_layout
+    pieces = sp * 2 if layout in ("zigzag", "balanced") else sp
+    why = f"2*sp={pieces} ({layout}, sp={sp} of --mesh_dim)" if pieces > sp else f"sp={sp} of --mesh_dim"
     _is_multiple(flag, seq_length, pieces, why)
     if execution.residual_over_tp:
         tp = config.mesh_shape.tp

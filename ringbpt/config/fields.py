@@ -350,7 +350,10 @@ class Execution:
         shown="model",
     )
     sequence_layout: str = flag(
-        "auto", "deals tokens out over sp", choices=("auto", "contiguous", "zigzag", "striped"), shown="model"
+        "auto",
+        "deals tokens out over sp; balanced: by the documents' lengths",
+        choices=("auto", "contiguous", "zigzag", "striped", "balanced"),
+        shown="model",
     )
     sequence_parallel: str = flag(
         "ring",

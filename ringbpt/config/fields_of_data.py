@@ -110,8 +110,8 @@ class DatasetConfig:
     type: str = flag("json", "files goes by their endings", choices=(*DATASET_TYPES, *FILE_FORMATS), shown="data")
     packing: str = flag(
         "auto",
-        "into rows: documents cut, or whole; auto: concat, best_fit where they must be whole",
-        choices=("auto", "concat", "first_fit", "best_fit"),
+        "into rows: documents cut, or whole; balanced: of equal work; auto: concat, best_fit where they must be whole",
+        choices=("auto", "concat", "first_fit", "best_fit", "balanced"),
         shown="data",
     )
     share_prompts: bool = flag(True, "what the answers of one prompt begin with stands in a row once")

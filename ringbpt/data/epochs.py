@@ -36,7 +36,7 @@ class Request:
     vocab_size: the model's. flag: the dataset's name on the command line, for the messages. columns: of COLUMNS, what
     its batches have besides those of every batch; optional: those that they have where the data do. shapes: of the
     examples that are taken, and what takes them, for the message. whole_documents: none may be cut. mismatched: each
-    prompt comes with another example's completion too.
+    prompt comes with another example's completion too. window: how many tokens a token sees; None: all.
     """
 
     dataset: DatasetConfig
@@ -50,6 +50,7 @@ class Request:
     taker: str = "training on text"
     whole_documents: bool = False
     mismatched: bool = False
+    window: int | None = None
 
     @property
     def group(self) -> str:
@@ -85,7 +86,16 @@ def make_plan(
     dataset, flag, seq_length = request.dataset, request.flag, request.dataset.seq_length
     seed, weights = request.seed if dataset.shuffle else None, [part.weight for part in parts]
     shared = data.shared if dataset.share_prompts else None
-    corpus = Corpus(data.offset[:-1], data.offset[1:], seq_length, seed, units=data.units, shared=shared)
+    corpus = Corpus(
+        data.offset[:-1],
+        data.offset[1:],
+        seq_length,
+        seed,
+        units=data.units,
+        shared=shared,
+        batch_size=dataset.batch_size,
+        window=request.window,
+    )
     whole = request.whole_documents or corpus.units is not None
     if whole and dataset.packing == "concat":
         what = "some documents must share a row" if data.units is not None else f"{request.taker} wants whole documents"
@@ -95,6 +105,8 @@ def make_plan(
         corpus, dropped, mixture, taken = _choose(corpus, request, stores, parts)
     shares = json.dumps([weights, seed, dataset.packing, seq_length, dataset.long_documents])
     mixture += " shared" * (shared is not None) + " whole" * request.whole_documents
+    if dataset.packing == "balanced":
+        mixture += f" steps of {dataset.batch_size}" + (f", window {request.window}" if request.window else "")
     key = digest_of([PLAN_FORMAT, data.key, shares + mixture])
     if len(corpus.starts) >= KEPT_DOCUMENTS:
         corpus = replace(corpus, store=partial(_kept, cache_folder(dataset, flag), key, flag))

@@ -14,18 +14,20 @@ from typing import Protocol
 
 import numpy as np
 
+from ringbpt.balanced import pairs_seen, to_the_least
 from ringbpt.data.documents import Piece, Row, Values, columns_of, make_row
 
 OPEN_ROWS = 16  # first_fit looks for room in this many rows at most, which keeps it linear in the documents
 # Where documents stand several times in an epoch: how many rows best_fit compares for a copy, among how many the next
 # row is looked for (for all rows together, and at least), and how far from each other rows with copies are put at most.
 COMPARED_ROWS, AHEAD_IN_ALL, AHEAD, FARTHEST = 64, 1 << 22, 16, 16
+ALIKE = 1.01  # where rows of like work make a step: those up to so many times as much are alike
 
 Arrays = dict[str, np.ndarray]
 # Makes the named arrays, or finds them where an earlier run has left them.
 Store = Callable[[str, Callable[[], Arrays]], Arrays]
-# The row of each item, and the number of rows, from the items' lengths, the room of a row and, where there are several
-# of one, the number int64 [items] that copies share, -1 of what stands there once.
+# The row of each item, and the number of rows, from the items' lengths, the room of a row and, int64 [items] or None,
+# where there are several of one, the number that copies share, -1 of what stands there once; for even_fit their work.
 Fit = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, int]]
 
 
@@ -36,7 +38,8 @@ class Corpus:
     seed: of the order; None: as they are. units int64 [documents], 0, 0, 1, ...: documents of one number must share a
     row (a pair, the branches of a prompt); None: each is a unit of its own. shared int64 [documents]: how many of its
     first tokens a document has in common with the one before it in its unit, where they stand once; None: nothing is
-    shared. store: where a plan is kept.
+    shared. store: where a plan is kept. For `balanced` alone, batch_size: rows of a step; window: how many tokens a
+    token sees, None: all.
     """
 
     starts: np.ndarray
@@ -46,6 +49,8 @@ class Corpus:
     store: Store = lambda name, build: build()
     units: np.ndarray | None = None
     shared: np.ndarray | None = None
+    batch_size: int = 1
+    window: int | None = None
 
     @property
     def own_starts(self) -> np.ndarray:
@@ -194,15 +199,17 @@ class WholeDocuments:
     the last token of a piece predicts the document's next one. With a seed the documents are packed in one shuffled
     order, and the rows come in another order each epoch. The documents of a unit of several stand in one row, side by
     side, in their order, those of one token too. spreads: what an epoch has several times, `fit` lays into different
-    rows, and those rows don't follow each other.
+    rows, and those rows don't follow each other. alike: `fit` is told the work of what it lays, the pairs that its
+    queries see, and the rows of a step have about as much of it each; the rows that fill no step are others each epoch.
     """
 
-    def __init__(self, corpus: Corpus, fit: Fit, spreads: bool = False):
+    def __init__(self, corpus: Corpus, fit: Fit, spreads: bool = False, alike: bool = False):
         self._seq_length, self._seed, self._store = corpus.seq_length, corpus.seed, corpus.store
-        packed = self._store("rows", lambda: self._pack(corpus, fit, spreads))
+        packed = self._store("rows", lambda: self._pack(corpus, fit, spreads, alike))
         self._start, self._stop, self._has_next = packed["start"], packed["stop"], packed["has_next"]
         self._row_ends, self._row_tokens = packed["row_end"], packed["row_tokens"]
         self._copies, self._unit, self._shared = packed.get("copy"), packed.get("unit"), packed.get("shared")
+        self._batch_size, self._row_work = corpus.batch_size, packed.get("row_work")
         self._more = ("unit",) * (self._unit is not None) + ("last",) * (self._shared is not None)
         self.rows = len(self._row_ends)
         tokens, lone = packed["counts"].tolist()
@@ -214,7 +221,7 @@ class WholeDocuments:
             self.dropped["beginnings that stand in the row already"] = int(corpus.shared.sum())
         self._order = lru_cache(maxsize=2)(self._make_order)
 
-    def _pack(self, corpus: Corpus, fit: Fit, spreads: bool) -> Arrays:
+    def _pack(self, corpus: Corpus, fit: Fit, spreads: bool, alike: bool) -> Arrays:
         """Each piece's place in the data, row by row, and where each row's pieces end and how many tokens it holds."""
         if self._seed is not None:
             corpus = corpus.take(shuffled(len(corpus.unit_lengths()), self._seed))
@@ -229,7 +236,10 @@ class WholeDocuments:
         if sizes.max(initial=0) > self._seq_length:
             raise ValueError(f"a unit of {sizes.max()} tokens, and rows of {self._seq_length}")
         copies = copies_of(start[np.flatnonzero(np.diff(item, prepend=-1))]) if spreads else None
-        row_of_item, rows = fit(sizes, self._seq_length, copies)
+        before = 0 if corpus.shared is None else corpus.shared[document]
+        work = pairs_seen(before + lengths, corpus.window) - pairs_seen(before, corpus.window)
+        works = np.bincount(item, weights=work).astype(np.int64) if alike else None
+        row_of_item, rows = fit(sizes, self._seq_length, works if alike else copies)
         row_of_piece = row_of_item[item]
         by_row = np.argsort(row_of_piece, kind="stable")  # keeps the order of the documents inside a row
         lone = (stops - starts == 1) & ~together
@@ -238,6 +248,8 @@ class WholeDocuments:
             more["unit"] = units[document][by_row]
         if corpus.shared is not None:
             more["shared"] = corpus.shared[document][by_row]
+        if alike:
+            more["row_work"] = np.bincount(row_of_piece, weights=work, minlength=rows).astype(np.int64)
         return more | {
             "counts": np.array([np.sum(stops - starts), np.sum(lone)], np.int64),
             "start": start[by_row],
@@ -252,6 +264,8 @@ class WholeDocuments:
 
         def make() -> Arrays:
             order = np.arange(self.rows) if seed is None else shuffled(self.rows, seed, 1 + epoch)
+            if self._row_work is not None:
+                order = steps_of_like(order, self._row_work, self._batch_size)
             return {"row": order if copies is None else apart(order, copies, self._row_ends)}
 
         return make()["row"] if seed is None and copies is None else self._store(f"order {epoch}", make)["row"]
@@ -327,6 +341,21 @@ def apart(order: np.ndarray, copies: np.ndarray, row_ends: np.ndarray) -> np.nda
             ahead.extend(islice(coming, 1))
         order = np.array(found[::-1], np.int64)
     return order
+
+
+def steps_of_like(order: np.ndarray, works: np.ndarray, batch_size: int) -> np.ndarray:
+    """Rows in another order, int64, of which each `batch_size` have about as much work; what fills no step stays last.
+
+    order: of the rows, int64. Rows of the same work to within ALIKE keep their order, and the steps come as the first
+    of the rows of each. works: int64 [rows].
+    """
+    whole = len(order) // batch_size * batch_size
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    alike = np.floor(np.log(np.maximum(works[order[:whole]], 1)) / np.log(ALIKE))
+    steps = order[:whole][np.argsort(alike, kind="stable")].reshape(-1, batch_size)
+    places = np.sort(place[steps], axis=1)  # inside a step, too, as they came: no place of it has always the most
+    return order[np.concatenate([places[np.argsort(places[:, 0])].ravel(), np.arange(whole, len(order))])]
 
 
 def first_fit(lengths: np.ndarray, capacity: int, copies: np.ndarray | None = None) -> tuple[np.ndarray, int]:
@@ -416,8 +445,24 @@ def _fewest(
     return best
 
 
+def even_fit(lengths: np.ndarray, capacity: int, works: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """The row of each piece, int64, and the number of rows: longest first, each into the row with the least work so far
+    of those with room. works: of the pieces, int64; None: their lengths.
+
+    It begins with as many rows as there must be, and opens another where none has room. Copies are not looked at: being
+    of one length, they mostly go into rows of their own.
+    """
+    works, count = lengths if works is None else works, -(-int(lengths.sum()) // capacity)
+    order = np.argsort(-lengths, kind="stable")
+    load, room = [0] * count, [capacity] * count
+    row_of_piece = np.empty(len(lengths), np.int64)
+    row_of_piece[order] = to_the_least(works[order].tolist(), lengths[order].tolist(), load, room, capacity)
+    return row_of_piece, len(load)
+
+
 PACKINGS: dict[str, Callable[[Corpus], Packing]] = {
     "concat": Concat,
     "first_fit": partial(WholeDocuments, fit=first_fit),
     "best_fit": partial(WholeDocuments, fit=best_fit, spreads=True),
+    "balanced": partial(WholeDocuments, fit=even_fit, alike=True),
 }

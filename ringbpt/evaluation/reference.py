@@ -24,8 +24,6 @@ from ringbpt.data.packing import Corpus, best_fit
 from ringbpt.data.reading.files import digest_of, make_private
 from ringbpt.data.stored.columns import add_column, missing_shards, read_column
 from ringbpt.data.stored.tokens import TokenStore
-from ringbpt.layouts import permutation
-from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives.objective import REFERENCE
 from ringbpt.types import Array, Params, PyTree
@@ -144,16 +142,14 @@ class ReferenceColumns:
         rows: list[Row] = [[] for _ in range(count)]
         for document, row in zip(kept.tolist(), row_of_unit[fitting[number[fits[number]]]].tolist(), strict=True):
             rows[row].append(document)
-        order = permutation(self._model.execution.sequence_layout, loader.seq_length, self._model.mesh.shape["sp"])
         shape, columns = (loader.batch_size, loader.seq_length), loader.row_columns
         for at in range(0, count, loader.batch_size):
             group = rows[at : at + loader.batch_size]
             host = make_batch([_pieces(store, row, units, shared) for row in group], shape, columns)
-            batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+            batch, order = self._model.put_batch(host.rows, shape), self._model.order_of(host.meta)
             logp = self._logp(params, batch)
             whole = multihost_utils.process_allgather(logp, tiled=True) if jax.process_count() > 1 else logp
-            in_order = np.empty(shape, np.float32)
-            in_order[:, order] = np.asarray(whole)
+            in_order = order.in_text_order(np.asarray(whole, np.float32))
             found: dict[int, np.ndarray] = {}
             for row, places in zip(group, in_order, strict=False):
                 begin = 0

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ringbpt.config import UserError
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import first_fit
-from ringbpt.layouts import row_length
+from ringbpt.layouts import by_length, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params
@@ -82,7 +82,9 @@ class Scorer:
         for first in range(0, count, self.rows):
             group = places[first : first + self.rows]
             host = make_batch([[items[number].piece for number in row] for row in group], shape)
-            yield put_batch(host.rows, shape, self.model.mesh, self.model.execution.sequence_layout), group
+            # Texts are known by their numbers in the row.
+            layout = by_length(self.model.execution.sequence_layout)
+            yield put_batch(host.rows, shape, self.model.mesh, layout), group
 
     def _sums(self, params: Params, batch: Batch, texts: int) -> jax.Array:
         """[3, B, texts + 1]: log p, weight and greedy hits of each text; place 0 is padding's."""

@@ -30,7 +30,7 @@ from ringbpt.generation.decode import (
     make_put,
 )
 from ringbpt.generation.sampling import Options, Sampling, draw, filtered, penalise, token_logp
-from ringbpt.layouts import inverse
+from ringbpt.layouts import by_length, inverse
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.types import Batch, Params, TokenMeta
@@ -238,7 +238,7 @@ class Stream:
             seen_BQV = self._on_rows(seen_tokens(host, texts, self.shared, model.architecture.vocab_size))
         row_B = np.array([row % own if row in units else -1 for row in rows], np.int32)
         row_B = jax.device_put(row_B, NamedSharding(model.mesh, spec("B", ACTIVATION_AXES)))
-        batch = put_batch(host.rows, host.token_BT.shape, model.mesh, model.execution.sequence_layout)
+        batch = put_batch(host.rows, host.token_BT.shape, model.mesh, by_length(model.execution.sequence_layout))
         self._cache, x_BTD = self._programs.prefill(self._weights, batch, self._cache, row_B)
         drawn, head = any(unit.drawn for unit in units.values()), (self._weights["norm"], self._weights["unembed"])
         *told, seen_BQV = self._programs.first(*head, x_BTD, *self._on_rows((place_BQ, texts)), seen_BQV, drawn)

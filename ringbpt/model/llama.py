@@ -17,6 +17,8 @@ from ringbpt.config import POLICIES, Architecture, Config, Execution, UserError
 from ringbpt.config.lora import pairs_of
 from ringbpt.dims import ACTIVATION_AXES, Dims, spec, weight_spec
 from ringbpt.host_memory import fetch
+from ringbpt.layouts import Order, order_of
+from ringbpt.mesh import put_batch
 from ringbpt.model.adapters import SCALE, Pair, is_of_a_pair
 from ringbpt.model.experts import Routing, make_experts
 from ringbpt.model.feedforward import make_feedforward
@@ -324,6 +326,15 @@ class Model:
     @property
     def mask(self) -> MaskSpec:
         return MaskSpec(causal=True, window=self.architecture.sliding_window)
+
+    def put_batch(self, rows: Callable[[int, int], Batch], shape_BT: tuple[int, int]) -> Batch:
+        """mesh.put_batch of rows of documents, in the order that the flags say."""
+        return put_batch(rows, shape_BT, self.mesh, self.execution.sequence_layout, self.architecture.sliding_window)
+
+    def order_of(self, meta: TokenMeta) -> Order:
+        """How put_batch deals out rows with these places, host arrays in text order."""
+        layout, window = self.execution.sequence_layout, self.architecture.sliding_window
+        return order_of(layout, meta, self.mesh.shape["sp"], window)
 
     @property
     def attention(self) -> AttentionSpec:

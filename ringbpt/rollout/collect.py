@@ -33,8 +33,6 @@ from ringbpt.data.reading.files import digest_of, replacing, write_whole
 from ringbpt.data.text.tokenizers import Tokenizer
 from ringbpt.generation.generator import check_lengths
 from ringbpt.generation.text import encode_prompts
-from ringbpt.layouts import permutation
-from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives.advantages import OF_GROUPS, by_critic, reinforced
 from ringbpt.objectives.objective import REFERENCE
@@ -125,7 +123,6 @@ class Rollouts:
         flags = (config.objective, config.seed, same, config.policy, self.rows)
         self.fingerprint = digest_of([self._prompts.fingerprint, *map(str, flags)])
         self._stats = jax.jit(_stats, static_argnums=(0, 3))
-        self._order = permutation(model.execution.sequence_layout, self.seq_length, model.mesh.shape["sp"])
         self._number, self._waited, self._arrays = -1, 0.0, Arrays()
         self._facts: dict[int, dict[str, float]] = {}  # of the last two
 
@@ -188,7 +185,7 @@ class Rollouts:
             self._waited += time.perf_counter() - begin
         arrays = {name: array[update] for name, array in self._arrays.items()}
         host, shape = Batch.of(arrays), (self.rows, self.seq_length)
-        return put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+        return self._model.put_batch(host.rows, shape)
 
     def facts(self, step: int, row: dict[str, float]) -> dict[str, float]:
         """What is known of the rollout that the step, from 1, has learnt from: for its row of metrics.
@@ -314,12 +311,12 @@ class Rollouts:
         for update in range(len(arrays["token"])) if wanted else ():
             host = Batch.of({name: array[update] for name, array in arrays.items()})
             shape = (self.rows, self.seq_length)
-            batch = put_batch(host.rows, shape, model.mesh, model.execution.sequence_layout)
+            batch, order = model.put_batch(host.rows, shape), model.order_of(host.meta)
             stats = self._stats(model, params, batch, tuple(wanted.values()))
             if jax.process_count() > 1:
                 stats = multihost_utils.process_allgather(stats, tiled=True)
             for array, said in zip(found.values(), stats, strict=True):
-                array[update][:, self._order] = np.asarray(said)
+                array[update] = order.in_text_order(np.asarray(said))
         return {name: np.where(arrays["weight"] > 0, array, 0.0) for name, array in found.items()}
 
     def _advantages(self, reward_PR: np.ndarray, arrays: Arrays, places: list[list[Place]]) -> Arrays:

@@ -22,7 +22,7 @@ from ringbpt.config import CHECKPOINT_PREFIXES, RolloutConfig, UserError, printa
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.data.packing import best_fit
 from ringbpt.data.text.tokenizers import Tokenizer
-from ringbpt.layouts import row_length
+from ringbpt.layouts import by_length, row_length
 from ringbpt.mesh import put_batch
 from ringbpt.model.llama import Model
 from ringbpt.objectives.units import by_document, ends
@@ -151,7 +151,8 @@ class OurModel:
         for at in range(0, len(rows), self._parts):
             group = rows[at : at + self._parts]
             host = make_batch([[pieces[number] for number in row] for row in group], shape)
-            batch = put_batch(host.rows, shape, self._model.mesh, self._model.execution.sequence_layout)
+            layout = by_length(self._model.execution.sequence_layout)  # answers are known by their numbers in the row
+            batch = put_batch(host.rows, shape, self._model.mesh, layout)
             scores = np.asarray(jax.device_get(self._score(self._params, batch)))
             for b, row in enumerate(group):
                 found[row] = scores[b, 1 : 1 + len(row)]

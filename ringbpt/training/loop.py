@@ -18,7 +18,7 @@ from ringbpt.data.text.tokenizers import Tokenizer, describe_ends, make_tokenize
 from ringbpt.ending import Signals, Stopped
 from ringbpt.evaluation.pairs import draw_pictured
 from ringbpt.evaluation.probe import make_probe
-from ringbpt.mesh import mesh_of, put_batch
+from ringbpt.mesh import mesh_of
 from ringbpt.model.llama import Model
 from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective, objective_of
@@ -202,6 +202,7 @@ def loader_of(config: Config, tokenizer: Tokenizer, flag: str = TRAIN) -> Loader
         taker=name,
         whole_documents=objective.whole_documents,
         mismatched=objective.mismatched,
+        window=config.architecture.sliding_window,
     )
 
 
@@ -215,7 +216,7 @@ def compile_ahead(name: str, program: Any, *arguments: Any) -> None:
 
 def _put(model: Model, loader: Loader, step: int) -> Batch:
     shape = (loader.batch_size, loader.seq_length)
-    return put_batch(partial(loader.rows, step), shape, model.mesh, model.execution.sequence_layout)
+    return model.put_batch(partial(loader.rows, step), shape)
 
 
 def _evaluation(

@@ -203,7 +203,7 @@ def test_layouts_say_what_length_would_do():
     assert permutation("striped", 6, 2).tolist() == [0, 2, 4, 1, 3, 5]
     with pytest.raises(ValueError, match="divisible by 16: 1000 is not; nearest: 992 or 1008"):
         permutation("zigzag", 1000, 8)
-    with pytest.raises(ValueError, match="none of contiguous, zigzag, striped"):
+    with pytest.raises(ValueError, match="none of contiguous, zigzag, striped, balanced"):
         permutation("spiral", 16, 2)
 
 

@@ -16,10 +16,12 @@ from ringbpt.data.packing import (
     WholeDocuments,
     apart,
     best_fit,
+    even_fit,
     first_fit,
     interleave,
     mix,
     shuffled,
+    steps_of_like,
 )
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=30)
@@ -103,7 +105,9 @@ def test_concat_is_the_stream(lengths, seq_length, shuffle, epoch):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["first_fit", "best_fit"]), documents, lengths_of_rows, st.booleans(), st.integers(0, 3))
+@given(
+    st.sampled_from(["first_fit", "best_fit", "balanced"]), documents, lengths_of_rows, st.booleans(), st.integers(0, 3)
+)
 def test_whole_documents_predict_each_next_token_once(packing, lengths, seq_length, shuffle, epoch):
     plan, offsets = plan_of(lengths, seq_length, packing, seed=5, shuffle=shuffle)
     tokens, mask = data(offsets)
@@ -129,7 +133,7 @@ def test_whole_documents_predict_each_next_token_once(packing, lengths, seq_leng
     assert len(seen) + sum(plan.dropped.values()) == sum(lengths)
 
 
-@pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
+@pytest.mark.parametrize("packing", ["first_fit", "best_fit", "balanced"])
 def test_whole_documents_stay_whole(packing):
     plan, offsets = plan_of([5, 9, 16, 7, 3, 2, 16], 16, packing, seed=1, shuffle=True)
     pieces = [
@@ -141,7 +145,7 @@ def test_whole_documents_stay_whole(packing):
     assert sorted(pieces) == whole
 
 
-@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit"])
+@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit", "balanced"])
 def test_seed_and_epoch_choose_the_order(packing):
     lengths = np.random.default_rng(0).integers(1, 30, 60)
 
@@ -332,3 +336,57 @@ def test_a_kept_plan_is_made_once():
         plans = [PACKINGS[packing](Corpus(offsets[:-1], offsets[1:], 8, 1, store)) for _ in range(2)]
         rows_of = [[plan.row(epoch, 1, values(*data(offsets)))["token"].tolist() for epoch in (0, 2)] for plan in plans]
         assert rows_of[0] == rows_of[1] and made == names
+
+
+def uneven(seed: int = 0) -> np.ndarray:
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(200), 1.2, 3000)).astype(np.int64)
+    return np.clip(lengths, 2, 4096)
+
+
+def step_works(plan: WholeDocuments, epoch: int, batch_size: int, window: int | None = None) -> np.ndarray:
+    """[steps, batch_size]: the pairs that each row's tokens see."""
+    lengths = [[piece.stop - piece.start for piece in plan.pieces(epoch, row)] for row in range(plan.rows)]
+    seen = np.cumsum([0, *(min(p + 1, window or p + 1) for p in range(4096))])
+    works = [sum(int(seen[length]) for length in row) for row in lengths]
+    return np.array(works[: plan.rows // batch_size * batch_size]).reshape(-1, batch_size)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_balanced_steps_have_rows_of_equal_work(window):
+    ends, batch_size = np.cumsum(uneven()), 8
+    corpus = Corpus(ends - uneven(), ends, 4096, seed=1, batch_size=batch_size, window=window)
+    plans = {name: PACKINGS[name](corpus) for name in ("first_fit", "best_fit", "balanced")}
+    uneven_by = {}
+    for name, plan in plans.items():
+        works = step_works(plan, 1, batch_size, window)
+        uneven_by[name] = (works.max(axis=1) / works.mean(axis=1)).mean()
+    assert uneven_by["balanced"] <= 1.05 < 1.12 < min(uneven_by["first_fit"], uneven_by["best_fit"])
+    plan = plans["balanced"]
+    assert plan.rows <= 1.01 * plans["best_fit"].rows
+    # Every epoch has every row once, in other steps; what fills none is not always the same.
+    first, second = ([tuple(map(str, plan.pieces(epoch, row))) for row in range(plan.rows)] for epoch in (1, 2))
+    assert sorted(first) == sorted(second) and first != second
+    rest = plan.rows % batch_size
+    assert rest and set(first[-rest:]) != set(second[-rest:])
+
+
+def test_steps_of_like_by_hand():
+    order, works = np.array([4, 0, 5, 2, 1, 3, 6]), np.array([10, 100, 11, 1000, 101, 1001, 7])
+    # The last of the order fills no step; of the others those of like work, steps by the first of their rows.
+    assert steps_of_like(order, works, 2).tolist() == [4, 1, 0, 2, 5, 3, 6]
+    assert steps_of_like(np.arange(3), works, 8).tolist() == [0, 1, 2]
+
+
+def test_even_fit_takes_the_row_with_the_least_work():
+    lengths = np.array([6, 3, 3, 2, 2, 2, 2])
+    row, count = even_fit(lengths, 10, lengths * (lengths + 1) // 2)
+    assert count == 2 and row.tolist() == [0, 1, 1, 1, 1, 0, 0]
+    assert even_fit(np.array([6, 6, 6]), 10)[1] == 3  # three do not fit into the two that would hold as many tokens
+    assert even_fit(np.array([], np.int64), 10)[1] == 0
+
+
+def test_what_documents_share_is_work_once_for_each():
+    """Two answers of 5 to a prompt of 4: the second one's own tokens see the prompt too."""
+    starts, stops = np.array([0, 9]), np.array([9, 18])
+    corpus = Corpus(starts, stops, 16, units=np.array([0, 0]), shared=np.array([0, 4]))
+    assert PACKINGS["balanced"](corpus)._row_work.tolist() == [45 + 45 - 10]

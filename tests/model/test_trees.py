@@ -10,7 +10,6 @@ import pytest
 
 from ringbpt.data.documents import Piece, make_batch
 from ringbpt.layouts import LAYOUTS
-from ringbpt.mesh import put_batch
 from ringbpt.types import ALWAYS, Batch
 from tests.model.helpers import make_model
 
@@ -56,8 +55,8 @@ def host_batch(shared: bool) -> Batch:
 
 def answers_and_gradient(model: Any, host: Batch, params: Any) -> tuple[np.ndarray, np.ndarray]:
     """(each answer's log-probability, in order; the gradient, as one vector, of their sum weighed by 1, 2, ...)."""
-    batch = put_batch(host.rows, host.token_BT.shape, model.mesh, model.execution.sequence_layout)
-    segment_BT = np.asarray(jax.device_get(batch.segment_BT))
+    batch = model.put_batch(host.rows, host.token_BT.shape)
+    segment_BT = model.order_of(host.meta).lay_out(host.segment_BT)
     names = sorted({(row, number) for row in range(len(segment_BT)) for number in segment_BT[row] if number})
     number_BT = np.zeros(segment_BT.shape, np.int32)  # of the answer, or 0
     for at, (row, number) in enumerate(names, start=1):
@@ -95,6 +94,7 @@ def apart() -> tuple[np.ndarray, np.ndarray]:
 WAYS = [
     (8, "ring", "zigzag", "blockwise"),
     (8, "ulysses", "striped", "blockwise"),
+    (8, "ring", "balanced", "blockwise"),
     (1, "ring", "contiguous", "blockwise"),
 ]
 MORE = [

@@ -35,6 +35,7 @@ MORE = [
     ((1, 1, 1, 8), "striped", "ring", "alone"),
     ((1, 1, 1, 8), "contiguous", "all_gather", "as given"),
     ((1, 2, 2, 2), "zigzag", "ulysses", "as given"),
+    ((2, 1, 1, 4), "balanced", "ring", "as given"),
     ((1, 2, 2, 2), "contiguous", "ring", "alone"),
     ((2, 2, 1, 2), "zigzag", "ring", "apart"),
     ((2, 2, 1, 2), "striped", "all_gather", "as given"),

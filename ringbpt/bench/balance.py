@@ -1,0 +1,126 @@
+"""What layouts and packings are worth on documents of uneven length, counted: work, blocks, hops, rows of a step."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ringbpt.attention.core import MaskSpec, block_visibility
+from ringbpt.config import PythonDatasetConfig
+from ringbpt.data.packing import PACKINGS, Corpus, first_fit
+from ringbpt.data.reading.sources import PythonSource
+from ringbpt.layouts import order_of
+from ringbpt.types import TokenMeta
+
+BYTES_A_TOKEN = 3  # of code, by usual tokenizers
+
+
+def _code(rng: np.random.Generator, count: int, most: int) -> np.ndarray:
+    """The files of Python's standard library, again and again."""
+    source = PythonSource(PythonDatasetConfig(split="all"))
+    sizes = np.array([len(source[i]["text"]) for i in range(len(source))])
+    return np.resize(rng.permutation(sizes), count) // BYTES_A_TOKEN
+
+
+def _one_long(rng: np.random.Generator, count: int, most: int) -> np.ndarray:
+    """Rows of one document of five eighths of them, and 1,024-token ones."""
+    row = [most * 5 // 8, *[1024] * (most * 3 // 8 // 1024)]
+    return np.concatenate([rng.permutation(row) for _ in range(max(1, -(-count // len(row))))])
+
+
+# name -> (numbers, how many documents, the longest there may be) -> their lengths
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
+    "log-normal": lambda rng, count, most: np.exp(rng.normal(np.log(2000), 1.2, count)),
+    "one long, many short": _one_long,
+    "code files": _code,
+    "chats": lambda rng, count, most: np.minimum(np.exp(rng.normal(np.log(600), 0.8, count)), 4096),
+    "uniform": lambda rng, count, most: rng.integers(64, 8192, count),
+}
+
+
+def lengths_of(name: str, tokens: int, most: int, seed: int) -> np.ndarray:
+    """int64 lengths of documents, 2 to `most` tokens long, of `tokens` tokens or a few more."""
+    rng, found, total = np.random.default_rng(seed), list[np.ndarray](), 0
+    while total < tokens:
+        found.append(np.clip(DISTRIBUTIONS[name](rng, 4096, most), 2, most).astype(np.int64))
+        total += int(found[-1].sum())
+    whole = np.concatenate(found)
+    return whole[: np.searchsorted(np.cumsum(whole), tokens) + 1]
+
+
+def rows_of(name: str, length: int, count: int, seed: int) -> list[np.ndarray]:
+    """The documents' lengths in each of `count` rows, filled as first_fit does."""
+    lengths = lengths_of(name, (count + 2) * length, length, seed)
+    row, _ = first_fit(lengths, length)
+    return [lengths[row == number] for number in range(count)]
+
+
+def meta_of(lengths: np.ndarray, length: int) -> TokenMeta:
+    """One row of these documents, then padding."""
+    ends = np.cumsum([0, *lengths])
+    segment_T, position_T = np.zeros((2, length), np.int32)
+    segment_T[: ends[-1]] = np.repeat(np.arange(1, 1 + len(lengths)), lengths)
+    position_T[: ends[-1]] = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+    return TokenMeta(position_T[None], segment_T[None])
+
+
+def laid_out(meta: TokenMeta, layout: str, sp: int) -> TokenMeta:
+    """A row's places as the devices hold them, one device after the other."""
+    order = order_of(layout, meta, sp)
+    numbered = order.meta(meta)
+    return TokenMeta(order.lay_out(numbered.position_BT), order.lay_out(numbered.segment_BT))
+
+
+def unevenness(meta: TokenMeta, layout: str, sp: int) -> float:
+    """The most loaded device's visible pairs over the average."""
+    there = laid_out(meta, layout, sp)
+    pairs = np.where(there.segment_BT > 0, there.position_BT + 1, 0).astype(np.int64).reshape(sp, -1).sum(axis=1)
+    return float(pairs.max() / pairs.mean())
+
+
+def blocks_and_hops(meta: TokenMeta, layout: str, sp: int, block: int) -> tuple[int, int]:
+    """(blocks that all devices compute, hops after which none has anything left to compute)."""
+    there = laid_out(meta, layout, sp)
+    some, _ = block_visibility(there, there, MaskSpec(), block, block)
+    a_device = len(some) // sp
+    met = some.reshape(sp, a_device, sp, a_device).any(axis=(1, 3))
+    return int(some.sum()), int((met * ((np.arange(sp)[:, None] - np.arange(sp)) % sp)).max())
+
+
+def layouts_table(sp: int, tokens: int, rows: int, block: int, seed: int = 0) -> list[str]:
+    """Lines of a table: each distribution over sp devices of so many tokens, by layout, over some rows."""
+    layouts = ("contiguous", "zigzag", "balanced")
+    lines = []
+    for name in DISTRIBUTIONS:
+        found = {layout: np.zeros((rows, 3)) for layout in layouts}
+        for number, lengths in enumerate(rows_of(name, sp * tokens, rows, seed)):
+            meta = meta_of(lengths, sp * tokens)
+            for layout in layouts:
+                found[layout][number] = unevenness(meta, layout, sp), *blocks_and_hops(meta, layout, sp, block)
+        uneven = " | ".join(f"{found[layout][:, 0].mean():.2f}" for layout in layouts[:2])
+        own = found["balanced"][:, 0]
+        blocks = found["balanced"][:, 1].sum() / found["zigzag"][:, 1].sum()
+        hops = " / ".join(f"{found[layout][:, 2].mean():.1f}" for layout in layouts)
+        lines.append(
+            f"| {name}, sp={sp} | {uneven} | {own.mean():.3f}, at most {own.max():.3f} | {blocks:.3f} | {hops} |"
+        )
+    return lines
+
+
+def packings_table(length: int, steps: int, batch_size: int, seed: int = 0) -> list[str]:
+    """Lines of a table: each distribution in rows of `length`, `batch_size` a step, by packing, over one epoch."""
+    lines = []
+    for name in DISTRIBUTIONS:
+        lengths = lengths_of(name, steps * batch_size * length, length, seed)
+        ends = np.cumsum(lengths)
+        uneven, rows = [], []
+        for packing in ("first_fit", "best_fit", "balanced"):
+            plan = PACKINGS[packing](Corpus(ends - lengths, ends, length, seed, batch_size=batch_size))
+            positions = {"token": np.empty(ends[-1], np.int8)}
+            whole = (plan.row(0, row, positions) for row in range(plan.rows // batch_size * batch_size))
+            works = [np.sum(row["position"], dtype=np.int64) + np.count_nonzero(row["segment"]) for row in whole]
+            works = np.reshape(works, (-1, batch_size))
+            uneven.append((works.max(axis=1) / works.mean(axis=1)).mean())
+            rows.append(plan.rows)
+        shown = " | ".join(f"{value:.3f}" for value in uneven)
+        lines.append(f"| {name} | {shown} | {rows[2]:,} rows, best_fit {rows[1]:,} |")
+    return lines

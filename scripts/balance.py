@@ -1,0 +1,35 @@
+"""What a layout is worth over sp, and a packing over dp and micro-batches, on documents of uneven length: counted.
+
+python scripts/balance.py [--sp=8] [--rows=16]
+"""
+
+import sys
+
+from ringbpt.bench.balance import layouts_table, packings_table
+from ringbpt.config import Flag, printed_help, read_flags, run_main
+
+FLAGS = {
+    "sp": Flag(int, 0, "devices of a ring; 0: 8, 16 and 64", at_least=0, at_most=1024),
+    "tokens": Flag(int, 8192, "of a device", at_least=1024, at_most=1 << 20),
+    "rows": Flag(int, 16, "of each distribution", at_least=1, at_most=1024),
+    "block": Flag(int, 1024, "tokens of a block, queries and keys", at_least=1, at_most=1024),
+    "steps": Flag(int, 64, "of an epoch, in the table of packings", at_least=1, at_most=1024),
+    "batch_size": Flag(int, 16, "rows of a step, each on a device or in a micro-batch of its own", at_least=1),
+}
+
+
+def main(argv: list[str]) -> int:
+    if printed_help(argv, "scripts/balance.py", __doc__, FLAGS):
+        return 0
+    given = read_flags(argv, FLAGS)
+    print("| documents | max/mean contiguous | zigzag | balanced | its blocks over zigzag's | hops of the three |")
+    print("|---|---|---|---|---|---|")
+    for sp in (given["sp"],) if given["sp"] else (8, 16, 64):
+        print("\n".join(layouts_table(sp, given["tokens"], given["rows"], given["block"])), flush=True)
+    print("\n| documents | max/mean first_fit | best_fit | balanced | |\n|---|---|---|---|---|")
+    print("\n".join(packings_table(8 * given["tokens"], given["steps"], given["batch_size"])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
