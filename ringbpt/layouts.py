@@ -60,10 +60,10 @@ class Order:
     number: np.ndarray | None = None
 
     def lay_out(self, x_BT: np.ndarray, places: slice = slice(None)) -> np.ndarray:
-        """Places of the laid-out rows, of a host array in text order that holds no documents' numbers."""
+        """Places of the laid-out rows, of a host array [B, T, ...] in text order that holds no documents' numbers."""
         if self.order.ndim == 1:
             return x_BT[:, self.order[places]]
-        return np.take_along_axis(x_BT, self.order[:, places], axis=1)
+        return np.take_along_axis(x_BT, self._of_rows(x_BT)[:, places], axis=1)
 
     def in_text_order(self, x_BT: np.ndarray) -> np.ndarray:
         """What lay_out undoes."""
@@ -71,8 +71,12 @@ class Order:
         if self.order.ndim == 1:
             found[:, self.order] = x_BT
         else:
-            np.put_along_axis(found, self.order, x_BT, axis=1)
+            np.put_along_axis(found, self._of_rows(x_BT), x_BT, axis=1)
         return found
+
+    def _of_rows(self, x_BT: np.ndarray) -> np.ndarray:
+        """The order of each row, with as many dims as the array has."""
+        return self.order.reshape(self.order.shape + (1,) * (x_BT.ndim - 2))
 
     def meta(self, meta: TokenMeta) -> TokenMeta:
         """The places of the tokens in text order, with their documents' new numbers."""

@@ -115,7 +115,7 @@ def packings_table(length: int, steps: int, batch_size: int, seed: int = 0) -> l
         uneven, rows = [], []
         for packing in ("first_fit", "best_fit", "balanced"):
             plan = PACKINGS[packing](Corpus(ends - lengths, ends, length, seed, batch_size=batch_size))
-            positions = {"token": np.empty(ends[-1], np.int8)}
+            positions = dict.fromkeys(("token", "mask"), np.empty(ends[-1], np.int8))  # nothing is read of them
             whole = (plan.row(0, row, positions) for row in range(plan.rows // batch_size * batch_size))
             works = [np.sum(row["position"], dtype=np.int64) + np.count_nonzero(row["segment"]) for row in whole]
             works = np.reshape(works, (-1, batch_size))
