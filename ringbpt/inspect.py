@@ -74,12 +74,14 @@ def main(argv: list[str]) -> int:
             write(json.dumps({"digest": digest, "batches": own["digest"]}) + "\n")
             return 0
         layout, sp = config.execution.sequence_layout, config.mesh_shape.sp
+        dealt = layout, sp, config.architecture.sliding_window
         if own["json"]:
-            told = make_views(loader, own["batches"], own["rows"] or loader.batch_size, layout, sp)
+            told = make_views(loader, own["batches"], own["rows"] or loader.batch_size, *dealt)
             write("".join(json_line(one) + "\n" for one in documents(tokenizer, told)))
-        views = make_views(loader, own["batches"], own["rows"] or ROWS, layout, sp)
+        views = make_views(loader, own["batches"], own["rows"] or ROWS, *dealt)
         if own["json"] != STDOUT:
             show(loader, tokenizer, views)
+            print("\n".join(work_of(loader, min(own["batches"], loader.steps_per_epoch), *dealt)))
         if own["html"]:
             from ringbpt.data.page import page
 
@@ -101,19 +103,40 @@ def page_path(name: str, config: Config) -> Path:
     return folder / "inspect.html"
 
 
-def make_views(loader: Any, batches: int, rows: int, layout: str, sp: int) -> list[Any]:
+def make_views(loader: Any, batches: int, rows: int, layout: str, sp: int, window: int | None) -> list[Any]:
     """The first rows of the first batches, in text order, and which shard of sp each place goes to."""
-    from ringbpt.data.page import View
-    from ringbpt.layouts import inverse, permutation
+    import numpy as np
 
-    place_T = inverse(permutation(layout, loader.seq_length, sp))
-    shard_T = place_T // (loader.seq_length // sp)
+    from ringbpt.attention.work import loads
+    from ringbpt.data.page import View
+    from ringbpt.layouts import order_of
+
     views = []
     for step in range(min(batches, loader.steps_per_epoch)):
-        columns = loader.rows(step, 0, min(rows, loader.batch_size)).by_name()
+        batch = loader.rows(step, 0, min(rows, loader.batch_size))
+        columns, places = batch.by_name(), np.arange(loader.seq_length) // (loader.seq_length // sp)
+        order = order_of(layout, batch.meta, sp, window)
+        shard_BT = order.in_text_order(np.broadcast_to(places, batch.token_BT.shape))
         shown = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        views.append(View(step, shown, shard_T))
+        views.append(View(step, shown, shard_BT, loads(batch.meta, layout, sp, window)[0]))
     return views
+
+
+def work_of(loader: Any, batches: int, layout: str, sp: int, window: int | None) -> Iterator[str]:
+    """Lines: how uneven attention's work is over the devices of sp, by layout, and over the rows of each batch."""
+    from ringbpt.attention.work import loads
+    from ringbpt.layouts import LAYOUTS
+
+    for step in range(batches):
+        meta, parts = loader.rows(step, 0, loader.batch_size).meta, []
+        for name in LAYOUTS if sp > 1 and loader.seq_length % (2 * sp) == 0 else (layout,):
+            pairs_BR, hops = loads(meta, name, sp, window)
+            pairs_BR = pairs_BR[pairs_BR.any(axis=1)]
+            uneven = (pairs_BR.max(axis=1) / pairs_BR.mean(axis=1)).mean()
+            parts.append(f"{name} {uneven:.2f} and {hops} hops" + ", in use" * (name == layout))
+        pairs_B = pairs_BR.sum(axis=1)
+        over_sp = f"over sp={sp} {'; '.join(parts)}; " if sp > 1 else ""
+        yield f"batch {step}: attention's most over its mean, {over_sp}over rows {pairs_B.max() / pairs_B.mean():.2f}"
 
 
 def documents(tokenizer: Any, views: list[Any]) -> Iterator[dict[str, Any]]:

@@ -22,8 +22,8 @@ def main(argv: list[str]) -> int:
     if printed_help(argv, "scripts/balance.py", __doc__, FLAGS):
         return 0
     given = read_flags(argv, FLAGS)
-    print("| documents | max/mean contiguous | zigzag | balanced | its blocks over zigzag's | hops of the three |")
-    print("|---|---|---|---|---|---|")
+    print("| documents | max/mean contiguous | zigzag | balanced | its blocks over zigzag's | hops of the three | ms |")
+    print("|---|---|---|---|---|---|---|")
     for sp in (given["sp"],) if given["sp"] else (8, 16, 64):
         print("\n".join(layouts_table(sp, given["tokens"], given["rows"], given["block"])), flush=True)
     print("\n| documents | max/mean first_fit | best_fit | balanced | |\n|---|---|---|---|---|")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ringbpt.attention.core import MaskSpec, block_visibility
+from ringbpt.attention.parallel.ring import needed_hops
 from ringbpt.layouts import order_of
 from ringbpt.types import TokenMeta
 
@@ -105,6 +106,22 @@ def count(
             some, every = block_visibility(_padded(q, size_T), _padded(kv, size_S), mask, size_T, size_S)
             blocks[r, hop], full[r, hop] = some.sum(), every.sum()
     return Work(pairs, blocks, full, -(-tokens // size_T) * -(-tokens // size_S))
+
+
+def loads(meta: TokenMeta, layout: str, sp: int, window: int | None = None) -> tuple[np.ndarray, int]:
+    """(visible pairs of the queries of each device in each row, int64 [B, sp]; hops that a causal ring needs).
+
+    Of a host batch's places in text order; in no time, for what a query sees follows from its position alone.
+    """
+    meta = jax.tree.map(np.asarray, meta)
+    order = order_of(layout, meta, sp, window)
+    laid_out = jax.tree.map(order.lay_out, order.meta(meta))
+    position_BT = laid_out.position_BT.astype(np.int64)
+    seen_BT = np.where(
+        laid_out.segment_BT > 0, position_BT + 1 if window is None else np.minimum(position_BT + 1, window), 0
+    )
+    hops = int(needed_hops(laid_out, MaskSpec(window=window), sp)) if sp > 1 else 0
+    return seen_BT.reshape(len(seen_BT), sp, -1).sum(axis=2), hops
 
 
 # What different documents are part of stands this far apart on one line: further than any window reaches.

@@ -17,11 +17,14 @@ TEMPLATE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-
 
 
 class View(NamedTuple):
-    """A batch to be shown: its step, its rows in text order, and each place's shard on sp."""
+    """A batch to be shown: its step, its rows in text order, each place's shard on sp, and what each shard's queries
+    see, pairs [rows, shards].
+    """
 
     step: int
     rows: Sequence[Row]
-    shard_T: np.ndarray
+    shard_BT: np.ndarray
+    pairs_BR: np.ndarray
 
 
 def colours(kind: str, count: int) -> str:
@@ -55,6 +58,19 @@ def row_html(row: Row, shard_T: np.ndarray, tokenizer: Tokenizer, most: int) -> 
             marks += f' data-t="{html.escape(target)}"'
         parts.append(f'<b class="{kind}" {marks} title="{html.escape(title)}">{html.escape(text)}</b>')
     return "".join(parts)
+
+
+def work(pairs_R: np.ndarray) -> str:
+    """What the shards of a row see, each a bar, in the average's height the line: an SVG within the text."""
+    top, step = max(int(pairs_R.max()), 1), max(2.0, min(10.0, 320 / len(pairs_R)))
+    bars = []
+    for shard, pairs in enumerate(pairs_R.tolist()):
+        tall = 20 * pairs / top
+        size = f'x="{shard * step:.1f}" y="{20 - tall:.1f}" width="{step - 1:.1f}" height="{tall:.1f}"'
+        bars.append(f'<rect {size} fill="#4682b4"><title>shard {shard}: {pairs:,} pairs</title></rect>')
+    width, mean = len(pairs_R) * step, 20 - 20 * float(pairs_R.mean()) / top
+    line = f'<line x1="0" x2="{width:.1f}" y1="{mean:.1f}" y2="{mean:.1f}" stroke="#c33"/>'
+    return f'<svg width="{width:.0f}" height="20" role="img" aria-label="work by shard">{"".join(bars)}{line}</svg>'
 
 
 def histogram(lengths: np.ndarray, seq_length: int) -> str:
@@ -103,11 +119,13 @@ def page(loader: Loader, tokenizer: Tokenizer, views: Sequence[View], shards: in
             filled = np.mean(row["segment"] > 0)
             cut = f", the first {most} shown" if len(row["token"]) > most else ""
             documents = int(row["segment"].max(initial=0))
-            weighed = int(np.count_nonzero(row["weight"]))
+            weighed, pairs_R = int(np.count_nonzero(row["weight"])), view.pairs_BR[number]
+            uneven = float(pairs_R.max()) / max(1.0, float(pairs_R.mean()))
             body.append(
                 f'<p class="note">row {number}: {documents} documents, {filled:.1%} filled, '
-                f"{weighed:,} tokens take loss{cut}</p>"
-                f'<div class="row">{row_html(row, view.shard_T, tokenizer, most)}</div>'
+                f"{weighed:,} tokens take loss{cut}; attention by shard, most over mean {uneven:.2f} "
+                f"{work(pairs_R)}</p>"
+                f'<div class="row">{row_html(row, view.shard_BT[number], tokenizer, most)}</div>'
             )
     return TEMPLATE.substitute(
         colours=f"{colours('document', 12)}\n{colours('shard', shards)}",

@@ -217,7 +217,8 @@ def _assumptions(
         f"each row of the batch is one document, {seen} is visible"
         if pairs is None
         else f"{pairs:,.0f} pairs of a batch are visible, as the run counted them",
-        f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} layout)",
+        f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} "
+        "layout; python -m ringbpt.inspect counts it of your documents)",
         f"a hop goes at {work.hop_rate[1] / 1e9:g} to {work.hop_rate[0] / 1e9:g} GB/s",
         f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does: "
         + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in (*AXES, *[NETWORK] * (machine.slices > 1))),
