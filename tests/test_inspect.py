@@ -14,6 +14,7 @@ from ringbpt.data.loader import make_loader
 from ringbpt.data.page import shown
 from ringbpt.data.text.tokenizers import BytesTokenizer, make_tokenizer, reads_as
 from ringbpt.inspect import main
+from ringbpt.layouts import LAYOUTS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHAT = [{"role": "user", "content": "What is <b>2+2</b>?"}, {"role": "assistant", "content": "It is 4."}]
@@ -191,3 +192,13 @@ def test_the_page_in_a_browser(flags, tmp_path):
 
 def test_the_docs_picture_is_there():
     assert (Path(__file__).parents[1] / "docs" / "inspect.png").stat().st_size > 10_000
+
+
+def test_it_says_how_uneven_the_work_is(flags, tmp_path, capsys):
+    assert main([*flags, "--batches=1", "--llama.sequence_layout=balanced"]) == 0
+    line = capsys.readouterr().out.split("attention's most over its mean, ")[1].splitlines()[0]
+    found = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) and \d hops", line)}
+    assert set(found) == {*LAYOUTS} and found["balanced"] <= 1.05 and "balanced" in line.split(", in use")[0]
+    assert line.startswith("over sp=8 ") and re.search(r"over rows \d\.\d\d$", line)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('aria-label="work by shard"') == 4 and "shard 7: " in page
