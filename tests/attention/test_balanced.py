@@ -131,16 +131,15 @@ def test_short_documents_need_no_more_hops():
 
 
 def test_a_step_is_planned_in_no_time():
-    """16 rows of 64 documents of all lengths; a fifth of what it may take, for a machine that others use too."""
+    """16 rows of 64 documents of all lengths, in 20 ms on a core of one's own; here, on one that others use too."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(700), 1.0, (16, 64))).astype(np.int64)
     metas = [meta_of(own, 131072) for own in lengths]
-    rows = [Documents.of(m.position_BT[0], m.segment_BT[0], m.segment_BT[0], None) for m in metas]
     taken = []
     for _ in range(5):
-        rows = [Documents.of(m.position_BT[0], m.segment_BT[0], m.segment_BT[0], None) for m in metas]
         begin = time.process_time()
+        rows = [Documents.of(m.position_BT[0], m.segment_BT[0], m.segment_BT[0], None) for m in metas]
         for documents in rows:
             deal(documents, 8)
         taken.append(time.process_time() - begin)
-    assert min(taken) <= 0.1
+    assert min(taken) <= 0.04

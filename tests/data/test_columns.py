@@ -114,7 +114,7 @@ def gradients():
     return model, jax.jit(make_gradients(config, model, objective))
 
 
-@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit"])
+@pytest.mark.parametrize("packing", ["concat", "first_fit", "best_fit", "balanced"])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_from_disk_to_an_objective(folders, tmp_path, gradients, packing, mixed):
     path = f"{folders[0]}:0.6,{folders[1]}:0.4" if mixed else str(folders[0])

@@ -22,7 +22,7 @@ END = 1
 PROMPTS = [np.array(tokens, np.int32) for tokens in ([5, 9, 11], [7], [4, 4, 8, 30, 31, 32, 33])]
 WAYS = [
     ((1, 1, 1, 1), {"attention_type": "blockwise"}),
-    ((1, 1, 1, 8), {"sequence_layout": "zigzag"}),
+    ((1, 1, 1, 8), {"sequence_layout": "balanced"}),
     ((1, 2, 2, 2), {}),
 ]
 
