@@ -132,6 +132,35 @@ def test_transfers_are_counted_by_axis_and_by_turn():
     }
 
 
+def test_a_product_in_steps_is_counted_as_often_as_it_turns():
+    """A TPU's compiler may gather a matrix shard by shard behind its product: unsigned, two shards a turn, no count."""
+    body = "%next = u32[] add(%turn, %two)"
+    text = """HloModule m, is_scheduled=true
+%body (x: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %two = u32[]{:T(128)} constant(2)
+  %x = (u32[], f32[8]) parameter(0)
+  %turn = u32[] get-tuple-element(%x), index=0
+  %part = f32[8]{0} get-tuple-element(%x), index=1
+  %send = f32[8]{0} collective-permute(%part), source_target_pairs={{0,1},{1,0}}
+  %next = u32[] add(%turn, %two)
+  ROOT %r = (u32[], f32[8]) tuple(%next, %send)
+}
+%cond (x: (u32[], f32[8])) -> pred[] {
+  %end = u32[]{:T(128)} constant(5)
+  %x = (u32[], f32[8]) parameter(0)
+  %turn = u32[] get-tuple-element(%x), index=0
+  ROOT %less = pred[] compare(%turn, %end), direction=LT
+}
+ENTRY %main (x: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %x = (u32[], f32[8]) parameter(0)
+  ROOT %w = (u32[], f32[8]) while(%x), condition=%cond, body=%body
+}
+"""
+    assert body in text and collective_bytes(parse_hlo(text), (1, 1, 1, 2)) == {"sp": {"collective-permute": 3 * 32}}
+    every = text.replace(body, "%next = u32[] copy(%turn)")  # added to in a fusion, or elsewhere: one at a time
+    assert collective_bytes(parse_hlo(every), (1, 1, 1, 2)) == {"sp": {"collective-permute": 5 * 32}}
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [
