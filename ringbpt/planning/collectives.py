@@ -2,40 +2,61 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ringbpt.dims import AXES
-from ringbpt.planning.hlo import Instruction, Module
+from ringbpt.planning.hlo import Computation, Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
-def collective_bytes(module: Module, mesh_shape: tuple[int, ...]) -> dict[str, Counter[str]]:
-    """{axis or axes: {kind: bytes}} that one device sends in one call.
+class Transfer(NamedTuple):
+    """One collective. axis: as collective_bytes names it. bytes: what one device sends by it in a call."""
 
-    Axes that one transfer spans at once are written together, as "fsdp+sp". An all-gather over n devices counts
-    what a device must receive, (n-1)/n of the result; an all-reduce twice that; a permute its whole array. A loop
-    whose length depends on data counts once (ours hold no transfers).
+    instruction: Instruction
+    computation: Computation
+    axis: str
+    kind: str
+    bytes: int
+
+
+def transfers(module: Module, mesh_shape: Sequence[int], axes: Sequence[str] = AXES) -> Iterator[Transfer]:
+    """Every collective between devices, in a program of ours or, by the names of its mesh's axes, of others.
+
+    An all-gather over n devices counts what a device must receive, (n-1)/n of the result; an all-reduce twice that; a
+    permute its whole array. A loop whose length depends on data counts once (ours hold no transfers).
     """
-    found: dict[str, Counter[str]] = {}
     for instruction, computation, times in module.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:  # nor is an "async-start": what it wraps is walked through by itself
             continue
-        axis, size = _axis(instruction, mesh_shape)
+        axis, size = _axis(instruction, mesh_shape, axes)
         if size > 1:
             others = (size - 1) / size  # what of an array goes to the other devices, or comes from them
             share = {"all-gather": size - 1, "all-reduce": 2 * others, "collective-permute": 1}.get(kind, others)
-            found.setdefault(axis, Counter())[kind] += times * int(computation.operand_bytes(instruction) * share)
+            sent = times * int(computation.operand_bytes(instruction) * share)
+            yield Transfer(instruction, computation, axis, kind, sent)
+
+
+def collective_bytes(module: Module, mesh_shape: Sequence[int]) -> dict[str, Counter[str]]:
+    """{axis or axes: {kind: bytes}} that one device sends in one call: the transfers, added up.
+
+    Axes that one transfer spans at once are written together, as "fsdp+sp".
+    """
+    found: dict[str, Counter[str]] = {}
+    for transfer in transfers(module, mesh_shape):
+        found.setdefault(transfer.axis, Counter())[transfer.kind] += transfer.bytes
     return found
 
 
-def _axis(instruction: Instruction, mesh_shape: tuple[int, ...]) -> tuple[str, int]:
+def _axis(instruction: Instruction, mesh_shape: Sequence[int], axes: Sequence[str]) -> tuple[str, int]:
     """(the axes along which the group's devices differ, how many devices it has)."""
     group = _group(instruction.attributes, int(np.prod(mesh_shape)))
-    places = np.stack(np.unravel_index(group, mesh_shape))
-    names = [name for name, place in zip(AXES, places, strict=True) if len(set(place.tolist())) > 1]
+    places = np.stack(np.unravel_index(group, tuple(mesh_shape)))
+    names = [name for name, place in zip(axes, places, strict=True) if len(set(place.tolist())) > 1]
     return "+".join(names) or "none", len(group)
 
 

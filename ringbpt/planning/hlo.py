@@ -145,16 +145,31 @@ def parse(text: str) -> Module:
     """`compiled.as_text()` -> its computations. Raises ValueError for text without an entry computation."""
     computations: dict[str, Computation] = {}
     current: Computation | None = None
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            if header := _HEADER.match(line):
-                current = Computation(header.group(2), entry=bool(header.group(1)))
-                computations[current.name] = current
+    for line in _joined(text):
+        if header := _HEADER.match(line):
+            current = Computation(header.group(2), entry=bool(header.group(1)))
+            computations[current.name] = current
         elif current is not None and (start := _INSTRUCTION.match(line)):
             current.instructions.append(_instruction(start.group(1), line[start.end() :]))
     if not any(computation.entry for computation in computations.values()):
         raise ValueError("no ENTRY computation: this is not the text of a compiled program")
     return Module("is_scheduled=true" in text[: text.find("\n")], computations)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """The lines, each instruction in one: what a kernel says of itself may go over several."""
+    whole = ""
+    for line in text.splitlines():
+        if whole and not (line == "}" or _INSTRUCTION.match(line) or _HEADER.match(line)):
+            whole += line
+            continue
+        if whole:
+            yield whole
+        whole = line if _INSTRUCTION.match(line) else ""
+        if not whole:
+            yield line
+    if whole:
+        yield whole
 
 
 def _instruction(name: str, rest: str) -> Instruction:

@@ -91,6 +91,12 @@ def _with_name(module: Module, computation: Computation, permute: Instruction) -
     return replace(permute, attributes=f'{permute.attributes}, metadata={{op_name="{name}"}}')
 
 
+def products_meanwhile(module: Module, computation: Computation, start: Instruction) -> tuple[str, ...]:
+    """The kernels, loops and products, of attention or not, that are scheduled while any transfer is under way."""
+    between = _between(computation, start)
+    return tuple(i.name for i in between if any(map(_multiplies, (i, *module.inside(i)))))
+
+
 def _is_hop(module: Module, instruction: Instruction) -> bool:
     """A permute that the program asked for: those that the partitioner invents carry another operation's name."""
     permutes = instruction.opcode in ("collective-permute", "collective-permute-start") or (

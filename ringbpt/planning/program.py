@@ -3,6 +3,7 @@
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,19 @@ def compile_program(config: Config, machine: Topology) -> Program:
         ),
         "batch": shard_bytes(batch),
     }
+    compiled = lambda options: machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=options)  # noqa: E731
+    return read_program(compiled, arguments, "jit_step")
+
+
+def read_program(compile: Callable[[dict[str, Any]], Any], arguments: dict[str, int], name: str) -> Program:
+    """What the compiler says of any step. compile: of its options, which make it write down where each array is.
+
+    arguments: bytes on the device, by name. name: of the step's module, as jit_step.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": name}
         try:
-            compiled = machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=options)
+            compiled = compile(options)
         except jax.errors.JaxRuntimeError as error:
             total = needed_bytes(str(error))
             if total is None:

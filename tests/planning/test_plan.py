@@ -17,10 +17,11 @@ from ringbpt.mesh import make_mesh
 from ringbpt.model.flops import forward_flops
 from ringbpt.model.llama import Model
 from ringbpt.planning import search
-from ringbpt.planning.collectives import collective_bytes
+from ringbpt.planning.collectives import collective_bytes, transfers
 from ringbpt.planning.estimate import balance, step_flops, visible_pairs
 from ringbpt.planning.hlo import parse as parse_hlo
 from ringbpt.planning.hlo import shape_bytes
+from ringbpt.planning.overlap import products_meanwhile
 from ringbpt.planning.program import Program, needed_bytes, read_assignment
 from ringbpt.planning.report import Plan, draw, make_plan, suggestion, table
 from ringbpt.planning.topologies import need, topology
@@ -181,6 +182,28 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 }}
 """
     assert set(collective_bytes(parse_hlo(text), (1, 2, 2, 2))) == {axes}
+
+
+def test_a_program_of_others_is_read_too():
+    """Its mesh's axes have other names, and what a kernel says of itself goes over several lines."""
+    text = """HloModule m, is_scheduled=true
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %send = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,2},{2,0},{1,3},{3,1}}
+  %kernel.7 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/shard_map/kernel/pallas_call"}
+  %sent = f32[8]{0} collective-permute-done(%send)
+  ROOT %r = f32[8]{0} add(%sent, %kernel.7)
+}
+"""
+    module = parse_hlo(text)
+    [sent] = transfers(module, (1, 2, 2), ("data", "context", "tensor"))
+    assert (sent.axis, sent.kind, sent.bytes) == ("context", "collective-permute", 32)
+    assert sent.computation.by_name["kernel.7"].op_name.endswith("shard_map/kernel/pallas_call")
+    assert products_meanwhile(module, sent.computation, sent.instruction) == ("kernel.7",)
+    assert products_meanwhile(module, sent.computation, sent.computation.by_name["kernel.7"]) == ()
+    assert len(sent.computation.instructions) == 5
 
 
 def test_shapes_have_bytes():
