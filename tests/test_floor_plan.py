@@ -160,6 +160,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # run held against its plan, several slices.
 WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200 + 1_100 + 650
 # samplers; +200 servers of other kinds; +750 rows dealt out and packed by their documents' work.
+# samplers; +200 servers of other kinds; +100 programs of others, read by the plan's readers.
 WHOLE += 300 + 400 + 150 + 150 + 200 + 600 + 750 + 250
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
@@ -296,7 +297,7 @@ def test_what_a_script_imports_of_the_house_is_there(path):
 
 
 def declared() -> tuple[set[str], set[str]]:
-    """The distributions that pyproject.toml names, normalised: (always installed, those and the extras')."""
+    """The distributions that are named, normalised: (always installed, those and the extras' and the Makefile's)."""
 
     def normal(requirement: str) -> str:
         return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0]).lower()
@@ -304,7 +305,8 @@ def declared() -> tuple[set[str], set[str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = {normal(name) for name in project["dependencies"]}
     extras = {normal(name) for names in project["optional-dependencies"].values() for name in names}
-    return core, core | extras
+    bare = re.findall(r"^[A-Z0-9]+ := ([\w-]+)==", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return core, core | extras | {normal(name) for name in bare}
 
 
 def third_party(tree: ast.AST) -> set[str]:
