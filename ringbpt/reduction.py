@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from ringbpt.dims import Axes
 
+# The name under which the hops of a sum stand in a compiled program; planning.overlap tells them from the ring's by it.
+SCOPE = "summed"
 # A product of fewer columns leaves much of a TPU's matrix units idle: no hop waits for a narrower one.
 LEAST_COLUMNS = 256
 
@@ -92,7 +94,8 @@ class Reduction:
             arrived, own = lax.optimization_barrier((arrived, terms(hop)))
             return [x + y for x, y in zip(arrived, own, strict=True)]
 
-        return jnp.concatenate(lax.fori_loop(1, size, turn, terms(0)), axis=dim)
+        with jax.named_scope(SCOPE):
+            return jnp.concatenate(lax.fori_loop(1, size, turn, terms(0)), axis=dim)
 
 
 def _cut(x: jax.Array, dim: int, shape: tuple[int, ...], at: dict[int, jax.Array | int]) -> jax.Array:

@@ -157,10 +157,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # their weights on the way to servers, and sampling ahead; +300 rows that begin other texts while neighbours go on;
 # +400 trajectories with tools; +150 the memory of sampling; +150 answers on a page, and what is said of
 # samplers; +200 servers of other kinds; +600 plans that can be refuted: one owner of rates, a step's cost by time, a
-# run held against its plan, several slices.
+# run held against its plan, several slices; +750 rows dealt out and packed by their documents' work; +100 programs
+# of others, read by the plan's readers; +150 sums in hops.
 WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200 + 1_100 + 650
-# samplers; +200 servers of other kinds; +750 rows dealt out and packed by their documents' work.
-# samplers; +200 servers of other kinds; +100 programs of others, read by the plan's readers.
 WHOLE += 300 + 400 + 150 + 150 + 200 + 600 + 750 + 250
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 

@@ -22,7 +22,7 @@ def summed(own: Reduction, shape, x, y):
     """x^T y over all tokens: as a product in parts, as a whole, and of the product's transpose, along its last dim."""
 
     def local(x, y):
-        product = lambda part: jnp.einsum("td,tf->df", part, y)  # noqa: E731
+        product = lambda part: jnp.einsum("td,tf->df", part, y)
         sums = (
             own.scatter_product(product, x, FSDP, 1, 0),
             own.scatter(product(x), FSDP, 0),
@@ -71,7 +71,7 @@ def test_a_tpu_sends_what_it_must(dtype):
     own = Reduction.on(mesh, dtype)
 
     def local(x, y):
-        product = lambda part: jnp.einsum("td,tf->df", part, y, preferred_element_type=jnp.float32)  # noqa: E731
+        product = lambda part: jnp.einsum("td,tf->df", part, y, preferred_element_type=jnp.float32)
         return own.scatter_product(product, x, FSDP, 1, 0)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, TOKENS), out_specs=PART, check_vma=False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ringbpt.attention.api import SCOPE
 from ringbpt.planning.attention_runs import AGAIN
 from ringbpt.planning.hlo import Computation, Instruction, Module, parse
+from ringbpt.reduction import SCOPE as SUMS
 
 # Custom calls that compute nothing.
 _PLUMBING = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "MoveTo")
@@ -98,12 +99,14 @@ def products_meanwhile(module: Module, computation: Computation, start: Instruct
 
 
 def _is_hop(module: Module, instruction: Instruction) -> bool:
-    """A permute that the program asked for: those that the partitioner invents carry another operation's name."""
+    """A permute that attention asked for: the partitioner's own carry another operation's name, sums of gradients their
+    scope's.
+    """
     permutes = instruction.opcode in ("collective-permute", "collective-permute-start") or (
         instruction.opcode == "async-start"
         and any(i.opcode == "collective-permute" for i in module.inside(instruction))
     )
-    return permutes and instruction.op_name.endswith("ppermute")
+    return permutes and instruction.op_name.endswith("ppermute") and f"/{SUMS}/" not in instruction.op_name
 
 
 def _between(computation: Computation, start: Instruction) -> list[Instruction]:
