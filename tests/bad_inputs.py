@@ -731,6 +731,9 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{SMALL} --answers=x", "--answers=2"),
         (f"{SMALL} --prompt=1", "must be below 1"),
     ],
+    "scripts/bench_reduce.py": [
+        (f"{SMALL} --every=0", "below 1"),
+    ],
     "scripts/prepare_data.py": [
         ("", "--output is empty"),
         (f"{SMALL} --output={{f}}/good.jsonl/x", "no folder"),

@@ -15,6 +15,7 @@ from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
 from ringbpt.planning.topologies import Topology
+from ringbpt.planning.traffic import traffic
 from ringbpt.training.memory import ARGUMENTS, account
 
 GIB = 2**30
@@ -80,6 +81,7 @@ class Plan:
             **dict.fromkeys(
                 (
                     "collectives",
+                    "traffic",
                     "ring_overlap",
                     "step_seconds",
                     "tokens_per_second",
@@ -96,6 +98,7 @@ class Plan:
         if machine.slices > 1:
             kinds[NETWORK] = bytes_between(module, machine.slices)
         report["collectives"] = {axis: sum(sizes.values()) for axis, sizes in kinds.items()}
+        report["traffic"] = [asdict(flow) for flow in traffic(module, config)]
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report
         guess = estimate(config, machine, kinds, ring_hops(program.text), kernel_of(module), again, self.pairs)
@@ -199,6 +202,10 @@ def table(report: dict[str, Any]) -> str:
     if report["collectives"] is not None:
         sent = ", ".join(f"{axis} {size(count)}" for axis, count in sorted(report["collectives"].items()))
         lines.append(f"transfers    a device sends a step: {sent or 'nothing'}")
+        for flow in report["traffic"]:
+            if flow["sent"] >= 2**20:
+                must = f" of {size(flow['least'])} at least" if flow["least"] else ""
+                lines.append(f"               {flow['what']}, {flow['way']}: {size(flow['sent'])}{must}")
     if report["ring_overlap"]:
         hops = report["ring_overlap"]
         margin = f"; a hop's computation is {report['hop_margin']:.1f} x its transfer" if report["hop_margin"] else ""

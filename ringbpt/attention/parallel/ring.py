@@ -22,6 +22,8 @@ from ringbpt.types import TokenMeta
 Hops: TypeAlias = Any  # how far the keys travel: an int32 scalar, or None for all the way
 Streams = tuple[tuple[int, slice], ...]  # which way (+1: to the next device), and which of a device's keys go there
 ONE_WAY: Streams = ((1, slice(None)),)
+# The name under which dK and dV travel in a compiled program; planning.traffic looks for it.
+GRADIENTS_SCOPE = "key_gradients"
 
 
 def _streams(bidirectional: bool, tokens: int) -> Streams:
@@ -133,7 +135,8 @@ def backward(
         return [_send(x, axis, size, way * step) for (step, _), x in zip(streams, arrays, strict=True)]
 
     def send_sums(d_kvs, way=1):
-        return [x.astype(jnp.float32) for x in send([x.astype(reduce_dtype) for x in d_kvs], way)]
+        with jax.named_scope(GRADIENTS_SCOPE):
+            return [x.astype(jnp.float32) for x in send([x.astype(reduce_dtype) for x in d_kvs], way)]
 
     def turn(i, state, onward: bool = True):
         """(dq, dK and dV of the keys at hand, those keys) -> the same after hop i: what goes on hides behind it."""

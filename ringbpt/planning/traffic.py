@@ -1,0 +1,91 @@
+"""What one device sends in a step, by what it is and in which pass, beside the least that must go."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from ringbpt.attention.api import SCOPE as ATTENTION
+from ringbpt.attention.parallel.ring import GRADIENTS_SCOPE
+from ringbpt.config import Config
+from ringbpt.model.llama import COMPUTE_DTYPES, make_dims
+from ringbpt.planning.attention_runs import AGAIN
+from ringbpt.planning.collectives import Transfer, transfers
+from ringbpt.planning.hlo import Module
+from ringbpt.reduction import SCOPE as SUMMED
+
+KEYS, KEY_GRADIENTS, DEALT = "keys and values", "gradients of keys and values", "heads for tokens"
+WEIGHTS, GRADIENTS, EMBEDDED, PLACES, REST = (
+    "weights",
+    "gradients of weights",
+    "embedding",
+    "ids and places",
+    "the rest",
+)
+FORWARD, AGAIN_FORWARD, BACKWARD = "forward", "forward again", "backward"
+_BARE = {(KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)}  # what a ring must send, whatever is kept
+
+
+@dataclass(frozen=True)
+class Flow:
+    """sent: bytes of one device in a step. least: bytes that no ring of these devices can do without; None where
+    nothing is counted.
+    """
+
+    what: str
+    way: str
+    sent: int
+    least: int | None
+
+
+def traffic(module: Module, config: Config) -> list[Flow]:
+    """The flows of a compiled step of `config`, the largest first."""
+    sent: Counter[tuple[str, str]] = Counter()
+    for transfer in transfers(module, config.mesh_shape):
+        sent[_what(transfer), _way(transfer)] += transfer.bytes
+    known = least(config)
+    return [Flow(*name, count, known.get(name)) for name, count in sent.most_common()]
+
+
+def _way(transfer: Transfer) -> str:
+    name = transfer.instruction.op_name
+    if AGAIN in name and f"/{ATTENTION}/" in name:
+        return AGAIN_FORWARD
+    return BACKWARD if "transpose(" in name else FORWARD
+
+
+def _what(transfer: Transfer) -> str:
+    name, operands = transfer.instruction.op_name, transfer.instruction.operands
+    of_numbers = {transfer.computation.by_name[x].shape[:3] for x in operands if x in transfer.computation.by_name}
+    if of_numbers == {"s32"}:
+        return PLACES
+    if f"/{ATTENTION}/" in name:
+        gradients = f"/{GRADIENTS_SCOPE}/" in name or transfer.kind in ("reduce-scatter", "all-reduce")
+        gradients |= f"/{SUMMED}/" in name
+        return KEY_GRADIENTS if gradients else DEALT if transfer.kind == "all-to-all" else KEYS
+    if f"/{SUMMED}/" in name or transfer.kind in ("reduce-scatter", "all-reduce"):
+        return GRADIENTS
+    return {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(transfer.kind, REST)
+
+
+def least(config: Config) -> dict[tuple[str, str], int]:
+    """{(what, way): bytes} of one device: keys once all the way round for each pass, weights gathered once for each,
+    gradients summed once; the heads and the feedforward that tp deals out counted for one of its devices.
+    """
+    execution, d, (dp, fsdp, tp, sp) = config.execution, make_dims(config.architecture), config.mesh_shape
+    numbers, travels = (jnp.dtype(COMPUTE_DTYPES[x]).itemsize for x in (config.dtype, execution.reduce_dtype))
+    rows, micros = config.train_dataset.batch_size // (dp * fsdp), config.optimizer.accumulate_gradient_steps
+    keys = 2 * rows * (config.train_dataset.seq_length // sp) * max(1, d.K // tp) * d.H
+    round_trip = d.L * (sp - 1) * keys
+    layers = d.L * (2 * d.D * d.N * d.H + 2 * d.D * d.K * d.H + 3 * d.D * d.F * max(1, d.E)) // tp
+    others, whole = fsdp * sp - 1, layers + (d.D * d.V // tp)
+    found = {
+        (KEYS, FORWARD): round_trip * numbers,
+        (KEYS, BACKWARD): round_trip * numbers,
+        (KEY_GRADIENTS, BACKWARD): round_trip * travels,
+        (WEIGHTS, FORWARD): micros * whole * numbers * others // (others + 1),
+        (WEIGHTS, BACKWARD): micros * layers * numbers * others // (others + 1),
+        (GRADIENTS, BACKWARD): micros * whole * travels * others // (others + 1),
+    }
+    rings = execution.sequence_parallel == "ring" and sp > 1 and not execution.ring_skip_hops
+    return {name: count for name, count in found.items() if count and (rings or name not in _BARE)}

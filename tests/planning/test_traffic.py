@@ -1,0 +1,49 @@
+"""What a compiled step sends is what it must send: each kind of transfer as often as it has to go, and no more."""
+
+import pytest
+
+from ringbpt.config import parse, parse_args
+from ringbpt.planning.hlo import parse as program
+from ringbpt.planning.program import compile_program
+from ringbpt.planning.topologies import topology
+from ringbpt.planning.traffic import AGAIN_FORWARD, BACKWARD, FORWARD, GRADIENTS, KEY_GRADIENTS, KEYS, WEIGHTS, traffic
+
+MODEL = (
+    "--load_llama_config=debug",
+    "--llama.hidden_size=512",
+    "--llama.intermediate_size=1024",
+    "--llama.num_hidden_layers=3",
+    "--llama.num_attention_heads=4",
+    "--llama.num_key_value_heads=4",
+    "--llama.vocab_size=1024",
+    "--llama.attention_type=ring_blockwise",
+    "--dtype=bf16",
+    "--train_dataset.json_dataset.batch_size=4",
+)
+
+
+def flows(mesh: str, *flags: str) -> dict[tuple[str, str], tuple[int, int | None]]:
+    machine = topology("v5p-16")
+    lengths = ("--train_dataset.json_dataset.seq_length=4096", "--llama.max_sequence_length=4096")
+    config = parse(parse_args([*MODEL, *lengths, f"--mesh_dim={mesh}", *flags]), len(machine.devices))
+    found = traffic(program(compile_program(config, machine).text), config)
+    return {(flow.what, flow.way): (flow.sent, flow.least) for flow in found}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "flags", "again"),
+    [
+        ("1,1,1,8", ("--llama.remat_block=save_attention", "--llama.reduce_dtype=bf16"), False),
+        ("1,2,1,4", ("--llama.remat_block=nothing_saveable", "--llama.scan_mlp"), True),
+    ],
+)
+def test_every_kind_goes_as_often_as_it_must(mesh, flags, again):
+    found = flows(mesh, *flags)
+    for name in ((KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)):
+        assert found[name][0] == found[name][1], name
+    # Besides the norms', which the count of the least leaves out.
+    for name in ((WEIGHTS, FORWARD), (WEIGHTS, BACKWARD), (GRADIENTS, BACKWARD)):
+        sent, least = found[name]
+        assert least and least <= sent <= 1.02 * least, (name, sent, least)
+    # A second forward is the price of a policy that keeps nothing.
+    assert ((KEYS, AGAIN_FORWARD) in found) == again
