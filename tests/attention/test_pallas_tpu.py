@@ -100,9 +100,34 @@ def test_what_it_cannot_do_it_refuses_by_name(monkeypatch):
         attend(head_dim=12)
     with pytest.raises(NotImplementedError, match="this is cpu: use blockwise"):
         make_pallas_tpu(jax.devices()[0], None, None)
-    monkeypatch.setattr(pallas_tpu, "MOST_VISITS", 3)
-    with pytest.raises(NotImplementedError, match="list of 4 possible visits"):
+    monkeypatch.setattr(pallas_tpu, "MOST_VISITS", 1)
+    with pytest.raises(NotImplementedError, match=r"list of 4 possible visits .* no equal pieces"):
         attend()
+
+
+def test_a_list_of_visits_too_long_is_walked_in_pieces(monkeypatch):
+    """Of 4 x 2 blocks; of the queries forward, with what each is handed, and of the keys backward."""
+    numbers = np.random.default_rng(0)
+    q, d_out = (jnp.asarray(numbers.normal(size=(1, 512, 4, 8)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(numbers.normal(size=(1, 256, 2, 8)), jnp.float32) for _ in range(2))
+    place = np.arange(512)[None].astype(np.int32)
+    q_meta, kv_meta = (TokenMeta(place[:, -n:] % 320, 1 + place[:, -n:] // 320) for n in (512, 256))
+    carry = Partial(d_out, jnp.ones(q.shape[:3], jnp.float32))
+
+    def run():
+        local = interpreted()
+        part = local.attend(q, k, v, q_meta, kv_meta, MaskSpec(), carry)
+        return part, local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, q_meta, kv_meta, MaskSpec())
+
+    whole = run()
+    monkeypatch.setattr(pallas_tpu, "MOST_VISITS", 4)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), run(), whole)
+
+
+@pytest.mark.slow
+def test_half_a_million_tokens_compile_for_one_tpu():
+    """Its list of possible visits, 262,144 of them, would not fit the scalar memory."""
+    compiled("v5p-8", 128, jnp.bfloat16, length=2**19)
 
 
 # --- for TPUs that aren't here ---

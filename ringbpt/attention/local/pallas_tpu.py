@@ -236,12 +236,37 @@ def _blocks(q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, sizes: tuple[
         jnp.stack([q_meta.position_BT, q_meta.segment_BT], axis=1),
         jnp.stack([kv_meta.position_BT, *(jnp.where(x == 0, -1, x) for x in documents)], axis=1),
     )
-    if (entries := q_meta.position_BT.shape[0] * (t[1] // t[0]) * (s[1] // s[0])) > MOST_VISITS:
-        raise NotImplementedError(
-            f"pallas_tpu keeps its list of {entries} possible visits in scalar memory, which holds {MOST_VISITS}: use "
-            f"larger blocks than {t[0]} queries and {s[0]} keys, fewer tokens a device, or blockwise"
-        )
     return t, s, metas, row_visibility(q_meta, kv_meta, mask, t[0], s[0])
+
+
+def _pieces(rows: int, cut: tuple[int, int], other: tuple[int, int]) -> int:
+    """Into how many equal pieces one side's tokens are cut, for the list of possible visits of each to fit the scalar
+    memory. cut, other: (tokens, the most of a block), of that side and of the other.
+
+    Raises NotImplementedError where no number of pieces divides the tokens.
+    """
+    (tokens, most), count = cut, rows * _blocks_of(*other)
+    for pieces in range(1, tokens // LANES + 1):
+        if tokens % pieces == 0 and count * _blocks_of(tokens // pieces, most) <= MOST_VISITS:
+            return pieces
+    raise NotImplementedError(
+        f"pallas_tpu keeps its list of {count * _blocks_of(*cut)} possible visits in scalar memory, which holds "
+        f"{MOST_VISITS}, and cuts {tokens} tokens into no equal pieces of fewer: use larger blocks, or blockwise"
+    )
+
+
+def _blocks_of(length: int, most: int) -> int:
+    block, padded = _block(length, most)
+    return padded // block
+
+
+def _cut(tree: Any, pieces: int) -> Any:
+    """Arrays [B, T, ...] -> [pieces, B, T / pieces, ...]; _joined is its inverse."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0), tree)
+
+
+def _joined(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
 
 
 @dataclass(frozen=True)
@@ -289,10 +314,21 @@ def attend(
     q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, carry: Partial | None = None,
     *, options: _Options,
 ) -> Partial:  # fmt: skip
-    """See core.Local. Raises NotImplementedError for other dtypes than float32 and bfloat16."""
+    """See core.Local. Raises NotImplementedError for other dtypes than float32 and bfloat16.
+
+    Where the list of visits would not fit the scalar memory, a piece of the queries after the other.
+    """
     _check(q)
     length, (_, _, heads, head_dim), group = q.shape[1], q.shape, q.shape[2] // k.shape[2]
     sizes = options.sizes(q, "forward")
+    if (pieces := _pieces(q.shape[0], (length, sizes[0]), (k.shape[1], sizes[1]))) > 1:
+        places = jax.tree.map(jnp.asarray, kv_meta)
+        return _joined(
+            lax.map(
+                lambda own: attend(own[0], k, v, own[1], places, mask, own[2], options=options),
+                _cut((q, jax.tree.map(jnp.asarray, q_meta), carry), pieces),
+            )
+        )
     (block_T, length_T), (block_S, length_S), metas, (some, every) = _blocks(q_meta, kv_meta, mask, sizes)
     todo, blocks_T = visits(some, every), length_T // block_T
     k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -347,12 +383,22 @@ def attend_bwd(
     q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
     *, options: _Options,
 ):  # fmt: skip
-    """See core.Local."""
+    """See core.Local; where the list of visits would not fit, a piece of the keys after the other."""
     _check(q)
     length, length_kv = q.shape[1], k.shape[1]
     (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
     group = heads // kv_heads
     sizes = options.sizes(q, "backward")
+    if (pieces := _pieces(batch, (length_kv, sizes[1]), (length, sizes[0]))) > 1:
+        q_meta, kv_meta = jax.tree.map(jnp.asarray, (q_meta, kv_meta))
+
+        def piece(dq, keys):
+            k, v, kv_meta = keys
+            more, dk, dv = attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask, options=options)
+            return dq + more, (dk, dv)
+
+        dq, grads = lax.scan(piece, jnp.zeros(q.shape, jnp.float32), _cut((k, v, kv_meta), pieces))
+        return dq, *_joined(grads)
     (block_T, length_T), (block_S, length_S), metas, (some, every) = _blocks(q_meta, kv_meta, mask, sizes)
     todo, blocks_S = visits(some.swapaxes(1, 2), every.swapaxes(1, 2)), length_S // block_S
     # A row without keys must get p = exp(score - lse) = 0, not exp(+inf).
