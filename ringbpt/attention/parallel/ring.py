@@ -117,8 +117,7 @@ def backward(
     The sum of dK and dV for a device's keys is handed on with the keys, one hop behind: while hop i computes, the sum
     of hop i - 1 is on its way, in reduce_dtype. So that the first sending of K and V and the sum's homecoming hide
     behind computation too, the device's own keys are done in two halves: the first half of its queries before the ring
-    starts, the second while the sum comes home. None is exposed, and n - 1 transfers of K and V and n - 1 of their
-    gradients cannot be fewer: what the own keys get at home never travels.
+    starts, the second while the sum comes home. What the own keys get at home never travels: n - 1 hops of each.
     """
     size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
     meta_at = _all_metas(kv_meta, axis, streams)
