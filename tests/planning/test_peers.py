@@ -24,7 +24,7 @@ def test_the_page_says_what_is_known_and_what_is_not():
     ring = KNOWN["v5p-16 32K ring"]
     assert f"| v5p-16 32K ring | ours | {ring['ours']['total'] / 2**30:.1f} |" in page
     assert f"|  | MaxText | {ring['theirs']['total'] / 2**30:.1f} |" in page
-    without = compare.page({name: {"ours": row["ours"]} for name, row in KNOWN.items()})
+    without = compare.page({name: {"ours": row["ours"]} for name, row in KNOWN.items() if "ours" in row})
     assert "\n- v5p-16 32K ring: MaxText\n" in without and "maxtext 0" not in without
 
 
