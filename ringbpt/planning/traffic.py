@@ -56,13 +56,18 @@ def _way(transfer: Transfer) -> str:
 
 def _what(transfer: Transfer) -> str:
     name, operands = transfer.instruction.op_name, transfer.instruction.operands
-    of_numbers = {transfer.computation.by_name[x].shape[:3] for x in operands if x in transfer.computation.by_name}
-    if of_numbers == {"s32"}:
+    dtypes = {
+        transfer.computation.by_name[x].shape.lstrip("(")[:4] for x in operands if x in transfer.computation.by_name
+    }
+    if dtypes <= {"s32[", "u32["}:
         return PLACES
     if f"/{ATTENTION}/" in name:
         gradients = f"/{GRADIENTS_SCOPE}/" in name or transfer.kind in ("reduce-scatter", "all-reduce")
         gradients |= f"/{SUMMED}/" in name
         return KEY_GRADIENTS if gradients else DEALT if transfer.kind == "all-to-all" else KEYS
+    # What a TPU's compiler makes of gathers over a torus loses its name; of sums, which go in hops there, it makes none.
+    if transfer.kind == "all-reduce" and (not name or name.endswith("all_gather")):
+        return WEIGHTS
     if f"/{SUMMED}/" in name or transfer.kind in ("reduce-scatter", "all-reduce"):
         return GRADIENTS
     return {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(transfer.kind, REST)
