@@ -65,7 +65,7 @@ def _what(transfer: Transfer) -> str:
         gradients = f"/{GRADIENTS_SCOPE}/" in name or transfer.kind in ("reduce-scatter", "all-reduce")
         gradients |= f"/{SUMMED}/" in name
         return KEY_GRADIENTS if gradients else DEALT if transfer.kind == "all-to-all" else KEYS
-    # What a TPU's compiler makes of gathers over a torus loses its name; of sums, which go in hops there, it makes none.
+    # What a TPU's compiler makes of gathers over a torus loses its name; sums go in hops there.
     if transfer.kind == "all-reduce" and (not name or name.endswith("all_gather")):
         return WEIGHTS
     if f"/{SUMMED}/" in name or transfer.kind in ("reduce-scatter", "all-reduce"):
