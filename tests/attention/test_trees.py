@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringbpt.attention import MaskSpec, permutation
 from ringbpt.attention.core import row_visibility, visible
 from ringbpt.attention.work import count
-from ringbpt.layouts import LAYOUTS
+from ringbpt.layouts import LAYOUTS, order_of
 from ringbpt.types import TokenMeta
 from tests.attention.suite import arrays, forest_metas, laid_apart, tree_metas
 from tests.attention.test_parallel import BY_2, HEAD_DIM, LENGTH, SKIP, TWO_WAYS, WINDOW, Program, computed, options
@@ -124,7 +124,8 @@ def test_pairs_are_counted(trees, mask, layout):
     sp = 4
     meta = padded(trees, 8, more=1)
     length = meta.position_BT.shape[1]
-    laid_out = places(meta, permutation(layout, length, sp))
+    order = order_of(layout, meta, sp, mask.window)
+    laid_out = jax.tree.map(order.lay_out, order.meta(meta))
     seen = np.asarray(visible(laid_out, laid_out, mask)).reshape(sp, length // sp, sp, length // sp).sum(axis=(1, 3))
     pairs = count(meta, layout, sp, mask, 8, 8).pairs
     assert [[pairs[r, (r - s) % sp] for s in range(sp)] for r in range(sp)] == seen.tolist()
