@@ -246,7 +246,7 @@ def _pieces(rows: int, cut: tuple[int, int], other: tuple[int, int]) -> int:
     Raises NotImplementedError where no number of pieces divides the tokens.
     """
     (tokens, most), count = cut, rows * _blocks_of(*other)
-    for pieces in range(1, tokens // LANES + 1):
+    for pieces in range(1, max(tokens // LANES, 1) + 1):
         if tokens % pieces == 0 and count * _blocks_of(tokens // pieces, most) <= MOST_VISITS:
             return pieces
     raise NotImplementedError(
