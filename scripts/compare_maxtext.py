@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,16 @@ FLAGS = {
     "only": Flag(str, "", "rows whose name contains this text, as 'v5p-16 32K'"),
     "minutes": Flag(float, 60.0, "a side of a row that compiles for longer is left for another run", above=0),
     "page": Flag(bool, False, "compile nothing: write the page again"),
-    "side": Flag(str, "", "of one row alone, ours or theirs: print what is read off it, as JSON"),
+    "side": Flag(str, "", "of one row alone, ours, theirs or plain: print what is read off it, as JSON"),
 }
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 K = 1024
 LENGTHS = {"32K": 32 * K, "256K": 256 * K, "1M": 1024 * K}
 MACHINES = ("v5p-16", "v5p-128", "v6e-64")
-# The name of a strategy here -> of MaxText's. 32 heads can't be dealt to 64 devices: to 8, in rings of 8.
+# The name of a strategy here -> of MaxText's. 32 heads can't be dealt to 64 devices, but to fewer, in a ring of such.
 STRATEGIES = {"ring": "ring", "all_gather": "all_gather", "ulysses": "ulysses", "ulysses_ring": "usp"}
-DEGREE = 8
+DEGREES = {"v5p-128": 16, "v6e-64": 8}  # devices that trade heads: whole axes of the machine, 4 x 4 x 4 and 8 x 8
 LONGEST = "longest"  # the length of a row that looks for one
 ROWS = [
     f"{machine} {length} {strategy}"
@@ -52,6 +53,7 @@ ROWS = [
 ]
 # Where in a step a transfer is attention's; all others are of weights, their gradients, and the embedding.
 ATTENTION = {"ours": r"/attention/", "theirs": r"/shard_map/|/sharding_constraint$"}
+SIDES = {"ours": "ours", "theirs": "MaxText", "plain": "MaxText's defaults"}
 OURS = [
     "--load_llama_config=7b",
     "--dtype=bf16",
@@ -71,25 +73,37 @@ THEIRS = [
     "compile_topology_num_slices=1",
     "dataset_type=synthetic",
     "enable_checkpointing=false",
+    "jax_cache_dir=",  # a program from a cache is not compiled, and says nothing of its buffers
     "run_name=peers",
 ]
+# As its recipes for long sequences have it: not a gradient of the queries for every block of keys, and larger blocks.
+TUNED = ["dq_reduction_steps=3"]
+BLOCKS = ("sa_block_q", "sa_block_kv", "sa_block_q_dkv", "sa_block_kv_dkv")
+BLOCK = 1024
 
 
-def our_flags(count: int, length: int, strategy: str) -> list[str]:
-    """The run's flags for so many devices."""
+def sides(name: str) -> list[str]:
+    """Which a row has: MaxText's defaults where their memory is another, in a ring."""
+    return [side for side in SIDES if side != "plain" or (name.endswith(" ring") and LONGEST not in name)]
+
+
+def our_flags(machine: str, count: int, length: int, strategy: str) -> list[str]:
+    """The run's flags for the machine, which has so many devices."""
     sizes = [f"--train_dataset.json_dataset.seq_length={length}", f"--llama.max_sequence_length={length}"]
-    degree = [f"--llama.ulysses_degree={DEGREE}"] * (strategy == "ulysses_ring")
+    degree = [f"--llama.ulysses_degree={DEGREES[machine]}"] if strategy == "ulysses_ring" else []
     return [*OURS, *sizes, f"--mesh_dim=1,1,1,{count}", f"--llama.sequence_parallel={strategy}", *degree]
 
 
 def ours(machine: Topology, length: int, strategy: str) -> tuple[Program, tuple[int, ...], tuple[str, ...]]:
     """(the step as the loop runs it, the shape of its mesh, the names of the mesh's axes)."""
     count = len(machine.devices)
-    config = parse(parse_args(our_flags(count, length, strategy)), count)
+    config = parse(parse_args(our_flags(machine.name, count, length, strategy)), count)
     return compile_program(config, machine), tuple(config.mesh_shape), config.mesh_shape._fields
 
 
-def theirs(machine: Topology, length: int, strategy: str) -> tuple[Program, tuple[int, ...], tuple[str, ...]]:
+def theirs(
+    machine: Topology, length: int, strategy: str, tuned: bool = True
+) -> tuple[Program, tuple[int, ...], tuple[str, ...]]:
     """The same of MaxText, which makes its step as its own train_compile does, for our devices."""
     os.environ["LIBTPU_INIT_ARGS"] = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # as train_compile says
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")
@@ -100,7 +114,8 @@ def theirs(machine: Topology, length: int, strategy: str) -> tuple[Program, tupl
     from maxtext.utils import maxtext_utils, sharding
 
     count = len(machine.devices)
-    dealt = DEGREE if strategy == "ulysses_ring" else 1
+    dealt = DEGREES[machine.name] if strategy == "ulysses_ring" else 1
+    blocks = [f"{name}={min(BLOCK, length // count)}" for name in BLOCKS]
     asked = [
         f"compile_topology={machine.name}",
         f"max_target_length={length}",
@@ -109,6 +124,7 @@ def theirs(machine: Topology, length: int, strategy: str) -> tuple[Program, tupl
         f"ici_context_usp_ulysses_parallelism={dealt}",
         f"context_parallel_strategy={STRATEGIES[strategy]}",
         f"context_parallel_load_balance={strategy != 'ulysses'}",  # which refuses it: a device has the whole sequence
+        *([*TUNED, *blocks] if tuned else []),
     ]
     config = pyconfig.initialize(["", f"{Path(maxtext.__file__).parent}/configs/base.yml", *THEIRS, *asked])
     mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config, machine.devices), config.mesh_axes)
@@ -150,7 +166,7 @@ def read(side: str, program: Program, mesh_shape: tuple[int, ...], axes: tuple[s
     parts = dict.fromkeys(("attention", "rest"), 0)
     exposed = dict(parts)
     for transfer in transfers(module, mesh_shape, axes):
-        part = "attention" if re.search(ATTENTION[side], _origin(transfer)) else "rest"
+        part = "attention" if re.search(ATTENTION.get(side, ATTENTION["theirs"]), _origin(transfer)) else "rest"
         hiding = products_meanwhile(module, transfer.computation, transfer.instruction)
         sent[f"{transfer.axis} {transfer.kind} {_dtypes(transfer)} of {part}"] += transfer.bytes
         parts[part] += transfer.bytes
@@ -183,8 +199,8 @@ def compile_side(name: str, side: str, known: dict[str, Any]) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     machine_name, length, strategy = name.split()
     machine = topology(machine_name)
-    make = {"ours": ours, "theirs": theirs}[side]
-    packages = ["jax", "libtpu", *(["maxtext"] if side == "theirs" else [])]
+    make = {"ours": ours, "theirs": theirs, "plain": partial(theirs, tuned=False)}[side]
+    packages = ["jax", "libtpu", *([] if side == "ours" else ["maxtext"])]
     made_by = {"with": ", ".join(f"{package} {version(package)}" for package in packages)}
     points = {LENGTHS[n]: known.get(f"{machine_name} {n} {strategy}", {}).get(side, {}) for n in LENGTHS}
     totals = {tokens: found["total"] for tokens, found in points.items() if "total" in found}
@@ -246,14 +262,15 @@ def cells(found: dict[str, Any] | None) -> list[str]:
     return [*map(_gib, (found["total"], sent, found["attention"], found["rest"])), exposed, hops]
 
 
-SIDES = {"ours": "ours", "theirs": "MaxText"}
 HEAD = """# Beside MaxText
 
 One train step of Llama-2-7B, one sequence, by this house and by [MaxText](https://pypi.org/project/maxtext/), each
 compiled ahead of time for TPUs that were not there: nothing was run, and nothing here is a time. One compiler makes
 both for the same devices, and one reader reads both programs. Weights and AdamW are in float32, products in bfloat16;
 nothing is kept of a layer but its input; tokens stand in the order by which all devices have the same work. The devices
-share the one sequence, and the weights are dealt out over them. The rest of MaxText's settings are its own.
+share the one sequence, and the weights are dealt out over them. The rest of MaxText's settings are its own, but for two
+that its runs of long sequences were published with: the queries' gradients in three parts, and blocks of 1,024. Without
+them it needs more memory in a ring, as *its defaults* say.
 [scripts/compare_maxtext.py](../scripts/compare_maxtext.py) has every flag of both. Made by {versions}.
 
 <!-- test: make -->
@@ -280,30 +297,27 @@ def page(known: dict[str, Any]) -> str:
     packages = sorted({package for side in found for package in side["with"].split(", ")})
     lines = HEAD.replace("{versions}", ", ".join(packages)).splitlines()
     rows = [name for name in ROWS if name in known and LONGEST not in name]
+    every = [(name, side, known.get(name, {}).get(side)) for name in ROWS for side in sides(name)]
     for name in rows:
-        for side, by in SIDES.items():
-            lines.append(f"| {name if side == 'ours' else ''} | {by} | {' | '.join(cells(known[name].get(side)))} |")
+        for side in sides(name):
+            lines.append(
+                f"| {name if side == 'ours' else ''} | {SIDES[side]} | {' | '.join(cells(known[name].get(side)))} |"
+            )
+    sent = [f"- {name}, {SIDES[side]}: {kinds(found)}" for name, side, found in every if found and "sent" in found]
     far = [
-        f"- {name.replace(' longest', ',')}, {by}: {side['tokens']:,} tokens fit, in {size(side['total'])}"
-        for name in ROWS
-        for key, by in SIDES.items()
-        if "tokens" in (side := known.get(name, {}).get(key, {}))
+        f"- {name.replace(' longest', ',')}, {SIDES[side]}: {found['tokens']:,} tokens fit, in {size(found['total'])}"
+        for name, side, found in every
+        if found and "tokens" in found
     ]
     refused = [
-        f"- {name}, {by}: {side['refused']}"
-        for name in ROWS
-        for key, by in SIDES.items()
-        if "refused" in (side := known.get(name, {}).get(key, {}))
+        f"- {name}, {SIDES[side]}: {found['refused']}" for name, side, found in every if found and "refused" in found
     ]
-    absent = {name: [by for key, by in SIDES.items() if key not in known.get(name, {})] for name in ROWS}
-    sent = [
-        f"- {name}, {by}: {kinds(known[name][key])}" for name in rows for key, by in SIDES.items() if key in known[name]
-    ]
+    absent = {name: [SIDES[side] for side in sides(name) if side not in known.get(name, {})] for name in ROWS}
     for title, part in (
-        ("What is sent", [line for line in sent if not line.endswith(": ")]),
+        ("What is sent", sent),
         ("How long a sequence fits", far),
         ("What is refused", refused),
-        ("Not compiled yet", [f"- {name}: {', '.join(sides)}" for name, sides in absent.items() if sides]),
+        ("Not compiled yet", [f"- {name}: {', '.join(by)}" for name, by in absent.items() if by]),
     ):
         if part:
             lines += ["", f"## {title}", "", *part]
@@ -318,15 +332,14 @@ def kinds(found: dict[str, Any]) -> str:
 
 
 def draw(known: dict[str, Any], path: Path) -> None:
-    """Two bars a row, ours above MaxText's: memory on the left; on the right what is sent, the exposed part darker."""
+    """Bars for each row, ours on top: memory on the left; on the right what is sent, the exposed part darker."""
     from matplotlib.figure import Figure
 
     rows = [name for name in ROWS if any("attention" in side for side in known.get(name, {}).values())]
-    figure = Figure(figsize=(11, 1.6 + 0.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 1.8 + 0.7 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for offset, (side, by), (dark, light) in zip(
-        (-0.2, 0.2), SIDES.items(), (("#155a73", "#8cc4d6"), ("#a8481f", "#ecb79c")), strict=True
-    ):
+    colors = (("#155a73", "#8cc4d6"), ("#a8481f", "#ecb79c"), ("#6b6b6b", "#c9c9c9"))
+    for offset, (side, by), (dark, light) in zip((-0.27, 0, 0.27), SIDES.items(), colors, strict=True):
         found = {place: known[name].get(side, {}) for place, name in enumerate(rows)}
         found = {place: side for place, side in found.items() if "attention" in side}
         places = [place + offset for place in found]
@@ -334,14 +347,14 @@ def draw(known: dict[str, Any], path: Path) -> None:
         hidden = [
             (side["attention"] + side["rest"]) / 2**30 - e for side, e in zip(found.values(), exposed, strict=True)
         ]
-        left.barh(places, [side["total"] / 2**30 for side in found.values()], 0.36, color=light, label=by)
-        right.barh(places, exposed, 0.36, color=dark, label=f"{by}: exposed")
-        right.barh(places, hidden, 0.36, left=exposed, color=light, label=f"{by}: behind a product or a kernel")
+        left.barh(places, [side["total"] / 2**30 for side in found.values()], 0.25, color=light, label=by)
+        right.barh(places, exposed, 0.25, color=dark, label=f"{by}: exposed")
+        right.barh(places, hidden, 0.25, left=exposed, color=light, label=f"{by}: behind a product or a kernel")
     left.set_yticks(range(len(rows)), rows)
     left.invert_yaxis()
     left.set_xlabel("GiB of one device")
     right.set_xlabel("GiB that one device sends in a step")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -358,7 +371,7 @@ def main(argv: list[str]) -> int:
         )
     if own["side"]:
         if own["side"] not in SIDES or own["only"] not in ROWS:
-            raise UserError(f"--side={own['side']}: ours or theirs, of one row: --side=ours --only={names[0]!r}")
+            raise UserError(f"--side={own['side']}: {', '.join(SIDES)}, of one row: --side=ours --only={names[0]!r}")
         print(json.dumps(compile_side(own["only"], own["side"], known)))
         return 0
     try:
@@ -367,7 +380,7 @@ def main(argv: list[str]) -> int:
         if not own["page"]:
             raise UserError("maxtext is not installed here: make peers builds its environment and runs this") from None
     for name in [] if own["page"] else names:
-        for side in SIDES:
+        for side in sides(name):
             if side in known.get(name, {}):
                 continue
             command = [sys.executable, __file__, f"--side={side}", f"--only={name}"]

@@ -766,7 +766,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
     "scripts/bench_convert.py": [("", "--folder is missing"), ("--folder={f}/pipe", "no folder")],
     "scripts/compare_maxtext.py": [
         ("--only=nosuch", "did you mean"),
-        ("--side=mine", "ours or theirs"),
+        ("--side=mine", "ours, theirs, plain"),
         ("--minutes=0", "above 0"),
     ],
     "scripts/context_lengths.py": [("--close=0", "above 1"), ("--most=0", "below 1")],

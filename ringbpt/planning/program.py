@@ -141,9 +141,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def needed_bytes(message: str) -> int | None:
     """The memory that a program would have needed, from the compiler's refusal; None where it refused for another
-    reason.
+    reason: a kernel's own memory on the chip among them.
     """
-    if "RESOURCE_EXHAUSTED" not in message:
+    if "RESOURCE_EXHAUSTED" not in message or re.search(r"memory space (?!hbm)", message):
         return None
     found = re.search(r"(?:temporaries \(|Used |allocating )([0-9.]+)([KMGT]?)", message)
     return int(float(found.group(1)) * _UNITS[found.group(2)]) if found else None

@@ -19,13 +19,13 @@ def test_the_page_says_what_is_known_and_what_is_not():
     page = compare.page(KNOWN)
     assert (compare.DOCS / "peers.md").read_text() == page
     for name in compare.ROWS:
-        absent = [by for side, by in compare.SIDES.items() if side not in KNOWN.get(name, {})]
+        absent = [compare.SIDES[side] for side in compare.sides(name) if side not in KNOWN.get(name, {})]
         assert not absent or f"\n- {name}: {', '.join(absent)}\n" in page
     ring = KNOWN["v5p-16 32K ring"]
     assert f"| v5p-16 32K ring | ours | {ring['ours']['total'] / 2**30:.1f} |" in page
     assert f"|  | MaxText | {ring['theirs']['total'] / 2**30:.1f} |" in page
     without = compare.page({name: {"ours": row["ours"]} for name, row in KNOWN.items() if "ours" in row})
-    assert "\n- v5p-16 32K ring: MaxText\n" in without and "maxtext 0" not in without
+    assert "\n- v5p-16 32K ring: MaxText, MaxText's defaults\n" in without and "maxtext 0" not in without
 
 
 def test_its_picture_is_whole(tmp_path, monkeypatch):
@@ -37,7 +37,8 @@ def test_its_picture_is_whole(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("count", "strategy"), [(8, "ring"), (8, "all_gather"), (8, "ulysses"), (64, "ulysses_ring")])
 def test_both_are_asked_for_the_same(count, strategy):
-    config = parse(parse_args(compare.our_flags(count, 32768, strategy)), count)
+    machine = {8: "v5p-16", 64: "v6e-64"}[count]
+    config = parse(parse_args(compare.our_flags(machine, count, 32768, strategy)), count)
     assert config.mesh_shape.sp == count and config.execution.sequence_parallel == strategy
     assert config.execution.remat_block == "nothing_saveable" and "remat_policy=full" in compare.THEIRS
     assert config.dtype == "bf16" and "dtype=bfloat16" in compare.THEIRS
@@ -48,7 +49,7 @@ def test_both_are_asked_for_the_same(count, strategy):
 
 def test_heads_that_cannot_be_dealt_out_are_refused_in_a_line():
     with pytest.raises(UserError, match="ulysses") as refused:
-        parse(parse_args(compare.our_flags(64, 32768, "ulysses")), 64)
+        parse(parse_args(compare.our_flags("v6e-64", 64, 32768, "ulysses")), 64)
     assert "\n" not in compare.reason(refused.value)
     theirs = ValueError(
         "1 validation error for X\n  Value error, TPU Ulysses needs heads. [type=value_error, input={}]\n  x"
@@ -112,8 +113,8 @@ def test_a_length_that_turns_out_too_long_is_shortened():
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     """Each side is written as soon as it is known; one that takes too long, or says nothing, is left for later."""
-    name, other = "v5p-16 32K ring", "v5p-16 32K ulysses"
-    known = KNOWN[name]
+    name, other = "v5p-16 32K all_gather", "v5p-16 32K ulysses"
+    known = dict.fromkeys(("ours", "theirs"), KNOWN["v5p-16 32K ring"]["ours"])
     (tmp_path / "peers.json").write_text(json.dumps({name: {"ours": known["ours"]}}))
     asked = []
 

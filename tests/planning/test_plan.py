@@ -105,6 +105,7 @@ def test_temporaries_are_what_is_neither_argument_nor_constant_nor_on_the_chip()
             int(44.16 * 2**30),
         ),
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.79G of 15.75G hbm.", int(16.79 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space smem. Used 1.63M of 1.00M smem.", None),
         ("RESOURCE_EXHAUSTED: something else", None),
         ("INTERNAL: Used 16.79G", None),
     ],
