@@ -106,7 +106,8 @@ def _is_hop(module: Module, instruction: Instruction) -> bool:
         instruction.opcode == "async-start"
         and any(i.opcode == "collective-permute" for i in module.inside(instruction))
     )
-    return permutes and instruction.op_name.endswith("ppermute") and f"/{SUMS}/" not in instruction.op_name
+    # Of several that a compiler sends at once the names are joined: .../(ppermute:other/ppermute).
+    return permutes and instruction.op_name.rstrip(")").endswith("ppermute") and f"/{SUMS}/" not in instruction.op_name
 
 
 def _between(computation: Computation, start: Instruction) -> list[Instruction]:

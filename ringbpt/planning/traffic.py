@@ -1,6 +1,7 @@
 """What one device sends in a step, by what it is and in which pass, beside the least that must go."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -11,17 +12,12 @@ from ringbpt.config import Config
 from ringbpt.model.llama import COMPUTE_DTYPES, make_dims
 from ringbpt.planning.attention_runs import AGAIN
 from ringbpt.planning.collectives import Transfer, transfers
-from ringbpt.planning.hlo import Module
+from ringbpt.planning.hlo import Module, shape_bytes
 from ringbpt.reduction import SCOPE as SUMMED
 
 KEYS, KEY_GRADIENTS, DEALT = "keys and values", "gradients of keys and values", "heads for tokens"
-WEIGHTS, GRADIENTS, EMBEDDED, PLACES, REST = (
-    "weights",
-    "gradients of weights",
-    "embedding",
-    "ids and places",
-    "the rest",
-)
+WEIGHTS, GRADIENTS = "weights", "gradients of weights"
+EMBEDDED, PLACES, REST = "embedding", "ids and places", "the rest"
 FORWARD, AGAIN_FORWARD, BACKWARD = "forward", "forward again", "backward"
 _BARE = {(KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)}  # what a ring must send, whatever is kept
 
@@ -42,35 +38,42 @@ def traffic(module: Module, config: Config) -> list[Flow]:
     """The flows of a compiled step of `config`, the largest first."""
     sent: Counter[tuple[str, str]] = Counter()
     for transfer in transfers(module, config.mesh_shape):
-        sent[_what(transfer), _way(transfer)] += transfer.bytes
+        for name, dtype, count in _arrays(transfer):
+            sent[_what(name, dtype, transfer.kind), _way(name)] += count
     known = least(config)
     return [Flow(*name, count, known.get(name)) for name, count in sent.most_common()]
 
 
-def _way(transfer: Transfer) -> str:
-    name = transfer.instruction.op_name
+def _arrays(transfer: Transfer) -> Iterator[tuple[str, str, int]]:
+    """(name, dtype, bytes) of each array: of several that are sent at once the names are joined, as a/(b:c/d)."""
+    computation, name = transfer.computation, transfer.instruction.op_name
+    shapes = [computation.by_name[x].shape for x in transfer.instruction.operands if x in computation.by_name]
+    before, _, joined = name.removesuffix(")").rpartition("(")
+    names = [before + part for part in joined.split(":")] if name.endswith(")") else []
+    if len(names) != len(shapes):
+        names = [name] * len(shapes)
+    whole = sum(map(shape_bytes, shapes)) or 1
+    for own, shape in zip(names, shapes, strict=True):
+        yield own, shape.lstrip("(").partition("[")[0], int(transfer.bytes * shape_bytes(shape) / whole)
+
+
+def _way(name: str) -> str:
     if AGAIN in name and f"/{ATTENTION}/" in name:
         return AGAIN_FORWARD
     return BACKWARD if "transpose(" in name else FORWARD
 
 
-def _what(transfer: Transfer) -> str:
-    name, operands = transfer.instruction.op_name, transfer.instruction.operands
-    dtypes = {
-        transfer.computation.by_name[x].shape.lstrip("(")[:4] for x in operands if x in transfer.computation.by_name
-    }
-    if dtypes <= {"s32[", "u32["}:
+def _what(name: str, dtype: str, kind: str) -> str:
+    sums = f"/{SUMMED}/" in name or kind in ("reduce-scatter", "all-reduce")
+    if dtype in ("s32", "u32"):
         return PLACES
     if f"/{ATTENTION}/" in name:
-        gradients = f"/{GRADIENTS_SCOPE}/" in name or transfer.kind in ("reduce-scatter", "all-reduce")
-        gradients |= f"/{SUMMED}/" in name
-        return KEY_GRADIENTS if gradients else DEALT if transfer.kind == "all-to-all" else KEYS
+        gradients = sums or f"/{GRADIENTS_SCOPE}/" in name
+        return KEY_GRADIENTS if gradients else DEALT if kind == "all-to-all" else KEYS
     # What a TPU's compiler makes of gathers over a torus loses its name; sums go in hops there.
-    if transfer.kind == "all-reduce" and (not name or name.endswith("all_gather")):
+    if kind == "all-reduce" and (not name or name.endswith("all_gather")):
         return WEIGHTS
-    if f"/{SUMMED}/" in name or transfer.kind in ("reduce-scatter", "all-reduce"):
-        return GRADIENTS
-    return {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(transfer.kind, REST)
+    return GRADIENTS if sums else {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(kind, REST)
 
 
 def least(config: Config) -> dict[tuple[str, str], int]:

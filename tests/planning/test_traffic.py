@@ -2,12 +2,25 @@
 
 import pytest
 
+from ringbpt.attention.parallel.ring import GRADIENTS_SCOPE
 from ringbpt.config import parse, parse_args
 from ringbpt.planning.hlo import parse as program
+from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import compile_program
-from ringbpt.planning.topologies import topology
 from ringbpt.planning.traffic import AGAIN_FORWARD, BACKWARD, FORWARD, GRADIENTS, KEY_GRADIENTS, KEYS, WEIGHTS, traffic
+from tests.planning.test_overlap import compiler
 
+TOGETHER = """HloModule step, is_scheduled=true
+
+ENTRY %main (kv: bf16[8], sums: f32[8]) -> bf16[8] {
+  %kv = bf16[8]{0} parameter(0)
+  %sums = f32[8]{0} parameter(1)
+  %start = ((bf16[8]{0}, f32[8]{0}), (bf16[8]{0}, f32[8]{0})) collective-permute-start(%kv, %sums), \
+source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/transpose(jvp())/attention/(ppermute:NAME/ppermute)"}
+  %wait = (bf16[8]{0}, f32[8]{0}) collective-permute-done(%start)
+  ROOT %kv2 = bf16[8]{0} get-tuple-element(%wait), index=0
+}
+"""
 MODEL = (
     "--load_llama_config=debug",
     "--llama.hidden_size=512",
@@ -23,7 +36,7 @@ MODEL = (
 
 
 def flows(mesh: str, *flags: str) -> dict[tuple[str, str], tuple[int, int | None]]:
-    machine = topology("v5p-16")
+    machine = compiler("v5p-16")
     lengths = ("--train_dataset.json_dataset.seq_length=4096", "--llama.max_sequence_length=4096")
     config = parse(parse_args([*MODEL, *lengths, f"--mesh_dim={mesh}", *flags]), len(machine.devices))
     found = traffic(program(compile_program(config, machine).text), config)
@@ -47,3 +60,13 @@ def test_every_kind_goes_as_often_as_it_must(mesh, flags, again):
         assert least and least <= sent <= 1.02 * least, (name, sent, least)
     # A second forward is the price of a policy that keeps nothing.
     assert ((KEYS, AGAIN_FORWARD) in found) == again
+
+
+def test_what_goes_at_once_is_told_apart():
+    """A GPU's compiler sends K and V with the sums behind them, and joins their names."""
+    text = TOGETHER.replace("NAME", GRADIENTS_SCOPE)
+    config = parse(parse_args([*MODEL, "--mesh_dim=1,1,1,2"]), 2)
+    found = {(flow.what, flow.way): flow.sent for flow in traffic(program(text), config)}
+    assert found == {(KEYS, BACKWARD): 16, (KEY_GRADIENTS, BACKWARD): 32}
+    [hop] = ring_hops(text)
+    assert (hop.bytes, hop.backward) == (48, True)
