@@ -31,12 +31,8 @@ import numpy as np
 GOOD = 1.045  # the most loaded device's work over the average, with which nothing better is looked for
 # A device has so many chunks, and where that is not enough shorter ones, but none below the largest block of a kernel.
 CHUNKS, LARGEST_BLOCK = 8, 1024
-LONG = (
-    0,
-    1 / 8,
-    1 / 3,
-    1,
-)  # the share of those documents that one device could hold which are cut into chunks all the same
+# The shares, of those documents that one device could hold, which are cut into chunks all the same.
+LONG = (0, 1 / 8, 1 / 3, 1)
 
 Stretch = tuple[int, int]  # places start..stop of the text
 Item = tuple[int, int, int]  # work, start, stop

@@ -7,15 +7,27 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt import reduction
+from ringbpt.bench.reduce import costs
+from ringbpt.config import parse as parsed
+from ringbpt.config import parse_args
 from ringbpt.mesh import make_mesh
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.hlo import parse
-from ringbpt.planning.topologies import topology
+from ringbpt.planning.topologies import uncached
 from ringbpt.reduction import Reduction
+from tests.planning.test_overlap import compiler
 
+pytestmark = pytest.mark.usefixtures("_compiled_here")
 FSDP = ("fsdp", "sp")
 TOKENS = PartitionSpec(("dp", "fsdp", "sp"))
 PART = PartitionSpec(FSDP)
+
+
+@pytest.fixture
+def _compiled_here():
+    """A CPU's program of hops that comes from jax's cache was seen to crash."""
+    with uncached():
+        yield
 
 
 def summed(own: Reduction, shape, x, y):
@@ -66,7 +78,7 @@ def test_bf16_is_what_travels_and_not_what_is_added():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_tpu_sends_what_it_must(dtype):
     """Of a product of n devices (n - 1) / n; a reduce-scatter would be compiled to an all-reduce, twice of it."""
-    machine = topology("v5p-16")
+    machine = compiler("v5p-16")
     mesh = make_mesh((1, 1, 1, 8), devices=machine.devices)
     own = Reduction.on(mesh, dtype)
 
@@ -78,3 +90,15 @@ def test_a_tpu_sends_what_it_must(dtype):
     x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, TOKENS))
     sent = collective_bytes(parse(machine.compile(jax.jit(mapped), x, x).as_text()), (1, 1, 1, 8))
     assert sent == {"sp": {"collective-permute": 2048 * 2048 * jnp.dtype(dtype).itemsize * 7 // 8}}
+
+
+@pytest.mark.slow
+def test_what_bf16_costs_is_measured_of_two_runs():
+    """Both begin with the same weights; sums in bf16 turn the gradient a little, and the other run parts from this."""
+    flags = ["--config=tests/recipe.py", "--mesh_dim=1,1,1,4", "--total_steps=4"]
+    first, last = costs(parsed(parse_args(flags), 4), every=2)
+    assert (first.step, last.step) == (2, 4)
+    for cost in (first, last):
+        assert 0 < 1 - cost.cosine < 1e-4 and 0 < abs(cost.norm - 1) < 1e-2
+        assert cost.loss_in_bf16 == pytest.approx(cost.loss, rel=1e-2)
+    assert last.loss != last.loss_in_bf16

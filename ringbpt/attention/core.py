@@ -9,6 +9,17 @@ import jax.numpy as jnp
 from ringbpt.types import Array, TokenMeta
 
 
+def split(x: jax.Array, count: int, dim: int) -> jax.Array:
+    """x cut along `dim` into `count` equal pieces, [count, ...], to be scanned over; join is its inverse."""
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], count, -1, *x.shape[dim + 1 :]), dim, 0)
+
+
+def join(pieces: jax.Array, dim: int) -> jax.Array:
+    """Pieces [count, ...] behind each other along `dim`."""
+    x = jnp.moveaxis(pieces, 0, dim)
+    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class MaskSpec:

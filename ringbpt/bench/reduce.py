@@ -13,6 +13,7 @@ from ringbpt.data.text.tokenizers import make_tokenizer
 from ringbpt.mesh import mesh_of
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
+from ringbpt.planning.topologies import uncached
 from ringbpt.reduction import Reduction
 from ringbpt.training.loop import loader_of
 from ringbpt.training.state import StateLayout
@@ -41,14 +42,17 @@ class _InHops(Model):
 
 def costs(config: Config, every: int) -> Iterator[Cost]:
     """Two runs of config.total_steps from the same weights on the same batches, compared every so many steps."""
+    with uncached():  # a CPU's program of hops that comes from jax's cache was seen to crash (0.10.2)
+        yield from _costs(config, every)
+
+
+def _costs(config: Config, every: int) -> Iterator[Cost]:
     objective, mesh = objective_of(config), mesh_of(config)
     loader = loader_of(config, make_tokenizer(config.tokenizer))
     layouts = []
     for dtype in ("fp32", "bf16"):
         own = replace(config, execution=replace(config.execution, reduce_dtype=dtype))
-        made = Model.of(own, mesh)
-        model = _InHops(made.architecture, made.execution, mesh, made.compute_dtype, made.pairs, made.temperature)
-        layouts.append(StateLayout(own, model))
+        layouts.append(StateLayout(own, _InHops.of(own, mesh)))
     steps = [make_train_step(layout, objective) for layout in layouts]
     gradients = [jax.jit(make_gradients(layout.config, layout.model, objective)) for layout in layouts]
     states = [layout.start(layout.model.init(jax.random.key(config.seed))) for layout in layouts]
@@ -57,13 +61,13 @@ def costs(config: Config, every: int) -> Iterator[Cost]:
         batch = layouts[0].model.put_batch(host.rows, host.token_BT.shape)
         measured = (step + 1) % every == 0
         if measured:
-            one, other = (make(states[0].trained, batch)[0] for make in gradients)
+            one, other = (jax.block_until_ready(make(states[0].trained, batch)[0]) for make in gradients)
             cosine, norm = _compared(one, other)
         found = []
         for i, train in enumerate(steps):
-            states[i], metrics = train(states[i], batch)
+            # One program at a time: of two, virtual devices may each wait in another one's collective.
+            states[i], metrics = jax.block_until_ready(train(states[i], batch))
             found.append(metrics.means)
-        jax.block_until_ready(states)
         if measured:
             loss, loss_in_bf16 = (objective.values(means, config)["loss"] for means in found)
             yield Cost(step + 1, cosine, norm, loss, loss_in_bf16)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from ringbpt.attention.core import join, split
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model import adapters
 from ringbpt.model.quantised import IS_QUANTISED
@@ -52,13 +53,12 @@ def matmul_in(dtype: jnp.dtype) -> Callable[..., jax.Array]:
 
 def split_chunks(x: jax.Array, size: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, size, ...], inside shard_map."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    return split(x, x.shape[1] // size, 1)
 
 
 def join_chunks(chunks: jax.Array) -> jax.Array:
     """The inverse of split_chunks."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return join(chunks, 1)
 
 
 def make_feedforward(mesh: Mesh, chunk_size: int | None, reduction: Reduction) -> Callable[..., jax.Array]:

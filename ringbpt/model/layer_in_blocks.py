@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
+from ringbpt.attention.core import split
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
 from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning, learning_names, use
@@ -120,12 +121,8 @@ class LayerInBlocks:
     def _groups(self, w: Params) -> Params:
         """What belongs to heads, by group: [groups, ...]."""
         count = w["w_k"].shape[1] // self.kv_heads
-
-        def split(x: jax.Array, dim: int) -> jax.Array:
-            return jnp.moveaxis(x.reshape(*x.shape[:dim], count, -1, *x.shape[dim + 1 :]), dim, 0)
-
         of_heads = {name: [i for i, letter in enumerate(self.letters[name].split()) if letter in "NK"] for name in w}
-        return {name: split(w[name], dims[0]) for name, dims in of_heads.items() if dims}
+        return {name: split(w[name], count, dims[0]) for name, dims in of_heads.items() if dims}
 
     def _queries_keys_values(self, w: Params, x: jax.Array, meta: TokenMeta) -> tuple[jax.Array, ...]:
         size = self._chunk(x)

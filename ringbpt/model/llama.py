@@ -113,12 +113,12 @@ class Model:
     pairs: tuple[Pair, ...] = ()  # the adapters of its layers' weights
     temperature: float = 1.0  # of the distribution that token_stats are of
 
-    @staticmethod
-    def of(config: Config, mesh: Mesh) -> "Model":
+    @classmethod
+    def of(cls, config: Config, mesh: Mesh) -> "Model":
         """The model that a training run's flags describe."""
         pairs = tuple(Pair(*pair) for pair in pairs_of(config.lora, config.architecture))
         temperature = config.rollout.temperature if config.objective in POLICIES else 1.0
-        return Model(config.architecture, config.execution, mesh, config.dtype, pairs, temperature)
+        return cls(config.architecture, config.execution, mesh, config.dtype, pairs, temperature)
 
     @property
     def base(self) -> "Model":

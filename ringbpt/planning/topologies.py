@@ -115,7 +115,7 @@ class Topology:
         # Autotuning times kernels on a GPU, and there is none.
         own: dict[str, Any] = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
         talks, dumps = self.platform != "cpu", "xla_dump_to" in (options or {})
-        with quiet() if talks else nullcontext(), _uncached() if dumps else nullcontext():
+        with quiet() if talks else nullcontext(), uncached() if dumps else nullcontext():
             lowered = jitted.trace(*args).lower(lowering_platforms=(self.platform,))
             if any(on_host) and self.platform == "cuda":
                 _place_on_host(lowered.compiler_ir("stablehlo"), on_host)
@@ -123,7 +123,7 @@ class Topology:
 
 
 @contextmanager
-def _uncached() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     """No program comes from jax's compilation cache meanwhile: a cached one is not compiled, and dumps no files."""
 
     def enable(cached: bool) -> None:

@@ -24,10 +24,11 @@ from ringbpt.planning.hlo import shape_bytes
 from ringbpt.planning.overlap import products_meanwhile
 from ringbpt.planning.program import Program, needed_bytes, read_assignment
 from ringbpt.planning.report import Plan, draw, make_plan, suggestion, table
-from ringbpt.planning.topologies import need, topology
+from ringbpt.planning.topologies import topology
 from ringbpt.training import loop
 from ringbpt.training.memory import account, host_traffic
 from tests.pictures import cut_off, drawn
+from tests.planning.test_overlap import compiler
 
 SIZES = "--train_dataset.python_dataset.seq_length={}", "--train_dataset.python_dataset.batch_size={}"
 MODEL = [
@@ -323,10 +324,7 @@ def test_mistakes_are_answered_before_any_compile(flags, answer, monkeypatch):
 
 
 def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
-    try:
-        need("cuda")
-    except UserError as error:
-        pytest.skip(str(error))
+    compiler("4xh200")
     files = tmp_path / "plan.json", tmp_path / "plan.png"
     flags = ["--topology=4xh200", f"--json={files[0]}", f"--png={files[1]}", "--dtype=bf16", "--mesh_dim=1,1,1,4"]
     flags += ["--llama.attention_kernel=blockwise", "--llama.scan_mlp=False"]
@@ -355,15 +353,12 @@ def test_a_plan_for_gpus_that_are_not_here(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["4xh200", "v5e-4"])
 def test_what_lives_in_the_hosts_memory_is_no_argument_of_the_device(name):
     """Of a GPU that is not here too, whose abstract devices know no memories."""
-    try:
-        need("tpu" if name.startswith("v") else "cuda")
-    except UserError as error:
-        pytest.skip(str(error))
+    machine = compiler(name)
     # Weights are shared over fsdp as over sp, and no ring need be compiled.
     flags = ["--dtype=bf16", "--mesh_dim=1,4,1,1", "--llama.attention_type=standard", "--llama.scan_mlp=False"]
-    here = make_plan(config_of(*flags, devices=4), topology(name)).program
+    here = make_plan(config_of(*flags, devices=4), machine).program
     offload = "--optimizer.offload_params", "--optimizer.offload_state"
-    away = make_plan(config_of(*flags, *offload, devices=4), topology(name)).program
+    away = make_plan(config_of(*flags, *offload, devices=4), machine).program
     moved = {key: here.arguments[key] - away.arguments[key] for key in here.arguments}
     # What stays are the norms' vectors and a counter or two; Adam's moments are two of each weight.
     assert 0 < away.arguments["parameters"] < 0.05 * here.arguments["parameters"]

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import pytest
 
 from ringbpt import hardware, rates
-from ringbpt.config import UserError
 from ringbpt.planning.attention_runs import kernel_of, runs_again
 from ringbpt.planning.estimate import attends_again, estimate, step_flops
 from ringbpt.planning.hlo import Computation, Module, parse
 from ringbpt.planning.overlap import Hop
 from ringbpt.planning.program import compile_program
 from ringbpt.planning.step_time import Pass, Work, bracket
-from ringbpt.planning.topologies import need, topology
+from ringbpt.planning.topologies import topology
 from ringbpt.rates import FILE, Links
 from tests.planning.fit_shares import completed, made, written
 from tests.planning.published import published, summary, table
+from tests.planning.test_overlap import compiler
 from tests.planning.test_plan import config_of
 
 V5P = hardware.find("v5p")
@@ -172,14 +172,11 @@ def test_a_programs_names_tell_kernel_and_second_forward(names, kernel, again):
 @pytest.mark.parametrize("name", ["v5e-4", "4xh200"])
 def test_the_second_forward_is_where_the_flags_say(name):
     """Of compiled programs, dots_saveable among them: it keeps products, of which a kernel is none."""
-    try:
-        need("tpu" if name.startswith("v") else "cuda")
-    except UserError as error:
-        pytest.skip(str(error))
+    machine = compiler(name)
     for policy in ("", "save_attention", "nothing_saveable", "dots_saveable"):
         flags = f"--llama.remat_block={policy}", "--mesh_dim=1,1,1,4", "--dtype=bf16", "--llama.attention_kernel=auto"
         config = config_of(*flags, devices=4)
-        assert runs_again(parse(compile_program(config, topology(name)).text)) is attends_again(config), policy
+        assert runs_again(parse(compile_program(config, machine).text)) is attends_again(config), policy
 
 
 def products(module: Module, computation: Computation, times: int = 1) -> Counter:

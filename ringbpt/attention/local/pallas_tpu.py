@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility
+from ringbpt.attention.core import Local, MaskSpec, Partial, join, row_delta, row_visibility, split
 from ringbpt.attention.local import block_sizes
 from ringbpt.attention.local.visits import FIRST, FLAG_BITS, LAST, MASKED, VISIBLE, visits
 from ringbpt.types import TokenMeta
@@ -260,15 +260,6 @@ def _blocks_of(length: int, most: int) -> int:
     return padded // block
 
 
-def _cut(tree: Any, pieces: int) -> Any:
-    """Arrays [B, T, ...] -> [pieces, B, T / pieces, ...]; _joined is its inverse."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0), tree)
-
-
-def _joined(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), tree)
-
-
 @dataclass(frozen=True)
 class _Options:
     """hardware: the table's name of the device. limits: the user's chunk sizes, (queries, keys)."""
@@ -323,12 +314,9 @@ def attend(
     sizes = options.sizes(q, "forward")
     if (pieces := _pieces(q.shape[0], (length, sizes[0]), (k.shape[1], sizes[1]))) > 1:
         places = jax.tree.map(jnp.asarray, kv_meta)
-        return _joined(
-            lax.map(
-                lambda own: attend(own[0], k, v, own[1], places, mask, own[2], options=options),
-                _cut((q, jax.tree.map(jnp.asarray, q_meta), carry), pieces),
-            )
-        )
+        own = jax.tree.map(lambda x: split(jnp.asarray(x), pieces, 1), (q, q_meta, carry))
+        parts = lax.map(lambda own: attend(own[0], k, v, own[1], places, mask, own[2], options=options), own)
+        return jax.tree.map(partial(join, dim=1), parts)
     (block_T, length_T), (block_S, length_S), metas, (some, every) = _blocks(q_meta, kv_meta, mask, sizes)
     todo, blocks_T = visits(some, every), length_T // block_T
     k, v = k.astype(q.dtype), v.astype(q.dtype)
@@ -390,15 +378,16 @@ def attend_bwd(
     group = heads // kv_heads
     sizes = options.sizes(q, "backward")
     if (pieces := _pieces(batch, (length_kv, sizes[1]), (length, sizes[0]))) > 1:
-        q_meta, kv_meta = jax.tree.map(jnp.asarray, (q_meta, kv_meta))
+        places = jax.tree.map(jnp.asarray, q_meta)
 
         def piece(dq, keys):
             k, v, kv_meta = keys
-            more, dk, dv = attend_bwd(q, k, v, out, lse, d_out, q_meta, kv_meta, mask, options=options)
+            more, dk, dv = attend_bwd(q, k, v, out, lse, d_out, places, kv_meta, mask, options=options)
             return dq + more, (dk, dv)
 
-        dq, grads = lax.scan(piece, jnp.zeros(q.shape, jnp.float32), _cut((k, v, kv_meta), pieces))
-        return dq, *_joined(grads)
+        keys = jax.tree.map(lambda x: split(jnp.asarray(x), pieces, 1), (k, v, kv_meta))
+        dq, grads = lax.scan(piece, jnp.zeros(q.shape, jnp.float32), keys)
+        return dq, *(join(grad, 1) for grad in grads)
     (block_T, length_T), (block_S, length_S), metas, (some, every) = _blocks(q_meta, kv_meta, mask, sizes)
     todo, blocks_S = visits(some.swapaxes(1, 2), every.swapaxes(1, 2)), length_S // block_S
     # A row without keys must get p = exp(score - lse) = 0, not exp(+inf).

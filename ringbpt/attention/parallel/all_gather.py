@@ -5,13 +5,17 @@ holds few tokens, at the price of memory for sp times as many keys. The gradient
 float32 and scattered. Everything here runs inside shard_map. Ref: Llama 3 (arXiv:2407.21783, section 3.3.2).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringbpt.attention.core import Local, MaskSpec, Partial, gather_meta
+from ringbpt.attention.core import Local, MaskSpec, Partial, gather_meta, join, split
 from ringbpt.reduction import Reduction
 from ringbpt.types import TokenMeta
+
+HEADS = 2  # their dim in [B, T, N, ...]
 
 
 def _stride(heads_k_stride: int | None, kv_heads: int) -> int:
@@ -21,16 +25,6 @@ def _stride(heads_k_stride: int | None, kv_heads: int) -> int:
         nearest = min(divisors, key=lambda d: abs(d - stride))
         raise ValueError(f"heads_k_stride={stride} does not divide a device's {kv_heads} kv heads: {nearest} does")
     return stride
-
-
-def _groups(x_BTNx: jax.Array, count: int) -> jax.Array:
-    """[B, T, N, ...] -> [count, B, T, N / count, ...]: the heads in groups, to be scanned over."""
-    return jnp.moveaxis(x_BTNx.reshape(*x_BTNx.shape[:2], count, -1, *x_BTNx.shape[3:]), 2, 0)
-
-
-def _ungroup(groups: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(groups, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def forward(
@@ -44,8 +38,8 @@ def forward(
         q, kv = heads[0], _gather_pair(heads[1], heads[2], axis)
         return local.attend(q, kv[0], kv[1], q_meta, whole_meta, mask)
 
-    part = lax.map(group, tuple(_groups(x, count) for x in (q, k, v)))
-    return jax.tree.map(_ungroup, part)
+    part = lax.map(group, tuple(split(x, count, HEADS) for x in (q, k, v)))
+    return jax.tree.map(partial(join, dim=HEADS), part)
 
 
 def _gather_pair(k, v, axis: str) -> jax.Array:
@@ -66,6 +60,6 @@ def backward(
         dq, dk, dv = local.attend_bwd(q, kv[0], kv[1], out, lse, d_out, q_meta, whole_meta, mask)
         return dq, reduction.scatter(jnp.stack([dk, dv]), axis, 2)
 
-    dq, d_kv = lax.map(group, tuple(_groups(x, count) for x in (q, k, v, out, lse, d_out)))
+    dq, d_kv = lax.map(group, tuple(split(x, count, HEADS) for x in (q, k, v, out, lse, d_out)))
     d_kv = jnp.moveaxis(d_kv, 1, 0)
-    return _ungroup(dq), _ungroup(d_kv[0]), _ungroup(d_kv[1])
+    return join(dq, HEADS), join(d_kv[0], HEADS), join(d_kv[1], HEADS)
