@@ -5,6 +5,7 @@ v4, v5p and v6e: twice the bytes, and nothing else runs meanwhile); there the su
 each way, and behind the very products that it is the sum of. Elsewhere it is left to the machine's own library.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.dims import Axes
+from ringbpt.types import PyTree
 
 # The name under which the hops of a sum stand in a compiled program; planning.overlap tells them from the ring's by it.
 SCOPE = "summed"
@@ -36,6 +38,12 @@ class Reduction:
     def everywhere(self, x: jax.Array, axes: Axes) -> jax.Array:
         """The sum of x over the devices of these axes, float32, on each of them."""
         return lax.psum(x.astype(self.dtype), axes).astype(jnp.float32)
+
+    def first(self, sums: PyTree, then: PyTree) -> tuple[PyTree, PyTree]:
+        """Both, and what needs `then` waits for the sums: the hops of a loop hide behind nothing else anyway, and what
+        they are the sums of need not be kept any longer.
+        """
+        return lax.optimization_barrier((sums, then)) if self.in_hops else (sums, then)
 
     def scatter(self, x: jax.Array, axes: Axes, dim: int) -> jax.Array:
         """The sum of x over the devices of these axes, float32, of which each keeps its own part of `dim`."""
@@ -100,6 +108,13 @@ class Reduction:
 
 def _cut(x: jax.Array, dim: int, shape: tuple[int, ...], at: dict[int, jax.Array | int]) -> jax.Array:
     """What of x stands at these places, by axis of `shape`, where its dim is seen as an array of that shape."""
+    if all(count == 1 or axis in at for axis, count in enumerate(shape[:-1])):
+        # It stands in one piece: seen as the array, a TPU's compiler would first copy x to a layout of its own.
+        size = x.shape[dim] // math.prod(shape[:-1])
+        start = jnp.int32(0)
+        for axis, count in enumerate(shape[:-1]):
+            start = start * count + at.get(axis, 0)
+        return lax.dynamic_slice_in_dim(x, start * size, size, dim)
     seen = x.reshape(*x.shape[:dim], *shape, *x.shape[dim + 1 :])
     # In one slice: of two after each other the first, the same for all hops, would be kept as a copy of x.
     starts = [at.get(axis - dim, 0) for axis in range(seen.ndim)]

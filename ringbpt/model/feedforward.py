@@ -126,7 +126,9 @@ def in_chunks(
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), list(map(adapters.learning, whole)))
         sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args))
         letters = list(map(adapters.learning, letters_of(stored)))
-        return *map(join_chunks, grads), jax.tree.map(partial(scatter_grad, reduction=reduction), sums, letters)
+        dws = jax.tree.map(partial(scatter_grad, reduction=reduction), sums, letters)
+        dws, grads = reduction.first(dws, grads)
+        return *map(join_chunks, grads), dws
 
     def on_shards(function, stored, in_specs, out_specs):
         stored_specs = jax.tree.map(weight_spec, letters_of(stored))

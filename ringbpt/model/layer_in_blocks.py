@@ -65,7 +65,7 @@ class LayerInBlocks:
         return layer
 
     def _forward(self, w, x, meta, hops):
-        before, after = ({n: a for n, a in w.items() if (_weight(n) in AFTER_ATTENTION) == later} for later in (0, 1))
+        before, after = _halves(w)
         attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
         out, lse = attend(before, x, meta, hops)
         out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED_NAMES, strict=True))
@@ -161,13 +161,19 @@ class LayerInBlocks:
 
     def _backward_local(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[Params, jax.Array]:
         x, meta = lax.optimization_barrier((x, meta))
-        whole = self._gathered(w, x.dtype)
-        dy, grads = self._after_attention_back(whole, x, out, dy)
+        before, after = _halves(w)
+        whole = self._gathered(after, x.dtype)
+
+        def scattered(sums: Params) -> Params:
+            names = [name for name in learning_names(w) if name in sums]
+            return {name: self._scattered(name, sums[name].reshape(whole[name].shape)) for name in names}
+
+        dy, sums = self._after_attention_back(whole, x, out, dy)
+        grads, (dy, before) = self.reduction.first(scattered(sums), (dy, before))
+        whole |= self._gathered(before, x.dtype)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
-        dx, more = self._projections_back(whole, x, meta, d_operands, dy)
-        return {
-            name: self._scattered(name, (grads | more)[name].reshape(whole[name].shape)) for name in learning_names(w)
-        }, dx
+        dx, sums = self._projections_back(whole, x, meta, d_operands, dy)
+        return grads | scattered(sums), dx
 
     def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
@@ -242,6 +248,12 @@ class LayerInBlocks:
         for name in PROJECTIONS:
             sums |= _zeros(flat(name, learning(use(w, name))))
         return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
+
+
+def _halves(w: Params) -> tuple[Params, Params]:
+    """The weights that stand before attention's output, and those behind it."""
+    after = {name: x for name, x in w.items() if _weight(name) in AFTER_ATTENTION}
+    return {name: x for name, x in w.items() if name not in after}, after
 
 
 def _zeros(w: Params, names: tuple[str, ...] | None = None) -> Params:

@@ -133,7 +133,8 @@ def _project_bwd(mesh, reduction, learns, equation, residuals, dy):
         partial(_weight_gradient, reduction, *every),
         mesh=mesh, in_specs=in_specs, out_specs=weight_spec(w_letters), check_vma=False,
     )  # fmt: skip
-    return dx, gradient(x, dy).astype(w.dtype)
+    dw, dx = reduction.first(gradient(x, dy).astype(w.dtype), dx)
+    return dx, dw
 
 
 def _weight_gradient(
