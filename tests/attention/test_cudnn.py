@@ -150,10 +150,13 @@ def test_an_old_cudnn_is_refused(monkeypatch):
         cudnn._check_version()
 
 
-@pytest.mark.parametrize("name", ["h200", pytest.param("a100", marks=pytest.mark.slow)])
-def test_its_calls_compile(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("h200", 128), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("a100", 128), ("h200", 256)))],
+)
+def test_its_calls_compile(name, head_dim, tmp_path):
     machine = compiler(name)
-    text = train_like(machine, cudnn.make_cudnn(machine.devices[0], None, None), 128, "bfloat16", dump=tmp_path)
+    text = train_like(machine, cudnn.make_cudnn(machine.devices[0], None, None), head_dim, "bfloat16", dump=tmp_path)
     called = set(re.findall(r'custom_call_target="(__cudnn\$\w+)"', text.as_text()))
     assert called == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 

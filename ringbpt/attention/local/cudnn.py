@@ -119,8 +119,8 @@ def make_cudnn(device: jax.Device, query_chunk_size: int | None, key_chunk_size:
 
     Raises NotImplementedError for a device that is no NVIDIA GPU from Ampere on, and for another cuDNN or jax.
     """
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or float(capability or 0) < 8:
+    capability = float(getattr(device, "compute_capability", None) or 0)
+    if device.platform != "gpu" or capability < 8:
         raise NotImplementedError(
             f"cudnn runs on NVIDIA GPUs from compute capability 8.0 (Ampere) on, and this is {device.device_kind}: "
             "use blockwise, or auto"
@@ -130,24 +130,24 @@ def make_cudnn(device: jax.Device, query_chunk_size: int | None, key_chunk_size:
         otherwise = make_pallas_hopper(device, query_chunk_size, key_chunk_size)
     except NotImplementedError:
         otherwise = make_pallas_triton(device, query_chunk_size, key_chunk_size)
-    return with_binding(jax_binding(), otherwise)
+    return with_binding(jax_binding(), otherwise, widest=256 if capability >= 9 else 128)
 
 
-def with_binding(binding: Binding, otherwise: Local) -> Local:
-    """binding for what is dense, `otherwise` for the rest."""
+def with_binding(binding: Binding, otherwise: Local, widest: int = 128) -> Local:
+    """binding for what is dense, `otherwise` for the rest. widest: numbers of a head that the device's cuDNN takes."""
     return Local(
-        attend=partial(attend, binding=binding, otherwise=otherwise),
-        attend_bwd=partial(attend_bwd, binding=binding, otherwise=otherwise),
+        attend=partial(attend, binding=binding, otherwise=otherwise, widest=widest),
+        attend_bwd=partial(attend_bwd, binding=binding, otherwise=otherwise, widest=widest),
     )
 
 
-def _check(q, k, kv_meta: TokenMeta, mask: MaskSpec) -> None:
+def _check(q, k, kv_meta: TokenMeta, mask: MaskSpec, widest: int) -> None:
     T, S, H = q.shape[1], k.shape[1], q.shape[3]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         raise NotImplementedError(f"cudnn takes bfloat16 or float16, not {q.dtype}: use {or_blockwise(q, k)}")
-    if H > 128 or H % 8:
+    if widest < H or H % 8:
         raise NotImplementedError(
-            f"cudnn takes heads of at most 128, a multiple of 8, not {H}: use {or_blockwise(q, k)}"
+            f"cudnn takes heads of at most {widest} here, a multiple of 8, not {H}: use {or_blockwise(q, k)}"
         )
     if mask.window is not None:
         raise NotImplementedError("cudnn knows no window by positions: use pallas_hopper or pallas_triton")
@@ -199,10 +199,10 @@ def _switch(q, k, q_meta, kv_meta, mask: MaskSpec, dense: Callable, otherwise: C
 
 def attend(
     q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, carry: Partial | None = None,
-    *, binding: Binding, otherwise: Local,
+    *, binding: Binding, otherwise: Local, widest: int,
 ) -> Partial:  # fmt: skip
     """See core.Local; cuDNN rounds its out to the dtype of q before it is merged."""
-    _check(q, k, kv_meta, mask)
+    _check(q, k, kv_meta, mask, widest)
     otherwise_attend = partial(otherwise.attend, q_meta=q_meta, kv_meta=kv_meta, mask=mask)
 
     def dense(calls: list[_Call], q, k, v, carry):
@@ -223,10 +223,10 @@ def attend(
 
 def attend_bwd(
     q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    *, binding: Binding, otherwise: Local,
+    *, binding: Binding, otherwise: Local, widest: int,
 ):  # fmt: skip
     """See core.Local."""
-    _check(q, k, kv_meta, mask)
+    _check(q, k, kv_meta, mask, widest)
 
     def dense(calls: list[_Call], q, k, v, out, lse, d_out):
         grads = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]

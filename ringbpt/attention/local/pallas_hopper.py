@@ -4,7 +4,9 @@ In a block of threads one warpgroup fetches, block by block as its list names th
 of the block's queries going forward, on half of its keys going back. Forward, the two take turns: while one
 exponentiates, the other has the tensor cores. Backward there is one kernel with five products a pair of blocks; dk and
 dv stay in registers over all queries and query heads of a kv head, and dq is summed in device memory by the copy
-engine, in an order, and so with roundings of float32, that can differ from run to run.
+engine, in an order, and so with roundings of float32, that can differ from run to run. dk and dv of heads of 256 are
+too wide for the registers of a warpgroup: there each takes half of the head dim and all of the block's keys, and both
+compute the scores.
 Ref: FlashAttention-3, arXiv:2407.08608.
 """
 
@@ -34,11 +36,12 @@ _NO_INDEX: Any = ((),) if "idx" in signature(plgpu.load).parameters else ()  # u
 
 @dataclass(frozen=True)
 class Tile:
-    """query, key: tokens of a block. stages: blocks fetched ahead."""
+    """query, key: tokens of a block. stages: blocks fetched ahead; backward: of q, and of d_out where that is 0."""
 
     query: int
     key: int
     stages: int
+    d_out_stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ def _backward(
     *, mask: MaskSpec, scale: float, tile: Tile, unit: _Unit,
 ):  # fmt: skip
     wg, b, kv_head, j = (lax.axis_index(name) for name in ("wg", "b", "h", "j"))
-    G, H, stages = q.shape[2] // k.shape[2], q.shape[3], jnp.int32(tile.stages)
+    G, H = q.shape[2] // k.shape[2], q.shape[3]
+    stages, d_out_stages = jnp.int32(tile.stages), jnp.int32(tile.d_out_stages or tile.stages)
     blocks, counts = lists.blocks, lists.counts
     partly, total = counts[b, j, 0], counts[b, j, 1]
 
@@ -272,42 +276,49 @@ def _backward(
 
         @pl.loop(0, G * total)
         def _(n):
-            slot = lax.rem(n, stages)
             head, _, start = place(n)
             rows = pl.ds(start, tile.query)
-            for of_rows, matrix, of_row, number, ready, free in (
-                (q, q_smem, lse, lse_smem, q_ready, q_free),
-                (d_out, d_out_smem, delta, delta_smem, d_out_ready, d_out_free),
+            for of_rows, matrix, of_row, number, ready, free, ahead in (
+                (q, q_smem, lse, lse_smem, q_ready, q_free, stages),
+                (d_out, d_out_smem, delta, delta_smem, d_out_ready, d_out_free, d_out_stages),
             ):
-                pl.when(n >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
+                slot = lax.rem(n, ahead)
+                pl.when(n >= ahead)(partial(plgpu.barrier_wait, free.at[slot]))
                 plgpu.copy_gmem_to_smem(of_rows.at[b, rows, head], matrix.at[slot], ready.at[slot])
                 plgpu.copy_gmem_to_smem(of_row.at[b, head, rows], number.at[slot], ready.at[slot])
 
-        _drain(G * total, stages, q_free, d_out_free)
+        _drain(G * total, stages, q_free)
+        _drain(G * total, d_out_stages, d_out_free)
 
     @pl.when(wg != _FETCH)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        keys = pl.ds(j * tile.key + wg * _WARPGROUP, _WARPGROUP)
+        wide, halved = H > 2 * _WARPGROUP, H >= 2 * _WARPGROUP
+        of_keys_wg = jnp.int32(0) if wide else wg  # which keys of the block are this warpgroup's
+        keys = pl.ds(j * tile.key + of_keys_wg * _WARPGROUP, _WARPGROUP)
         shape = (_WARPGROUP, tile.query)  # scores stand with keys in the rows, so that no operand need be turned
-        halved = H == 2 * _WARPGROUP
-        columns = pl.ds(wg * _WARPGROUP, _WARPGROUP) if halved else slice(None)  # of dq
+        width = H // 2 if halved else H
+        own = pl.ds(wg * width, width) if wide else slice(None)  # of dk and dv
         plgpu.barrier_wait(kv_ready)
 
-        def add_dq(slot, head, start):
-            (dq_TH,) = unit.products((_Turned(ds_smem.at[slot]), k_smem.at[:, columns]))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy engine has read the last one
-            dq_smem[wg] = dq_TH * scale
-            plgpu.commit_smem()
-            unit.add_to(dq.at[b, pl.ds(start, tile.query), head, columns], dq_smem.at[wg])
+        def add_dq(ds_ref, head, start):
+            for column in range(0, width, _WARPGROUP):
+                columns = pl.ds(wg * width + column, _WARPGROUP) if halved else slice(None)
+                (dq_TH,) = unit.products((_Turned(ds_ref), k_smem.at[:, columns]))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy engine has read the last one
+                dq_smem[wg] = dq_TH * scale
+                plgpu.commit_smem()
+                unit.add_to(dq.at[b, pl.ds(start, tile.query), head, columns], dq_smem.at[wg])
 
         def step(n, state):
             dk_SH, dv_SH = state
-            slot = lax.rem(n, stages)
+            slot, d_out_slot = lax.rem(n, stages), lax.rem(n, d_out_stages)
             head, visit, start = place(n)
+            # Of the block's scores' gradients: both warpgroups' together, or each its own.
+            ds_ref = ds_smem.at[wg if wide else slot]
             # Half of the block's keys, by a sum that holds a zero of this visit: were it the same in every visit, the
             # addresses of all products' operands would be computed ahead of the loop and not fit the registers.
-            mine = pl.ds((wg + lax.shift_right_logical(start, 31)) * _WARPGROUP, _WARPGROUP)
+            mine = pl.ds((of_keys_wg + lax.shift_right_logical(start, 31)) * _WARPGROUP, _WARPGROUP)
             plgpu.barrier_wait(q_ready.at[slot])
             (scores,) = unit.products((k_smem.at[mine], _Turned(q_smem.at[slot])))
 
@@ -315,44 +326,51 @@ def _backward(
                 rows = pl.ds(start, tile.query)
                 of_queries = jax.tree.map(lambda x: unit.later(_along_columns, x.at[b, rows], _COLUMNS, shape), q_meta)
                 # Nor would the addresses of three arrays of the keys fit, were they the same in every visit.
-                own = keys if kv_meta.last_BT is None else pl.ds(j * tile.key + mine.start, _WARPGROUP)
-                of_keys = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, own], _ROWS, shape), kv_meta)
+                places = keys if kv_meta.last_BT is None else pl.ds(j * tile.key + mine.start, _WARPGROUP)
+                of_keys = jax.tree.map(lambda x: unit.later(_along_rows, x.at[b, places], _ROWS, shape), kv_meta)
                 return _masked(scores, of_queries, of_keys, mask)
 
             # One loop and a branch: two loops would not fit the registers.
             scores = lax.cond(visit < partly, with_mask, lambda scores: scores, scores)
             p = jnp.exp2(scores * (scale * _LOG2E) - _along_columns(unit.load(lse_smem.at[slot], _COLUMNS), shape))
-            plgpu.barrier_wait(d_out_ready.at[slot])
-            less_delta = _along_columns(unit.load(delta_smem.at[slot], _COLUMNS), shape)
-            (dp,) = unit.add_products((less_delta, v_smem.at[mine], _Turned(d_out_smem.at[slot])))
-            ds = (p * dp).astype(q.dtype)
-            ds_smem[slot, mine] = ds
+            plgpu.barrier_wait(d_out_ready.at[d_out_slot])
+            less_delta = _along_columns(unit.load(delta_smem.at[d_out_slot], _COLUMNS), shape)
+            (dp,) = unit.add_products((less_delta, v_smem.at[mine], _Turned(d_out_smem.at[d_out_slot])))
+            ds_ref[mine] = (p * dp).astype(q.dtype)
             plgpu.commit_smem()
-            # Of two buffers or more for ds: who writes one again has met the other here once more in between.
-            plgpu.barrier_arrive(both)
+            if not wide:  # of two buffers or more for ds: who writes one again has met the other here once in between
+                plgpu.barrier_arrive(both)
             dv_SH, dk_SH = unit.add_products(
-                (dv_SH, p.astype(q.dtype), d_out_smem.at[slot]), (dk_SH, ds_smem.at[slot, mine], q_smem.at[slot])
+                (dv_SH, p.astype(q.dtype), d_out_smem.at[d_out_slot, :, own]),
+                (dk_SH, ds_ref.at[mine], q_smem.at[slot, :, own]),
             )
-            plgpu.barrier_arrive(d_out_free.at[slot])
+            plgpu.barrier_arrive(d_out_free.at[d_out_slot])
             plgpu.barrier_arrive(q_free.at[slot])
-            plgpu.barrier_wait(both)
+            if not wide:
+                plgpu.barrier_wait(both)
             # Each takes half of the head dim; where that is too narrow for a product, every other visit.
             if halved:
-                add_dq(slot, head, start)
+                add_dq(ds_ref, head, start)
             else:
-                pl.when(lax.rem(n, jnp.int32(2)) == wg)(partial(add_dq, slot, head, start))
+                pl.when(lax.rem(n, jnp.int32(2)) == wg)(partial(add_dq, ds_ref, head, start))
             return dk_SH, dv_SH
 
-        zeros = unit.full((_WARPGROUP, H), 0.0, plgpu.Layout.WGMMA)
+        zeros = unit.full((_WARPGROUP, width if wide else H), 0.0, plgpu.Layout.WGMMA)
         dk_SH, dv_SH = lax.fori_loop(0, G * total, step, (zeros, zeros))
-        dk[b, keys, kv_head] = dk_SH * scale
-        dv[b, keys, kv_head] = dv_SH
+        dk[b, keys, kv_head, own] = dk_SH * scale
+        dv[b, keys, kv_head, own] = dv_SH
         plgpu.wait_smem_to_gmem(0)
 
 
-# By head dim. What an H200 makes of them: docs/benchmarks.md. Other tiles have not been tried there.
-_FORWARD = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2)}
-_BACKWARD = {64: Tile(64, 128, 2), 128: Tile(64, 128, 2)}
+# By head dim. What an H200 makes of 64 and 128: docs/benchmarks.md. Other tiles have not been tried there, and 256 has
+# been compiled and interpreted only.
+_FORWARD = {64: Tile(128, 128, 3), 128: Tile(128, 128, 2), 256: Tile(128, 64, 2)}
+_BACKWARD = {64: Tile(64, 128, 2), 128: Tile(64, 128, 2), 256: Tile(64, 64, 2, d_out_stages=1)}
+
+
+def _width(H: int) -> int:
+    """The least of the tables' head dims that holds one of H."""
+    return next(width for width in _FORWARD if width >= H)
 
 
 def make_pallas_hopper(
@@ -390,18 +408,18 @@ def _smem(*shape: int):
 def _check(q, k) -> None:
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
         raise NotImplementedError(f"pallas_hopper takes bfloat16, not {q.dtype}: use {or_blockwise(q, k)}, or auto")
-    if q.shape[3] > 128:
+    if q.shape[3] > max(_FORWARD):
         raise NotImplementedError(
-            f"pallas_hopper takes heads of at most 128, not {q.shape[3]}: use {or_blockwise(q, k)}, or auto"
+            f"pallas_hopper takes heads of at most {max(_FORWARD)}, not {q.shape[3]}: use {or_blockwise(q, k)}, or auto"
         )
 
 
 def _pad(x: jax.Array, size: int) -> jax.Array:
-    """Zeros up to a multiple of size along dim 1 and, of heads, up to 64 or 128: they add nothing to a product."""
+    """Zeros up to a multiple of size along dim 1 and, of heads, up to 64, 128 or 256: they add nothing to a product."""
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, -x.shape[1] % size)
     if x.ndim == 4:
-        widths[3] = (0, -x.shape[3] % 64)
+        widths[3] = (0, _width(x.shape[3]) - x.shape[3])
     return jnp.pad(x, widths) if any(right for _, right in widths) else x
 
 
@@ -422,7 +440,7 @@ def attend(
     _check(q, k)
     _, T, _, H = q.shape
     scale = H**-0.5
-    tile = _FORWARD[64 if H <= 64 else 128]
+    tile = _FORWARD[_width(H)]
     q, q_meta, carry = jax.tree.map(lambda x: _pad(x, tile.query), (q, q_meta, carry))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
     (B, padded_T, N, padded_H), K = q.shape, k.shape[2]
@@ -471,7 +489,7 @@ def attend_bwd(
     _check(q, k)
     T, (_, S, _, H) = q.shape[1], k.shape
     scale = H**-0.5
-    tile = _BACKWARD[64 if H <= 64 else 128]
+    tile = _BACKWARD[_width(H)]
     delta = -row_delta(out, d_out)  # to be added
     # A row without keys must get p = exp2(score - lse) = 0, not exp2(+inf).
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
@@ -479,18 +497,18 @@ def attend_bwd(
         lambda x: _pad(x, tile.query), (q, d_out.astype(q.dtype), lse, delta, q_meta)
     )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, tile.key), (k, v, kv_meta))
-    (B, padded_S, K, padded_H), stages = k.shape, tile.stages
+    (B, padded_S, K, padded_H), stages, late = k.shape, tile.stages, tile.d_out_stages or tile.stages
     lists = block_lists(*row_visibility(q_meta, kv_meta, mask, tile.query, tile.key), by_key=True)
     dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32), memory_space=plgpu.GMEM)
     in_float32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    rows = plgpu.SMEM((stages, tile.query), jnp.float32)
+    rows = [plgpu.SMEM((ahead, tile.query), jnp.float32) for ahead in (stages, late)]
+    ready = [plgpu.Barrier(num_arrivals=2, num_barriers=ahead) for ahead in (stages, late)]
     kernel = partial(_backward, mask=mask, scale=scale, tile=tile, unit=unit)
     scratch = [
-        _smem(stages, tile.query, padded_H), *[_smem(tile.key, padded_H)] * 2, _smem(stages, tile.query, padded_H),
-        rows, rows, _smem(stages, tile.key, tile.query),
+        _smem(stages, tile.query, padded_H), *[_smem(tile.key, padded_H)] * 2, _smem(late, tile.query, padded_H),
+        *rows, _smem(2, tile.key, tile.query),
         plgpu.SMEM((2, _WARPGROUP, _WARPGROUP), jnp.float32, transforms=in_float32),
-        plgpu.Barrier(num_arrivals=2), *[plgpu.Barrier(num_arrivals=2, num_barriers=stages)] * 4,
-        plgpu.Barrier(num_arrivals=2),
+        plgpu.Barrier(num_arrivals=2), *ready, *ready, plgpu.Barrier(num_arrivals=2),
     ]  # fmt: skip
     inputs = [q, k, v, d_out, *(jnp.swapaxes(x, 1, 2) for x in (lse, delta))]
     inputs += [replace(q_meta, last_BT=None), kv_meta, lists, dq]
