@@ -60,8 +60,11 @@ OURS = [
     "--llama.attention_type=ring_blockwise",
     "--llama.remat_block=nothing_saveable",
     "--llama.scan_mlp",
+    "--llama.scan_mlp_chunk_size=4096",
     "--train_dataset.json_dataset.batch_size=1",
 ]
+# Attention in groups of heads, where not the heads are what is dealt out.
+GROUPS = {"ring": ["--llama.kv_heads_at_a_time=8"], "all_gather": ["--llama.kv_heads_at_a_time=8"]}
 THEIRS = [
     "model_name=llama2-7b",
     "dtype=bfloat16",
@@ -91,7 +94,8 @@ def our_flags(machine: str, count: int, length: int, strategy: str) -> list[str]
     """The run's flags for the machine, which has so many devices."""
     sizes = [f"--train_dataset.json_dataset.seq_length={length}", f"--llama.max_sequence_length={length}"]
     degree = [f"--llama.ulysses_degree={DEGREES[machine]}"] if strategy == "ulysses_ring" else []
-    return [*OURS, *sizes, f"--mesh_dim=1,1,1,{count}", f"--llama.sequence_parallel={strategy}", *degree]
+    dealt = [f"--mesh_dim=1,1,1,{count}", f"--llama.sequence_parallel={strategy}", *degree]
+    return [*OURS, *GROUPS.get(strategy, []), *sizes, *dealt]
 
 
 def ours(machine: Topology, length: int, strategy: str) -> tuple[Program, tuple[int, ...], tuple[str, ...]]:

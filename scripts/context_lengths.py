@@ -26,21 +26,26 @@ FLAGS = {
 DOCS = Path(__file__).parents[1] / "docs"
 K = 1024
 LLAMA8, LLAMA70 = (4096, 14336, 32, 32, 8, 128256), (8192, 28672, 80, 64, 8, 128256)
+LLAMA7 = (4096, 11008, 32, 32, 32, 32000)
+WIDE8 = (4096, 14336, 32, 16, 4, 128256, 256)  # the last: numbers of a head
 QWEN7, QWEN14, QWEN72 = (
     (3584, 18944, 28, 28, 4, 152064),
     (5120, 13824, 48, 40, 8, 152064),
     (8192, 29568, 80, 64, 8, 152064),
 )
+QWEN32 = (5120, 25600, 64, 64, 8, 151936, 128)
 KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offload_inputs"
 BLOCKS, OVER_TP, STATE = "--llama.kv_heads_at_a_time=1", "--llama.residual_over_tp", "--optimizer.offload_state"
 FP32, BF16 = ("--dtype=fp32", KEPT, BLOCKS), ("--dtype=bf16", KEPT)
 OFFLOAD = ("--dtype=bf16", AWAY, STATE)
 DPO = ("--objective=dpo", "--train_dataset.share_prompts=False")  # a pair of answers in a row, each half as long
-PARAMS = "--optimizer.offload_params"
+PARAMS, QK_NORM = "--optimizer.offload_params", "--llama.qk_norm"
 # Pairs beside every matrix of a layer, of the rank of those that were published.
 LORA = ("--dtype=bf16", AWAY, BLOCKS, "--lora.rank=32", "--lora.base_dtype=bf16")
 QLORA = (*LORA[:-1], "--lora.base_dtype=nf4", "--lora.double_quantization")
+ACTIVATIONS = ("--dtype=bf16", AWAY, BLOCKS)  # nothing else is in the host's memory
 RING, ALST, LF, UNSLOTH, NOBODY = "Ring Attention", "ALST", "360-LLaMA-Factory", "Unsloth", "-"
+UNTIED, MAXTEXT = "Untied Ulysses", "MaxText"
 
 BEGIN = 1024 * K  # where a row begins of which nothing is published
 # source, their hardware, model (a preset or sizes), their maximum in tokens or None, topology, mesh, flags.
@@ -50,10 +55,13 @@ ROWS = [
     (RING, "8 A100-80", "13b", 128 * K, "8xa100-80g", "1,1,1,8", FP32),
     (RING, "32 A100-80", "7b", 4096 * K, "4x8xa100-80g", "1,1,1,32", ("--dtype=fp32", AWAY, BLOCKS)),
     (RING, "32 A100-80", "13b", 2048 * K, "4x8xa100-80g", "1,1,1,32", FP32),
-    (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", (*OFFLOAD, BLOCKS)),
+    (ALST, "1 H200", ("Llama-3-8B", LLAMA8), 1_200_000, "h200", "1,1,1,1", (*OFFLOAD, PARAMS, BLOCKS)),
     (ALST, "1 H100-80", ("Llama-3-8B", LLAMA8), 500_000, "h100-80g", "1,1,1,1", (*OFFLOAD, PARAMS, BLOCKS)),
-    (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", (*OFFLOAD, BLOCKS)),
+    (ALST, "8 H100-80", ("Llama-3-8B", LLAMA8), 3_700_000, "8xh100-80g", "1,1,1,8", (*OFFLOAD, PARAMS, BLOCKS)),
     (ALST, "32 H100-80", ("Llama-3-8B", LLAMA8), 15_000_000, "4x8xh100-80g", "1,1,1,32", (*OFFLOAD, BLOCKS)),
+    (UNTIED, "8 H100-80", ("Llama-3-8B", LLAMA8), 5_000_000, "8xh100-80g", "1,1,1,8", ACTIVATIONS),
+    (UNTIED, "16 H100-80", ("Llama-3-8B", LLAMA8), 8_000_000, "2x8xh100-80g", "1,1,1,16", ACTIVATIONS),
+    (UNTIED, "16 H100-80", ("Qwen3-32B", QWEN32), 4_000_000, "2x8xh100-80g", "1,1,1,16", (*ACTIVATIONS, QK_NORM)),
     (LF, "8 A800", ("Qwen2.5-7B", QWEN7), 210_000, "8xa100-80g", "1,1,1,8", BF16),
     (LF, "8 A800", ("Qwen2.5-14B", QWEN14), 175_000, "8xa100-80g", "1,1,1,8", BF16),
     (LF, "8 A100-80", ("Qwen2.5-7B DPO", QWEN7), 168_000, "8xa100-80g", "1,1,1,8", (*BF16, *DPO)),
@@ -72,6 +80,9 @@ ROWS = [
     (RING, "TPU v4-1024", "7b", 8192 * K, "v4-1024", "1,1,8,64", (*FP32, OVER_TP)),
     (RING, "TPU v4-1024", "13b", 4096 * K, "v4-1024", "1,1,8,64", (*FP32, OVER_TP)),
     (RING, "TPU v4-1024", "30b", 2048 * K, "v4-1024", "!1,1,4,128", (*FP32, OVER_TP)),
+    (NOBODY, "TPU v4-512", ("7b, all on the device", LLAMA7), None, "v4-512", "1,1,4,64", (*BF16, BLOCKS, OVER_TP)),
+    (NOBODY, "TPU v4-512", ("7b, offloaded", LLAMA7), None, "v4-512", "1,1,4,64", (*ACTIVATIONS, OVER_TP)),
+    (MAXTEXT, "TPU v5p-128", ("8B of 16/4 heads of 256", WIDE8), 14 * K * K, "v5p-128", "1,1,1,64", ACTIVATIONS),
     (RING, "TPU v5e-256", "3b", 4096 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
     (RING, "TPU v5e-256", "7b", 2048 * K, "v5e-256", "1,1,4,64", (*FP32, OVER_TP)),
 ]  # fmt: skip
@@ -88,11 +99,12 @@ def flags_of(model, theirs: int, mesh: str, flags: tuple[str, ...]) -> list[str]
         "num_attention_heads",
         "num_key_value_heads",
         "vocab_size",
+        "head_dim",
     )
     if isinstance(model, str):
         sizes = [f"--load_llama_config={model}"]
     else:
-        sizes = [f"--llama.{name}={value}" for name, value in zip(names, model[1], strict=True)]
+        sizes = [f"--llama.{name}={value}" for name, value in zip(names, model[1], strict=False)]
     lengths = [f"--train_dataset.json_dataset.seq_length={start}", f"--llama.max_sequence_length={start}"]
     return [*common, *sizes, *lengths, *flags, f"--mesh_dim={mesh}"]
 
