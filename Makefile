@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help train demo peers test test-all test-engine lint format aot aot-cuda clean
+.PHONY: help train demo peers wheels test test-all test-engine lint format aot aot-cuda clean
 
 VENV ?= .venv
 # The first of these that really runs and is new enough: a version manager's shim can exist and yet refuse.
@@ -32,7 +32,7 @@ PEERS_PYTHON := $(or $(PEERS_PYTHON),$(shell for python in python3.12 python3.13
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo '  variables: ARGS (flags of train), TESTS (what test runs), PYTHON, VENV'
+	@echo '  variables: ARGS (flags of train), TESTS (what test runs), DIR (of wheels), PYTHON, VENV'
 
 train: $(CORE)  ## train a small model with ring attention on 8 virtual CPU devices; ARGS="--flag=value ..."
 	$(VENV)/bin/python -m ringbpt.train $(if $(findstring --config,$(ARGS)),,--config=configs/debug.py) $(ARGS)
@@ -42,6 +42,22 @@ demo: $(DEMO)  ## a pretrained model learns its name under ring attention, and a
 
 peers: $(PEERS)  ## our train step beside MaxText's, compiled for TPUs: docs/peers.md; ARGS="--only='v5p-16 32K'"
 	$(PEERS_VENV)/bin/python scripts/compare_maxtext.py $(ARGS)
+
+# pip takes the tags of platforms as they are spelled, older ones of a kind not included.
+WHEEL_TAGS := $(foreach tag,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1,--platform $(tag)_x86_64)
+DIR ?= wheels
+MOST_KIB := 61440
+
+wheels: $(BASE)-$(notdir $(PYTHON))  ## what ringbpt needs beside jax, for a machine without a network; DIR=wheels
+	@mkdir -p '$(DIR)' && rm -f '$(DIR)'/*.whl
+	@$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --python-version 3.12 --implementation cp $(WHEEL_TAGS) --dest '$(DIR)' --requirement wheels_requirements.txt
+	@$(VENV)/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > '$(DIR)/requirements.txt'
+	@kib=$$(cat '$(DIR)'/* | wc -c | awk '{print int($$1 / 1024)}'); \
+	  echo "$(DIR): $$(ls '$(DIR)'/*.whl | wc -l) wheels, $$kib KiB of $(MOST_KIB) KiB at most; there:"; \
+	  echo "  pip install --no-index --find-links '$(DIR)' --requirement '$(DIR)/requirements.txt'"; \
+	  test $$kib -le $(MOST_KIB)
 
 test: $(DEV)  ## the tests, without those marked slow; TESTS=tests/test_x.py for some of them
 	$(PYTEST) -m "not slow" $(TESTS)

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -155,8 +156,8 @@ def torch_sdpa(backend: str) -> Peer:
     return programs
 
 
-def peers(device: jax.Device, names: list[str]) -> Iterator[tuple[str, Peer | str]]:
-    """Each peer, or why there is none."""
+def peers(device: jax.Device, names: list[str], others: bool = True) -> Iterator[tuple[str, Peer | str]]:
+    """Each of ours by `names`, and those of others where they are asked for; or why there is none."""
 
     def cudnn() -> Peer:
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
@@ -172,7 +173,7 @@ def peers(device: jax.Device, names: list[str]) -> Iterator[tuple[str, Peer | st
         return torch_sdpa(backend)
 
     makers: dict[str, Callable[[], Peer]] = {name: partial(ours, name, device) for name in names}
-    if device.platform == "gpu":
+    if others and device.platform == "gpu":
         makers |= {"jax cudnn": cudnn, "tokamax": tokamax}
         makers |= {"torch flash": partial(torch, "FLASH_ATTENTION"), "torch cudnn": partial(torch, "CUDNN_ATTENTION")}
     for name, make in makers.items():
@@ -329,10 +330,16 @@ def problems(lengths: list[int], head_dims: list[int], heads: list[tuple[int, in
 
 
 def versions(device: jax.Device) -> dict[str, str]:
+    """The date, the device, its driver where it has one, and what is installed."""
     found = {"date": time.strftime("%Y-%m-%d"), "device": device.device_kind, "python": platform.python_version()}
-    for name in ("jax", "jaxlib", "torch", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
+    for name in ("jax", "jaxlib", "flax", "torch", "tokamax", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
+    if device.platform == "gpu":
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+            found |= {"driver": said[0]} if said else {}
     return found
 
 
@@ -346,7 +353,7 @@ def _of_each(
         try:
             result = call(problem, *programs.result())
         except Exception as failure:  # of whatever kind: it must not end the others' measurements
-            report["refused"][label(name)] = _line(failure)
+            report["refused"][label(name)] = line(failure)
         else:
             yield name, result
 
@@ -377,24 +384,25 @@ def _time_all(found: dict[str, Peer], problem: Problem, report: dict, say: Calla
         keep(report)
 
 
-def _line(failure: Exception) -> str:
+def line(failure: Exception) -> str:
+    """Its kind, and the first line of what it says."""
     return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
 
 
 def run(
     names: list[str], todo: list[Problem], check_length: int, ring: tuple[int, int] | None, budget_s: float,
-    say: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda report: None,
+    say: Callable[[str], None] = print, keep: Callable[[dict], None] = lambda report: None, others: bool = True,
 ) -> dict:  # fmt: skip
     """Everything, within the budget of seconds; the ring after the first kind of problem, at its heads.
 
-    ring: (tokens a rank, ranks). keep is handed the report as it grows.
+    ring: (tokens a rank, ranks). keep is handed the report as it grows. others: whether peers are timed beside ours.
     """
     start, device = time.monotonic(), jax.devices()[0]
     report: dict[str, Any] = {
         "versions": versions(device), "errors": {}, "refused": {}, "tflops": [], "ring": {}, "left_out": [],
     }  # fmt: skip
     say(f"{report['versions']}")
-    every = dict(peers(device, names))
+    every = dict(peers(device, names, others))
     found = {name: peer for name, peer in every.items() if not isinstance(peer, str)}
     report["refused"] |= {name: why for name, why in every.items() if isinstance(why, str)}
 
@@ -418,7 +426,7 @@ def run(
             try:
                 report["ring"][name] = ring_of_ranks(LOCALS[name](device, None, None), *ring, problem=todo[0])
             except Exception as failure:
-                report["refused"][f"{name} ring"] = _line(failure)
+                report["refused"][f"{name} ring"] = line(failure)
                 continue
             say(f"{name}: a zigzag ring of {ring[1]}, {ring[0]} tokens a rank, over one shot: {report['ring'][name]}")
             keep(report)
@@ -454,7 +462,7 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def save(report: dict, path: Path) -> None:
+def save(report: dict, path: Path, table: Callable[[dict], str] = table) -> None:
     """Both files, each whole at any time: a run that is killed leaves what it had."""
     for file, text in ((path, json.dumps(report, indent=1)), (path.with_suffix(".md"), table(report))):
         new = file.with_name(file.name + ".new")
