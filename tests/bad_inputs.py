@@ -452,6 +452,8 @@ ASKED = "--objective=grpo --eval_steps=0 --rollout.prompts={f}/good.jsonl"
 FLAGS: dict[str, list[tuple[str, str]]] = {
     "train": [
         ("--totl_steps=3", "--total_steps?"),
+        ("--profile=3", "--profile=10,3"),
+        ("--profile=9,3 --total_steps=10", "--profile=9,2"),
         ("--lora.rank=-1", "--lora.rank=-1 is below 0"),
         ("--lora.rank=99999999999", "16384 at most"),
         (f"--lora.rank=4 --lora.target_modules={ESC}", r"\x1b"),
@@ -761,6 +763,14 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--lengths=a", "--lengths"),
         ("--kernels=x", "--kernels=x"),
         ("--heads=3", "--heads"),
+    ],
+    "scripts/bench_step.py": [
+        ("--steps=131072", "--steps=131072x2"),
+        ("--parts=step", "--parts=step"),
+        ("--kernels=x", "--kernels=x"),
+        ("--budget_s=0", "above 0"),
+        ("--out={f}/none/x.json", "none"),
+        ("", "--tiny"),
     ],
     "scripts/bench_decode.py": [("--context=0", "below 1"), ("--layers=x", "not a whole number")],
     "scripts/bench_convert.py": [("", "--folder is missing"), ("--folder={f}/pipe", "no folder")],

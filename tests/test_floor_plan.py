@@ -159,9 +159,10 @@ LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # samplers; +200 servers of other kinds; +600 plans that can be refuted: one owner of rates, a step's cost by time, a
 # run held against its plan, several slices; +750 rows dealt out and packed by their documents' work; +100 programs
 # of others, read by the plan's readers; +150 sums in hops; +250 what a step sends and what it
-# must, what sums in bf16 cost, and lists of visits in pieces.
+# must, what sums in bf16 cost, and lists of visits in pieces; +700 a machine's first minutes, traces of steps, and
+# where a run's time goes.
 WHOLE = 17_500 + 1_600 + 400 + 650 + 350 + 1_000 + 700 + 900 + 1_600 + 450 + 1_600 + 250 + 1_200 + 1_100 + 650
-WHOLE += 300 + 400 + 150 + 150 + 200 + 600 + 750 + 100 + 150 + 250
+WHOLE += 300 + 400 + 150 + 150 + 200 + 600 + 750 + 100 + 150 + 250 + 700
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

@@ -35,7 +35,7 @@ def in_a_process(measure: Measure, seconds: float, module: str) -> Iterator[tupl
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(measure, seconds, theirs), daemon=True)
+    child = context.Process(target=_measure, args=(measure, seconds, theirs))  # no daemon: it may have workers
     with _environment():
         child.start()
     theirs.close()  # so that the end of the process is the end of the pipe

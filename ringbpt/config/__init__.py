@@ -70,4 +70,12 @@ from ringbpt.config.parse import (
 from ringbpt.config.places import check_output, check_writable
 from ringbpt.config.rates import complete_rates, describe_rates
 from ringbpt.config.shown import for_terminal, json_line, one_line, printable
-from ringbpt.config.values import Flag, UserError, check_value, nearest_name, parse_mesh_dim, read_literals
+from ringbpt.config.values import (
+    Flag,
+    UserError,
+    check_value,
+    nearest_name,
+    parse_mesh_dim,
+    parse_profile,
+    read_literals,
+)

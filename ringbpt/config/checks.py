@@ -26,7 +26,7 @@ from ringbpt.config.fields import (
 )
 from ringbpt.config.lora import pairs_of
 from ringbpt.config.rollouts import check_rollouts
-from ringbpt.config.values import UserError, check_value, parse_mesh_dim, read_literals
+from ringbpt.config.values import UserError, check_value, parse_mesh_dim, parse_profile, read_literals
 from ringbpt.dims import MeshShape
 
 
@@ -87,6 +87,7 @@ def check_values(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     """The run's name, what it starts from, what it evaluates, its objective, and its processes."""
+    parse_profile(config.profile, config.total_steps)
     if config.eval_passkey and not re.fullmatch(r"[1-9][0-9]{0,9}(,[1-9][0-9]{0,9})*", config.eval_passkey):
         raise UserError(f"--eval_passkey={config.eval_passkey!r} is no list of lengths: as --eval_passkey=512,1024")
     for name in ("eval_passkey", "eval_by_position"):

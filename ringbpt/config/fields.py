@@ -463,6 +463,7 @@ class Config:
     eval_batches: int = flag(8, "of each evaluation", at_least=1)
     eval_by_position: bool = flag(False, "with each evaluation, perplexity by position: perplexity.png")
     eval_passkey: str = flag("", "lengths, as '512,1024': with each evaluation, keys found at them: passkey.png")
+    profile: str = flag("", "first,count of steps whose xprof trace goes to the run's folder, as 10,3", shown="the run")
     log_all_worker: bool = flag(False, "every process logs, not only the first")
     autoresume: bool = flag(False, "go on from the run's own latest checkpoint, if there is one", shown="start from")
     num_cpu_devices: int = flag(0, "virtual devices; 0: as jax finds them", at_least=0, at_most=4096, shown="devices")

@@ -221,6 +221,25 @@ def parse_mesh_dim(text: str, device_count: int, flag: str = "--mesh_dim") -> tu
     return MeshShape(*resolved), plain_order
 
 
+def parse_profile(text: str, total_steps: int) -> range:
+    """--profile="10,3" -> the steps 10, 11 and 12, as metrics number them; "" -> none.
+
+    Raises UserError where the text is no first,count, or a run of total_steps has not all of these.
+    """
+    if not text:
+        return range(0)
+    if not re.fullmatch("[1-9][0-9]{0,11},[1-9][0-9]{0,11}", text.strip()):
+        raise UserError(f"--profile={text!r} is no first,count of steps, both 1 or more: as --profile=10,3")
+    first, count = map(int, text.split(","))
+    if first + count - 1 > total_steps:
+        start = min(first, total_steps)
+        works = f"{start},{min(count, total_steps - start + 1)}"
+        raise UserError(
+            f"--profile={text}: --total_steps={total_steps} is below {first + count - 1}: --profile={works}"
+        )
+    return range(first, first + count)
+
+
 def mesh_sizes(text: str, flag: str) -> list[int]:
     """The four sizes as written, -1 included."""
     body, shown = text.strip().removeprefix("!"), f"{flag}='{text}'"

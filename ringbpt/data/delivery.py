@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+import jax
+
 AHEAD = 2  # batches on the devices besides the one that is worked on; they are small beside the activations
 
 T = TypeVar("T")
@@ -25,12 +27,18 @@ class Delivery(Generic[T]):
         self._waiting: deque[tuple[int, Future[T]]] = deque()
 
     def batch(self, step: int, state: Any = None) -> T:
-        """The batch of `step`, the one after the step before; the state of the training is not looked at."""
+        """The batch of `step`, the one after the step before.
+
+        state: of the training, arrays that the devices may still be at: meanwhile a batch that is late keeps nobody
+        waiting.
+        """
         for next_step in islice(self._steps, 1 + AHEAD - len(self._waiting)):
             self._waiting.append((next_step, self._pool.submit(self._make, next_step)))
-        begin = time.perf_counter()
         made_for, future = self._waiting.popleft()
         assert made_for == step, f"batch {step} was asked for, and {made_for} is next"
+        if not future.done():
+            jax.block_until_ready(state)
+        begin = time.perf_counter()
         result = future.result()
         self._waited += time.perf_counter() - begin
         return result

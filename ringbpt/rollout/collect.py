@@ -176,6 +176,7 @@ class Rollouts:
         """What is learnt in a step, from 0; where a new rollout begins with it, it is made with the state's weights."""
         number, update = divmod(step, self._config.rollout.updates)
         if number != self._number:
+            jax.block_until_ready(state)  # of the step before, which is no time of a rollout's
             begin = time.perf_counter()
             policy, reference = self._weights(state)
             found = self._read(number)

@@ -28,6 +28,7 @@ from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
 from ringbpt.training.memory import describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
+from ringbpt.training.profile import Profile
 from ringbpt.training.reference import ask_reference
 from ringbpt.training.replicas import make_compare
 from ringbpt.training.run import Run, open_run
@@ -63,8 +64,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
         state, loaders = ask_reference(run, layout, state, loaders)
     loader, held_out = rollouts or loaders[TRAIN], loaders.get(EVAL)
     evaluate = held_out and _evaluation(layout, objective, tokenizer, run.folder, held_out)
-    template = config.train_dataset.text_processor.chat_template
-    set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
+    _set_template(config, tokenizer)
     say(_describe(config, model, run, tokenizer, loader, held_out))
 
     def log(row: dict[str, float]) -> None:
@@ -79,33 +79,34 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
             log(row)
 
     # ── the programs ─────────────────────────────────────────────────────────────────────────────────────────────
-    train_step = make_train_step(layout, objective)
+    train_step, compare = make_train_step(layout, objective), make_compare(layout)
     source = rollouts or _delivery(model, loaders[TRAIN], run)
-    bytes_per_token = loader.bytes_per_token if objective.is_in_nats(config) else math.inf
-    clock = Clock(config, objective, bytes_per_token, source.take_waited, run.means, Watch(config.guard, say).look)
-    compare = make_compare(layout)
+    clock = _clock(run, objective, loader, source)
     # ── the run's folder: from here on something is written ──────────────────────────────────────────────────────
     with (
+        closing(clock),
         closing(run.start_writing(tokenizer)) as writer,
-        closing(run.checkpointer),
+        clock.closing("save", run.checkpointer),
         closing(source),
         closing(Watchdog(config.jax_distributed.step_timeout, run.folder)) as watchdog,
+        closing(Profile(config, run.folder, run.start)) as profile,
         processes.guarded(),
+        clock.spending("steps"),
     ):
-        run.save_first(state)
+        clock.spend("save", run.save_first, state)
         if evaluate and run.start == 0:
-            log(evaluate(state, 0))
+            log(clock.spend("eval", evaluate, state, 0))
         agreement = Agreement(config.save_minutes or 0.0, signals.told)
         pending: tuple[int, Metrics] | None = None  # fetched one step late: logging never waits for the step just sent
         for step in range(run.start, config.total_steps):
             batch = _batch(source, run, step, state, clock, partial(tick, pending))
             if step == run.start:
-                compile_ahead("the step", train_step, state, batch)
+                clock.spend("compile", compile_ahead, "the step", train_step, state, batch)
                 signals.hold()  # from here on there is something to save
             # The first metrics are waited for in the second step: until then connections are made.
             watchdog.at(step, watched=step > run.start + 1)
-            state, metrics = train_step(state, batch)
             done = step + 1
+            state, metrics = profile(done, train_step, state, batch)
             run.checkpointer.poll()
             tick(pending)
             pending = (done, metrics)
@@ -118,13 +119,13 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
                 pending = None
                 if evaluate and (last or (evaluates and not wish.code)):
                     watchdog.at(done, watched=False)  # it may compile
-                    log(evaluate(state, done))
+                    log(clock.spend("eval", evaluate, state, done))
                 watchdog.at(done)
                 ends = (last or wish.code) and config.save_final
                 if saves or milestone or ends or (wish is Wish.SAVE and not last):
                     compare(state, done, now=True)
                     whole = bool(wish) and not last  # a step to go on from
-                    run.save(done, state, milestone, clock.means, whole)
+                    clock.spend("save", run.save, done, state, milestone, clock.means, whole)
                     if whole or config.checkpointer.save_optimizer_state:
                         agreement.saved()
                 clock.restart()  # what was just done is no step's time
@@ -143,8 +144,7 @@ def _data(
 
     config, model = layout.config, layout.model
     if objective.rollouts:  # before anything is sampled, which its ends end
-        template = config.train_dataset.text_processor.chat_template
-        set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
+        _set_template(config, tokenizer)
     asked = (weights, say, signals.told)
     rollouts = Rollouts(config, model, tokenizer, folder, *asked) if objective.rollouts else None
     loaders = {} if rollouts else loaders_of(config, tokenizer)
@@ -153,6 +153,18 @@ def _data(
     fingerprint = (rollouts or loaders[TRAIN]).fingerprint
     processes.agree("the data", {"the training data that --train_dataset finds": fingerprint})
     return rollouts, loaders
+
+
+def _set_template(config: Config, tokenizer: Tokenizer) -> None:
+    template = config.train_dataset.text_processor.chat_template
+    set_chat_template(tokenizer, template, "train_dataset.text_processor.chat_template")
+
+
+def _clock(run: Run, objective: Objective, loader: Loader | Rollouts, source: Rollouts | Delivery[Batch]) -> Clock:
+    config = run.config
+    bytes_per_token = loader.bytes_per_token if objective.is_in_nats(config) else math.inf
+    look = Watch(config.guard, say).look
+    return Clock(config, objective, bytes_per_token, source.take_waited, run.means, look, run.began)
 
 
 def _batch(

@@ -7,10 +7,10 @@ import math
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -27,6 +27,7 @@ from ringbpt.training.step import Metrics
 from ringbpt.types import Mean, Means
 
 MetricsRow = dict[str, float | int]
+T = TypeVar("T")
 
 # How the terminal shows a row, in this order: key, label before, format, unit after.
 SHOWN = (
@@ -44,6 +45,10 @@ SHOWN = (
     ("step_seconds", "", "7.3f", " s/step"),
     ("mfu", "mfu ", "5.3f", ""),
 )
+# What a run's time goes to. steps: what devices were asked to do, and all that goes on meanwhile; data: waiting for a
+# batch when no step is under way any more; save: until the arrays have left the devices, and at the end until they are
+# on the disk; compile: of the step; eval: with its compile; other: all before the first step, and the end.
+GOODPUT = ("steps", "data", "save", "compile", "eval", "other")
 SHOWN_IN_BAR = ("loss", "bits_per_byte", "tokens_per_second")  # fits 80 columns beside the bar
 
 
@@ -212,7 +217,8 @@ class Clock:
     The objective's means are those of all these steps, each weighed by what it was taken over, so that the loss is the
     mean of the tokens; `loss_step` is the last step's own, and so is all that is no mean (the learning rate, norms).
     take_waited: seconds that the loop stood still for data since it was last asked; their share is `data_wait`. means:
-    the sums since the last row, for a checkpoint between two rows. look: is told what each step's guard found.
+    the sums since the last row, for a checkpoint between two rows. look: is told what each step's guard found. began:
+    when the run did, by time.perf_counter: each moment since then belongs to one of GOODPUT, see `spending`.
     """
 
     config: Config
@@ -221,13 +227,68 @@ class Clock:
     take_waited: Callable[[], float] = lambda: 0.0
     means: Means = dataclasses.field(default_factory=dict)
     look: Callable[[int, Verdict], None] = lambda step, verdict: None
+    began: float = dataclasses.field(default_factory=time.perf_counter)
     _since: float | None = None
     _steps: int = 0
     _counts: dict[str, float] = dataclasses.field(default_factory=lambda: {"tokens": 0.0, "pairs": 0.0})
 
+    def __post_init__(self) -> None:
+        self._spent, self._now_for, self._now_since = dict.fromkeys(GOODPUT, 0.0), "other", self.began
+        self._waited = 0.0  # since the last row
+
+    def _turn_to(self, what: str) -> str:
+        """What is done from now on; returns what was done until now."""
+        before, now = self._now_for, time.perf_counter()
+        self._spent[before] += now - self._now_since
+        self._now_for, self._now_since = what, now
+        return before
+
+    @contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """The time in here is spent on `what`, one of GOODPUT, but for what other uses inside of it take."""
+        before = self._turn_to(what)
+        try:
+            yield
+        finally:
+            self._turn_to(before)
+
+    def spend(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        with self.spending(what):
+            return function(*args)
+
+    @contextmanager
+    def closing(self, what: str, thing: Any) -> Iterator[None]:
+        """contextlib.closing, whose time at the end is spent on `what`."""
+        try:
+            yield
+        finally:
+            self.spend(what, thing.close)
+
+    def _hear_of_waiting(self) -> None:
+        """Of the time of steps, what was none: the loop stood still for data, and no step was under way."""
+        seconds = self.take_waited()
+        self._waited += seconds
+        self._spent["data"] += seconds
+        self._spent["steps"] -= seconds
+
+    def goodput(self) -> dict[str, float]:
+        """{"goodput/steps": share of the time since the run began, ...} of GOODPUT; their sum is 1."""
+        self._turn_to(self._now_for)
+        self._hear_of_waiting()
+        whole = sum(self._spent.values())
+        return {f"goodput/{name}": seconds / whole for name, seconds in self._spent.items()}
+
+    def close(self) -> None:
+        """Says where the run's time went, if it came to a step."""
+        if self._since is not None:
+            shares = self.goodput()
+            told = ", ".join(f"{name} {shares[f'goodput/{name}']:.1%}" for name in GOODPUT)
+            say(f"goodput {told} of {datetime.timedelta(seconds=round(sum(self._spent.values())))}")
+
     def restart(self) -> None:
         """Forget the steps so far; the next one begins now."""
-        self.take_waited()
+        self._hear_of_waiting()
+        self._waited = 0.0
         self._since, self._steps, self._counts = time.perf_counter(), 0, dict.fromkeys(self._counts, 0.0)
 
     def tick(self, step: int, metrics: Metrics) -> dict[str, float] | None:
@@ -254,7 +315,7 @@ class Clock:
             row |= ({"loss_step": step_values["loss"]} if "loss" in step_values else {}) | own
             if self._since is not None and self._steps:
                 row |= self._speeds(time.perf_counter() - self._since)
-            row |= {"tokens": tokens, "visible_pairs": pairs} | _device_memory()
+            row |= {"tokens": tokens, "visible_pairs": pairs} | self.goodput() | _device_memory()
             self.means = {}
         if compiled_just_now or row:
             self.restart()
@@ -262,7 +323,8 @@ class Clock:
 
     def _speeds(self, seconds: float) -> dict[str, float]:
         speeds = {"step_seconds": seconds / self._steps, "tokens_per_second": self._counts["tokens"] / seconds}
-        speeds["data_wait"] = self.take_waited() / seconds
+        self._hear_of_waiting()
+        speeds["data_wait"] = self._waited / seconds
         device = hardware.find(jax.devices()[0].device_kind)
         if device is not None:
             flops = training_flops(self.config, self._counts["tokens"], self._counts["pairs"])

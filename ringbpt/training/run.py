@@ -42,7 +42,7 @@ class Run:
     fingerprint: of the training data, its order and its packing; a checkpoint of other data isn't gone on from. means:
     of the steps before `start` that no row of metrics holds yet. is_stored: whether a checkpoint of it is on the disk.
     goes_on: whether it began with one of its own. reference: what it is compared with (training/reference.py). base: of
-    the weights beside its adapters, if it trains some, the fingerprint.
+    the weights beside its adapters, if it trains some, the fingerprint. began: when, by time.perf_counter.
     """
 
     config: Config
@@ -56,6 +56,7 @@ class Run:
     goes_on: bool = False
     reference: dict[str, str] | None = None
     base: str = ""
+    began: float = field(default_factory=time.perf_counter)
     _lock: IO[str] | None = None
 
     def first_state(self, layout: StateLayout, fingerprint: str) -> TrainState:

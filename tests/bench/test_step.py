@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from ringbpt.bench import isolated, kernels, step
 from ringbpt.bench.step import TINY, Part
@@ -119,3 +123,28 @@ def test_a_program_that_no_plan_can_read_is_measured_where_the_host_has_room(mon
         step.measure_step(TINY, 128, 2, 100.0, tell)
     [row] = rows  # what the plan says stands there
     assert row["host_bytes"] > 1000 and "step_seconds" not in row
+
+
+def test_the_wheels_are_all_that_a_machine_with_jax_lacks():
+    def normal(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    def needed(name: str, extras: frozenset[str]) -> None:
+        if (normal(name), extras) in seen or normal(name) in there:
+            return
+        seen.add((normal(name), extras))
+        for line in requires(name) or []:
+            own = Requirement(line)
+            environments = [{"python_version": "3.12", "extra": extra} for extra in ("", *extras)]
+            if own.marker is None or any(map(own.marker.evaluate, environments)):
+                needed(own.name, frozenset(own.extras))
+
+    lines = (ROOT / "wheels_requirements.txt").read_text().splitlines()
+    carried = {normal(re.fullmatch(r"([\w.-]+)==\S+( +# .+)?", line)[1]) for line in lines if not line.startswith("#")}
+    there, seen = {"jax", "jaxlib", "numpy", "scipy", "ml-dtypes", "opt-einsum"}, set()
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        needed(Requirement(line).name, frozenset(Requirement(line).extras))
+    found = {name for name, _ in seen}
+    assert found <= carried and "tensorstore" in found
+    # Of other versions than are here, and for another Python.
+    assert carried - found <= {"tzdata", "contourpy", "zipp"}

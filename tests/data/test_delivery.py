@@ -52,3 +52,15 @@ def test_what_fails_is_raised_in_its_turn():
     with pytest.raises(KeyError):
         source.batch(1)
     source.close()
+
+
+def test_what_the_devices_are_at_is_no_waiting():
+    class Step:
+        """A state that is done in a while."""
+
+        def block_until_ready(self):
+            time.sleep(0.2)
+
+    late = Delivery(lambda step: time.sleep(0.25), range(1))
+    late.batch(0, Step())
+    assert late.take_waited() < 0.2

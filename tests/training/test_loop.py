@@ -12,6 +12,7 @@ import math
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import einops
@@ -33,7 +34,7 @@ from ringbpt.ending import PREEMPTED, Signals, Stopped
 from ringbpt.mesh import make_mesh
 from ringbpt.model.llama import Model
 from ringbpt.training import loop
-from ringbpt.training.metrics import read_rows
+from ringbpt.training.metrics import GOODPUT, read_rows
 
 TINY = (
     "--update_llama_config=dict(vocab_size=288,hidden_size=32,intermediate_size=64,num_hidden_layers=2,"
@@ -161,7 +162,7 @@ def test_milestones_stay_and_of_the_others_the_last_two(whole):
 def test_the_rows(whole):
     rows = read_rows(whole[0] / "metrics.jsonl")
     measured = {"step", "loss", "accuracy", "bits_per_byte", "learning_rate", "gradient_norm", "param_norm"}
-    measured |= {"tokens", "visible_pairs", "loss_step"}
+    measured |= {"tokens", "visible_pairs", "loss_step"} | {f"goodput/{name}" for name in GOODPUT}
     speeds = {"tokens_per_second", "step_seconds", "data_wait"}
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
@@ -171,6 +172,7 @@ def test_the_rows(whole):
         assert all(math.isfinite(value) for value in row.values())
         assert row["loss_step"] == row["loss"]  # one step a row
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.1)  # about a byte a token
+    assert all(trained[-1][f"goodput/{name}"] > 0 for name in ("steps", "save", "compile", "eval", "other"))
     evaluated = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluated] == [0, 3, 6, 7]
     assert all(set(row) == {"step", "eval_loss", "eval_accuracy", "eval_bits_per_byte"} for row in evaluated)
@@ -454,3 +456,54 @@ def test_load_checkpoint_is_read_onto_the_mesh(whole):
     params = load_checkpoint(f"params::{whole[0]}", wanted, model.architecture)[0]["params"]
     assert optax.tree.norm(params) == pytest.approx(read_rows(whole[0] / "metrics.jsonl")[-2]["param_norm"], rel=1e-5)
     assert len(params["embed"].sharding.device_set) == 8 and not params["embed"].sharding.is_fully_replicated
+
+
+# ---------------------------------------------------------------------------------------------- time
+
+
+def traced(run_dir: Path) -> list[int]:
+    """The steps that the run's trace has."""
+    [file] = (run_dir / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events if event.name == "train"]
+    return sorted(int(dict(event.stats)["step_num"]) for event in events)
+
+
+def test_a_trace_of_the_steps_that_were_asked_for_and_where_the_time_went(tmp_path, data, monkeypatch, capsys):
+    rows_of = Loader.rows
+
+    def slow(*arguments):
+        time.sleep(0.4)
+        return rows_of(*arguments)
+
+    monkeypatch.setattr(Loader, "rows", slow)
+    run_dir = train(tmp_path, *data, *FULL, "--total_steps=5", "--save_minutes=0", "--profile=3,2")
+    assert traced(run_dir) == [3, 4]
+    trained = [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
+    shares = [{name: row[f"goodput/{name}"] for name in GOODPUT} for row in trained]
+    assert all(sum(each.values()) == pytest.approx(1) and min(each.values()) >= 0 for each in shares)
+    assert shares[-1]["data"] > shares[-1]["steps"]  # 0.4 s a batch, and milliseconds a step
+    assert shares[0]["compile"] > 0 == shares[-1]["eval"]
+    assert max(row.get("data_wait", 0) for row in trained) > 0.5
+    out = capsys.readouterr().out
+    assert out.count("\ngoodput steps ") == 1 and out.count("the trace of --profile") == 1
+    # Going on behind the first of them.
+    train(tmp_path, *data, *FULL, "--total_steps=6", "--save_minutes=0", "--profile=3,4", "--autoresume")
+    assert "--profile=3,4: the run goes on from step 5: nothing is traced" in capsys.readouterr().out
+    assert traced(run_dir) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("3", "--profile=10,3"),
+        ("0,2", "--profile=10,3"),
+        ("2,0", "--profile=10,3"),
+        ("2,3", "--total_steps=3 is below 4: --profile=2,2"),
+        ("9,4", "--total_steps=3 is below 12: --profile=3,1"),
+    ],
+)
+def test_steps_that_a_run_does_not_have_are_no_profile(profile, said):
+    with pytest.raises(UserError, match=said):
+        configured(f"--profile={profile}")
+    assert configured("--profile=1,3").profile == "1,3"

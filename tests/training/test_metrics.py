@@ -15,6 +15,7 @@ import pytest
 from ringbpt.config import Config, LoggerConfig, UserError
 from ringbpt.objectives import OBJECTIVES
 from ringbpt.objectives.objective import Objective
+from ringbpt.training import metrics
 from ringbpt.training.metrics import Clock, MetricsWriter, format_row, read_rows
 from ringbpt.training.step import Metrics
 from ringbpt.types import Mean
@@ -304,3 +305,55 @@ def test_rows_that_find_no_room_are_written_later(tmp_path, capsys):
     late.write({"step": 3, "loss": 1.0})
     late.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+# --- where a run's time goes ---
+
+
+def shares_of(clock: Clock) -> dict[str, float]:
+    found = {name.removeprefix("goodput/"): share for name, share in clock.goodput().items()}
+    assert set(found) == set(metrics.GOODPUT) and sum(found.values()) == pytest.approx(1)
+    return found
+
+
+def test_each_moment_of_a_run_belongs_to_one_part(monkeypatch, capsys):
+    now, waits = [100.0], [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    def take() -> float:
+        seconds, waits[0] = waits[0], 0.0
+        return seconds
+
+    clock = Clock(Config(log_freq=2, total_steps=4), OBJECTIVES["sft"], 2.0, take, began=90.0)
+    with clock.spending("steps"):
+        passes(4), waits.__setitem__(0, 1.0)
+        clock.spend("compile", passes, 5)
+        passes(2)
+        clock.tick(1, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1)))
+        passes(3), waits.__setitem__(0, 2.0)
+        row = clock.tick(2, step_metrics(loss=(1.0, 1), accuracy=(1.0, 1)))
+        assert row["data_wait"] == pytest.approx(2 / 3)
+        assert row["goodput/steps"] == pytest.approx(6 / 24) and row["goodput/other"] == pytest.approx(10 / 24)
+        with clock.spending("eval"):
+            passes(1)
+            clock.spend("save", passes, 2)  # within something else
+            passes(1)
+        with pytest.raises(KeyError), clock.spending("save"):
+            passes(1)
+            raise KeyError
+    with clock.closing("save", io.StringIO()):
+        passes(4)  # not the closing
+    wanted = {"steps": 6, "data": 3, "save": 3, "compile": 5, "eval": 2, "other": 14}
+    assert shares_of(clock) == pytest.approx({name: seconds / 33 for name, seconds in wanted.items()})
+    clock.close()
+    assert "goodput steps 18.2%, data 9.1%, save 9.1%, compile 15.2%, eval 6.1%, other 42.4% of 0:00:33" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_without_a_step_has_no_goodput(capsys):
+    clock_of(1).close()
+    assert capsys.readouterr().out == ""
