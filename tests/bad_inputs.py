@@ -769,7 +769,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--parts=step", "--parts=step"),
         ("--kernels=x", "--kernels=x"),
         ("--budget_s=0", "above 0"),
-        ("--out={f}/none/x.json", "none"),
+        ("--out={f}/good.jsonl/x", "no folder"),
         ("", "--tiny"),
     ],
     "scripts/bench_decode.py": [("--context=0", "below 1"), ("--layers=x", "not a whole number")],

@@ -1,4 +1,4 @@
-"""Attention timed; and the flags of `ringbpt.autotune`, which shell completion reads without importing jax."""
+"""Attention and training steps timed; and what entries know of that without importing jax."""
 
 from ringbpt.config import DTYPES, Flag
 
@@ -13,3 +13,7 @@ AUTOTUNE_FLAGS = {
     "budget_s": Flag(int, 540, "seconds after which nothing further is tried", at_least=0, at_most=1 << 20),
     "print_only": Flag(bool, False, "leave the table as it is"),
 }
+
+# What scripts/bench_step.py measures: the sections of its report.
+SECTIONS = ("kernels", "steps", "host", "decode", "debug")
+NO_DEVICE = "no accelerator: jax finds only CPUs here; --tiny measures them"

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from ringbpt import hardware
-from ringbpt.bench import kernels
+from ringbpt.bench import NO_DEVICE, SECTIONS, kernels
 from ringbpt.bench.isolated import Ended, Tell, host_memory, in_a_process
 from ringbpt.bench.kernels import Problem
 from ringbpt.config import ROOT, Config, UserError, parse, parse_args
@@ -48,8 +48,6 @@ from ringbpt.training.state import StateLayout
 
 TIMED = 3  # steps, after one that warms up
 GIB = 2**30
-NO_DEVICE = "no accelerator: jax finds only CPUs here; --tiny measures them"
-SECTIONS = ("kernels", "steps", "host", "decode", "debug")
 
 
 @dataclass(frozen=True)
