@@ -1,7 +1,7 @@
 """The first minutes with an accelerator: kernels, training steps of Llama-3-8B's layers, the host's memory, decoding.
 
 python scripts/bench_step.py [--out=bench_step.json]    within 8 minutes; JSON, and a table beside it
-python scripts/bench_step.py --parts=steps --steps=1048576x4        what there was no time for
+python scripts/bench_step.py --parts=steps --steps=1048576x4 --out=more.json        what there was no time for
 python scripts/bench_step.py --tiny                     anything: the same at sizes a CPU does in a minute
 """
 

@@ -427,7 +427,7 @@ def table(report: dict) -> str:
     if report["steps"]:
         heads = (
             "tokens", "layers", "offload", "kernel", "compile, s", "a step, s", "steps", "plan, s", "tokens/s", "MFU",
-            "plan", "peak, GiB", "plan", "closed form", "host, GiB", "loss",
+            "plan, MFU", "peak, GiB", "plan, GiB", "closed form", "host, GiB", "loss",
         )  # fmt: skip
         lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in report["steps"].values():
