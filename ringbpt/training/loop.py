@@ -70,7 +70,7 @@ def _train(config: Config, run: Run, signals: Signals) -> None:
     def log(row: dict[str, float]) -> None:
         row |= rollouts.facts(int(row["step"]), row) if rollouts else {}
         if len(row) > 1:  # held-out data of which nothing takes loss gives no number
-            run.await_first()
+            clock.spend("save", run.await_first)
             writer.write(row)
             writer.progress(int(row["step"]), row)
 
@@ -179,7 +179,7 @@ def _batch(
         saves = step > run.start and run.config.save_final
         if saves:
             tick()
-            run.save(step, state, False, clock.means, whole=True)
+            clock.spend("save", run.save, step, state, False, clock.means, True)
         if isinstance(error, UserError):
             raise
         raise Stopped(
