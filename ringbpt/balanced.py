@@ -15,15 +15,15 @@ that is balanced is taken, in the order of how little they tear apart:
 
 Chunks stand first on a device, so that no block holds two documents there. Documents are numbered anew, in the order of
 the line: a kernel skips a block by the least and the greatest number of what is in it.
+
+All rows of a batch are planned at once, each as it would be alone, in arrays: the rows are one text, of which row b has
+the places b * length..(b + 1) * length and the devices b * sp..(b + 1) * sp.
 """
 
 import heapq
-import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,133 +34,165 @@ CHUNKS, LARGEST_BLOCK = 8, 1024
 # The shares, of those documents that one device could hold, which are cut into chunks all the same.
 LONG = (0, 1 / 8, 1 / 3, 1)
 
-Stretch = tuple[int, int]  # places start..stop of the text
-Item = tuple[int, int, int]  # work, start, stop
-Chunk = tuple[int, int, int]  # work, the starts of its two halves
-
 
 class Deal(NamedTuple):
-    """What the devices hold: stretches of the text, int64 [stretches], device by device.
+    """What the devices hold: stretches of the text, int64 [stretches], row by row, device by device.
 
-    number: int32, the new number of each document, by its number in the text; None: as they are.
+    start: place of a row. number: int32 [rows, 1 + the greatest number of a document], the documents' new numbers.
     """
 
     start: np.ndarray
-    stop: np.ndarray
-    number: np.ndarray | None = None
+    size: np.ndarray
+    number: np.ndarray
 
     def order(self) -> np.ndarray:
-        """int64 [T]: place i of the laid-out row holds token order[i] of the text."""
-        lengths = self.stop - self.start
-        return np.arange(lengths.sum()) + np.repeat(self.start - np.cumsum(lengths) + lengths, lengths)
+        """int64 [rows, T]: place i of a laid-out row holds its token order[i] of the text."""
+        rows, ends = len(self.number), np.cumsum(self.size)
+        length = ends[-1] // rows
+        begins = (ends - self.size) % length
+        return np.arange(length) + np.repeat(self.start - begins, self.size).reshape(rows, length)
+
+
+class Stretches(NamedTuple):
+    """Of the text, int64 [stretches]: where each starts and stops, and the device that holds it, in its order."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    device: np.ndarray
+
+    def where(self, some: np.ndarray) -> "Stretches":
+        """Those, by a bool or a number of each."""
+        return Stretches(*(x[some] for x in self))
+
+
+def _joined(parts: Sequence[Stretches]) -> Stretches:
+    return Stretches(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a row of `length` places, as they stand in the text.
+    """The documents of `rows` rows of `length` places, as they stand in the text; all arrays int64.
 
     starts, positions, segments: of its runs, stretches of one segment with consecutive positions, or of padding; seen:
-    the visible pairs of all queries before each, and of all. groups: what is not cut without need, a document or those
-    that share their beginning: its work, where it starts and stops. padding: the stretches without documents. window:
+    the visible pairs of all queries before each. begins, ends: of its groups, which are not cut without need: a
+    document or those that share their beginning. padding: starts and stops of the stretches without documents. window:
     how many tokens a token sees; None: all.
     """
 
+    rows: int
     length: int
     window: int | None
-    starts: list[int]
-    positions: list[int]
-    segments: list[int]
-    groups: list[Item]
-    padding: list[Stretch]
-    seen: list[int]
-    _halves: dict[tuple[int, int], list[Stretch]] = field(default_factory=dict)
+    starts: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    seen: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    padding: tuple[np.ndarray, np.ndarray]
 
     @staticmethod
-    def of(position_T: np.ndarray, segment_T: np.ndarray, last_T: np.ndarray, window: int | None) -> "Documents":
-        """Of a row's columns; last is segment where no document shares anything."""
-        goes_on = segment_T[1:] == segment_T[:-1]
-        goes_on &= (position_T[1:] - position_T[:-1] == 1) | (segment_T[1:] == 0)
-        at = np.concatenate([[0], np.flatnonzero(~goes_on) + 1])
-        starts, positions, segments, lasts = (x.tolist() for x in (at, position_T[at], segment_T[at], last_T[at]))
-        groups, padding, seen, done, reached = list[Item](), list[Stretch](), [0], 0, 0
-        stops = [*starts[1:], len(segment_T)]
-        for start, stop, position, segment, last in zip(starts, stops, positions, segments, lasts, strict=True):
-            if not segment:
-                padding.append((start, stop))
-                reached = 0
-            else:
-                own = pairs_seen(position + stop - start, window) - pairs_seen(position, window)
-                if segment <= reached:  # part of what came before
-                    work, begin, _ = groups.pop()
-                    groups.append((work + own, begin, stop))
-                else:
-                    groups.append((own, start, stop))
-                reached, done = max(reached, last), done + own
-            seen.append(done)
-        return Documents(len(segment_T), window, starts, positions, segments, groups, padding, seen)
+    def of(position_BT: np.ndarray, segment_BT: np.ndarray, last_BT: np.ndarray, window: int | None) -> "Documents":
+        """Of the rows' columns; last is segment where no document shares anything."""
+        rows, length = segment_BT.shape
+        columns = zip(position_BT, segment_BT, strict=True)
+        starts = np.concatenate([row * length + _starts(*own) for row, own in enumerate(columns)])
+        positions, segments, lasts = (x.ravel()[starts].astype(np.int64) for x in (position_BT, segment_BT, last_BT))
+        real, stops = segments != 0, np.append(starts[1:], rows * length)
+        works = (pairs_seen(positions + stops - starts, window) - pairs_seen(positions, window)) * real
+        # A run is part of what came before where its number is not beyond the last of that, in this row and since the
+        # last padding.
+        apart = np.cumsum(~real | (starts % length == 0)) << 32
+        alone = ~real
+        alone[0] = True
+        alone[1:] |= (segments + apart)[1:] > np.maximum.accumulate(lasts + apart)[:-1]
+        begins, real = starts[alone], real[alone]
+        ends = np.append(begins[1:], rows * length)
+        seen = np.cumsum(works) - works
+        groups, padding = (begins[real], ends[real]), (begins[~real], ends[~real])
+        return Documents(rows, length, window, starts, positions, segments, seen, *groups, padding)
 
-    def before(self, places: Sequence[int]) -> list[int]:
-        """The visible pairs of all queries before each of these places of the text, which ascend."""
-        found, starts, window = list[int](), self.starts, self.window
-        run = bisect_right(starts, places[0]) - 1
-        while len(found) < len(places):
-            # Those of one run: all queries before it, and of its own those of the first `count` tokens of a document.
-            end = len(places) if run + 1 == len(starts) else bisect_left(places, starts[run + 1])
-            seen, position, real = self.seen[run], self.positions[run], self.segments[run] != 0
-            seen -= pairs_seen(position, window) if real else 0
-            first = position - starts[run]
-            some = places[len(found) : end]
-            if not real:
-                found += [seen] * len(some)
-            elif window is None:
-                found += [seen + (first + place) * (first + place + 1) // 2 for place in some]
-            else:
-                found += [seen + pairs_seen(first + place, window) for place in some]
-            run += 1
-        return found
+    def before(self, places: np.ndarray) -> np.ndarray:
+        """The visible pairs of all queries before each of these places of the text."""
+        run = np.searchsorted(self.starts, places, "right") - 1
+        first, real, base = self._of_run
+        return base[run] + pairs_seen((places + first[run]) * real[run], self.window)
 
-    def item(self, start: int, stop: int) -> Item:
-        """A stretch with its work."""
-        before, behind = self.before((start, stop))
-        return behind - before, start, stop
+    @cached_property
+    def _of_run(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What turns a place into its position, whether it has one, and what `before` counts from."""
+        real = self.segments != 0
+        return self.positions - self.starts, real, self.seen - pairs_seen(self.positions * real, self.window)
 
-    def chunks(self, group: Item, size: int, mirrored: bool) -> list[Chunk]:
-        """The chunks of a group, counted from its end, the least work first; size: even."""
-        _, start, stop = group
-        half, begin = size // 2, stop - (stop - start) // size * size
-        if (start, half) not in self._halves:
-            edges = range(begin, stop + 1, half)
-            works = (b - a for a, b in pairwise(self.before(edges)))
-            self._halves[start, half] = list(zip(works, edges, strict=False))
-        halves = self._halves[start, half]
-        if mirrored:
-            halves = sorted(halves)
-            pairs = zip(halves[: len(halves) // 2], reversed(halves), strict=False)
+    def work(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """The visible pairs of the queries of each of these stretches."""
+        return self.before(stop) - self.before(start)
+
+    @cached_property
+    def works(self) -> np.ndarray:
+        """Of the groups."""
+        return self.work(self.begins, self.ends)
+
+    def row_of(self, places: np.ndarray) -> np.ndarray:
+        """The row in which each of these places is."""
+        return places // self.length
+
+    def group_of(self, places: np.ndarray) -> np.ndarray:
+        """The number of the group that each of these places is part of; none of them is padding."""
+        return np.searchsorted(self.begins, places, "right") - 1
+
+    @cached_property
+    def by_work(self) -> np.ndarray:
+        """The groups' numbers, row by row, the most work first."""
+        return np.lexsort((-self.works, self.row_of(self.begins)))
+
+    @cached_property
+    def in_order(self) -> np.ndarray:
+        """bool [rows]: whether each document stands in one place and none before one of a smaller number, as make_row
+        has it.
+        """
+        real = self.segments != 0
+        number, row = self.segments[real], self.row_of(self.starts[real])
+        wrong = (number[1:] < number[:-1]) & (row[1:] == row[:-1])
+        return np.bincount(row[1:][wrong], minlength=self.rows) == 0
+
+    def chunks(self, groups: np.ndarray, size: int, mirrored: bool) -> tuple[np.ndarray, ...]:
+        """The chunks of these groups, counted from the end of each, group by group, the least work first; size: even.
+
+        The starts of their halves, [chunks, 2], their work, which of its group each is, and of how many.
+        """
+        half, number = size // 2, (self.ends - self.begins)[groups] // size
+        group = np.repeat(np.arange(len(groups)), number)
+        of, before = number[group], (np.cumsum(number) - number)[group]
+        nth = np.arange(len(group)) - before
+        halves = (self.ends[groups][group] - size * (of - nth))[:, None] + [0, half]
+        if mirrored:  # a group's half with the least work and that with the most, and so on
+            works = self.work(halves, halves + half)
+            ascending = halves.ravel()[np.lexsort((works.ravel(), np.repeat(group, 2)))]
+            halves = ascending[2 * before[:, None] + np.stack([nth, 2 * of - 1 - nth], axis=1)]
+            works = self.work(halves, halves + half).sum(axis=1)
         else:
-            pairs = zip(halves[::2], halves[1::2], strict=True)
-        return sorted((a + b, first, second) for (a, first), (b, second) in pairs)
+            works = self.work(halves[:, 0], halves[:, 0] + size)
+        ascending = np.lexsort((works, group))
+        return halves[ascending], works[ascending], nth, of
 
-    @cached_property
-    def by_work(self) -> list[Item]:
-        """The groups, the most work first."""
-        return sorted(self.groups, reverse=True)
 
-    @cached_property
-    def in_order(self) -> bool:
-        """Whether each document stands in one place and none before one of a smaller number, as make_row has it."""
-        numbers = [number for number in self.segments if number]
-        return all(a <= b for a, b in pairwise(numbers))
+def _starts(position_T: np.ndarray, segment_T: np.ndarray) -> np.ndarray:
+    """The places of a row at which a run starts."""
+    goes_on = position_T[1:] - position_T[:-1] == 1
+    goes_on |= segment_T[1:] == 0
+    goes_on &= segment_T[1:] == segment_T[:-1]
+    return np.concatenate([[0], 1 + np.flatnonzero(~goes_on)])
 
 
 def to_the_least(
-    works: Sequence[int], sizes: Sequence[int], load: list[int], room: list[int], capacity: int = 0
-) -> list[int | None]:
+    works: Sequence[int], sizes: Sequence[int], load: list[int], room: list[int], capacity: int = 0, over: bool = False
+) -> list[int]:
     """Where each item goes, the most work first: to the place with the least load so far of those with room for it.
 
-    Where there is none: to a new place, of this capacity; None where that is 0. load and room, of each place, are
-    brought up to date.
+    Where there is none: to a new place, of this capacity; where that is 0, to that with the most room if `over`, and
+    else nowhere, -1. load and room, of each place, are brought up to date.
     """
-    found = list[int | None]()
+    found = list[int]()
     with_room, full = [(of, place) for place, of in enumerate(load)], list[tuple[int, int]]()
     heapq.heapify(with_room)  # full: a heap too, the most room first
     for work, size in zip(works, sizes, strict=True):
@@ -170,17 +202,20 @@ def to_the_least(
         while with_room and room[with_room[0][1]] < size:
             place = heapq.heappop(with_room)[1]
             heapq.heappush(full, (-room[place], place))
-        if not with_room and not capacity:
-            found.append(None)
-            continue
-        if not with_room:
+        if not with_room and capacity:
             with_room.append((0, len(load)))
             load.append(0)
             room.append(capacity)
-        place = with_room[0][1]
+        if not with_room and not over:
+            found.append(-1)
+            continue
+        place = with_room[0][1] if with_room else full[0][1]
         room[place] -= size
         load[place] += work
-        heapq.heapreplace(with_room, (load[place], place))
+        if with_room:
+            heapq.heapreplace(with_room, (load[place], place))
+        else:
+            heapq.heapreplace(full, (-room[place], place))
         found.append(place)
     return found
 
@@ -188,181 +223,209 @@ def to_the_least(
 def pairs_seen(count: Any, window: int | None) -> Any:
     """What the first `count` tokens of a document see, each itself and those before it in the window; int or array."""
     if window is None:
-        return count * (count + 1) // 2
+        return count * (count + 1) >> 1
     outside = (count - window) * (count > window)
     inside = count - outside
-    return inside * (inside + 1) // 2 + outside * window
+    return (inside * (inside + 1) >> 1) + outside * window
 
 
 def deal(documents: Documents, sp: int) -> Deal:
-    """How `documents` is dealt out to sp devices; 2 sp divides its length. A pure function of what it is given."""
-    least, best = math.inf, None
-    for uneven, make in _ways(documents, sp):
-        if uneven < least:
-            least, best = uneven, make
-        if least <= GOOD:
-            break
-    assert best
-    return best()
+    """How rows are dealt out to sp devices; 2 sp divides their length. A pure function of each row."""
+    rows = documents.rows
+    least_B, open_B = np.full(rows, np.inf), np.ones(rows, bool)
+    ways, of_row = list[_Halves | _Line](), np.zeros(rows, np.int64)
+    for way in _ways(documents, sp, open_B):
+        uneven_B = sp * way.load_BR.max(axis=1) / np.maximum(way.load_BR.sum(axis=1), 1)
+        better_B = way.rows_B & (uneven_B < least_B)
+        least_B[better_B], of_row[better_B] = uneven_B[better_B], len(ways)
+        open_B[:] = least_B > GOOD
+        ways.append(way)
+    number = np.tile(np.arange(1 + documents.segments.max(initial=0), dtype=np.int32), (rows, 1))
+    found = list[Stretches]()
+    for which, way in enumerate(ways):
+        if (chosen_B := of_row == which).any():
+            found.append(way.deal(chosen_B, number))
+    held = _joined(found)
+    held = held.where(np.argsort(held.device, kind="stable"))
+    return Deal(held.start % documents.length, held.stop - held.start, number)
 
 
-def _ways(documents: Documents, sp: int) -> Iterator[tuple[float, Callable[[], Deal]]]:
-    """(the most loaded device's work over the average, what makes it), what tears apart the least first."""
-    half = documents.length // (2 * sp)
-    seen = documents.before(range(0, documents.length + 1, half))
-    works = [b - a for a, b in pairwise(seen)]
-    fair = max(1, seen[-1]) / sp
-
-    def halves(first: np.ndarray, second: np.ndarray) -> Deal:
-        begin = half * np.stack([first, second], axis=1).ravel()
-        return Deal(begin, begin + half)
-
-    def uneven(pairs: Iterable[tuple[int, int]]) -> float:
-        return max(map(sum, pairs)) / fair
-
-    device = np.arange(sp)
-    yield uneven(zip(works[::2], works[1::2], strict=True)), lambda: halves(2 * device, 2 * device + 1)
-    longer = sum(work > fair for work, *_ in documents.groups)
-    if documents.in_order and not longer:
-        row = _Row(documents, sp)
-        yield max(row.load) / fair, row.deal
-    yield uneven(zip(works[:sp], works[: sp - 1 : -1], strict=True)), lambda: halves(device, 2 * sp - 1 - device)
-    if not documents.in_order:
-        return
-    counts = dict.fromkeys(longer + math.ceil((len(documents.groups) - longer) * share) for share in LONG)
-    counts.pop(0, None)
-    chunk = 1 << max(1, (2 * half // CHUNKS).bit_length() - 1)
-    lengths = [chunk]
+def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halves | _Line"]:
+    """The ways in which the rows can be dealt out that are still open, what tears them apart the least first."""
+    device, half = np.arange(sp), documents.length // (2 * sp)
+    yield _Halves(documents, sp, open_B, 2 * device, 2 * device + 1)
+    row = documents.row_of(documents.begins)
+    work_B = np.bincount(row, documents.works, documents.rows)
+    groups_B = np.bincount(row, minlength=documents.rows)
+    longer_B = np.bincount(row[documents.works > (work_B / sp)[row]], minlength=documents.rows)
+    whole_B = open_B & documents.in_order & (longer_B == 0)
+    if whole_B.any():
+        yield _Line(documents, sp, whole_B, 0 * groups_B)
+    yield _Halves(documents, sp, open_B, device, 2 * sp - 1 - device)
+    counts = [longer_B + np.ceil((groups_B - longer_B) * share).astype(np.int64) for share in LONG]
+    lengths = [1 << max(1, (2 * half // CHUNKS).bit_length() - 1)]
     while lengths[-1] >= 2 * LARGEST_BLOCK:
         lengths.append(lengths[-1] // 2)
     for length, mirrored in [*((length, False) for length in lengths), (lengths[-1], True)]:
-        for count in counts:
-            row = _Row(documents, sp, count, length, mirrored)
-            yield max(row.load) / fair, row.deal
+        for before_B, count_B in zip([0 * groups_B, *counts], counts, strict=False):
+            rows_B = open_B & documents.in_order & (count_B != before_B)
+            if rows_B.any():
+                yield _Line(documents, sp, rows_B, count_B, length, mirrored)
 
 
-class _Row:
-    """One way: the `count` groups with the most work in chunks, everything else in a line. load: each device's work."""
+class _Halves:
+    """One way: each device two of a row's 2 sp equal parts. load_BR: each device's work, int64 [rows, sp]."""
 
-    def __init__(self, documents: Documents, sp: int, count: int = 0, chunk: int = 0, mirrored: bool = False):
-        self._documents, self._sp, self._chunk, self._mirrored = documents, sp, chunk, mirrored
-        self.load, self._room = [0] * sp, [documents.length // sp] * sp
-        self._chunks: list[list[Chunk]] = [[] for _ in range(sp)]
-        rest = self._deal_chunks(documents.by_work[:count])
-        rooms = list(self._room)
-        self._line = self._line_of(sorted(documents.by_work[count:] + rest, reverse=True), rooms)
-        self._parts = self._cut(rooms)
+    def __init__(self, documents: Documents, sp: int, rows_B: np.ndarray, first: np.ndarray, second: np.ndarray):
+        self.rows_B, self._half = rows_B.copy(), documents.length // (2 * sp)
+        seen = documents.before(np.arange(0, documents.rows * documents.length + 1, self._half))
+        work_BP = (seen[1:] - seen[:-1]).reshape(documents.rows, 2 * sp)
+        self.load_BR = work_BP[:, first] + work_BP[:, second]
+        self._parts = np.stack([first, second], axis=1).ravel()
+
+    def deal(self, rows_B: np.ndarray, number: np.ndarray) -> Stretches:
+        """What the devices of these rows hold; the documents keep their numbers."""
+        row, sp = np.flatnonzero(rows_B)[:, None], self.load_BR.shape[1]
+        start = self._half * (2 * sp * row + self._parts)
+        device = sp * row + np.repeat(np.arange(sp), 2)
+        return Stretches(start.ravel(), start.ravel() + self._half, device.ravel())
+
+
+class _Line:
+    """One way: of each row, the `count` groups with the most work in chunks, everything else in a line.
+
+    rows_B: of which rows; load_BR: each device's work, int64 [rows, sp].
+    """
+
+    def __init__(
+        self, documents: Documents, sp: int, rows_B: np.ndarray, count_B: np.ndarray, chunk: int = 2,
+        mirrored: bool = False,
+    ):  # fmt: skip
+        self.rows_B, self._documents, self._sp, self._half = rows_B.copy(), documents, sp, chunk // 2
+        row = documents.row_of(documents.begins[documents.by_work])
+        groups, row = documents.by_work[rows_B[row]], row[rows_B[row]]
+        long = np.arange(len(row)) - np.searchsorted(row, row) < count_B[row]
+        long, short = groups[long], groups[~long]
+        begin, end = documents.begins[long], documents.ends[long]
+        left = self._deal_chunks(*documents.chunks(long, chunk, mirrored))
+        start = np.concatenate([documents.begins[short], begin, left])
+        stop = np.concatenate([documents.ends[short], begin + (end - begin) % chunk, left + self._half])
+        some = stop > start
+        self._put_in_line(start[some], stop[some])
         self._exchange()
 
-    def _deal_chunks(self, groups: list[Item]) -> list[Item]:
-        """Deals out the groups' chunks; what remains of them: their beginnings, and chunks without room.
+    def _sums(self, device: np.ndarray, of: np.ndarray | None = None) -> np.ndarray:
+        """int64 [rows, sp]: the sum over what each device has; of nothing: how many that is."""
+        devices = self._documents.rows * self._sp
+        return np.bincount(device, of, devices).astype(np.int64).reshape(-1, self._sp)  # exact: less than 2 ** 53
 
-        The chunks with the most work go to and fro, an even number of times, so that each device meets as much at each
-        hop; the others, each to the device with the least work so far.
+    def _deal_chunks(self, halves: np.ndarray, work: np.ndarray, nth: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """Deals out Documents.chunks; returns the halves of those for which there is no room.
+
+        Those of a group with the most work go to and fro, an even number of times, so that each device meets as much
+        at each hop; the others, each to the device with the least work so far.
         """
-        chunk, sp = self._chunk, self._sp
-        rest, others = list[Item](), list[Chunk]()
-        for group in groups:
-            _, start, stop = group
-            chunks = self._documents.chunks(group, chunk, self._mirrored)
-            if begin := (stop - start) % chunk:
-                rest.append(self._documents.item(start, start + begin))
-            few = len(chunks) % (2 * sp)
-            others += chunks[:few]
-            for number, one in enumerate(chunks[few:]):
-                turn, place = divmod(number, sp)
-                device = sp - 1 - place if turn % 2 else place
-                self._chunks[device].append(one)
-                self.load[device] += one[0]
-        self._room = [room - chunk * len(own) for room, own in zip(self._room, self._chunks, strict=True)]
-        others.sort(reverse=True)
-        devices = to_the_least([work for work, *_ in others], [chunk] * len(others), self.load, self._room)
-        for r, one in zip(devices, others, strict=True):
-            if r is None:
-                rest += [self._documents.item(start, start + chunk // 2) for start in one[1:]]
-            else:
-                self._chunks[r].append(one)
-        return rest
+        sp, size, row = self._sp, 2 * self._half, self._documents.row_of(halves[:, 0])
+        turn, place = np.divmod(nth - of % (2 * sp), sp)
+        device, others = sp * row + np.where(turn & 1, sp - 1 - place, place), turn < 0
+        load_BR = self._sums(device[~others], work[~others])
+        room_BR = self._documents.length // sp - size * self._sums(device[~others])
+        sizes = np.full(np.count_nonzero(others), size)
+        device[others] = self._to_the_least(row[others], work[others], sizes, load_BR, room_BR)
+        dealt = device >= 0
+        self._halves, self._work, self._device = halves[dealt], work[dealt], device[dealt]
+        return halves[~dealt].ravel()
 
-    def _line_of(self, items: list[Item], rooms: list[int]) -> list[Item]:
-        """These items and padding, device by device, in one line, which is as long as all rooms together: where a
-        device's own are too long for its room, its neighbour takes the end of the last.
+    def _to_the_least(
+        self, row: np.ndarray, works: np.ndarray, sizes: np.ndarray, load_BR: np.ndarray, room_BR: np.ndarray,
+        over: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """The device of each of these stretches, by to_the_least of each row, the most work first; -1: nowhere."""
+        order, found = np.lexsort((-works, row)), np.empty(len(row), np.int64)
+        edges = np.searchsorted(row[order], np.arange(len(load_BR) + 1))
+        for number in np.flatnonzero(edges[1:] > edges[:-1]):
+            own = order[edges[number] : edges[number + 1]]
+            load, room = load_BR[number].tolist(), room_BR[number].tolist()
+            device = np.array(to_the_least(works[own].tolist(), sizes[own].tolist(), load, room, over=over))
+            found[own] = np.where(device < 0, -1, number * self._sp + device)
+        return found
+
+    def _put_in_line(self, start: np.ndarray, stop: np.ndarray) -> None:
+        """Puts these stretches and padding in one line, device by device, and cuts it: each device gets what it has
+        room for. Where its own are too long, its neighbour takes the end of the last; padding fills up the others.
         """
-        own: list[list[Item]] = [[] for _ in range(self._sp)]
-        devices = to_the_least(
-            [w for w, *_ in items], [stop - start for _, start, stop in items], self.load, self._room
-        )
-        for r, item in zip(devices, items, strict=True):
-            if r is None:
-                most = max(range(self._sp), key=self._room.__getitem__)
-                self._room[most] -= item[2] - item[1]
-            own[most if r is None else r].append(item)
-        line, padding, missing = list[Item](), self._documents.padding[::-1], 0
-        for r, found in enumerate(own):
-            line += found  # the longest where blocks begin, the shortest where one may be cut
-            missing += rooms[r] - sum(stop - start for _, start, stop in found)
-            while missing > 0 and padding:
-                start, stop = padding.pop()
-                end = min(stop, start + missing)
-                line.append((0, start, end))
-                missing -= end - start
-                if end < stop:
-                    padding.append((end, stop))
-        return line
-
-    def _cut(self, rooms: list[int]) -> list[list[Stretch]]:
-        """What each device has of the line; its load is corrected where that is not what it was given."""
-        parts: list[list[Stretch]] = [[] for _ in range(self._sp)]
-        self.load = [sum(work for work, *_ in own) for own in self._chunks]
-        device, room = 0, rooms[0]
-        for work, start, stop in self._line:
-            while start < stop:
-                while not room:
-                    device, room = device + 1, rooms[device + 1]
-                end = min(stop, start + room)
-                own = work if end == stop else self._documents.item(start, end)[0]
-                parts[device].append((start, end))
-                self.load[device] += own
-                work, start, room = work - own, end, room - (end - start)
-        return parts
+        documents, sp = self._documents, self._sp
+        works = documents.work(start, stop)
+        order = np.argsort(-works, kind="stable")
+        start, stop, works = start[order], stop[order], works[order]
+        load_BR = self._sums(self._device, self._work)
+        room_BR = documents.length // sp - 2 * self._half * self._sums(self._device)
+        room_BR[~self.rows_B] = 0
+        device = self._to_the_least(documents.row_of(start), works, stop - start, load_BR, room_BR, over=True)
+        # So much padding stands before the end of each device.
+        behind_BR = np.cumsum(room_BR - self._sums(device, stop - start), axis=1)
+        filled_BR = np.clip(np.maximum.accumulate(behind_BR, axis=1), 0, behind_BR[:, -1:])
+        filled_BR += (np.cumsum(behind_BR[:, -1]) - behind_BR[:, -1])[:, None]
+        some = self.rows_B[documents.row_of(documents.padding[0])]
+        padding = _cut(documents.padding[0][some], documents.padding[1][some], filled_BR.ravel())
+        # The longest stand where blocks begin, the shortest where one may be cut.
+        order = np.argsort(np.concatenate([2 * device, 2 * padding.device + 1]), kind="stable")
+        start, stop = np.concatenate([start, padding.start])[order], np.concatenate([stop, padding.stop])[order]
+        self._parts = _cut(start, stop, np.cumsum(room_BR))
+        self._seen = documents.work(self._parts.start, self._parts.stop)
+        self.load_BR = load_BR + self._sums(self._parts.device, self._seen)
 
     def _exchange(self) -> None:
         """Exchanges chunks, all of one length, of the most and the least loaded device, as long as that helps."""
-        load, limit = self.load, GOOD * sum(self.load) / self._sp
-        for _ in range(2 * self._sp):
-            most, least = load.index(max(load)), load.index(min(load))
-            a, b = self._chunks[most], self._chunks[least]
-            if load[most] <= limit or not a or not b:
-                return
-            gap = load[most] - load[least]
-            left, i, j = min(
-                (abs(gap - 2 * (x - y)), i, j) for i, (x, *_) in enumerate(a) for j, (y, *_) in enumerate(b)
-            )
-            if left >= gap:
-                return
-            moved = a[i][0] - b[j][0]
-            a[i], b[j] = b[j], a[i]
-            load[most] -= moved
-            load[least] += moved
+        limit_B = GOOD * self.load_BR.sum(axis=1) / self._sp
+        edges = np.searchsorted(self._documents.row_of(self._halves[:, 0]), np.arange(len(limit_B) + 1))
+        for row in np.flatnonzero(self.rows_B & (self.load_BR.max(axis=1) > limit_B)):
+            own = slice(*edges[row : row + 2])
+            load, work, device = self.load_BR[row], self._work[own], self._device[own]
+            for _ in range(2 * self._sp):
+                most, least = load.argmax(), load.argmin()
+                a, b = ((device == row * self._sp + r).nonzero()[0] for r in (most, least))
+                if load[most] <= limit_B[row] or not len(a) or not len(b):
+                    break
+                gap = load[most] - load[least]
+                left = abs(gap - 2 * (work[a, None] - work[b]))
+                i, j = divmod(int(left.argmin()), len(b))
+                if left[i, j] >= gap:
+                    break
+                moved = work[a[i]] - work[b[j]]
+                device[[a[i], b[j]]] = device[[b[j], a[i]]]
+                load[most] -= moved
+                load[least] += moved
 
-    def deal(self) -> Deal:
-        """Groups of which nothing is in the line are numbered first, the others as they come in it."""
-        begins = [begin for _, begin, _ in self._documents.groups]
-        group_of = [bisect_right(begins, start) - 1 for work, start, _ in self._line if work]
-        lined = dict.fromkeys(group_of)
-        order = [group for group in range(len(begins)) if group not in lined] + list(lined)
-        place = {group: number for number, group in enumerate(order)}
-        found = list[Stretch]()
-        for chunks, parts in zip(self._chunks, self._parts, strict=True):
-            here = sorted((place[bisect_right(begins, a) - 1], min(a, b), max(a, b)) for _, a, b in chunks)
-            found += [(at, at + self._chunk // 2) for _, *both in here for at in both] + parts
-        flat = np.array(found, np.int64)
-        return Deal(flat[:, 0], flat[:, 1], self._numbers(begins, place))
+    def deal(self, rows_B: np.ndarray, number: np.ndarray) -> Stretches:
+        """What the devices of these rows hold; the new numbers of their documents are written into `number`.
 
-    def _numbers(self, begins: list[int], place: dict[int, int]) -> np.ndarray:
-        """The new number of each document, by its number in the text: by its group's place, then as they were."""
-        runs = zip(self._documents.segments, self._documents.starts, strict=True)
-        keys = {segment: place[bisect_right(begins, start) - 1] for segment, start in runs if segment}
-        number = np.zeros(max(keys) + 1, np.int32)
-        number[sorted(keys, key=lambda segment: (keys[segment], segment))] = np.arange(1, len(keys) + 1)
-        return number
+        Groups of which nothing is in the line are numbered first, the others as they come in it.
+        """
+        documents = self._documents
+        lined = documents.group_of(self._parts.start[self._seen > 0])
+        first = np.full(len(documents.begins), -1)
+        first[lined[::-1]] = np.arange(len(lined))[::-1]
+        halves = np.sort(self._halves, axis=1)
+        order = np.lexsort((halves[:, 0], first[documents.group_of(halves[:, 0])]))
+        halves, device = halves[order].ravel(), np.repeat(self._device[order], 2)
+        held = [Stretches(halves, halves + self._half, device), self._parts]
+
+        runs = np.flatnonzero((documents.segments != 0) & rows_B[documents.row_of(documents.starts)])
+        row, segment = documents.row_of(documents.starts[runs]), documents.segments[runs]
+        order = np.lexsort((segment, first[documents.group_of(documents.starts[runs])], row))
+        row, segment = row[order], segment[order]
+        new = np.append(True, (row[1:] != row[:-1]) | (segment[1:] != segment[:-1]))
+        row, segment = row[new], segment[new]
+        number[row, segment] = 1 + np.arange(len(row)) - np.searchsorted(row, row)
+        return _joined([one.where(rows_B[one.device // self._sp]) for one in held])
+
+
+def _cut(start: np.ndarray, stop: np.ndarray, edges: np.ndarray) -> Stretches:
+    """Stretches that stand in a line, cut at these places of it, each of which is the end of what a device holds."""
+    ends = np.cumsum(stop - start)
+    places = np.sort(np.concatenate([[0], ends, edges]))
+    some = places[1:] > places[:-1]
+    begin, end = places[:-1][some], places[1:][some]
+    moved = (stop - ends)[np.searchsorted(ends, begin, "right")]
+    return Stretches(begin + moved, end + moved, np.searchsorted(edges, begin, "right"))

@@ -98,16 +98,11 @@ def order_of(layout: str, meta: TokenMeta, sp: int, window: int | None = None) -
     window: how many tokens a token sees, for `balanced`. Raises ValueError as permutation does.
     """
     order = permutation(layout, meta.position_BT.shape[1], sp)
-    if layout != "balanced" or sp == 1:
+    if layout != "balanced" or sp == 1 or not len(meta.position_BT):
         return Order(order)
     lasts = meta.segment_BT if meta.last_BT is None else meta.last_BT
-    rows = zip(meta.position_BT, meta.segment_BT, lasts, strict=True)
-    deals = [deal(Documents.of(*row, window), sp) for row in rows]
-    number = np.tile(np.arange(1 + meta.segment_BT.max(initial=0), dtype=np.int32), (len(deals), 1))
-    for row, found in zip(number, deals, strict=True):
-        if found.number is not None:
-            row[: len(found.number)] = found.number
-    return Order(np.stack([found.order() for found in deals]) if deals else order, number)
+    dealt = deal(Documents.of(meta.position_BT, meta.segment_BT, lasts, window), sp)
+    return Order(dealt.order(), dealt.number)
 
 
 def row_length(longest: int, sp: int, *chunks: int) -> int:
