@@ -759,6 +759,7 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         ("--strategy=x", "--strategy"),
         ("--rival_chunk_size=a", "each"),
     ],
+    "scripts/balance.py": [("--timed_runs=-1", "below 0"), ("--sp=2000", "at most"), ("--block=0", "below 1")],
     "scripts/bench_kernels.py": [
         ("--lengths=a", "--lengths"),
         ("--kernels=x", "--kernels=x"),

@@ -1,17 +1,29 @@
-"""What layouts and packings are worth on documents of uneven length, counted: work, blocks, hops, rows of a step."""
+"""What layouts and packings are worth on documents of uneven length: work, blocks, hops and rows of a step, counted,
+and ring attention on CPU devices, timed.
+"""
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ringbpt.attention.api import AttentionSpec, make_attention
 from ringbpt.attention.core import MaskSpec, block_visibility
-from ringbpt.attention.work import loads
+from ringbpt.attention.local.blockwise import make_blockwise
+from ringbpt.attention.work import count, loads
 from ringbpt.balanced import Documents, deal
+from ringbpt.bench.attention import program
+from ringbpt.bench.kernels import ring_rank
 from ringbpt.config import PythonDatasetConfig
 from ringbpt.data.packing import PACKINGS, Corpus, first_fit
 from ringbpt.data.reading.sources import PythonSource
 from ringbpt.layouts import order_of
+from ringbpt.mesh import make_mesh
 from ringbpt.types import TokenMeta
 
 BYTES_A_TOKEN = 3  # of code, by usual tokenizers
@@ -151,3 +163,50 @@ def packings_table(length: int, steps: int, batch_size: int, seed: int = 0) -> l
         shown = " | ".join(f"{value:.3f}" for value in uneven)
         lines.append(f"| {name} | {shown} | {rows[2]:,} rows, best_fit {rows[1]:,} |")
     return lines
+
+
+def _medians(calls: dict[Any, Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> dict[Any, float]:
+    """Seconds of each by this clock, the calls taking turns."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            begin = clock()
+            jax.block_until_ready(call())
+            if turn:  # the first one warms up
+                seconds[name].append(clock() - begin)
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+def timed_table(repeats: int, devices: tuple[int, ...] = (2, 8), unit: int = 128) -> Iterator[str]:
+    """Lines of a table: ring attention forward and backward in `balanced` over the same in zigzag, on CPU devices.
+
+    One document of 40 units and 24 of one in a row, units of 128 tokens, as many in a block; float32, 4 heads of 64.
+    Seconds of all devices at once, and seconds of a core that the busiest rank computes, each rank alone and without
+    transfers: medians of some runs by turns. Computed blocks: of all devices, of the busiest, and of the busiest at
+    each hop, for which devices wait that go hand in hand.
+    """
+    lengths = np.array([unit] * 12 + [40 * unit] + [unit] * 12)
+    meta, layouts = meta_of(lengths, 64 * unit), ("zigzag", "balanced")
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 64 * unit, 4, 64)).astype(np.float32)
+    local, spec = make_blockwise(unit, unit), AttentionSpec("ring", "blockwise", MaskSpec(), unit, unit)
+    for sp in devices:
+        mesh = make_mesh((1, 1, 1, sp), devices=jax.devices()[:sp])
+        whole, ranks, counted = dict[str, Callable](), dict[tuple[str, int], Callable](), []
+        rank = jax.jit(ring_rank(local, MaskSpec(), sp, backward=True))
+        for layout in layouts:
+            there = laid_out(meta, layout, sp)
+            given = jax.device_put((q, k, v, there), NamedSharding(mesh, PartitionSpec(None, "sp")))
+            step = jax.jit(program(make_attention(mesh, spec), "forward+backward"))
+            whole[layout] = partial(step, *given)
+            ranks |= {(layout, r): partial(rank, q, k, v, q, there, r) for r in range(sp)}
+            blocks = count(meta, layout, sp, MaskSpec(), unit, unit).blocks
+            counted.append((blocks.sum(), blocks.sum(axis=1).max(), blocks.max(axis=0).sum()))
+        zigzag, balanced = _medians(whole, repeats, time.perf_counter).values()
+        alone = _medians(ranks, repeats, time.process_time)
+        busiest = [max(alone[layout, r] for r in range(sp)) for layout in layouts]
+        columns = [
+            f"{zigzag:.2f} / {balanced:.2f} s, {balanced / zigzag:.2f}",
+            f"{busiest[0]:.3f} / {busiest[1]:.3f} s, {busiest[1] / busiest[0]:.2f}",
+            *(f"{theirs:,} / {ours:,}, {ours / theirs:.2f}" for theirs, ours in zip(*counted, strict=True)),
+        ]
+        yield f"| {sp} | {' | '.join(columns)} |"

@@ -30,8 +30,8 @@ def _pad(array: jax.Array, size: int) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, rest)) + ((0, 0),) * (array.ndim - 2)) if rest else array
 
 
-def _slice(array: jax.Array, block: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array, block * size, size, axis=1)
+def _slice(array: jax.Array, block: jax.Array, size: int, dim: int = 1) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, block * size, size, dim)
 
 
 def _update(array: jax.Array, part: jax.Array, block: jax.Array, size: int) -> jax.Array:
@@ -50,19 +50,28 @@ def _ungroup(x_BKGTx: jax.Array) -> jax.Array:
     return x_BTKGx.reshape(*x_BTKGx.shape[:2], -1, *x_BTKGx.shape[4:])
 
 
+def _zero(*given: jax.Array) -> jax.Array:
+    """A float32 0 that is not there before what is given is.
+
+    XLA for CPUs makes constants, and copies of what it is given, first of all: those of all hops, and keeps them.
+    """
+    number = sum(x[0, 0, 0, 0].astype(jnp.float32) for x in given)
+    return jnp.where(jnp.isnan(number), number, 0)
+
+
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """In the operands' dtype, accumulated in float32; float32 operands are not rounded to fewer bits."""
     precision = "highest" if a.dtype == jnp.float32 else None
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _scores_BKGTS(q_BKGTH, k_BSKH, q_meta, kv_meta, mask: MaskSpec | None) -> jax.Array:
+def _scores_BKGTS(q_BKGTH, k_BKHS, q_meta, kv_meta, mask: MaskSpec | None) -> jax.Array:
     """Of a block, in float32; mask None: all of it is visible."""
     scale = q_BKGTH.shape[-1] ** -0.5
     if q_BKGTH.dtype == jnp.float32:  # a pass over the block less
-        scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH * scale, k_BSKH)
+        scores = _dot("BKGTH,BKHS->BKGTS", q_BKGTH * scale, k_BKHS)
     else:
-        scores = _dot("BKGTH,BSKH->BKGTS", q_BKGTH, k_BSKH) * scale
+        scores = _dot("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS) * scale
     return scores if mask is None else jnp.where(visible(q_meta, kv_meta, mask)[:, None, None], scores, -jnp.inf)
 
 
@@ -76,6 +85,7 @@ def attend(
     carry = Partial.empty(q.shape) if carry is None else carry
     q, carry, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry, q_meta))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
+    k_BKHS, v_BKSH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)  # as products want them, once and not in each block
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), full_first=True)
 
     def query_block(i, carry):
@@ -85,13 +95,14 @@ def attend(
         def key_block(mask, step, state):
             out_BKGTH, max_BKGT, sum_BKGT = state
             j = lists.blocks[i, step]
-            k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
+            k_j, v_j = _slice(k_BKHS, j, size_S, 3), _slice(v_BKSH, j, size_S, 2)
+            kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
             scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask)
             new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
             finite_BKGT = jnp.where(new_max_BKGT == -jnp.inf, 0.0, new_max_BKGT)
             p_BKGTS = jnp.exp(scores - finite_BKGT[..., None])
             decay_BKGT = jnp.exp(max_BKGT - finite_BKGT)
-            out_BKGTH = out_BKGTH * decay_BKGT[..., None] + _dot("BKGTS,BSKH->BKGTH", p_BKGTS.astype(v.dtype), v_j)
+            out_BKGTH = out_BKGTH * decay_BKGT[..., None] + _dot("BKGTS,BKSH->BKGTH", p_BKGTS.astype(v.dtype), v_j)
             return out_BKGTH, new_max_BKGT, sum_BKGT * decay_BKGT + jnp.sum(p_BKGTS, axis=-1)
 
         # The carry is merged at the end: to begin with its lse as the maximum would leave no p that is exactly 1.
@@ -130,15 +141,17 @@ def attend_bwd(
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), by_key=True, full_first=True)
 
     def key_block(j, grads):
-        dq, dk, dv = grads
-        k_j, v_j, kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), (k, v, kv_meta))
+        dq, k_or_dk, v_or_dv = grads
+        k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in (k_or_dk, v_or_dv))
+        kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
+        k_BKHS = jnp.moveaxis(k_j, 1, 3)
 
         def query_block(mask, step, state):
             dq, dk_j, dv_j = state
             i = lists.blocks[j, step]
             q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
-            scores = _scores_BKGTS(q_i, k_j, q_meta_i, kv_meta_j, mask)
+            scores = _scores_BKGTS(q_i, k_BKHS, q_meta_i, kv_meta_j, mask)
             p_BKGTS = jnp.exp(scores - lse_i[..., None])
             dp_BKGTS = _dot("BKGTH,BSKH->BKGTS", d_out_i, v_j)
             ds_BKGTS = (p_BKGTS * (dp_BKGTS - delta_i[..., None]) * scale).astype(q.dtype)
@@ -151,8 +164,9 @@ def attend_bwd(
         full, total = lists.counts[j, 0], lists.counts[j, 1]
         state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
         dq, dk_j, dv_j = lax.fori_loop(full, total, partial(query_block, mask), state)
-        return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
+        return dq, _update(k_or_dk, dk_j, j, size_S), _update(v_or_dv, dv_j, j, size_S)
 
-    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S, key_block, tuple(zeros))
+    # Where the keys and values of a block stood, their gradients come to stand: two arrays less.
+    grads = (jnp.full(q.shape, _zero(d_out, k)), *(x.astype(jnp.float32) + _zero(d_out) for x in (k, v)))
+    dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S, key_block, grads)
     return dq[:, :length], dk[:, :length_S], dv[:, :length_S]

@@ -157,12 +157,12 @@ def backward(
         else:
             dq_first, d_first = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
         # Not later, to save memory: it is for hiding the first keys' way.
-        dq_first, d_first, kvs = lax.optimization_barrier((dq_first, d_first, kvs))
+        (dq_first, d_first), kvs = _one_after_the_other((dq_first, d_first), kvs)
         dq = jnp.pad(dq_first, ((0, 0), (0, q.shape[1] - half), (0, 0), (0, 0)))
         dq, d_kvs = further((dq, None, kvs))
 
         # The rest of the own keys is for hiding the homecoming: not before, and nor are its rows cut out before.
-        d_kvs, late = lax.optimization_barrier((d_kvs, rows))
+        d_kvs, late = _one_after_the_other(d_kvs, rows)
         second = jax.tree.map(lambda x: x[:, half:], late)
         home = _homecoming(d_kvs, send_sums, size, hops)
         dq_second, d_second = grads(second, (k, v), 0)
@@ -188,6 +188,22 @@ def backward(
         dq, d_kvs = lax.cond(hops > 0, round_trip, alone)
     dk, dv = _join(d_kvs)
     return dq, dk, dv
+
+
+def _one_after_the_other(first: Any, then: Any) -> tuple[Any, Any]:
+    """The same arrays; what is computed of `then` is computed when `first` is there.
+
+    XLA for CPUs drops an optimization_barrier, and would compute what is for later at once, and keep it: there, each of
+    the numbers comes to depend on one that was first.
+    """
+
+    def depending(arrays, number):
+        nothing = jnp.where(jnp.isnan(number), 1, 0)
+        return jax.tree.map(lambda x: x + nothing.astype(x.dtype), arrays)
+
+    first, then = lax.optimization_barrier((first, then))
+    number = jax.tree.leaves(first)[-1][0, 0, 0, 0, 0]
+    return first, lax.platform_dependent(then, number, cpu=depending, default=lambda arrays, _: arrays)
 
 
 def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
