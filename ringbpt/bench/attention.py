@@ -194,7 +194,8 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
 def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """A row for each case, kind and contender: median seconds, every run, temporary bytes of a device.
 
-    'ratio': a rival's seconds over ours. Of one_device: one device's seconds over the sum that so many ranks would
+    Seconds of the clock, and of all cores, which other programs on the same ones change less. 'ratio' and 'core_ratio':
+    a rival's seconds over ours. Of one_device: one device's seconds over the sum that so many ranks would
     take at this rank's pace, the share of the ideal that is left before any transfer. Of unshared: seconds, and
     temporary bytes, over those of documents that share nothing.
     """
@@ -202,13 +203,15 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str
     for case, kind in product(ANSWERS if settings.rival == "unshared" else CASES, KINDS):
         programs = compiled(settings, case, kind)
         times: dict[str, list[float]] = {name: [] for name in programs}
+        core_times: dict[str, list[float]] = {name: [] for name in programs}
         for turn in range(settings.repeats + 1):
             for name, (call, arguments) in programs.items():
-                start = time.perf_counter()
+                start, core_start = time.perf_counter(), time.process_time()
                 jax.block_until_ready(call(*arguments))
                 if turn:  # the first one warms up
                     times[name].append(time.perf_counter() - start)
-        seconds = {name: statistics.median(runs) for name, runs in times.items()}
+                    core_times[name].append(time.process_time() - core_start)
+        seconds, cores = ({name: statistics.median(x) for name, x in of.items()} for of in (times, core_times))
         memory = {
             name: call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]
             for name, (call, _) in programs.items()
@@ -222,10 +225,13 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str
                 ratio = seconds["one device"] / seconds[name] / (settings.ranks if "rank" in name else 1)
             else:
                 ratio = seconds[name] / seconds[next(iter(seconds))]
+            core_ratio = cores[name] / cores[next(iter(cores))]
             row = {"case": case.name, "kind": kind, "contender": name, "seconds": seconds[name], "ratio": ratio}
+            row |= {"core_seconds": cores[name], "core_ratio": core_ratio}
             rows.append(row | {"temp_bytes": memory[name], "all": times[name]})
-            say(f"{case.name:12} {kind:17} {name:26} {seconds[name]:9.4f} s {ratio:6.2f} x"
-                f" {memory[name] / 2**20:8.1f} MiB{of_memory}")  # fmt: skip
+            of_clock = f"{seconds[name]:9.4f} s {ratio:6.2f} x"
+            of_cores = f"{cores[name]:9.4f} s of cores {core_ratio:6.2f} x"
+            say(f"{case.name:12} {kind:17} {name:26} {of_clock} {of_cores} {memory[name] / 2**20:8.1f} MiB{of_memory}")
     return rows
 
 
