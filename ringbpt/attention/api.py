@@ -72,7 +72,7 @@ def _make_blockwise(device: jax.Device, query_chunk_size: int | None, key_chunk_
     @cache
     def sized(way: str, head_dim: int) -> Local:
         t, s = block_sizes.sizes("blockwise", device.device_kind, head_dim, way, (1024, 1024))
-        return blockwise.make_blockwise(query_chunk_size or t, key_chunk_size or s)
+        return blockwise.make_blockwise(query_chunk_size or t, key_chunk_size or s, cpu=device.platform == "cpu")
 
     return Local(
         attend=lambda q, *args: sized("forward", q.shape[3]).attend(q, *args),

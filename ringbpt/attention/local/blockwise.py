@@ -18,10 +18,13 @@ from ringbpt.attention.local.visits import block_lists
 from ringbpt.types import TokenMeta
 
 
-def make_blockwise(query_chunk_size: int, key_chunk_size: int) -> Local:
-    """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing."""
+def make_blockwise(query_chunk_size: int, key_chunk_size: int, cpu: bool = True) -> Local:
+    """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing.
+
+    cpu: in less memory by XLA for CPUs; elsewhere what that takes would keep hops from hiding.
+    """
     sizes: dict[str, Any] = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
-    return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes))
+    return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes, cpu=cpu))
 
 
 def _pad(array: jax.Array, size: int) -> jax.Array:
@@ -125,7 +128,7 @@ def attend(
 
 def attend_bwd(
     q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    *, query_chunk_size: int, key_chunk_size: int,
+    *, query_chunk_size: int, key_chunk_size: int, cpu: bool = True,
 ):  # fmt: skip
     """See core.Local; five products a block, dk and dv stay put while dq is visited."""
     length, length_S, heads = q.shape[1], k.shape[1], k.shape[2]
@@ -141,8 +144,8 @@ def attend_bwd(
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), by_key=True, full_first=True)
 
     def key_block(j, grads):
-        dq, k_or_dk, v_or_dv = grads
-        k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in (k_or_dk, v_or_dv))
+        dq, dk, dv = grads
+        k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in ((dk, dv) if cpu else (k, v)))
         kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
         k_BKHS = jnp.moveaxis(k_j, 1, 3)
 
@@ -164,9 +167,11 @@ def attend_bwd(
         full, total = lists.counts[j, 0], lists.counts[j, 1]
         state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
         dq, dk_j, dv_j = lax.fori_loop(full, total, partial(query_block, mask), state)
-        return dq, _update(k_or_dk, dk_j, j, size_S), _update(v_or_dv, dv_j, j, size_S)
+        return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
 
-    # Where the keys and values of a block stood, their gradients come to stand: two arrays less.
-    grads = (jnp.full(q.shape, _zero(d_out, k)), *(x.astype(jnp.float32) + _zero(d_out) for x in (k, v)))
+    grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    if cpu:  # where the keys and values of a block stood, their gradients come to stand: two arrays less
+        kept = (x.astype(jnp.float32) + _zero(d_out) for x in (k, v))
+        grads = (jnp.full(q.shape, _zero(d_out, k)), *kept)
     dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S, key_block, grads)
     return dq[:, :length], dk[:, :length_S], dv[:, :length_S]
