@@ -50,9 +50,11 @@ class Hop:
         return f"{which} {self.name} in {self.computation}, {self.bytes} bytes x {self.times}: {how}"
 
 
-def ring_hops(text: str) -> list[Hop]:
-    """Every hop of the program `compiled.as_text()`. Raises ValueError where it is not scheduled."""
-    module = parse(text)
+def ring_hops(program: str | Module) -> list[Hop]:
+    """Every hop of a program: `compiled.as_text()`, or what was parsed of it. Raises ValueError where it is not
+    scheduled.
+    """
+    module = parse(program) if isinstance(program, str) else program
     if not module.scheduled:
         raise ValueError("the program has no schedule to read: compile it for a TPU or a GPU")
     bodies = {i.attribute("body") for c in module.computations.values() for i in c.instructions if i.opcode == "while"}

@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ringbpt.mesh import mesh_of
 from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
 from ringbpt.objectives.objective import REFERENCE
+from ringbpt.planning.hlo import Module, parse
 from ringbpt.planning.topologies import Topology
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.training.step import make_train_step
@@ -49,6 +51,11 @@ class Program:
     host: int
     largest: list[Buffer]
     text: str
+
+    @cached_property
+    def module(self) -> Module | None:
+        """The text's instructions, read once however many ask; None where it did not fit."""
+        return parse(self.text) if self.text else None
 
 
 def step_and_arguments(

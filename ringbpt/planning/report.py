@@ -10,7 +10,6 @@ from ringbpt.planning.attention_runs import kernel_of, runs_again
 from ringbpt.planning.between_slices import NETWORK, bytes_between
 from ringbpt.planning.collectives import collective_bytes
 from ringbpt.planning.estimate import attends_again, estimate, step_flops
-from ringbpt.planning.hlo import parse
 from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
@@ -55,7 +54,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The whole report, in what JSON knows; what a program that does not fit cannot say is None."""
         config, machine, program = self.config, self.machine, self.program
-        module = parse(program.text) if program.text else None
+        module = program.module
         again = attends_again(config) if module is None else runs_again(module)
         flops = step_flops(config, again, self.pairs)
         report: dict[str, Any] = {
@@ -101,7 +100,7 @@ class Plan:
         report["traffic"] = [asdict(flow) for flow in traffic(module, config)]
         if machine.hardware is None:  # a CPU: no schedule, no peaks
             return report
-        guess = estimate(config, machine, kinds, ring_hops(program.text), kernel_of(module), again, self.pairs)
+        guess = estimate(config, machine, kinds, ring_hops(module), kernel_of(module), again, self.pairs)
         found = guess.bracket
         report["ring_overlap"] = {"hops": guess.hops, "hidden": guess.hidden, "exposed": guess.hops - guess.hidden}
         tokens = config.train_dataset.batch_size * config.train_dataset.seq_length

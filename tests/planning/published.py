@@ -1,6 +1,7 @@
 """Published training runs of others, as data, and what the plan's own cost model says of them.
 
     python -m tests.planning.published            # every run: measured, bracket, inside or not
+    python -m tests.planning.published --memory   # peaks beside ours, compiled: minutes, and the compilers for GPUs
 
 What a run's page says (model, mesh, rows, what is computed again, what waits in the host's memory) is counted here by
 hand, where a plan reads it off its own compiled program; the shares of peak, the rates and the sum are the plan's.
@@ -8,17 +9,20 @@ hand, where a plan reads it off its own compiled program; the shares of peak, th
 
 import json
 import math
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ringbpt import hardware
-from ringbpt.config import Architecture
+from ringbpt.config import Architecture, parse, parse_args
 from ringbpt.dims import MeshShape
 from ringbpt.hardware import Hardware
 from ringbpt.model.flops import forward_flops
+from ringbpt.planning.program import compile_program
 from ringbpt.planning.step_time import BACKWARD, Bracket, Pass, Work, bracket
+from ringbpt.planning.topologies import topology
 from ringbpt.rates import Links
 
 FILE = Path(__file__).with_name("published_runs.json")
@@ -153,6 +157,21 @@ class Run:
     def inside(self) -> bool:
         return self.bracket.low <= self.seconds <= self.bracket.high
 
+    @property
+    def flags(self) -> list[str]:
+        """Of the same step here, where layers' inputs wait on the host and all else is computed again, as there."""
+        assert self.offloaded == "inputs" and len(self.again) == 3, self
+        sizes = {name: n for name, n in asdict(self.architecture).items() if n != getattr(Architecture(), name)}
+        sizes |= {"max_sequence_length": self.seq_length, "sequence_parallel": self.strategy, "scan_mlp": True}
+        sizes |= {"attention_type": "ring_blockwise", "remat_block": "offload_inputs"}
+        data = {"seq_length": self.seq_length, "batch_size": self.rows}
+        return [
+            *(f"--llama.{name}={value}" for name, value in sizes.items()),
+            *(f"--train_dataset.json_dataset.{name}={value}" for name, value in data.items()),
+            "--dtype=bf16",
+            f"--mesh_dim={','.join(map(str, self.mesh))}",
+        ]
+
 
 def published() -> list[Run]:
     data: dict[str, Any] = json.loads(FILE.read_text())
@@ -185,8 +204,27 @@ def summary(runs: list[Run]) -> str:
     return f"{inside} of {len(runs)} inside; the widest bracket is {widest:.2f} x"
 
 
+def memory(runs: list[Run]) -> str:
+    """One line a run whose page gives its peak: that, ours as compiled, and their ratio."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    lines = [f"{'run':<40}{'peak, GiB':>11}{'ours':>8}{'ours / theirs':>15}"]
+    for run in runs:
+        name = f"{run.topology} {run.model}, {run.rows} x {run.seq_length:,}"
+        if run.offloaded == "inputs":
+            ours = compile_program(parse(parse_args(run.flags), run.devices), topology(run.topology)).total / 2**30
+            lines.append(f"{name:<40}{run.peak_gib:>11}{ours:>8.1f}{ours / (run.peak_gib or 0):>15.2f}")
+        else:
+            lines.append(f"{name:<40}{run.peak_gib:>11}   keeps what no policy of ours does")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     every = published()
+    if sys.argv[1:] == ["--memory"]:
+        print(memory([run for run in every if run.peak_gib]))
+        sys.exit()
     print(table(every))
     for what, chosen in (("fitted", True), ("left out", False)):
         print(f"{what}: {summary([run for run in every if run.fit is chosen])}")
