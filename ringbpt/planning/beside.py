@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+from ringbpt.attention.api import OVER_SP
 from ringbpt.config import UserError, parse, parse_args
 from ringbpt.planning.collectives import Transfer, transfers
 from ringbpt.planning.overlap import products_meanwhile, ring_hops
@@ -18,8 +19,9 @@ from ringbpt.planning.topologies import Topology, topology
 K = 1024
 LENGTHS = {"32K": 32 * K, "256K": 256 * K, "1M": 1024 * K}
 MACHINES = ("v5p-16", "v5p-128", "v6e-64")
-# The name of a strategy here -> of MaxText's. 32 heads can't be dealt to 64 devices, but to fewer, in a ring of such.
-STRATEGIES = {"ring": "ring", "all_gather": "all_gather", "ulysses": "ulysses", "ulysses_ring": "usp"}
+STRATEGIES = [name for name in OVER_SP if name != "none"]
+THEIR_NAMES = {"ulysses_ring": "usp"}  # MaxText's, of a strategy that goes by another name there
+# 32 heads can't be dealt to 64 devices, but to fewer, in a ring of such.
 DEGREES = {"v5p-128": 16, "v6e-64": 8}  # devices that trade heads: whole axes of the machine, 4 x 4 x 4 and 8 x 8
 LONGEST = "longest"  # the length of a row that looks for one
 ROWS = [
@@ -88,7 +90,7 @@ def their_flags(machine: str, count: int, length: int, strategy: str, tuned: boo
         f"per_device_batch_size={1 / count}",
         f"ici_context_parallelism={count // dealt}",
         f"ici_context_usp_ulysses_parallelism={dealt}",
-        f"context_parallel_strategy={STRATEGIES[strategy]}",
+        f"context_parallel_strategy={THEIR_NAMES.get(strategy, strategy)}",
         f"context_parallel_load_balance={strategy != 'ulysses'}",  # which refuses it: a device has the whole sequence
         *([*TUNED, *(f"{name}={min(BLOCK, length // count)}" for name in BLOCKS)] if tuned else []),
     ]
@@ -176,7 +178,8 @@ def longest(total: Callable[[int], int], known: dict[int, int], limit: int, unit
     the line through the two longest known is followed to the limit, and each compile is one more known. Raises
     UserError where none of `most` compiles fits.
     """
-    known, fitting = dict(known), {}
+    known = dict(known)
+    fitting: dict[str, int] = {}
     for _ in range(most):
         (less, small), (more, large) = sorted(known.items())[-2:]
         if large <= small:
