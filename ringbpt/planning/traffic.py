@@ -17,6 +17,7 @@ from ringbpt.reduction import SCOPE as SUMMED
 
 KEYS, KEY_GRADIENTS, DEALT = "keys and values", "gradients of keys and values", "heads for tokens"
 WEIGHTS, GRADIENTS = "weights", "gradients of weights"
+ACTIVATIONS = "activations over tp"  # sums of products that tp deals out; no weight is gathered along it
 EMBEDDED, PLACES, REST = "embedding", "ids and places", "the rest"
 FORWARD, AGAIN_FORWARD, BACKWARD = "forward", "forward again", "backward"
 _BARE = {(KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)}  # what a ring must send, whatever is kept
@@ -39,7 +40,7 @@ def traffic(module: Module, config: Config) -> list[Flow]:
     sent: Counter[tuple[str, str]] = Counter()
     for transfer in transfers(module, config.mesh_shape):
         for name, dtype, count in _arrays(transfer):
-            sent[_what(name, dtype, transfer.kind), _way(name)] += count
+            sent[_what(name, dtype, transfer.kind, transfer.axis), _way(name)] += count
     known = least(config)
     return [Flow(*name, count, known.get(name)) for name, count in sent.most_common()]
 
@@ -63,13 +64,15 @@ def _way(name: str) -> str:
     return BACKWARD if "transpose(" in name else FORWARD
 
 
-def _what(name: str, dtype: str, kind: str) -> str:
+def _what(name: str, dtype: str, kind: str, axis: str) -> str:
     sums = f"/{SUMMED}/" in name or kind in ("reduce-scatter", "all-reduce")
     if dtype in ("s32", "u32"):
         return PLACES
     if f"/{ATTENTION}/" in name:
         gradients = sums or f"/{GRADIENTS_SCOPE}/" in name
         return KEY_GRADIENTS if gradients else DEALT if kind == "all-to-all" else KEYS
+    if axis == "tp" and kind != "all-to-all":
+        return ACTIVATIONS
     # What a TPU's compiler makes of gathers over a torus loses its name; sums go in hops there.
     if kind == "all-reduce" and (not name or name.endswith("all_gather")):
         return WEIGHTS

@@ -7,7 +7,17 @@ from ringbpt.config import parse, parse_args
 from ringbpt.planning.hlo import parse as program
 from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import compile_program
-from ringbpt.planning.traffic import AGAIN_FORWARD, BACKWARD, FORWARD, GRADIENTS, KEY_GRADIENTS, KEYS, WEIGHTS, traffic
+from ringbpt.planning.traffic import (
+    ACTIVATIONS,
+    AGAIN_FORWARD,
+    BACKWARD,
+    FORWARD,
+    GRADIENTS,
+    KEY_GRADIENTS,
+    KEYS,
+    WEIGHTS,
+    traffic,
+)
 from tests.planning.test_overlap import compiler
 
 TOGETHER = """HloModule step, is_scheduled=true
@@ -60,6 +70,19 @@ def test_every_kind_goes_as_often_as_it_must(mesh, flags, again):
         assert least and least <= sent <= 1.02 * least, (name, sent, least)
     # A second forward is the price of a policy that keeps nothing.
     assert ((KEYS, AGAIN_FORWARD) in found) == again
+
+
+@pytest.mark.parametrize(("mesh", "what"), [("1,1,2,1", ACTIVATIONS), ("1,2,1,1", GRADIENTS), ("1,1,1,2", GRADIENTS)])
+def test_sums_of_products_over_tp_are_no_gradients_of_weights(mesh, what):
+    text = """HloModule step, is_scheduled=true
+
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8]{0} parameter(0)
+  ROOT %r = bf16[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%a, metadata={op_name="jvp()/dot_general"}
+}
+"""
+    config = parse(parse_args([*MODEL, f"--mesh_dim={mesh}"]), 2)
+    assert [(flow.what, flow.way, flow.sent) for flow in traffic(program(text), config)] == [(what, FORWARD, 16)]
 
 
 def test_what_goes_at_once_is_told_apart():
