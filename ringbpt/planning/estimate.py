@@ -129,13 +129,14 @@ def estimate(
     dealt = collectives.get("sp", {}).get("all-to-all", 0) if deals else 0
     ring = sum(hop.bytes * hop.times for hop in hops)
     hidden = {"sp": ring + dealt, NETWORK: collectives.get(NETWORK, {}).get("collective-permute", 0)}  # the ring's own
-    others = [(sum(kinds.values()) - hidden.get(axis, 0), rates_of[axis]) for axis, kinds in collectives.items()]
+    rest = {axis: sum(kinds.values()) - hidden.get(axis, 0) for axis, kinds in collectives.items()}
     work = Work(
         passes=[_pass(name, amount, hops, sp) for name, amount in parts.items()],
         dense=(flops.model - flops.attention + flops.recompute - executed) / devices,
         hop_rate=hop_rate(config, machine),
         waits=_seconds([(dealt, _along(config, machine, "sp").all_to_all(1, sp))]),
-        others=_seconds(others),
+        between=_seconds([(rest.pop("tp", 0), rates_of["tp"])]),
+        others=_seconds([(size, rates_of[axis]) for axis, size in rest.items()]),
         meanwhile=meanwhile,
         after=after,
     )
@@ -220,7 +221,7 @@ def _assumptions(
         f"the slowest device has {uneven:.2f} times the average attention ({config.execution.sequence_layout} "
         "layout; python -m ringbpt.inspect counts it of your documents)",
         f"a hop goes at {work.hop_rate[1] / 1e9:g} to {work.hop_rate[0] / 1e9:g} GB/s",
-        f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does: "
+        f"at best every other transfer hides, at worst {1 - UNHIDDEN:.0%} of it does, and nothing along tp: "
         + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in (*AXES, *[NETWORK] * (machine.slices > 1))),
         "reading the data, the host's own work and stragglers cost nothing",
     ]

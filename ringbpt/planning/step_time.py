@@ -5,8 +5,8 @@ A plan reads its Work off the compiled program (estimate.py); the check of publi
 
     step = Σ over passes max(attention of the pass, its hops / rate) + dense + what nothing hides + the rest's excess
 
-At best every transfer that may hide does, at the best rates; at worst three quarters of it do, at the worst. No step is
-shorter than what it sends.
+At best every transfer that may hide does, at the best rates; at worst three quarters of weights and gradients do, at
+the worst rates. No step is shorter than what it sends.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,8 @@ class Pass:
 class Work:
     """Of one device in one step. dense: FLOPs of everything but attention. hop_rate: bytes a second of a ring's hop.
 
-    waits: seconds of transfers that nothing hides (the all-to-alls of ulysses). others: of all other transfers.
+    waits: seconds of transfers that nothing hides (the all-to-alls of ulysses). between: of those that stand between a
+    layer's products (sums over tp), all hidden at best and none at worst. others: of all other transfers.
     meanwhile, after: bytes to and from the host's memory, during the computation and in the update.
     """
 
@@ -50,6 +51,7 @@ class Work:
     dense: float
     hop_rate: Pair = (1.0, 1.0)
     waits: Pair = (0.0, 0.0)
+    between: Pair = (0.0, 0.0)
     others: Pair = (0.0, 0.0)
     meanwhile: float = 0.0
     after: float = 0.0
@@ -82,8 +84,8 @@ def bracket(work: Work, known: Hardware, kernel: str, head_dim: int, float32: bo
     high += work.dense / (matmul.worst * peak)
     unhidden = sum(max(UNHIDDEN * sent, sent - high) for sent in (work.others[1], work.meanwhile / host_worst))
     return Bracket(
-        low=max(low, work.others[0], work.meanwhile / host_best) + work.waits[0] + work.after / host_best,
-        high=high + unhidden + work.waits[1] + work.after / host_worst,
+        low=max(low, work.others[0], work.between[0], work.meanwhile / host_best) + work.waits[0] + work.after / host_best,
+        high=high + unhidden + work.between[1] + work.waits[1] + work.after / host_worst,
         exposed=(least + work.waits[0], most + work.waits[1]),
         margins=tuple(_margin(p, quick, work.hop_rate[1]) for p in work.passes),
     )

@@ -94,6 +94,8 @@ def test_a_step_is_no_shorter_than_what_it_sends():
         found = bracket(Work([Pass(flops)], 0.0, others=(sent / 2, sent)), V5P, "pallas_tpu", 256)
         assert found.low == pytest.approx(max(flops / (BEST * PEAK), sent / 2))
         assert found.high == pytest.approx(max(seconds + UNHIDDEN * sent, sent))
+    between = bracket(Work([Pass(flops)], 0.0, between=(seconds / 4, seconds)), V5P, "pallas_tpu", 256)
+    assert (between.low, between.high) == pytest.approx((flops / (BEST * PEAK), 2 * seconds))
     host = bracket(Work([Pass(flops)], 0.0, meanwhile=100 * seconds * 10e9), V5P, "pallas_tpu", 256)
     assert host.high == pytest.approx(100 * seconds)
 
