@@ -83,8 +83,9 @@ def bracket(work: Work, known: Hardware, kernel: str, head_dim: int, float32: bo
     low += work.dense / (matmul.best * peak)
     high += work.dense / (matmul.worst * peak)
     unhidden = sum(max(UNHIDDEN * sent, sent - high) for sent in (work.others[1], work.meanwhile / host_worst))
+    low = max(low, work.between[0], work.others[0], work.meanwhile / host_best)
     return Bracket(
-        low=max(low, work.others[0], work.between[0], work.meanwhile / host_best) + work.waits[0] + work.after / host_best,
+        low=low + work.waits[0] + work.after / host_best,
         high=high + unhidden + work.between[1] + work.waits[1] + work.after / host_worst,
         exposed=(least + work.waits[0], most + work.waits[1]),
         margins=tuple(_margin(p, quick, work.hop_rate[1]) for p in work.passes),
