@@ -147,26 +147,27 @@ def attend_bwd(
         dq, dk, dv = grads
         k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in ((dk, dv) if cpu else (k, v)))
         kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
-        k_BKHS = jnp.moveaxis(k_j, 1, 3)
+        k_BKHS, v_BKHS, k_BKSH = jnp.moveaxis(k_j, 1, 3), jnp.moveaxis(v_j, 1, 3), jnp.moveaxis(k_j, 1, 2)
 
         def query_block(mask, step, state):
-            dq, dk_j, dv_j = state
+            dq, dk_BKSH, dv_BKSH = state
             i = lists.blocks[j, step]
             q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
             scores = _scores_BKGTS(q_i, k_BKHS, q_meta_i, kv_meta_j, mask)
             p_BKGTS = jnp.exp(scores - lse_i[..., None])
-            dp_BKGTS = _dot("BKGTH,BSKH->BKGTS", d_out_i, v_j)
+            dp_BKGTS = _dot("BKGTH,BKHS->BKGTS", d_out_i, v_BKHS)
             ds_BKGTS = (p_BKGTS * (dp_BKGTS - delta_i[..., None]) * scale).astype(q.dtype)
-            dv_j += _dot("BKGTS,BKGTH->BSKH", p_BKGTS.astype(q.dtype), d_out_i)
-            dk_j += _dot("BKGTS,BKGTH->BSKH", ds_BKGTS, q_i)
-            dq_i = _ungroup(_dot("BKGTS,BSKH->BKGTH", ds_BKGTS, k_j))
-            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_j, dv_j
+            dv_BKSH += _dot("BKGTS,BKGTH->BKSH", p_BKGTS.astype(q.dtype), d_out_i)
+            dk_BKSH += _dot("BKGTS,BKGTH->BKSH", ds_BKGTS, q_i)
+            dq_i = _ungroup(_dot("BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH))
+            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_BKSH, dv_BKSH
 
-        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
         full, total = lists.counts[j, 0], lists.counts[j, 1]
         state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
-        dq, dk_j, dv_j = lax.fori_loop(full, total, partial(query_block, mask), state)
+        dq, *turned = lax.fori_loop(full, total, partial(query_block, mask), state)
+        dk_j, dv_j = (jnp.moveaxis(x, 1, 2) for x in turned)
         return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
 
     grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
