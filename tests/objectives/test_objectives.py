@@ -93,9 +93,10 @@ def test_micro_batches_change_nothing():
     (whole, want), (cut, got) = step_of(1, host), step_of(4, host)
     parts = {"nll": 1.0, "marks": -0.5, "bent": 0.2, "router_balance": EXPERTS["router_aux_loss_coef"]}
     assert whole["loss"] == pytest.approx(sum(scale * whole[name] for name, scale in parts.items()), rel=1e-6)
-    assert cut == pytest.approx(whole, rel=2e-6)  # float32, summed in another order
+    rounding = 4e-6  # of float32: a micro-batch's products are summed in another order
+    assert cut == pytest.approx(whole, rel=rounding)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b), jax.tree_util.keystr(path)
+        assert np.linalg.norm(a - b) <= rounding * np.linalg.norm(b), jax.tree_util.keystr(path)
     assert np.abs(want["layers"]["w_router"]).max() > 0
 
 
