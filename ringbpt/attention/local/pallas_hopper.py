@@ -294,8 +294,8 @@ def _backward(
     def _():
         plgpu.set_max_registers(240, action="increase")
         wide, halved = H > 2 * _WARPGROUP, H >= 2 * _WARPGROUP
-        of_keys_wg = jnp.int32(0) if wide else wg  # which keys of the block are this warpgroup's
-        keys = pl.ds(j * tile.key + of_keys_wg * _WARPGROUP, _WARPGROUP)
+        part = jnp.int32(0) if wide else wg  # of the block's keys, this warpgroup's
+        keys = pl.ds(j * tile.key + part * _WARPGROUP, _WARPGROUP)
         shape = (_WARPGROUP, tile.query)  # scores stand with keys in the rows, so that no operand need be turned
         width = H // 2 if halved else H
         own = pl.ds(wg * width, width) if wide else slice(None)  # of dk and dv
@@ -318,7 +318,7 @@ def _backward(
             ds_ref = ds_smem.at[wg if wide else slot]
             # Half of the block's keys, by a sum that holds a zero of this visit: were it the same in every visit, the
             # addresses of all products' operands would be computed ahead of the loop and not fit the registers.
-            mine = pl.ds((of_keys_wg + lax.shift_right_logical(start, 31)) * _WARPGROUP, _WARPGROUP)
+            mine = pl.ds((part + lax.shift_right_logical(start, 31)) * _WARPGROUP, _WARPGROUP)
             plgpu.barrier_wait(q_ready.at[slot])
             (scores,) = unit.products((k_smem.at[mine], _Turned(q_smem.at[slot])))
 
@@ -506,7 +506,7 @@ def attend_bwd(
     kernel = partial(_backward, mask=mask, scale=scale, tile=tile, unit=unit)
     scratch = [
         _smem(stages, tile.query, padded_H), *[_smem(tile.key, padded_H)] * 2, _smem(late, tile.query, padded_H),
-        *rows, _smem(2, tile.key, tile.query),
+        *rows, _smem(max(2, stages), tile.key, tile.query),  # a buffer a visit, or a warpgroup
         plgpu.SMEM((2, _WARPGROUP, _WARPGROUP), jnp.float32, transforms=in_float32),
         plgpu.Barrier(num_arrivals=2), *ready, *ready, plgpu.Barrier(num_arrivals=2),
     ]  # fmt: skip
