@@ -88,7 +88,9 @@ def attend(
     carry = Partial.empty(q.shape) if carry is None else carry
     q, carry, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry, q_meta))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
-    k_BKHS, v_BKSH = jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2)  # as products want them, once and not in each block
+    # As products want them, block by block, once and not in each block.
+    k_JBKHS = jnp.moveaxis(k.reshape(k.shape[0], -1, size_S, *k.shape[2:]), (1, 2), (0, 4))
+    v_JBKSH = jnp.moveaxis(v.reshape(v.shape[0], -1, size_S, *v.shape[2:]), (1, 2), (0, 3))
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), full_first=True)
 
     def query_block(i, carry):
@@ -98,7 +100,7 @@ def attend(
         def key_block(mask, step, state):
             out_BKGTH, max_BKGT, sum_BKGT = state
             j = lists.blocks[i, step]
-            k_j, v_j = _slice(k_BKHS, j, size_S, 3), _slice(v_BKSH, j, size_S, 2)
+            k_j, v_j = (lax.dynamic_index_in_dim(x, j, keepdims=False) for x in (k_JBKHS, v_JBKSH))
             kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
             scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask)
             new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
@@ -143,6 +145,8 @@ def attend_bwd(
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), by_key=True, full_first=True)
 
+    unit = 1 + _zero(q)
+
     def key_block(j, grads):
         dq, dk, dv = grads
         k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in ((dk, dv) if cpu else (k, v)))
@@ -150,24 +154,25 @@ def attend_bwd(
         k_BKHS, v_BKHS, k_BKSH = jnp.moveaxis(k_j, 1, 3), jnp.moveaxis(v_j, 1, 3), jnp.moveaxis(k_j, 1, 2)
 
         def query_block(mask, step, state):
-            dq, dk_BKSH, dv_BKSH = state
+            dq, dk_BKHS, dv_BKHS = state
             i = lists.blocks[j, step]
             q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
+            q_i, d_out_i = q_i / unit, d_out_i / unit
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
             scores = _scores_BKGTS(q_i, k_BKHS, q_meta_i, kv_meta_j, mask)
             p_BKGTS = jnp.exp(scores - lse_i[..., None])
             dp_BKGTS = _dot("BKGTH,BKHS->BKGTS", d_out_i, v_BKHS)
             ds_BKGTS = (p_BKGTS * (dp_BKGTS - delta_i[..., None]) * scale).astype(q.dtype)
-            dv_BKSH += _dot("BKGTS,BKGTH->BKSH", p_BKGTS.astype(q.dtype), d_out_i)
-            dk_BKSH += _dot("BKGTS,BKGTH->BKSH", ds_BKGTS, q_i)
+            dv_BKHS += _dot("BKGTH,BKGTS->BKHS", d_out_i, p_BKGTS.astype(q.dtype))
+            dk_BKHS += _dot("BKGTH,BKGTS->BKHS", q_i, ds_BKGTS)
             dq_i = _ungroup(_dot("BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH))
-            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_BKSH, dv_BKSH
+            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_BKHS, dv_BKHS
 
-        zeros = jnp.zeros(k_BKSH.shape, jnp.float32)
+        zeros = jnp.zeros(k_BKHS.shape, jnp.float32)
         full, total = lists.counts[j, 0], lists.counts[j, 1]
         state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
         dq, *turned = lax.fori_loop(full, total, partial(query_block, mask), state)
-        dk_j, dv_j = (jnp.moveaxis(x, 1, 2) for x in turned)
+        dk_j, dv_j = (jnp.moveaxis(x, 3, 1) for x in turned)
         return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
 
     grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
