@@ -95,9 +95,9 @@ def test_a_tpu_sends_what_it_must(dtype):
 @pytest.mark.slow
 def test_what_bf16_costs_is_measured_of_two_runs():
     """Both begin with the same weights; sums in bf16 turn the gradient a little, and the other run parts from this."""
-    flags = ["--config=tests/recipe.py", "--mesh_dim=1,1,1,4", "--total_steps=4"]
-    first, last = costs(parsed(parse_args(flags), 4), every=2)
-    assert (first.step, last.step) == (2, 4)
+    flags = ["--config=tests/recipe.py", "--mesh_dim=1,1,1,4", "--total_steps=12"]
+    first, last = costs(parsed(parse_args(flags), 4), every=6)
+    assert (first.step, last.step) == (6, 12)
     for cost in (first, last):
         assert 0 < 1 - cost.cosine < 1e-4 and 0 < abs(cost.norm - 1) < 1e-2
         assert cost.loss_in_bf16 == pytest.approx(cost.loss, rel=1e-2)

@@ -193,4 +193,5 @@ def gather_meta(meta: TokenMeta, axis: str) -> TokenMeta:
 def row_delta(out_BTNH: jax.Array, d_out_BTNH: jax.Array) -> jax.Array:
     """sum_H out * d_out, [B, T, N], subtracted from each score's gradient. Ref: arXiv:2307.08691, eq. 4."""
     wide = jnp.promote_types(out_BTNH.dtype, jnp.float32)
-    return jnp.sum(out_BTNH.astype(wide) * d_out_BTNH.astype(wide), axis=-1)
+    # A product by name: XLA for CPUs takes ten times as long over a sum of products, and others make one of it.
+    return jnp.einsum("BTNH,BTNH->BTN", out_BTNH.astype(wide), d_out_BTNH.astype(wide), precision="highest")

@@ -194,23 +194,26 @@ def compiled(settings: Settings, case: Case, kind: str) -> dict[str, tuple[Calla
 def run(settings: Settings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """A row for each case, kind and contender: median seconds, every run, temporary bytes of a device.
 
-    Seconds of the clock, and of all cores, which other programs on the same ones change less. 'ratio' and 'core_ratio':
-    a rival's seconds over ours. Of one_device: one device's seconds over the sum that so many ranks would
-    take at this rank's pace, the share of the ideal that is left before any transfer. Of unshared: seconds, and
-    temporary bytes, over those of documents that share nothing.
+    Taking turns; each timed run comes right after one of the same program that is not timed. Seconds of the clock, and
+    of all cores, which other programs on the same ones change less. 'ratio' and 'core_ratio': a rival's seconds over
+    ours. Of one_device: one device's seconds over the sum that so many ranks would take at this rank's pace, the share
+    of the ideal that is left before any transfer. Of unshared: seconds, and temporary bytes, over those of documents
+    that share nothing.
     """
     rows = []
     for case, kind in product(ANSWERS if settings.rival == "unshared" else CASES, KINDS):
         programs = compiled(settings, case, kind)
         times: dict[str, list[float]] = {name: [] for name in programs}
         core_times: dict[str, list[float]] = {name: [] for name in programs}
-        for turn in range(settings.repeats + 1):
+        for _ in range(settings.repeats):
             for name, (call, arguments) in programs.items():
+                # As in training, a program runs after itself: what others left in the caches, and gave back of their
+                # memory, is not its own.
+                jax.block_until_ready(call(*arguments))
                 start, core_start = time.perf_counter(), time.process_time()
                 jax.block_until_ready(call(*arguments))
-                if turn:  # the first one warms up
-                    times[name].append(time.perf_counter() - start)
-                    core_times[name].append(time.process_time() - core_start)
+                times[name].append(time.perf_counter() - start)
+                core_times[name].append(time.process_time() - core_start)
         seconds, cores = ({name: statistics.median(x) for name, x in of.items()} for of in (times, core_times))
         memory = {
             name: call.memory_analysis().temp_size_in_bytes  # type: ignore[attr-defined]

@@ -21,10 +21,11 @@ from ringbpt.types import TokenMeta
 def make_blockwise(query_chunk_size: int, key_chunk_size: int, cpu: bool = True) -> Local:
     """Blocks of at most these sizes; any size works with any length, equal or dividing ones waste nothing.
 
-    cpu: in less memory by XLA for CPUs; elsewhere what that takes would keep hops from hiding.
+    cpu: one key/value head after another and in less memory, by XLA for CPUs; other devices would stand idle, and
+    what it takes would keep hops from hiding.
     """
     sizes: dict[str, Any] = {"query_chunk_size": query_chunk_size, "key_chunk_size": key_chunk_size}
-    return Local(attend=partial(attend, **sizes), attend_bwd=partial(attend_bwd, **sizes, cpu=cpu))
+    return Local(attend=partial(attend, **sizes, cpu=cpu), attend_bwd=partial(attend_bwd, **sizes, cpu=cpu))
 
 
 def _pad(array: jax.Array, size: int) -> jax.Array:
@@ -33,12 +34,20 @@ def _pad(array: jax.Array, size: int) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, rest)) + ((0, 0),) * (array.ndim - 2)) if rest else array
 
 
-def _slice(array: jax.Array, block: jax.Array, size: int, dim: int = 1) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array, block * size, size, dim)
+def _slice(array: jax.Array, block: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, block * size, size, axis=1)
 
 
-def _update(array: jax.Array, part: jax.Array, block: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(array, part.astype(array.dtype), block * size, axis=1)
+def _take(x_BTNx: jax.Array, block: jax.Array, size: int, group: jax.Array, heads: int) -> jax.Array:
+    """Of this block of tokens, these heads."""
+    starts = [jnp.int32(start) for start in (0, block * size, group * heads, 0)][: x_BTNx.ndim]
+    return lax.dynamic_slice(x_BTNx, starts, (x_BTNx.shape[0], size, heads, *x_BTNx.shape[3:]))
+
+
+def _put(x_BTNx: jax.Array, part: jax.Array, block: jax.Array, group: jax.Array) -> jax.Array:
+    """Where _take took it."""
+    starts = [jnp.int32(start) for start in (0, block * part.shape[1], group * part.shape[2], 0)][: x_BTNx.ndim]
+    return lax.dynamic_update_slice(x_BTNx, part.astype(x_BTNx.dtype), starts)
 
 
 def _group(x_BTNx: jax.Array, heads: int) -> jax.Array:
@@ -80,27 +89,29 @@ def _scores_BKGTS(q_BKGTH, k_BKHS, q_meta, kv_meta, mask: MaskSpec | None) -> ja
 
 def attend(
     q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec, carry: Partial | None = None,
-    *, query_chunk_size: int, key_chunk_size: int,
+    *, query_chunk_size: int, key_chunk_size: int, cpu: bool = True,
 ) -> Partial:  # fmt: skip
     """See core.Local; float32 accumulation, one [T block, S block] of scores alive at a time."""
-    length, heads = q.shape[1], k.shape[2]
+    length, heads = q.shape[1], 1 if cpu else k.shape[2]
+    groups, heads_q = k.shape[2] // heads, q.shape[2] // k.shape[2] * heads
     size_T, size_S = min(query_chunk_size, length), min(key_chunk_size, k.shape[1])
     carry = Partial.empty(q.shape) if carry is None else carry
     q, carry, q_meta = jax.tree.map(lambda x: _pad(x, size_T), (q, carry, q_meta))
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
     # As products want them, block by block, once and not in each block.
-    k_JBKHS = jnp.moveaxis(k.reshape(k.shape[0], -1, size_S, *k.shape[2:]), (1, 2), (0, 4))
-    v_JBKSH = jnp.moveaxis(v.reshape(v.shape[0], -1, size_S, *v.shape[2:]), (1, 2), (0, 3))
+    blocks = (x.reshape(x.shape[0], -1, size_S, groups, heads, x.shape[3]) for x in (k, v))
+    k_JgBKHS, v_JgBKSH = (jnp.moveaxis(x, (1, 3, 2), (0, 1, place)) for x, place in zip(blocks, (5, 4), strict=True))
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), full_first=True)
 
-    def query_block(i, carry):
-        q_BKGTH = _group(_slice(q, i, size_T), heads)
+    def query_block(number, carry):
+        i, group = number // groups, number % groups
+        q_BKGTH = _group(_take(q, i, size_T, group, heads_q), heads)
         q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
 
         def key_block(mask, step, state):
             out_BKGTH, max_BKGT, sum_BKGT = state
             j = lists.blocks[i, step]
-            k_j, v_j = (lax.dynamic_index_in_dim(x, j, keepdims=False) for x in (k_JBKHS, v_JBKSH))
+            k_j, v_j = (x[j, group] for x in (k_JgBKHS, v_JgBKSH))
             kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
             scores = _scores_BKGTS(q_BKGTH, k_j, q_meta_i, kv_meta_j, mask)
             new_max_BKGT = jnp.maximum(max_BKGT, jnp.max(scores, axis=-1))
@@ -119,12 +130,11 @@ def attend(
         empty_BKGT = sum_BKGT == 0
         out_BKGTH = out_BKGTH / jnp.where(empty_BKGT, 1.0, sum_BKGT)[..., None]
         lse_BKGT = jnp.where(empty_BKGT, -jnp.inf, max_BKGT + jnp.log(jnp.where(empty_BKGT, 1.0, sum_BKGT)))
-        block = merge(
-            jax.tree.map(lambda x: _slice(x, i, size_T), carry), Partial(_ungroup(out_BKGTH), _ungroup(lse_BKGT))
-        )
-        return jax.tree.map(lambda whole, part: _update(whole, part, i, size_T), carry, block)
+        before = jax.tree.map(lambda x: _take(x, i, size_T, group, heads_q), carry)
+        block = merge(before, Partial(_ungroup(out_BKGTH), _ungroup(lse_BKGT)))
+        return jax.tree.map(lambda whole, part: _put(whole, part, i, group), carry, block)
 
-    carry = lax.fori_loop(0, q.shape[1] // size_T, query_block, carry)
+    carry = lax.fori_loop(0, q.shape[1] // size_T * groups, query_block, carry)
     return jax.tree.map(lambda x: x[:, :length], carry)
 
 
@@ -133,7 +143,8 @@ def attend_bwd(
     *, query_chunk_size: int, key_chunk_size: int, cpu: bool = True,
 ):  # fmt: skip
     """See core.Local; five products a block, dk and dv stay put while dq is visited."""
-    length, length_S, heads = q.shape[1], k.shape[1], k.shape[2]
+    length, length_S, heads = q.shape[1], k.shape[1], 1 if cpu else k.shape[2]
+    groups, heads_q = k.shape[2] // heads, q.shape[2] // k.shape[2] * heads
     size_T, size_S = min(query_chunk_size, length), min(key_chunk_size, length_S)
     scale = q.shape[-1] ** -0.5
     delta = row_delta(out, d_out)
@@ -144,19 +155,22 @@ def attend_bwd(
     )
     k, v, kv_meta = jax.tree.map(lambda x: _pad(x, size_S), (k, v, kv_meta))
     lists = block_lists(*block_visibility(q_meta, kv_meta, mask, size_T, size_S), by_key=True, full_first=True)
+    # A division is what XLA for CPUs does once and not in each of its users, of which one turns what it reads: quick
+    # from a block of one head, and slow from the whole array, where the next token is a page further.
+    unit = (1 + _zero(q)).astype(q.dtype) if cpu else 1
 
-    unit = 1 + _zero(q)
-
-    def key_block(j, grads):
+    def key_block(number, grads):
         dq, dk, dv = grads
-        k_j, v_j = (_slice(x, j, size_S).astype(k.dtype) for x in ((dk, dv) if cpu else (k, v)))
+        j, group = number // groups, number % groups
+        k_j, v_j = (_take(x, j, size_S, group, heads).astype(k.dtype) for x in ((dk, dv) if cpu else (k, v)))
         kv_meta_j = jax.tree.map(lambda x: _slice(x, j, size_S), kv_meta)
         k_BKHS, v_BKHS, k_BKSH = jnp.moveaxis(k_j, 1, 3), jnp.moveaxis(v_j, 1, 3), jnp.moveaxis(k_j, 1, 2)
 
         def query_block(mask, step, state):
             dq, dk_BKHS, dv_BKHS = state
             i = lists.blocks[j, step]
-            q_i, d_out_i, delta_i, lse_i = (_group(_slice(x, i, size_T), heads) for x in (q, d_out, delta, lse))
+            rows = (_take(x, i, size_T, group, heads_q) for x in (q, d_out, delta, lse))
+            q_i, d_out_i, delta_i, lse_i = (_group(x, heads) for x in rows)
             q_i, d_out_i = q_i / unit, d_out_i / unit
             q_meta_i = jax.tree.map(lambda x: _slice(x, i, size_T), q_meta)
             scores = _scores_BKGTS(q_i, k_BKHS, q_meta_i, kv_meta_j, mask)
@@ -166,18 +180,18 @@ def attend_bwd(
             dv_BKHS += _dot("BKGTH,BKGTS->BKHS", d_out_i, p_BKGTS.astype(q.dtype))
             dk_BKHS += _dot("BKGTH,BKGTS->BKHS", q_i, ds_BKGTS)
             dq_i = _ungroup(_dot("BKGTS,BKSH->BKGTH", ds_BKGTS, k_BKSH))
-            return _update(dq, _slice(dq, i, size_T) + dq_i, i, size_T), dk_BKHS, dv_BKHS
+            return _put(dq, _take(dq, i, size_T, group, heads_q) + dq_i, i, group), dk_BKHS, dv_BKHS
 
         zeros = jnp.zeros(k_BKHS.shape, jnp.float32)
         full, total = lists.counts[j, 0], lists.counts[j, 1]
         state = lax.fori_loop(0, full, partial(query_block, None), (dq, zeros, zeros))
         dq, *turned = lax.fori_loop(full, total, partial(query_block, mask), state)
         dk_j, dv_j = (jnp.moveaxis(x, 3, 1) for x in turned)
-        return dq, _update(dk, dk_j, j, size_S), _update(dv, dv_j, j, size_S)
+        return dq, _put(dk, dk_j, j, group), _put(dv, dv_j, j, group)
 
     grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     if cpu:  # where the keys and values of a block stood, their gradients come to stand: two arrays less
         kept = (x.astype(jnp.float32) + _zero(d_out) for x in (k, v))
         grads = (jnp.full(q.shape, _zero(d_out, k)), *kept)
-    dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S, key_block, grads)
+    dq, dk, dv = lax.fori_loop(0, k.shape[1] // size_S * groups, key_block, grads)
     return dq[:, :length], dk[:, :length_S], dv[:, :length_S]
