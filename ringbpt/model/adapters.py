@@ -10,6 +10,7 @@ Ref: LoRA, arXiv:2106.09685.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -135,22 +136,26 @@ def apply(equation: str, x: jax.Array, w: Any, dot: Dot, fixed: Dot | None = Non
     return (y.astype(jnp.float32) + w.low.scale * more.astype(jnp.float32)).astype(y.dtype)
 
 
-def back(equation: str, x: jax.Array, dy: jax.Array, w: Any, dot: Callable[..., jax.Array]) -> tuple[jax.Array, Any]:
+def back(
+    equation: str, x: jax.Array, dy: jax.Array, w: Any, dot: Callable[..., jax.Array], gradient: Callable | None = None
+) -> tuple[jax.Array, Any]:
     """(dx in x's dtype, the gradient of what `use` gave in float32) of one product, by dot(equation, a, b, dtype).
 
-    By hand, so that a weight's gradient is summed in float32 while every product takes the compute dtype.
+    By hand, so that a weight's gradient is summed in float32 while every product takes the compute dtype. gradient: a
+    weight's by gradient(equation, x, dy), where that is not the product alone.
     """
+    gradient = gradient or partial(dot, out_dtype=jnp.float32)
     operands, y_letters = equation.split("->")
     x_letters, w_letters = operands.split(",")
     towards_x, towards_w = f"{y_letters},{w_letters}->{x_letters}", f"{x_letters},{y_letters}->{w_letters}"
     if not isinstance(w, Fixed):
-        return dot(towards_x, dy, w, x.dtype), dot(towards_w, x, dy, jnp.float32)
+        return dot(towards_x, dy, w, x.dtype), gradient(towards_w, x, dy)
     dx = dot(towards_x, dy, w.base, x.dtype)
     if w.low is None:
         return dx, Fixed(None, None)
     to_low, from_low = split(equation)
-    dz, d_b = back(from_low, dot(to_low, x, w.low.a, x.dtype), _scaled(w.low.scale, dy), w.low.b, dot)
-    more, d_a = back(to_low, x, dz, w.low.a, dot)
+    dz, d_b = back(from_low, dot(to_low, x, w.low.a, x.dtype), _scaled(w.low.scale, dy), w.low.b, dot, gradient)
+    more, d_a = back(to_low, x, dz, w.low.a, dot, gradient)
     return dx + more, Fixed(None, Low(d_a, d_b, None))
 
 

@@ -30,19 +30,22 @@ def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
 
 
 def swiglu_backward(
-    x: jax.Array, dy: jax.Array, w_gate: Any, w_up: Any, w_down: Any
+    x: jax.Array, dy: jax.Array, w_gate: Any, w_up: Any, w_down: Any, gradient: Callable | None = None
 ) -> tuple[jax.Array, tuple[Any, Any, Any]]:
     """(dx in x's dtype, this part's share of the weights' gradients in float32), the activations computed again.
 
-    By hand, so that weights' gradients are summed in float32 while every product has the compute dtype.
+    By hand, so that weights' gradients are summed in float32 while every product has the compute dtype. gradient: as of
+    adapters.back.
     """
     matmul = matmul_in(x.dtype)
     gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
-    hidden, hidden_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-    d_hidden, dw_down = adapters.back("BTF,FD->BTD", hidden, dy, w_down, dot)
-    d_gate, d_up = hidden_vjp(d_hidden)
-    dx, dw_gate = adapters.back("BTD,DF->BTF", x, d_gate, w_gate, dot)
-    more, dw_up = adapters.back("BTD,DF->BTF", x, d_up, w_up, dot)
+    activate = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+    d_hidden, dw_down = adapters.back("BTF,FD->BTD", activate(gate, up), dy, w_down, dot, gradient)
+    # What was activated is gone before its gradient is there, and so on: few arrays of [T, F] at any time.
+    dw_down, d_hidden, gate, up = lax.optimization_barrier((dw_down, d_hidden, gate, up))
+    d_gate, d_up = jax.vjp(activate, gate, up)[1](d_hidden)
+    dx, dw_gate = adapters.back("BTD,DF->BTF", x, d_gate, w_gate, dot, gradient)
+    more, dw_up = adapters.back("BTD,DF->BTF", x, d_up, w_up, dot, gradient)
     return dx + more, (dw_gate, dw_up, dw_down)
 
 

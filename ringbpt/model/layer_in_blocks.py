@@ -21,10 +21,10 @@ from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
 from ringbpt.attention.core import split
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
-from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning, learning_names, use
+from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning_names, use
 from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
-from ringbpt.model.weights import dot, gather_shards, scatter_grad
+from ringbpt.model.weights import dot, gather_shards, gradient_by_product, scatter_grad
 from ringbpt.reduction import Reduction
 from ringbpt.types import Params, TokenMeta
 
@@ -32,7 +32,7 @@ PROJECTIONS = ("w_q", "w_k", "w_v")
 HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
 FEEDFORWARD = ("w_gate", "w_up", "w_down")
 AFTER_ATTENTION = ("w_o", "feedforward_norm", *FEEDFORWARD)
-OUTWARD = "GBTQ,GQD->BTD"  # attention's output, by group, through w_o
+OUTWARD = "GBTN,GND->BTD"  # attention's output, by group, all columns of its heads, through w_o
 TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different tokens
 
 
@@ -164,37 +164,54 @@ class LayerInBlocks:
         before, after = _halves(w)
         whole = self._gathered(after, x.dtype)
 
-        def scattered(sums: Params) -> Params:
-            names = [name for name in learning_names(w) if name in sums]
-            return {name: self._scattered(name, sums[name].reshape(whole[name].shape)) for name in names}
-
-        dy, sums = self._after_attention_back(whole, x, out, dy)
-        grads, (dy, before) = self.reduction.first(scattered(sums), (dy, before))
+        dy, grads = self._after_attention_back(whole, w, x, out, dy)
+        grads, (dy, before) = self.reduction.first(grads, (dy, before))
         whole |= self._gathered(before, x.dtype)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
-        dx, sums = self._projections_back(whole, x, meta, d_operands, dy)
-        return grads | scattered(sums), dx
+        dx, more = self._projections_back(whole, w, x, meta, d_operands, dy)
+        return grads | more, dx
 
-    def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
+    def _over_chunks(self, chunk: Callable, w: Params, stored: Params, dy: jax.Array) -> tuple[jax.Array, Params]:
+        """(dy, overwritten chunk by chunk; the gradients of weights, summed over chunks and devices, as stored).
+
+        chunk(i, dy, gradient): its part of the new dy, and of the gradients by gradient(equation, x, dy).
+        """
+        size, names = self._chunk(dy), learning_names(stored)
+        if size == dy.shape[1]:  # nothing to sum up first
+            dy, grads = chunk(0, dy, partial(gradient_by_product, self.reduction))
+            grads = {name: grads[name] for name in names if name in grads}
+            for name, grad in grads.items():
+                matrix = name.startswith("w_")
+                grads[name] = grad.reshape(stored[name].shape) if matrix else self._scattered(name, grad)
+            return dy, grads
+
+        def add(i, state):
+            dy, sums = state
+            dy_i, grads = chunk(i, dy, None)
+            return _update(dy, dy_i, i), {name: total + grads[name] for name, total in sums.items()}
+
+        shapes = jax.eval_shape(lambda: chunk(0, dy, None)[1])
+        sums = {name: jnp.zeros(shapes[name].shape, jnp.float32) for name in names if name in shapes}
+        dy, sums = lax.fori_loop(0, dy.shape[1] // size, add, (dy, sums))
+        return dy, {name: self._scattered(name, total.reshape(w[name].shape)) for name, total in sums.items()}
+
+    def _after_attention_back(self, w: Params, stored: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
         size, w_o = self._chunk(x), _by_group(use(w, "w_o"), out)
 
-        def chunk(i, state):
-            dy, sums = state
+        def chunk(i, dy, gradient):
             out_i, dy_i = _slice(out, i, size, dim=2), _slice(dy, i, size)
             h, norm_vjp = jax.vjp(self.norm, _add_attended(_slice(x, i, size), out_i, w_o), w["feedforward_norm"])
-            dh, dws = swiglu_backward(h, dy_i, *(use(w, name) for name in FEEDFORWARD))
+            gate, up, down = (use(w, name) for name in FEEDFORWARD)
+            dh, dws = swiglu_backward(h, dy_i, gate, up, down, gradient)
             dx, d_norm = norm_vjp(lax.psum(dh, "tp"))
             dy_i += dx
-            new = {"feedforward_norm": d_norm} | flat("w_o", back(OUTWARD, out_i, dy_i, w_o, dot)[1])
+            new = {"feedforward_norm": d_norm} | flat("w_o", back(OUTWARD, out_i, dy_i, w_o, dot, gradient)[1])
             for name, dw in zip(FEEDFORWARD, dws, strict=True):
                 new |= flat(name, dw)
-            return _update(dy, dy_i, i), {name: total + new[name] for name, total in sums.items()}
+            return dy_i, new
 
-        sums = _zeros(w, ("feedforward_norm",)) | _zeros(flat("w_o", learning(w_o)))
-        for name in FEEDFORWARD:
-            sums |= _zeros(flat(name, learning(use(w, name))))
-        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
+        return self._over_chunks(chunk, w, stored, dy)
 
     def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
@@ -218,13 +235,14 @@ class LayerInBlocks:
         keys = jnp.zeros((*out.shape[:3], self.kv_heads * w["w_k"].shape[2]), x.dtype)
         return lax.fori_loop(0, out.shape[0], group, (out, keys, keys))
 
-    def _projections_back(self, w: Params, x, meta: TokenMeta, d_operands, dy) -> tuple[jax.Array, Params]:
+    def _projections_back(
+        self, w: Params, stored: Params, x, meta: TokenMeta, d_operands, dy
+    ) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input, those of the weights before attention)."""
         size = self._chunk(x)
         heads = {name: w[name] for name in HEADS if name in w}
 
-        def chunk(i, state):
-            dy, sums = state
+        def chunk(i, dy, gradient):
             h, norm_vjp = jax.vjp(self.norm, _slice(x, i, size), w["attention_norm"])
             products = [matmul_in(x.dtype)("BTD,DNH->BTNH", h, use(w, name)) for name in PROJECTIONS]
             meta_i = jax.tree.map(lambda a: _slice(a, i, size), meta)
@@ -238,26 +256,19 @@ class LayerInBlocks:
             new = dict(d_heads)
             dh = jnp.zeros_like(h)
             for name, grad in zip(PROJECTIONS, grads, strict=True):
-                more, dw = back("BTD,DNH->BTNH", h, grad, use(w, name), dot)
+                more, dw = back("BTD,DNH->BTNH", h, grad, use(w, name), dot, gradient)
                 new |= flat(name, dw)
                 dh += more
             dx, new["attention_norm"] = norm_vjp(lax.psum(dh, "tp"))
-            return _update(dy, _slice(dy, i, size) + dx, i), {name: total + new[name] for name, total in sums.items()}
+            return _slice(dy, i, size) + dx, new
 
-        sums = _zeros(w, ("attention_norm", *heads))
-        for name in PROJECTIONS:
-            sums |= _zeros(flat(name, learning(use(w, name))))
-        return lax.fori_loop(0, x.shape[1] // size, chunk, (dy, sums))
+        return self._over_chunks(chunk, w, stored, dy)
 
 
 def _halves(w: Params) -> tuple[Params, Params]:
     """The weights that stand before attention's output, and those behind it."""
     after = {name: x for name, x in w.items() if _weight(name) in AFTER_ATTENTION}
     return {name: x for name, x in w.items() if name not in after}, after
-
-
-def _zeros(w: Params, names: tuple[str, ...] | None = None) -> Params:
-    return {name: jnp.zeros(w[name].shape, jnp.float32) for name in names or w}
 
 
 def _slice(x: jax.Array, i: jax.Array, size: int, dim: int = 1) -> jax.Array:

@@ -70,11 +70,15 @@ def scatter_grad(dw: jax.Array, letters: str, reduction: Reduction) -> jax.Array
 
     Of a weight that all devices of tp have, each has made the part that its heads or its part of F have a share in.
     """
-    dims = letters.split()
-    others: tuple[str, ...] = ("dp",) if any(GATHERED_AXES.get(letter) for letter in dims) else ("dp", "tp")
+    dims, others = letters.split(), _others(letters)
     if "D" not in dims:
         return reduction.everywhere(dw, (*others, *FSDP))
     return reduction.everywhere(reduction.scatter(dw, FSDP, dims.index("D")), others)  # the smaller of the two last
+
+
+def _others(letters: str) -> tuple[str, ...]:
+    """The axes other than FSDP over which each device has but a share of the gradient."""
+    return ("dp",) if any(GATHERED_AXES.get(letter) for letter in letters) else ("dp", "tp")
 
 
 def gather(w: Any, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
@@ -130,32 +134,35 @@ def _project_bwd(mesh, reduction, learns, equation, residuals, dy):
         return dx, None
     in_specs = tuple(spec(letters, ACTIVATION_AXES) for letters in (x_letters, y_letters))
     gradient = jax.shard_map(
-        partial(_weight_gradient, reduction, *every),
+        partial(gradient_by_product, reduction, f"{x_term},{y_term}->{w_term}", others=("dp",)),
         mesh=mesh, in_specs=in_specs, out_specs=weight_spec(w_letters), check_vma=False,
     )  # fmt: skip
     dw, dx = reduction.first(gradient(x, dy).astype(w.dtype), dx)
     return dx, dw
 
 
-def _weight_gradient(
-    reduction: Reduction, x_letters: str, w_letters: str, y_letters: str, x: jax.Array, dy: jax.Array
+def gradient_by_product(
+    reduction: Reduction, equation: str, x: jax.Array, dy: jax.Array, others: tuple[str, ...] | None = None
 ) -> jax.Array:
-    """Inside shard_map: the weight's gradient, float32, summed over all tokens, this device's part of its D.
+    """Inside shard_map: a weight's gradient by "BTD,BTF->DF", float32, summed over all tokens; this device's part of D.
 
-    Devices of tp whose weight is the same have the same of x and of dy, and nothing to sum.
+    As scatter_grad of the product, of which there never is more than what one hop of the sum adds. others: the axes
+    beside FSDP to sum over, as scatter_grad has them if not given.
     """
-    x_term, w_term, y_term = (letters.replace(" ", "") for letters in (x_letters, w_letters, y_letters))
+    operands, w_term = equation.split("->")
+    x_term, y_term = operands.split(",")
+    others = _others(w_term) if others is None else others
 
     def product(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return dot(f"{x_term},{y_term}->{w_term}", x, dy, jnp.float32)
+        return dot(equation, x, dy, jnp.float32)
 
     if "D" not in w_term:
-        return reduction.everywhere(product(x, dy), ("dp", *FSDP))
+        return reduction.everywhere(product(x, dy), (*others, *FSDP))
     operand, of_operand, term = (
         (x, lambda part: product(part, dy), x_term) if "D" in x_term else (dy, lambda part: product(x, part), y_term)
     )
     dw = reduction.scatter_product(of_operand, operand, FSDP, term.index("D"), w_term.index("D"))
-    return reduction.everywhere(dw, "dp")
+    return reduction.everywhere(dw, others)
 
 
 _project.defvjp(_project_fwd, _project_bwd)
