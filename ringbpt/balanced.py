@@ -21,6 +21,7 @@ the places b * length..(b + 1) * length and the devices b * sp..(b + 1) * sp.
 """
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +32,9 @@ import numpy as np
 GOOD = 1.045  # the most loaded device's work over the average, with which nothing better is looked for
 # A device has so many chunks, and where that is not enough shorter ones, but none below the largest block of a kernel.
 CHUNKS, LARGEST_BLOCK = 8, 1024
-# The shares, of those documents that one device could hold, which are cut into chunks all the same.
-LONG = (0, 1 / 8, 1 / 3, 1)
+# The shares, of those documents that one device could hold, which are cut into chunks all the same; each is tried where
+# no chunk has more than so much of a device's work, as it would hardly do otherwise.
+LONG = ((0, 0.75), (1 / 8, 0.9), (1 / 3, 0.97), (1, np.inf))
 
 
 class Deal(NamedTuple):
@@ -262,12 +264,18 @@ def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halve
     if whole_B.any():
         yield _Line(documents, sp, whole_B, 0 * groups_B)
     yield _Halves(documents, sp, open_B, device, 2 * sp - 1 - device)
-    counts = [longer_B + np.ceil((groups_B - longer_B) * share).astype(np.int64) for share in LONG]
     lengths = [1 << max(1, (2 * half // CHUNKS).bit_length() - 1)]
     while lengths[-1] >= 2 * LARGEST_BLOCK:
         lengths.append(lengths[-1] // 2)
     for length, mirrored in [*((length, False) for length in lengths), (lengths[-1], True)]:
-        for before_B, count_B in zip([0 * groups_B, *counts], counts, strict=False):
+        last, heaviest_B = np.maximum(documents.ends - length, documents.begins), 0 * work_B
+        if not mirrored:
+            np.maximum.at(heaviest_B, row, sp * documents.work(last, documents.ends))
+        counts = [groups_B]
+        for share, most in reversed(LONG):
+            count_B = longer_B + np.ceil((groups_B - longer_B) * share).astype(np.int64)
+            counts.append(np.where(heaviest_B <= most * work_B, count_B, counts[-1]))
+        for before_B, count_B in itertools.pairwise([0 * groups_B, *reversed(counts[1:])]):
             rows_B = open_B & documents.in_order & (count_B != before_B)
             if rows_B.any():
                 yield _Line(documents, sp, rows_B, count_B, length, mirrored)
