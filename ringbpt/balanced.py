@@ -20,11 +20,11 @@ All rows of a batch are planned at once, each as it would be alone, in arrays: t
 the places b * length..(b + 1) * length and the devices b * sp..(b + 1) * sp.
 """
 
-import heapq
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,29 +195,33 @@ def to_the_least(
     else nowhere, -1. load and room, of each place, are brought up to date.
     """
     found = list[int]()
-    with_room, full = [(of, place) for place, of in enumerate(load)], list[tuple[int, int]]()
-    heapq.heapify(with_room)  # full: a heap too, the most room first
+    # Two heaps, the least load first and the most room first. A number and its place are one integer, place + number *
+    # places: that is compared faster than a pair.
+    places = len(load) + len(works)
+    with_room, full = [place + of * places for place, of in enumerate(load)], list[int]()
+    heapify(with_room)
     for work, size in zip(works, sizes, strict=True):
-        while full and -full[0][0] >= size:
-            place = heapq.heappop(full)[1]
-            heapq.heappush(with_room, (load[place], place))
-        while with_room and room[with_room[0][1]] < size:
-            place = heapq.heappop(with_room)[1]
-            heapq.heappush(full, (-room[place], place))
-        if not with_room and capacity:
-            with_room.append((0, len(load)))
+        while full and -(full[0] // places) >= size:
+            place = heappop(full) % places
+            heappush(with_room, place + load[place] * places)
+        while with_room and room[place := with_room[0] % places] < size:
+            heappop(with_room)
+            heappush(full, place - room[place] * places)
+        if with_room:
+            heapreplace(with_room, place + (load[place] + work) * places)
+        elif capacity:
+            place = len(load)
             load.append(0)
             room.append(capacity)
-        if not with_room and not over:
+            with_room.append(place + work * places)
+        elif over:
+            place = full[0] % places
+            heapreplace(full, place - (room[place] - size) * places)
+        else:
             found.append(-1)
             continue
-        place = with_room[0][1] if with_room else full[0][1]
-        room[place] -= size
         load[place] += work
-        if with_room:
-            heapq.heapreplace(with_room, (load[place], place))
-        else:
-            heapq.heapreplace(full, (-room[place], place))
+        room[place] -= size
         found.append(place)
     return found
 
@@ -275,7 +279,7 @@ def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halve
         for share, most in reversed(LONG):
             count_B = longer_B + np.ceil((groups_B - longer_B) * share).astype(np.int64)
             counts.append(np.where(heaviest_B <= most * work_B, count_B, counts[-1]))
-        for before_B, count_B in itertools.pairwise([0 * groups_B, *reversed(counts[1:])]):
+        for before_B, count_B in pairwise([0 * groups_B, *reversed(counts[1:])]):
             rows_B = open_B & documents.in_order & (count_B != before_B)
             if rows_B.any():
                 yield _Line(documents, sp, rows_B, count_B, length, mirrored)
@@ -338,8 +342,8 @@ class _Line:
         device, others = sp * row + np.where(turn & 1, sp - 1 - place, place), turn < 0
         load_BR = self._sums(device[~others], work[~others])
         room_BR = self._documents.length // sp - size * self._sums(device[~others])
-        sizes = np.full(np.count_nonzero(others), size)
-        device[others] = self._to_the_least(row[others], work[others], sizes, load_BR, room_BR)
+        order = np.flatnonzero(others)[np.lexsort((-work[others], row[others]))]
+        device[order] = self._to_the_least(row[order], work[order], np.full(len(order), size), load_BR, room_BR)
         dealt = device >= 0
         self._halves, self._work, self._device = halves[dealt], work[dealt], device[dealt]
         return halves[~dealt].ravel()
@@ -348,11 +352,10 @@ class _Line:
         self, row: np.ndarray, works: np.ndarray, sizes: np.ndarray, load_BR: np.ndarray, room_BR: np.ndarray,
         over: bool = False,
     ) -> np.ndarray:  # fmt: skip
-        """The device of each of these stretches, by to_the_least of each row, the most work first; -1: nowhere."""
-        order, found = np.lexsort((-works, row)), np.empty(len(row), np.int64)
-        edges = np.searchsorted(row[order], np.arange(len(load_BR) + 1))
+        """The device of each of these stretches, row by row, the most work first, by to_the_least; -1: nowhere."""
+        edges, found = np.searchsorted(row, np.arange(len(load_BR) + 1)), np.empty(len(row), np.int64)
         for number in np.flatnonzero(edges[1:] > edges[:-1]):
-            own = order[edges[number] : edges[number + 1]]
+            own = slice(*edges[number : number + 2])
             load, room = load_BR[number].tolist(), room_BR[number].tolist()
             device = np.array(to_the_least(works[own].tolist(), sizes[own].tolist(), load, room, over=over))
             found[own] = np.where(device < 0, -1, number * self._sp + device)
@@ -364,7 +367,7 @@ class _Line:
         """
         documents, sp = self._documents, self._sp
         works = documents.work(start, stop)
-        order = np.argsort(-works, kind="stable")
+        order = np.lexsort((-works, documents.row_of(start)))
         start, stop, works = start[order], stop[order], works[order]
         load_BR = self._sums(self._device, self._work)
         room_BR = documents.length // sp - 2 * self._half * self._sums(self._device)
@@ -389,21 +392,21 @@ class _Line:
         edges = np.searchsorted(self._documents.row_of(self._halves[:, 0]), np.arange(len(limit_B) + 1))
         for row in np.flatnonzero(self.rows_B & (self.load_BR.max(axis=1) > limit_B)):
             own = slice(*edges[row : row + 2])
-            load, work, device = self.load_BR[row], self._work[own], self._device[own]
+            load, work, device, first = self.load_BR[row], self._work[own], self._device[own], row * self._sp
             for _ in range(2 * self._sp):
                 most, least = load.argmax(), load.argmin()
-                a, b = ((device == row * self._sp + r).nonzero()[0] for r in (most, least))
+                a, b = (device == first + most).nonzero()[0], (device == first + least).nonzero()[0]
                 if load[most] <= limit_B[row] or not len(a) or not len(b):
                     break
-                gap = load[most] - load[least]
-                left = abs(gap - 2 * (work[a, None] - work[b]))
+                half = (load[most] - load[least]) / 2  # what were best moved
+                left = abs(work[a][:, None] - work[b] - half)
                 i, j = divmod(int(left.argmin()), len(b))
-                if left[i, j] >= gap:
+                if left[i, j] >= half:
                     break
-                moved = work[a[i]] - work[b[j]]
-                device[[a[i], b[j]]] = device[[b[j], a[i]]]
-                load[most] -= moved
-                load[least] += moved
+                a, b = a[i], b[j]
+                device[a], device[b] = device[b], device[a]
+                load[most] -= work[a] - work[b]
+                load[least] += work[a] - work[b]
 
     def deal(self, rows_B: np.ndarray, number: np.ndarray) -> Stretches:
         """What the devices of these rows hold; the new numbers of their documents are written into `number`.
