@@ -32,9 +32,10 @@ import numpy as np
 GOOD = 1.045  # the most loaded device's work over the average, with which nothing better is looked for
 # A device has so many chunks, and where that is not enough shorter ones, but none below the largest block of a kernel.
 CHUNKS, LARGEST_BLOCK = 8, 1024
-# The shares, of those documents that one device could hold, which are cut into chunks all the same; each is tried where
-# no chunk has more than so much of a device's work, as it would hardly do otherwise.
-LONG = ((0, 0.75), (1 / 8, 0.9), (1 / 3, 0.97), (1, np.inf))
+# Of those documents that one device could hold, so many are cut into chunks all the same, and where that is not enough
+# all of them: (their share, tried where the heaviest chunk is at most so much of a device's work; with a heavier one it
+# hardly ever is enough).
+LONG = ((0, 0.75), (1 / 8, 0.9), (1 / 3, 0.97))
 
 
 class Deal(NamedTuple):
@@ -272,14 +273,14 @@ def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halve
     while lengths[-1] >= 2 * LARGEST_BLOCK:
         lengths.append(lengths[-1] // 2)
     for length, mirrored in [*((length, False) for length in lengths), (lengths[-1], True)]:
-        last, heaviest_B = np.maximum(documents.ends - length, documents.begins), 0 * work_B
-        if not mirrored:
+        heaviest_B, counts = 0 * work_B, [groups_B]
+        if not mirrored:  # a document's last chunk sees the most
+            last = np.maximum(documents.ends - length, documents.begins)
             np.maximum.at(heaviest_B, row, sp * documents.work(last, documents.ends))
-        counts = [groups_B]
         for share, most in reversed(LONG):
             count_B = longer_B + np.ceil((groups_B - longer_B) * share).astype(np.int64)
-            counts.append(np.where(heaviest_B <= most * work_B, count_B, counts[-1]))
-        for before_B, count_B in pairwise([0 * groups_B, *reversed(counts[1:])]):
+            counts.insert(0, np.where(heaviest_B <= most * work_B, count_B, counts[0]))
+        for before_B, count_B in pairwise([0 * groups_B, *counts]):
             rows_B = open_B & documents.in_order & (count_B != before_B)
             if rows_B.any():
                 yield _Line(documents, sp, rows_B, count_B, length, mirrored)
