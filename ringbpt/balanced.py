@@ -273,6 +273,8 @@ def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halve
     while lengths[-1] >= 2 * LARGEST_BLOCK:
         lengths.append(lengths[-1] // 2)
     for length, mirrored in [*((length, False) for length in lengths), (lengths[-1], True)]:
+        if not open_B.any():
+            return
         heaviest_B, counts = 0 * work_B, [groups_B]
         if not mirrored:  # a document's last chunk sees the most
             last = np.maximum(documents.ends - length, documents.begins)
