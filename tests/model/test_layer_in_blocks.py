@@ -3,8 +3,10 @@
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from ringbpt.reduction import Reduction
 from tests.model.helpers import assert_same, loss_and_grads, make_batch, make_model
 
 # Everything that a layer of some family has, and two kv heads for each of tp=2.
@@ -41,6 +43,14 @@ def check(mesh, at_a_time, **llama):
 )
 def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
     check(mesh, at_a_time, **llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_same_where_sums_go_in_hops(chunk, monkeypatch):
+    """As on TPUs: of one chunk each gradient is summed behind its own product, of several the sum is."""
+    monkeypatch.setattr(Reduction, "on", lambda mesh, dtype=jnp.float32: Reduction(dtype, in_hops=True))
+    check((1, 2, 2, 2), 1, scan_mlp_chunk_size=chunk, remat_block="nothing_saveable")
 
 
 @pytest.mark.slow
