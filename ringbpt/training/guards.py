@@ -72,6 +72,18 @@ def chosen(good: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
+def if_good(good: Array | None, update: Callable[[], PyTree], old: PyTree, cpu: bool) -> PyTree:
+    """update() of a good step, `old`, which it overwrites, of another; good None: in any case.
+
+    cpu: as a branch. XLA for CPUs writes a result at a time, so choosing each would keep a copy of all that another is
+    still to be computed from: the optimizer's whole state. XLA for GPUs writes them together, and would copy into a
+    branch.
+    """
+    if good is None:
+        return update()
+    return jax.lax.cond(good, update, lambda: old) if cpu else chosen(good, update(), old)
+
+
 @dataclass
 class Watch:
     """What the host makes of it. say: prints a line."""

@@ -1,13 +1,13 @@
 """What a training step holds on one device, by name: the account that a compiled program is compared with.
 
-The step is fullest at one of two moments: in the backward of a layer's feedforward, or in the backward of the loss.
-The account names what is alive at the fuller one, so its sum is the peak. The counts below were read off the
-compiled program's buffer assignment (XLA's --xla_dump_to); tests/training/test_memory.py holds them to new ones.
+The step is fullest at one of a few moments: in a layer, going forward or back, or in the backward of the loss. The
+account names what is alive at the fullest one, so its sum is the peak. The counts below were read off the compiled
+program's buffer assignment (XLA's --xla_dump_to); tests/training/test_memory.py holds them to new ones.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ringbpt.training.state import StateLayout, TrainState
 
 @dataclass(frozen=True)
 class Arrays:
-    """A device's arrays of one layer's backward that are alive together, by their shape and dtype.
+    """A device's arrays of one layer that are alive together, by their shape and dtype.
 
     model: [b, t, D], query: [b, t, N, H], key: [b, t, K, H], in the compute dtype; *_sums: the same in float32.
     """
@@ -35,28 +35,60 @@ class Arrays:
     key_sums: int
 
 
-# By compiler. The CPU's: the saved input, the input of the feedforward, both after their norms (2), those again
-# transposed or in chunks for the weights' gradients (3), the feedforward's output gradient in chunks, its input
-# gradient, the gradient handed to the layer, and the norms' factors (4), which the CPU writes out for long sequences;
-# q, out, out transposed for w_o's gradient, and both halves of q, out and d_out (6 halves), into which the ring's
-# backward cuts its own part; dq; k, v, and the ring's on their way; dk and dv of the three places in which the ring's
-# backward computes them, and their sum on its way. The others write fewer arrays out.
-ARRAYS = {
-    "cpu": Arrays(model=13, query=6, query_sums=1, key=4, key_sums=8),
-    "tpu": Arrays(model=5.5, query=3, query_sums=1, key=4, key_sums=10),
-    "cuda": Arrays(model=3, query=3, query_sums=1, key=4, key_sums=10),
+@dataclass(frozen=True)
+class Moment:
+    """A layer at work. adapted: (model, query) more arrays, or fewer, beside adapters: weights that do not learn have
+    no gradients, of which each takes what it multiplied in an order of its own.
+
+    gathered: the unembedding is there in the compute dtype; whole: its gradient is not yet scattered, or begun.
+    weights: of w_gate, w_up and w_down (first) and attention's (second) as many as are gathered, of three and four.
+    sums: gradients of the first's in float32: of each the sum over chunks and one chunk's about to be added to it.
+    """
+
+    arrays: Arrays
+    adapted: tuple[int, int] = (0, 0)
+    gathered: bool = False
+    whole: bool = True
+    weights: tuple[int, int] = (3, 4)
+    sums: int = 2
+
+
+# By compiler. The CPU's schedule begins all gradients ahead of the first layer, and gathers the unembedding there; but
+# it scatters the unembedding's gradient before the layers go back. So there are three moments:
+# - going forward, before or in attention: the layer's input, after its norm, the norm's factors (which the CPU writes
+#   out for long sequences), and the outputs of the feedforward and of the loss in chunks, begun; q, the empty
+#   out of the ring and of a hop, and q as a hop has it; k and v, and one of the ring's pairs;
+# - back, in the feedforward: the saved input, the input of the feedforward, both after their norms, those again
+#   transposed or in chunks for the weights' gradients, the feedforward's input gradient, the gradient handed to the
+#   layer, and two factors of each norm; q, out, out transposed for w_o's gradient, two halves of what the ring's
+#   backward cuts in two, and of a key's arrays k, v, half a rotated one and those on their way;
+# - back, in attention: the saved input, after its norm, its factors, the gradient; q, out, out transposed, d_out and a
+#   rotated half; dq and that of a hop; k and v, those at hand and on their way; dk and dv of the own keys, of a hop,
+#   and on their way.
+# The others write fewer arrays out, and are fullest going back.
+LAYER = {
+    "cpu": (
+        Moment(Arrays(5, 4, 0, 4, 0), adapted=(0, 1), gathered=True, weights=(3, 1), sums=0),
+        Moment(Arrays(12, 4, 0, 5, 0), adapted=(-2, 0), whole=False),
+        Moment(Arrays(5, 5, 2, 6, 6), adapted=(-1, 2), whole=False, weights=(0, 3), sums=0),
+    ),
+    "tpu": (Moment(Arrays(model=5.5, query=3, query_sums=1, key=4, key_sums=10)),),
+    "cuda": (Moment(Arrays(model=3, query=3, query_sums=1, key=4, key_sums=10)),),
 }
-# How many of these there are for the gradients of a layer's matrices, which have none beside adapters: model.
-GRADIENT_MODEL = {"cpu": 2, "tpu": 0, "cuda": 0}
 # Keys where nothing travels: k and v, dk and dv, and one of them on its way into the other dtype.
-KEYS_ALONE = {"key": 2, "key_sums": 3}
+KEYS_ALONE, KEY_SUMS_ALONE = 2, 3
 # A layer in blocks (kv_heads_at_a_time): its input, the gradient, and one of them on its way in or out; attention's
-# output; dk and dv; and of one group of heads what attention needs.
-BLOCK_MODEL, BLOCK_QUERY, BLOCK_KEY = 3, 1, 2
+# output; dk and dv; and of one group of heads what attention needs. Going forward on a CPU as above, but for q, k and v.
+BLOCKS_BACK = Arrays(model=3, query=1, query_sums=0, key=2, key_sums=0)
+BLOCKS = {
+    "cpu": (
+        Moment(Arrays(5, 1, 0, 0, 0), gathered=True, sums=0),
+        Moment(BLOCKS_BACK, whole=False),
+    ),
+    "tpu": (Moment(BLOCKS_BACK),),
+    "cuda": (Moment(BLOCKS_BACK),),
+}
 GROUP = Arrays(model=0, query=2, query_sums=1, key=2, key_sums=3)
-# [D, F], each times w_gate, w_up and w_down: gathered in the compute dtype; in float32, the gradient's sum over chunks
-# and one chunk's gradient about to be added to it.
-FEEDFORWARD_SUMS = 2
 # [b, chunk, F], compute dtype: gate, up and their product.
 FEEDFORWARD_CHUNKS = 3
 # Layers' inputs that are on the device at once, on their way to the host or back.
@@ -66,8 +98,9 @@ ARGUMENTS = ("params", "base", "reference", "optimizer")
 COUNTED_POLICIES = ("nothing_saveable", "save_attention", "offload_inputs")
 # [D, V], float32, in the loss's backward: the gradient's sum over chunks and one chunk's gradient.
 UNEMBEDDING_SUMS = 2
-# [b, t, D], compute dtype, beside the loss: the last layer's output, its norm, the same in chunks, its gradient.
-LOSS_MODEL_ARRAYS = 4
+# [b, t, D], compute dtype, beside the loss: the last layer's output, its norm, the same in chunks, its gradient; on a
+# CPU two of the norm's factors.
+LOSS_MODEL_ARRAYS = {"cpu": 6, "tpu": 4, "cuda": 4}
 
 
 def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -> dict[str, int]:
@@ -90,7 +123,9 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
     if config.mesh_shape[3] > 1 and execution.sequence_parallel != "ring":
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
     stored = _stored(config)
-    moments = [make(config, rows, seq_length, platform) for make in (_layer_moment, _loss_moment)]
+    layer = (BLOCKS if execution.kv_heads_at_a_time else LAYER)[platform]
+    moments = [_layer_moment(config, rows, seq_length, platform, moment) for moment in layer]
+    moments.append(_loss_moment(config, rows, seq_length, platform))
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -106,7 +141,7 @@ def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
     micros = optimizer.accumulate_gradient_steps
     if execution.remat_block == "offload_inputs":
         kept = replace(config, execution=replace(execution, remat_block="nothing_saveable"))
-        meanwhile += 2 * _saved(kept, rows, seq_length) * micros
+        meanwhile += 2 * _saved(kept, _sizes(kept, rows, seq_length)) * micros
     if optimizer.offload_params:
         meanwhile += _shard_bytes(state.trained) * micros * (3 if micros == 1 else 6)
         after += 4 * _shard_bytes(state.trained)
@@ -160,15 +195,22 @@ def _shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _sizes(config: Config, rows: int, seq_length: int) -> tuple[int, int, int, int]:
-    """(rows and tokens of a device's share of one micro-batch, tp, bytes of a number in the compute dtype)."""
+Sizes: TypeAlias = tuple[int, int, int, int]
+
+
+def _sizes(config: Config, rows: int, seq_length: int, platform: str = "") -> Sizes:
+    """(rows and tokens of a device's share of one micro-batch, tp, bytes of a number in the compute dtype).
+
+    The CPU's compiler widens what it computes with to float32, saved inputs all at once.
+    """
     dp, fsdp, tp, sp = config.mesh_shape
     parts = dp * fsdp * config.optimizer.accumulate_gradient_steps
-    return rows // parts, seq_length // sp, tp, jnp.dtype(COMPUTE_DTYPES[config.dtype]).itemsize
+    dtype = jnp.float32 if platform == "cpu" else COMPUTE_DTYPES[config.dtype]
+    return rows // parts, seq_length // sp, tp, jnp.dtype(dtype).itemsize
 
 
-def _saved(config: Config, rows: int, seq_length: int) -> int:
-    b, t, tp, size = _sizes(config, rows, seq_length)
+def _saved(config: Config, sizes: Sizes) -> int:
+    b, t, tp, size = sizes
     d = make_dims(config.architecture)
     saved = b * t * d.D * size // (tp if config.execution.residual_over_tp else 1)
     if config.execution.remat_block == "offload_inputs":
@@ -178,41 +220,55 @@ def _saved(config: Config, rows: int, seq_length: int) -> int:
     return d.L * saved
 
 
-def _layer_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
-    """In a layer, going back: the loss is done, but its weight's gradient is not yet scattered.
-
-    With adapters only they have gradients. A layer in blocks then holds as much going forward, and there the
+def _layer_moment(config: Config, rows: int, seq_length: int, platform: str, moment: Moment) -> dict[str, int]:
+    """With adapters only they have gradients. A layer in blocks then holds as much going forward, and there the
     unembedding, which the compiler gathers ahead of the layers, is alive too.
     """
-    b, t, tp, size = _sizes(config, rows, seq_length)
-    execution, d = config.execution, make_dims(config.architecture)
+    b, t, tp, size = sizes = _sizes(config, rows, seq_length, platform)
+    execution, d, adapted = config.execution, make_dims(config.architecture), bool(config.lora.rank)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
-    arrays, projections, adapted = ARRAYS[platform], 2 * d.D * (query + key), bool(config.lora.rank)
-    sums = 0 if adapted else FEEDFORWARD_SUMS * 4
-    if adapted:
-        arrays = replace(arrays, model=arrays.model - GRADIENT_MODEL[platform])
-    if config.mesh_shape[3] == 1:
-        arrays = replace(arrays, **KEYS_ALONE)
+    a_token = _token_bytes(_arrays(config, moment), d.D, query, key, size)
+    first, others = (count / of for count, of in zip(moment.weights, (3, 4), strict=True))
+    first, others = int(first * 3 * d.D * feedforward), int(others * 2 * d.D * (query + key))
+    sums = 0 if adapted else moment.sums * 4
+    if execution.kv_heads_at_a_time:
+        a_token += int(execution.kv_heads_at_a_time * tp / d.K * _token_bytes(GROUP, d.D, query, key, size))
+    weights = first * (size + sums) + others * (size + (sums if execution.kv_heads_at_a_time else 0))
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
     ahead = config.optimizer.accumulate_gradient_steps > 1 or (adapted and execution.kv_heads_at_a_time)
-    gathered = _gathered_size(config, platform) if ahead else 0
-    if execution.kv_heads_at_a_time:
-        part = execution.kv_heads_at_a_time * tp / d.K
-        away = execution.remat_block == "offload_inputs"  # then the input is one of those on their way from the host
-        a_token = (d.D * (BLOCK_MODEL - away) + query * BLOCK_QUERY + key * BLOCK_KEY) * size
-        a_token += int(part * _token_bytes(GROUP, d.D, query, key, size))
-        weights = (3 * d.D * feedforward + projections) * (size + sums)
-    else:
-        a_token = _token_bytes(arrays, d.D, query, key, size)
-        weights = 3 * d.D * feedforward * (size + sums) + projections * size
+    unembedding = d.D * _vocabulary(config)
+    held = unembedding * _gathered_size(config, platform) if moment.gathered or ahead else 0
+    if not adapted:
+        trained = _abstract_state(config).trained
+        held += unembedding * 4 if moment.whole else _shard_bytes(trained.get("unembed", ()))
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
-        "saved layer inputs": _saved(config, rows, seq_length),
-        "unembedding": d.D * _vocabulary(config) * (gathered + (0 if adapted else 4)),
+        "saved layer inputs": _saved(config, sizes),
+        "unembedding": held,
         "loss chunk": 0,
-        "layer weights": weights,
+        "layer weights": weights + (_widened(config) if platform == "cpu" else 0),
         "layer activations": b * t * a_token + chunk,
     }
+
+
+def _arrays(config: Config, moment: Moment) -> Arrays:
+    """The moment's arrays in a program of this config."""
+    arrays = moment.arrays
+    if config.lora.rank:
+        model, query = moment.adapted
+        arrays = replace(arrays, model=arrays.model + model, query=arrays.query + query)
+    if config.mesh_shape[3] == 1 and not config.execution.kv_heads_at_a_time:
+        sums = min(arrays.key_sums, KEY_SUMS_ALONE)
+        arrays = replace(arrays, key=min(arrays.key, KEYS_ALONE), key_sums=sums)
+    if config.execution.kv_heads_at_a_time and config.execution.remat_block == "offload_inputs":
+        arrays = replace(arrays, model=arrays.model - 1)  # the input is one of those on their way from the host
+    return arrays
+
+
+def _widened(config: Config) -> int:
+    """Bytes of a base in bfloat16, in float32: the CPU's compiler has no other, and widens all layers at once."""
+    layers = _abstract_state(config).frozen.get("layers", {})
+    return 2 * _shard_bytes([x for x in jax.tree.leaves(layers) if x.dtype == jnp.bfloat16])
 
 
 def _gathered_size(config: Config, platform: str) -> int:
@@ -220,7 +276,7 @@ def _gathered_size(config: Config, platform: str) -> int:
 
     The CPU's compiler copies even that.
     """
-    size, (_, fsdp, _, sp) = jnp.dtype(COMPUTE_DTYPES[config.dtype]).itemsize, config.mesh_shape
+    (*_, size), (_, fsdp, _, sp) = _sizes(config, 1, 1, platform), config.mesh_shape
     kept = _abstract_state(config).frozen.get("unembed")
     is_argument = kept is not None and kept.dtype == COMPUTE_DTYPES[config.dtype] and fsdp * sp == 1
     return 0 if is_argument and platform != "cpu" else size
@@ -240,12 +296,12 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
 
 def _loss_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
-    b, t, _, size = _sizes(config, rows, seq_length)
+    b, t, _, size = sizes = _sizes(config, rows, seq_length, platform)
     d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
-        "saved layer inputs": _saved(config, rows, seq_length),
+        "saved layer inputs": _saved(config, sizes),
         "unembedding": d.D * _vocabulary(config) * (_gathered_size(config, platform) + sums),
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,
-        "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS * size,
+        "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS[platform] * size,
     }

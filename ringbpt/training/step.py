@@ -15,7 +15,7 @@ from ringbpt.model.weights import merge, part_of
 from ringbpt.objectives import Objective
 from ringbpt.objectives.objective import REFERENCE, stopped
 from ringbpt.training import offload
-from ringbpt.training.guards import Verdict, chosen, judge
+from ringbpt.training.guards import Verdict, chosen, if_good, judge
 from ringbpt.training.optimizer import clip_factor
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
@@ -156,6 +156,7 @@ def make_train_step(
     config, model, (optimizer, schedule) = layout.config, layout.model, layout.made
     totals = make_totals(config, model, objective)
     by_layer = config.architecture.param_scan_axis == 0 and config.optimizer.is_layerwise
+    platform = model.mesh.devices.flat[0].platform
 
     def update(
         state: TrainState, grads: Params, divisor: jax.Array, norm: jax.Array, good: jax.Array | None
@@ -165,10 +166,13 @@ def make_train_step(
         if config.optimizer.is_offloaded:
             factor /= divisor
             return offload.update(optimizer, grads, state.opt_state, state.trained, factor, by_layer, good)
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: factor * g, grads), state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        if good is not None:
-            trained, opt_state = chosen(good, (trained, opt_state), (state.trained, state.opt_state))
+
+        def updated() -> tuple[Params, PyTree]:
+            scaled = jax.tree.map(lambda g: factor * g, grads)
+            updates, opt_state = optimizer.update(scaled, state.opt_state, state.trained)
+            return optax.apply_updates(state.trained, updates), opt_state
+
+        trained, opt_state = if_good(good, updated, (state.trained, state.opt_state), cpu=platform == "cpu")
         return trained, opt_state, optax.tree.norm(trained)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -193,7 +197,7 @@ def make_train_step(
         after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state, guard=guard)
         return after, Metrics(means, own, verdict)
 
-    options = GPU_OPTIONS if model.mesh.devices.flat[0].platform in ("gpu", "cuda") else None
+    options = GPU_OPTIONS if platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.
     return jax.jit(
         step, donate_argnums=0, keep_unused=True, out_shardings=(layout.shardings, None), compiler_options=options
