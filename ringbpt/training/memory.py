@@ -41,15 +41,15 @@ class Moment:
     no gradients, of which each takes what it multiplied in an order of its own.
 
     gathered: the unembedding is there in the compute dtype; whole: its gradient is not yet scattered, or begun.
-    weights: of w_gate, w_up and w_down (first) and attention's (second) as many as are gathered, of three and four.
-    sums: gradients of the first's in float32: of each the sum over chunks and one chunk's about to be added to it.
+    weights: how many matrices are gathered of w_gate, w_up and w_down, of w_q and w_o, and of w_k and w_v.
+    sums: gradients of the first of these in float32: of each the sum over chunks, and one chunk's about to be added.
     """
 
     arrays: Arrays
     adapted: tuple[int, int] = (0, 0)
     gathered: bool = False
     whole: bool = True
-    weights: tuple[int, int] = (3, 4)
+    weights: tuple[int, int, int] = (3, 2, 2)
     sums: int = 2
 
 
@@ -68,9 +68,9 @@ class Moment:
 # The others write fewer arrays out, and are fullest going back.
 LAYER = {
     "cpu": (
-        Moment(Arrays(5, 4, 0, 4, 0), adapted=(0, 1), gathered=True, weights=(3, 1), sums=0),
+        Moment(Arrays(5, 4, 0, 4, 0), adapted=(0, 1), gathered=True, weights=(3, 1, 0), sums=0),
         Moment(Arrays(12, 4, 0, 5, 0), adapted=(-2, 0), whole=False),
-        Moment(Arrays(5, 5, 2, 6, 6), adapted=(-1, 2), whole=False, weights=(0, 3), sums=0),
+        Moment(Arrays(5, 5, 2, 6, 6), adapted=(-1, 2), whole=False, weights=(0, 1, 2), sums=0),
     ),
     "tpu": (Moment(Arrays(model=5.5, query=3, query_sums=1, key=4, key_sums=10)),),
     "cuda": (Moment(Arrays(model=3, query=3, query_sums=1, key=4, key_sums=10)),),
@@ -78,7 +78,7 @@ LAYER = {
 # Keys where nothing travels: k and v, dk and dv, and one of them on its way into the other dtype.
 KEYS_ALONE, KEY_SUMS_ALONE = 2, 3
 # A layer in blocks (kv_heads_at_a_time): its input, the gradient, and one of them on its way in or out; attention's
-# output; dk and dv; and of one group of heads what attention needs. Going forward on a CPU as above, but for q, k and v.
+# output; dk and dv; and of one group of heads what attention needs. Going forward on a CPU as above, and out.
 BLOCKS_BACK = Arrays(model=3, query=1, query_sums=0, key=2, key_sums=0)
 BLOCKS = {
     "cpu": (
@@ -107,8 +107,9 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
     """Bytes on one device at the fullest moment of a training step over `rows` x `seq_length` tokens, by name.
 
     ARGUMENTS are the step's arguments; the sum of all others is its temporary memory. 'base' is what stays beside
-    adapters, as it is kept. A name whose arrays are not alive at that moment has 0. platform: whose compiler, tpu, cuda
-    or cpu. No device is needed, whatever the mesh. Raises NotImplementedError for programs that it has no count of.
+    adapters, as it is kept; a CPU has 'base in float32' too, of one in bfloat16. A name whose arrays are not alive at
+    that moment has 0. platform: whose compiler, tpu, cuda or cpu. No device is needed, whatever the mesh. Raises
+    NotImplementedError for programs that it has no count of.
     """
     architecture, execution = config.architecture, config.execution
     if not (execution.remat_block in COUNTED_POLICIES and execution.scan_mlp and execution.scan_layers):
@@ -122,10 +123,14 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
         raise NotImplementedError("the account of memory is of --llama.attention_type=blockwise or ring_blockwise")
     if config.mesh_shape[3] > 1 and execution.sequence_parallel != "ring":
         raise NotImplementedError("the account of memory is of --llama.sequence_parallel=ring")
-    stored = _stored(config)
+    state, sizes = _abstract_state(config), _sizes(config, rows, seq_length, platform)
+    stored = _stored(config, state)
+    if platform == "cpu" and (widened := _widened(state)):
+        stored["base in float32"] = widened
+    gathered = _gathered_bytes(config, state, sizes, platform)
     layer = (BLOCKS if execution.kv_heads_at_a_time else LAYER)[platform]
-    moments = [_layer_moment(config, rows, seq_length, platform, moment) for moment in layer]
-    moments.append(_loss_moment(config, rows, seq_length, platform))
+    moments = [_layer_moment(config, state, sizes, gathered, moment) for moment in layer]
+    moments.append(_loss_moment(config, sizes, gathered, LOSS_MODEL_ARRAYS[platform]))
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -169,12 +174,11 @@ def describe(config: Config, device_kind: str) -> str:
     return f"{line}: WARNING: it will hardly fit; python -m ringbpt.plan with these flags says what would"
 
 
-def _stored(config: Config) -> dict[str, int]:
+def _stored(config: Config, state: TrainState) -> dict[str, int]:
     """What is alive throughout. The gradient of an unembedding is counted where it is whole.
 
     What is in the host's memory is fetched a layer at a time: for the update, when the activations are gone.
     """
-    state = _abstract_state(config)
     params = 0 if config.optimizer.offload_params else _shard_bytes(state.trained)
     sums = params if config.optimizer.accumulate_gradient_steps > 1 else 0
     beside = {"base": state.frozen or None, "reference": state.reference}
@@ -220,33 +224,32 @@ def _saved(config: Config, sizes: Sizes) -> int:
     return d.L * saved
 
 
-def _layer_moment(config: Config, rows: int, seq_length: int, platform: str, moment: Moment) -> dict[str, int]:
-    """With adapters only they have gradients. A layer in blocks then holds as much going forward, and there the
-    unembedding, which the compiler gathers ahead of the layers, is alive too.
+def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int, moment: Moment) -> dict[str, int]:
+    """Where a layer is at work. With adapters only they have gradients. A layer in blocks then holds as much going
+    forward, and there the unembedding, which the compiler gathers ahead of the layers, is alive too.
     """
-    b, t, tp, size = sizes = _sizes(config, rows, seq_length, platform)
+    b, t, tp, size = sizes
     execution, d, adapted = config.execution, make_dims(config.architecture), bool(config.lora.rank)
     query, key, feedforward = d.N // tp * d.H, d.K // tp * d.H, d.F // tp
     a_token = _token_bytes(_arrays(config, moment), d.D, query, key, size)
-    first, others = (count / of for count, of in zip(moment.weights, (3, 4), strict=True))
-    first, others = int(first * 3 * d.D * feedforward), int(others * 2 * d.D * (query + key))
+    first, *others = (
+        count * d.D * width for count, width in zip(moment.weights, (feedforward, query, key), strict=True)
+    )
     sums = 0 if adapted else moment.sums * 4
     if execution.kv_heads_at_a_time:
         a_token += int(execution.kv_heads_at_a_time * tp / d.K * _token_bytes(GROUP, d.D, query, key, size))
-    weights = first * (size + sums) + others * (size + (sums if execution.kv_heads_at_a_time else 0))
+    weights = first * (size + sums) + sum(others) * (size + (sums if execution.kv_heads_at_a_time else 0))
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
     ahead = config.optimizer.accumulate_gradient_steps > 1 or (adapted and execution.kv_heads_at_a_time)
-    unembedding = d.D * _vocabulary(config)
-    held = unembedding * _gathered_size(config, platform) if moment.gathered or ahead else 0
+    held = gathered if moment.gathered or ahead else 0
     if not adapted:
-        trained = _abstract_state(config).trained
-        held += unembedding * 4 if moment.whole else _shard_bytes(trained.get("unembed", ()))
+        held += d.D * _vocabulary(config) * 4 if moment.whole else _shard_bytes(state.trained.get("unembed", ()))
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, sizes),
         "unembedding": held,
         "loss chunk": 0,
-        "layer weights": weights + (_widened(config) if platform == "cpu" else 0),
+        "layer weights": weights,
         "layer activations": b * t * a_token + chunk,
     }
 
@@ -265,21 +268,22 @@ def _arrays(config: Config, moment: Moment) -> Arrays:
     return arrays
 
 
-def _widened(config: Config) -> int:
+def _widened(state: TrainState) -> int:
     """Bytes of a base in bfloat16, in float32: the CPU's compiler has no other, and widens all layers at once."""
-    layers = _abstract_state(config).frozen.get("layers", {})
+    layers = state.frozen.get("layers", {})
     return 2 * _shard_bytes([x for x in jax.tree.leaves(layers) if x.dtype == jnp.bfloat16])
 
 
-def _gathered_size(config: Config, platform: str) -> int:
-    """Bytes of a number of the unembedding, gathered in the compute dtype: 0 where that is the argument as it stands.
+def _gathered_bytes(config: Config, state: TrainState, sizes: Sizes, platform: str) -> int:
+    """Of the unembedding, gathered in the compute dtype: 0 where that is the argument as it stands.
 
     The CPU's compiler copies even that.
     """
-    (*_, size), (_, fsdp, _, sp) = _sizes(config, 1, 1, platform), config.mesh_shape
-    kept = _abstract_state(config).frozen.get("unembed")
+    _, fsdp, _, sp = config.mesh_shape
+    kept = state.frozen.get("unembed")
     is_argument = kept is not None and kept.dtype == COMPUTE_DTYPES[config.dtype] and fsdp * sp == 1
-    return 0 if is_argument and platform != "cpu" else size
+    whole = make_dims(config.architecture).D * _vocabulary(config) * sizes[-1]
+    return 0 if is_argument and platform != "cpu" else whole
 
 
 def _vocabulary(config: Config) -> int:
@@ -294,14 +298,14 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
     return int(numbers * size) + (query * arrays.query_sums + key * arrays.key_sums) * 4
 
 
-def _loss_moment(config: Config, rows: int, seq_length: int, platform: str) -> dict[str, int]:
+def _loss_moment(config: Config, sizes: Sizes, gathered: int, model_arrays: int) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
-    b, t, _, size = sizes = _sizes(config, rows, seq_length, platform)
+    b, t, _, size = sizes
     d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
         "saved layer inputs": _saved(config, sizes),
-        "unembedding": d.D * _vocabulary(config) * (_gathered_size(config, platform) + sums),
+        "unembedding": gathered + d.D * _vocabulary(config) * sums,
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,
-        "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS[platform] * size,
+        "layer activations": b * t * d.D * model_arrays * size,
     }
