@@ -121,7 +121,7 @@ def advice(machine: Topology, total: int, exposed: int) -> list[str]:
         return []
     return [
         f"XLA hides hops in {HIDING_FRACTION:.0%} of this memory and not in more: "
-        "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=118 hides them in up to 99%, if that still fits"
+        "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=118 hides more of them, in up to 99%, if that still fits"
     ]
 
 
