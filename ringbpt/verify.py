@@ -126,6 +126,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
         *({"scan_mlp": blockwise} for blockwise in (False, True)),
         *({"remat_block": policy} for policy in ("", "nothing_saveable", "save_attention", "dots_saveable")),
         {"kv_heads_at_a_time": None},
+        {"gathered_weights": "keep"},
         {"sequence_layout": "contiguous", **skipping},  # where short documents leave hops out
     ]
     wanted = [given, *(given.but(**change) for change in changes), *elsewhere]

@@ -266,6 +266,7 @@ def test_optimizers_own_conditions():
     ("flag", "fix"),
     [
         ("--llama.remat_block=everything_saveable", "--llama.remat_block=nothing_saveable"),
+        ("--llama.gathered_weights=keep", "--llama.gathered_weights=again"),
         ("--llama.param_scan_axis=1", "--llama.param_scan_axis=0"),
         ("--llama.scan_layers=False", "--llama.scan_layers=True"),
         ("--optimizer.type=palm", "--optimizer.type=adamw, lion or muon"),

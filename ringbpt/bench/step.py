@@ -39,10 +39,10 @@ from ringbpt.planning.attention_runs import kernel_of
 from ringbpt.planning.estimate import Flops, step_flops, visible_pairs
 from ringbpt.planning.hlo import parse as parse_hlo
 from ringbpt.planning.program import Program, read_program, shard_bytes, step_and_arguments
-from ringbpt.planning.report import Plan, closed_form
+from ringbpt.planning.report import Plan
 from ringbpt.planning.topologies import Topology, uncached
 from ringbpt.training.loop import train
-from ringbpt.training.memory import host_traffic
+from ringbpt.training.memory import closed_form, host_traffic
 from ringbpt.training.metrics import read_rows
 from ringbpt.training.state import StateLayout
 

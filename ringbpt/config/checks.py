@@ -340,6 +340,11 @@ def check_offload(config: Config) -> None:
             f"{bad} --llama.remat_block='{execution.remat_block}': the backward would keep every layer's fetched "
             "weights: --llama.remat_block=nothing_saveable"
         )
+    if execution.gathered_weights == "keep":
+        raise UserError(
+            f"{bad} --llama.gathered_weights=keep: every layer's fetched weights would stay on the device: "
+            "--llama.gathered_weights=again"
+        )
     if not optimizer.is_layerwise:
         what = "type=palm" if optimizer.type == "palm" else "adamw_optimizer.multiply_by_parameter_scale"
         raise UserError(

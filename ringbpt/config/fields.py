@@ -380,6 +380,11 @@ class Execution:
         "in which gradients of weights, keys and values travel to be summed; bf16: half the bytes (docs/attention.md)",
         choices=("fp32", "bf16"),
     )
+    gathered_weights: str = flag(
+        "again",
+        "for the backward: gather them again, or keep them since the forward; auto: where memory allows",
+        choices=("again", "keep", "auto"),
+    )
     residual_over_tp: bool = flag(False, "between layers, tokens split over tp too: what remat saves shrinks by tp")
     remat_block: str = flag(
         "",

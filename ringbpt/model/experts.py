@@ -75,12 +75,13 @@ def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_ED
 
 
 def make_experts(
-    mesh: Mesh, num_experts: int, chunk_size: int | None, reduction: Reduction
+    mesh: Mesh, num_experts: int, chunk_size: int | None, reduction: Reduction, keeps: bool = False
 ) -> Callable[..., jax.Array]:
     """experts(x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> [B, T, D] in x's dtype.
 
     In chunks of the local length as the dense feedforward (None: one chunk), the backward recomputing each chunk.
-    Differentiable in all but expert_BTX; weights' gradients are summed over chunks in float32.
+    Differentiable in all but expert_BTX; weights' gradients are summed over chunks in float32. keeps: gathered weights,
+    as of weights.project.
     """
     forward = partial(mixture, num_experts)
 
@@ -89,4 +90,5 @@ def make_experts(
         dx, d_weight, *dws = vjp(dy)
         return (dx, d_weight), dws
 
-    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, ("B T D", "B T _", "B T _"), reduction, learned=2)
+    inputs = ("B T D", "B T _", "B T _")
+    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, inputs, reduction, keeps, learned=2)

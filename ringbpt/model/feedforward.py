@@ -16,10 +16,10 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.attention.core import join, split
-from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, spec, weight_spec
 from ringbpt.model import adapters
 from ringbpt.model.quantised import IS_QUANTISED
-from ringbpt.model.weights import dot, gather_shards, project, scatter_grad
+from ringbpt.model.weights import dot, gather, project, scatter_grad
 from ringbpt.reduction import Reduction
 
 
@@ -67,14 +67,17 @@ def join_chunks(chunks: jax.Array) -> jax.Array:
     return join(chunks, 1)
 
 
-def make_feedforward(mesh: Mesh, chunk_size: int | None, reduction: Reduction) -> Callable[..., jax.Array]:
+def make_feedforward(
+    mesh: Mesh, chunk_size: int | None, reduction: Reduction, keeps: bool = False
+) -> Callable[..., jax.Array]:
     """feedforward(x_BTD, w_gate_DF, w_up_DF, w_down_FD) -> [B, T, D] in x's dtype.
 
     chunk_size None: in one piece, its activations saved for the backward unless rematerialised from outside.
-    Otherwise in chunks of the local length, which chunk_size divides or exceeds.
+    Otherwise in chunks of the local length, which chunk_size divides or exceeds. keeps: gathered weights, as of
+    weights.project.
     """
     if chunk_size is None:
-        return partial(swiglu, matmul=partial(project, mesh, reduction))
+        return partial(swiglu, matmul=partial(project, mesh, reduction, keeps))
 
     def forward(x, w_gate, w_up, w_down):
         return swiglu(x, w_gate, w_up, w_down, matmul_in(x.dtype))
@@ -83,7 +86,7 @@ def make_feedforward(mesh: Mesh, chunk_size: int | None, reduction: Reduction) -
         dx, dws = swiglu_backward(*args)
         return (dx,), dws
 
-    return in_chunks(mesh, forward, backward, ("D F", "D F", "F D"), chunk_size, ("B T D",), reduction)
+    return in_chunks(mesh, forward, backward, ("D F", "D F", "F D"), chunk_size, ("B T D",), reduction, keeps)
 
 
 def in_chunks(
@@ -94,23 +97,24 @@ def in_chunks(
     chunk_size: int | None,
     inputs: tuple[str, ...],
     reduction: Reduction,
+    keeps: bool = False,
     learned: int = 1,
 ) -> Callable[..., jax.Array]:
     """function(*inputs, *weights) -> [B, T, D] in the first input's dtype, in chunks of each device's share of tokens.
 
     inputs, weights: their dims; a weight may have a pair beside it, as `adapters.use` gives it. chunk_size: divides the
-    local length or exceeds it; None: one chunk. For a chunk, and weights whole in D: forward(*chunk, *whole) ->
-    [b, t, D], this device's part over tp; backward(*chunk, dy, *whole) -> (the gradients of the first `learned` inputs,
-    those of the weights, which are summed over chunks in float32).
+    local length or exceeds it; None: one chunk. keeps: as of weights.project. For a chunk, and weights whole in D:
+    forward(*chunk, *whole) -> [b, t, D], this device's part over tp; backward(*chunk, dy, *whole) -> (the gradients of
+    the first `learned` inputs, those of the weights, which are summed over chunks in float32).
     """
     x_specs, count = tuple(spec(dims, ACTIVATION_AXES) for dims in inputs), len(inputs)
 
-    def letters_of(stored):
-        return [adapters.dims_of(dims, w) for dims, w in zip(weights, stored, strict=True)]
+    def letters_of(ws):
+        return [adapters.dims_of(dims, w) for dims, w in zip(weights, ws, strict=True)]
 
     def gathered(x, stored):
         return jax.tree.map(
-            lambda w, letters: gather_shards(w, letters, x.dtype), stored, letters_of(stored), is_leaf=IS_QUANTISED
+            lambda w, letters: gather(w, mesh, letters, x.dtype), stored, letters_of(stored), is_leaf=IS_QUANTISED
         )
 
     def chunks_of(arrays):
@@ -118,40 +122,42 @@ def in_chunks(
         return tuple(split_chunks(a, size) for a in arrays)
 
     # Each device has its part of F: a chunk's output, and the gradients of its inputs, are summed over tp.
-    def forward_local(stored, *args):
-        whole = gathered(args[0], stored)
+    def forward_local(whole, *args):
         return join_chunks(lax.map(lambda chunk: lax.psum(forward(*chunk, *whole), "tp"), chunks_of(args)))
 
-    def backward_local(stored, *args):
-        whole = gathered(args[0], stored)
-
+    def backward_local(whole, *args):
         def chunk_backward(sums, chunk):
             grads, dws = backward(*chunk, *whole)
             return jax.tree.map(lambda s, dw: s + dw.astype(jnp.float32), sums, list(dws)), lax.psum(grads, "tp")
 
         zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), list(map(adapters.learning, whole)))
         sums, grads = lax.scan(chunk_backward, zeros, chunks_of(args))
-        letters = list(map(adapters.learning, letters_of(stored)))
+        letters = list(map(adapters.learning, letters_of(whole)))
         dws = jax.tree.map(partial(scatter_grad, reduction=reduction), sums, letters)
         dws, grads = reduction.first(dws, grads)
         return *map(join_chunks, grads), dws
 
-    def on_shards(function, stored, in_specs, out_specs):
-        stored_specs = jax.tree.map(weight_spec, letters_of(stored))
-        in_specs = (stored_specs, *in_specs)
-        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    def on_shards(function, whole, in_specs, out_specs):
+        whole_specs = jax.tree.map(lambda letters: spec(letters, GATHERED_AXES), letters_of(whole))
+        specs = {"in_specs": (whole_specs, *in_specs), "out_specs": out_specs}
+        return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
     @jax.custom_vjp
     def function(*args):
-        stored = list(args[count:])
-        return on_shards(forward_local, stored, x_specs, x_specs[0])(stored, *args[:count])
+        return function_fwd(*args)[0]
 
-    def function_bwd(args, dy):
-        stored = list(args[count:])
-        learning = jax.tree.map(weight_spec, list(map(adapters.learning, letters_of(stored))))
+    def function_fwd(*args):
+        xs, stored = args[:count], list(args[count:])
+        whole = gathered(xs[0], stored)
+        return on_shards(forward_local, whole, x_specs, x_specs[0])(whole, *xs), (xs, whole if keeps else stored)
+
+    def function_bwd(residuals, dy):
+        xs, ws = residuals
+        whole = ws if keeps else gathered(xs[0], ws)
+        learning = jax.tree.map(weight_spec, list(map(adapters.learning, letters_of(whole))))
         specs = (*x_specs, x_specs[0]), (*x_specs[:learned], learning)
-        *grads, dws = on_shards(backward_local, stored, *specs)(stored, *args[:count], dy)
+        *grads, dws = on_shards(backward_local, whole, *specs)(whole, *xs, dy)
         return *grads, *(None,) * (count - learned), *dws
 
-    function.defvjp(lambda *args: (function(*args), args), function_bwd)
+    function.defvjp(function_fwd, function_bwd)
     return function

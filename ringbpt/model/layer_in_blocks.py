@@ -20,11 +20,11 @@ from jax.sharding import Mesh, PartitionSpec
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
 from ringbpt.attention.core import split
 from ringbpt.config import Architecture
-from ringbpt.dims import ACTIVATION_AXES, spec, weight_spec
+from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, spec, weight_spec
 from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning_names, use
 from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
-from ringbpt.model.weights import dot, gather_shards, gradient_by_product, scatter_grad
+from ringbpt.model.weights import dot, gather, gather_shards, gradient_by_product, scatter_grad
 from ringbpt.reduction import Reduction
 from ringbpt.types import Params, TokenMeta
 
@@ -41,7 +41,7 @@ class LayerInBlocks:
     """layer(w, x_BTD, meta) -> [B, T, D] in x's dtype; w: the weights of one dense Layer.
 
     letters: the dims of each weight, "D N H". kv_heads divides a device's kv heads; chunk_size divides its tokens or
-    exceeds them, None is all of them.
+    exceeds them, None is all of them. keeps: gathered weights, as of weights.project.
     """
 
     mesh: Mesh
@@ -51,6 +51,7 @@ class LayerInBlocks:
     kv_heads: int
     chunk_size: int | None
     reduction: Reduction
+    keeps: bool = False
 
     def __call__(self, w: Params, x_BTD: jax.Array, meta: TokenMeta) -> jax.Array:
         return self._layer(w, x_BTD, meta, self.attention.needed_hops(meta))
@@ -65,6 +66,8 @@ class LayerInBlocks:
         return layer
 
     def _forward(self, w, x, meta, hops):
+        if self.keeps:
+            w |= {name: gather(w[name], self.mesh, self.letters[name], x.dtype) for name in filter(_is_matrix, w)}
         before, after = _halves(w)
         attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
         out, lse = attend(before, x, meta, hops)
@@ -85,7 +88,8 @@ class LayerInBlocks:
     _out_spec = PartitionSpec(None, *_x_spec[:2], "tp")
 
     def _on_shards(self, function: Callable, w: Params, in_specs: tuple, out_specs: Any) -> Callable:
-        in_specs = (self._stored_specs(w), *in_specs)
+        whole = {name: spec(self.letters[name], GATHERED_AXES) for name in filter(_is_matrix, w) if self.keeps}
+        in_specs = (self._stored_specs(w) | whole, *in_specs)
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def _stored_specs(self, w: Params) -> dict[str, PartitionSpec]:
@@ -101,13 +105,13 @@ class LayerInBlocks:
 
     def _gathered(self, w: Params, dtype: jnp.dtype) -> Params:
         """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
-        return {
-            name: gather_shards(x, self.letters[name], dtype) if name.startswith("w_") else x for name, x in w.items()
-        }
+        if self.keeps:
+            return w
+        return w | {name: gather_shards(w[name], self.letters[name], dtype) for name in filter(_is_matrix, w)}
 
     def _scattered(self, name: str, dw: jax.Array) -> jax.Array:
         """The sum of all devices' gradients, as the weight itself is stored."""
-        if name.startswith("w_"):
+        if _is_matrix(name):
             return scatter_grad(dw, self.letters[name], self.reduction)
         # Of what all heads share, each device of tp has its own heads' part of the gradient.
         return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
@@ -162,27 +166,26 @@ class LayerInBlocks:
     def _backward_local(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[Params, jax.Array]:
         x, meta = lax.optimization_barrier((x, meta))
         before, after = _halves(w)
-        whole = self._gathered(after, x.dtype)
+        whole = w | self._gathered(after, x.dtype)  # all of them: whether any has a pair says what learns
 
-        dy, grads = self._after_attention_back(whole, w, x, out, dy)
+        dy, grads = self._after_attention_back(whole, x, out, dy)
         grads, (dy, before) = self.reduction.first(grads, (dy, before))
         whole |= self._gathered(before, x.dtype)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
-        dx, more = self._projections_back(whole, w, x, meta, d_operands, dy)
+        dx, more = self._projections_back(whole, x, meta, d_operands, dy)
         return grads | more, dx
 
-    def _over_chunks(self, chunk: Callable, w: Params, stored: Params, dy: jax.Array) -> tuple[jax.Array, Params]:
+    def _over_chunks(self, chunk: Callable, w: Params, dy: jax.Array) -> tuple[jax.Array, Params]:
         """(dy, overwritten chunk by chunk; the gradients of weights, summed over chunks and devices, as stored).
 
         chunk(i, dy, gradient): its part of the new dy, and of the gradients by gradient(equation, x, dy).
         """
-        size, names = self._chunk(dy), learning_names(stored)
+        size, names = self._chunk(dy), learning_names(w)
         if size == dy.shape[1]:  # nothing to sum up first
             dy, grads = chunk(0, dy, partial(gradient_by_product, self.reduction))
             grads = {name: grads[name] for name in names if name in grads}
             for name, grad in grads.items():
-                matrix = name.startswith("w_")
-                grads[name] = grad.reshape(stored[name].shape) if matrix else self._scattered(name, grad)
+                grads[name] = self._as_stored(name, w, grad) if _is_matrix(name) else self._scattered(name, grad)
             return dy, grads
 
         def add(i, state):
@@ -195,7 +198,12 @@ class LayerInBlocks:
         dy, sums = lax.fori_loop(0, dy.shape[1] // size, add, (dy, sums))
         return dy, {name: self._scattered(name, total.reshape(w[name].shape)) for name, total in sums.items()}
 
-    def _after_attention_back(self, w: Params, stored: Params, x, out, dy) -> tuple[jax.Array, Params]:
+    def _as_stored(self, name: str, w: Params, grad: jax.Array) -> jax.Array:
+        """A device's part of a matrix's gradient, in the dims of the matrix."""
+        sizes = zip(self.letters[name].split(), w[name].shape, strict=True)
+        return grad.reshape([-1 if letter == "D" else size for letter, size in sizes])
+
+    def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
         size, w_o = self._chunk(x), _by_group(use(w, "w_o"), out)
 
@@ -211,7 +219,7 @@ class LayerInBlocks:
                 new |= flat(name, dw)
             return dy_i, new
 
-        return self._over_chunks(chunk, w, stored, dy)
+        return self._over_chunks(chunk, w, dy)
 
     def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
@@ -235,9 +243,7 @@ class LayerInBlocks:
         keys = jnp.zeros((*out.shape[:3], self.kv_heads * w["w_k"].shape[2]), x.dtype)
         return lax.fori_loop(0, out.shape[0], group, (out, keys, keys))
 
-    def _projections_back(
-        self, w: Params, stored: Params, x, meta: TokenMeta, d_operands, dy
-    ) -> tuple[jax.Array, Params]:
+    def _projections_back(self, w: Params, x, meta: TokenMeta, d_operands, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input, those of the weights before attention)."""
         size = self._chunk(x)
         heads = {name: w[name] for name in HEADS if name in w}
@@ -262,13 +268,17 @@ class LayerInBlocks:
             dx, new["attention_norm"] = norm_vjp(lax.psum(dh, "tp"))
             return _slice(dy, i, size) + dx, new
 
-        return self._over_chunks(chunk, w, stored, dy)
+        return self._over_chunks(chunk, w, dy)
 
 
 def _halves(w: Params) -> tuple[Params, Params]:
     """The weights that stand before attention's output, and those behind it."""
     after = {name: x for name, x in w.items() if _weight(name) in AFTER_ATTENTION}
     return {name: x for name, x in w.items() if name not in after}, after
+
+
+def _is_matrix(name: str) -> bool:
+    return name.startswith("w_")
 
 
 def _slice(x: jax.Array, i: jax.Array, size: int, dim: int = 1) -> jax.Array:

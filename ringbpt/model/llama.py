@@ -26,6 +26,7 @@ from ringbpt.model.layer import Layer, Parts, Rope, apply_layer, rms_norm, rope_
 from ringbpt.model.layer_in_blocks import LayerInBlocks
 from ringbpt.model.token_stats import make_token_stats
 from ringbpt.model.weights import (
+    GATHERED,
     constrain,
     constrain_activation,
     dot,
@@ -43,6 +44,18 @@ COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16
 
 LAYER_INPUT = "layer_input"
 _policies = jax.checkpoint_policies
+
+
+def _offload_inputs(*saved: str) -> Callable[..., Any]:
+    """Each layer's input waits in the host's memory; on the device stays nothing but what has these names."""
+    return _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 REMAT_POLICIES = {
     "everything_saveable": _policies.everything_saveable,
     "nothing_saveable": _policies.nothing_saveable,
@@ -52,14 +65,18 @@ REMAT_POLICIES = {
     "checkpoint_dots_with_no_batch_dims": _policies.dots_with_no_batch_dims_saveable,
     # Keeps the ring's result (one more activation a layer), so that the backward never runs the ring again.
     "save_attention": _policies.save_only_these_names(*SAVED_NAMES),
-    # Each layer's input waits in the host's memory: nothing of a layer stays on the device.
-    "offload_inputs": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload_inputs": _offload_inputs(),
 }
+
+
+def _remat_policy(name: str, keeps: bool) -> Callable[..., Any]:
+    """The policy; keeps: it saves the gathered weights besides."""
+    if not keeps:
+        return REMAT_POLICIES[name]
+    if name == "offload_inputs":
+        return _offload_inputs(GATHERED)
+    return _policies.save_from_both_policies(REMAT_POLICIES[name], _policies.save_only_these_names(GATHERED))
+
 
 # attention_type -> local implementation, where attention_kernel names none; those called ring_* let shares meet over
 # sp, as sequence_parallel says.
@@ -288,7 +305,8 @@ class Model:
     def layer(self, w: Params, state: tuple[jax.Array, Routing | None], meta: TokenMeta, rope: Rope) -> tuple:
         """One layer: ((x_BTD, routing), (k_BTKH, v_BTKH)), the latter for whoever keeps them."""
         execution = self.execution
-        parts = Parts(partial(project, self.mesh, self.reduction), partial(self._attend, meta=meta), self._feedforward)
+        product = partial(project, self.mesh, self.reduction, self.keeps)
+        parts = Parts(product, partial(self._attend, meta=meta), self._feedforward)
         if not execution.remat_block:  # inside a rematerialised block another remat would run its part a third time
             parts = parts._replace(
                 remat_attention=partial(self._remat, policy=execution.remat_attention),
@@ -317,7 +335,13 @@ class Model:
         if not policy:
             return function
         # The scan over layers already keeps the compiler from undoing the recomputation.
-        return jax.checkpoint(function, policy=REMAT_POLICIES[policy], prevent_cse=not self.execution.scan_layers)
+        saved = _remat_policy(policy, self.keeps)
+        return jax.checkpoint(function, policy=saved, prevent_cse=not self.execution.scan_layers)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a layer's weights stay gathered from the forward to the backward."""
+        return self.execution.gathered_weights == "keep"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -374,6 +398,7 @@ class Model:
             kv_heads=self.execution.kv_heads_at_a_time,
             chunk_size=self._chunk_size,
             reduction=self.reduction,
+            keeps=self.keeps,
         )
 
     @property
@@ -384,8 +409,8 @@ class Model:
     def _feedforward(self) -> Callable[..., jax.Array]:
         experts = self.architecture.num_experts
         if experts:
-            return make_experts(self.mesh, experts, self._chunk_size, self.reduction)
-        return make_feedforward(self.mesh, self._chunk_size, self.reduction)
+            return make_experts(self.mesh, experts, self._chunk_size, self.reduction, self.keeps)
+        return make_feedforward(self.mesh, self._chunk_size, self.reduction, self.keeps)
 
     @cached_property
     def _token_stats(self) -> Callable[..., TokenStats]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +18,8 @@ from ringbpt.reduction import Reduction
 from ringbpt.types import Params, PyTree
 
 FSDP = WEIGHT_AXES["D"]  # the axes over which a weight's D dim is split
+# The name of gathered weights, for policies that keep them from the forward to the backward.
+GATHERED = "gathered_weight"
 
 
 def weight(rngs: nnx.Rngs, dims: Dims, letters: str, std: float) -> nnx.Param:
@@ -85,7 +88,7 @@ def gather(w: Any, mesh: Mesh, letters: str, dtype: jnp.dtype) -> jax.Array:
     """A global weight, whole in its D dim and in the compute dtype: else the partitioner may gather the activations."""
     local = partial(gather_shards, letters=letters, dtype=dtype)
     specs = {"in_specs": weight_spec(letters), "out_specs": spec(letters, GATHERED_AXES)}
-    return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(w)
+    return checkpoint_name(jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(w), GATHERED)
 
 
 def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
@@ -94,20 +97,23 @@ def dot(equation: str, a: jax.Array, b: jax.Array, out_dtype: jnp.dtype) -> jax.
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-def project(mesh: Mesh, reduction: Reduction, equation: str, x: jax.Array, w: Any) -> jax.Array:
-    """`project(mesh, reduction, "BTD,DNH->BTNH", x, w)`: an einsum of an activation with a stored weight, in x's dtype.
+def project(mesh: Mesh, reduction: Reduction, keeps: bool, equation: str, x: jax.Array, w: Any) -> jax.Array:
+    """`project(mesh, reduction, False, "BTD,DNH->BTNH", x, w)`: an activation times a stored weight, in x's dtype.
 
     The letters say the shardings: w is gathered over fsdp and sp just before use, the product is an activation,
-    and w's gradient is summed in float32, whatever dtype x has, and scattered to w's own sharding by `reduction`. w:
-    what `adapters.use` gave.
+    and w's gradient is summed in float32, whatever dtype x has, and scattered to w's own sharding by `reduction`.
+    keeps: the backward takes the w that the forward gathered, and does not gather it again. w: what `adapters.use`
+    gave.
     """
-    learns, stays = (partial(_project, mesh, reduction, learns) for learns in (True, False))
+    learns, stays = (partial(_project, mesh, reduction, keeps, learns) for learns in (True, False))
     return adapters.apply(equation, x, w, learns, stays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _project(mesh: Mesh, reduction: Reduction, learns: bool, equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _project_fwd(mesh, reduction, learns, equation, x, w)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _project(
+    mesh: Mesh, reduction: Reduction, keeps: bool, learns: bool, equation: str, x: jax.Array, w: jax.Array
+) -> jax.Array:
+    return _project_fwd(mesh, reduction, keeps, learns, equation, x, w)[0]
 
 
 def _letters(equation: str) -> tuple[str, str, str]:
@@ -117,18 +123,19 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return " ".join(x), " ".join(w), " ".join(result)
 
 
-def _project_fwd(mesh, reduction, learns, equation, x, w):
+def _project_fwd(mesh, reduction, keeps, learns, equation, x, w):
     _, w_letters, y_letters = _letters(equation)
-    y = dot(equation, x, gather(w, mesh, w_letters, x.dtype), x.dtype)
-    return constrain_activation(y, mesh, y_letters), (x, w)
+    whole = gather(w, mesh, w_letters, x.dtype)
+    return constrain_activation(dot(equation, x, whole, x.dtype), mesh, y_letters), (x, whole if keeps else w)
 
 
-def _project_bwd(mesh, reduction, learns, equation, residuals, dy):
+def _project_bwd(mesh, reduction, keeps, learns, equation, residuals, dy):
     x, w = residuals
     every = x_letters, w_letters, y_letters = _letters(equation)
     x_term, w_term, y_term = (letters.replace(" ", "") for letters in every)
     dy = constrain_activation(dy, mesh, y_letters)
-    dx = dot(f"{y_term},{w_term}->{x_term}", dy, gather(w, mesh, w_letters, x.dtype), x.dtype)
+    whole = w if keeps else gather(w, mesh, w_letters, x.dtype)
+    dx = dot(f"{y_term},{w_term}->{x_term}", dy, whole, x.dtype)
     dx = constrain_activation(dx, mesh, x_letters)
     if not learns:
         return dx, None
@@ -137,7 +144,7 @@ def _project_bwd(mesh, reduction, learns, equation, residuals, dy):
         partial(gradient_by_product, reduction, f"{x_term},{y_term}->{w_term}", others=("dp",)),
         mesh=mesh, in_specs=in_specs, out_specs=weight_spec(w_letters), check_vma=False,
     )  # fmt: skip
-    dw, dx = reduction.first(gradient(x, dy).astype(w.dtype), dx)
+    dw, dx = reduction.first(gradient(x, dy), dx)
     return dx, dw
 
 

@@ -15,7 +15,7 @@ from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
 from ringbpt.planning.topologies import HIDING_FRACTION, Topology
 from ringbpt.planning.traffic import traffic
-from ringbpt.training.memory import ARGUMENTS, account
+from ringbpt.training.memory import ARGUMENTS, closed_form, decided
 
 GIB = 2**30
 
@@ -137,17 +137,10 @@ def make_plan(config: Config, machine: Topology) -> Plan:
         data = config.train_dataset
         rows = {data.group: replace(data.source, batch_size=rows_of_step(config))}
         config = replace(config, train_dataset=replace(data, **rows))
+    config = decided(config, machine.platform, machine.memory)
     samples = config.objective in POLICIES and not config.rollout.servers
     sampling = compile_sampling(config, machine) if samples else None  # the quicker refusals first
     return Plan(config, machine, compile_program(config, machine), sampling)
-
-
-def closed_form(config: Config, platform: str) -> dict[str, int] | None:
-    """The account without a compiler, by name; None for a program that it has no count of."""
-    try:
-        return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
-    except NotImplementedError:
-        return None
 
 
 def _temporaries(report: dict[str, Any]) -> dict[str, int]:

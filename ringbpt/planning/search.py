@@ -73,6 +73,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"llama.ring_bidirectional": True},
     {"llama.sequence_layout": "zigzag"},
     {"llama.sequence_parallel": "auto"},
+    {"llama.gathered_weights": "keep"},
 )
 
 
@@ -88,8 +89,11 @@ def suggest(tree: ConfigDict, machine: Topology) -> Iterator[tuple[str, Plan]]:
             config = parse(changed, len(machine.devices))
         except UserError:
             continue
-        idle = (config.execution.residual_over_tp and config.mesh_shape.tp == 1) or (
-            config.mesh_shape.sp == 1 and any(name.startswith(("llama.ring", "llama.sequence")) for name in change)
+        _, fsdp, tp, sp = config.mesh_shape
+        idle = (
+            (config.execution.residual_over_tp and tp == 1)
+            or (sp == 1 and any(name.startswith(("llama.ring", "llama.sequence")) for name in change))
+            or (fsdp * sp == 1 and "llama.gathered_weights" in change)
         )
         if config != current and not idle:
             yield " ".join(f"--{name}={value}" for name, value in change.items()), make_plan(config, machine)

@@ -89,13 +89,14 @@ def least(config: Config) -> dict[tuple[str, str], int]:
     keys = 2 * rows * (config.train_dataset.seq_length // sp) * max(1, d.K // tp) * d.H
     round_trip = d.L * (sp - 1) * keys
     layers = d.L * (2 * d.D * d.N * d.H + 2 * d.D * d.K * d.H + 3 * d.D * d.F * max(1, d.E)) // tp
+    again = execution.gathered_weights != "keep"
     others, whole = fsdp * sp - 1, layers + (d.D * d.V // tp)
     found = {
         (KEYS, FORWARD): round_trip * numbers,
         (KEYS, BACKWARD): round_trip * numbers,
         (KEY_GRADIENTS, BACKWARD): round_trip * travels,
         (WEIGHTS, FORWARD): micros * whole * numbers * others // (others + 1),
-        (WEIGHTS, BACKWARD): micros * layers * numbers * others // (others + 1),
+        (WEIGHTS, BACKWARD): again * micros * layers * numbers * others // (others + 1),
         (GRADIENTS, BACKWARD): micros * whole * travels * others // (others + 1),
     }
     rings = execution.sequence_parallel == "ring" and sp > 1 and not execution.ring_skip_hops

@@ -26,7 +26,7 @@ from ringbpt.rollout.ahead import Interrupted
 from ringbpt.rollout.collect import Rollouts
 from ringbpt.training.agreement import Agreement, Wish
 from ringbpt.training.guards import Watch
-from ringbpt.training.memory import describe
+from ringbpt.training.memory import decided_for, describe
 from ringbpt.training.metrics import Clock, bits_per_byte, due, say
 from ringbpt.training.profile import Profile
 from ringbpt.training.reference import ask_reference
@@ -54,7 +54,7 @@ def train(config: Config, signals: Signals | None = None) -> Path:
 
 def _train(config: Config, run: Run, signals: Signals) -> None:
     # ── what there is to train, and on what: the quick refusals first, then the data, then the devices ────────────
-    mesh = mesh_of(config)
+    mesh, config = mesh_of(config), decided_for(config, jax.devices()[0].device_kind)
     tokenizer, objective = make_tokenizer(config.tokenizer), objective_of(config)
     model = Model.of(config, mesh)
     layout = StateLayout(config, model, has_reference=objective.in_step(config))

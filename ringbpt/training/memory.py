@@ -95,6 +95,8 @@ FEEDFORWARD_CHUNKS = 3
 OFFLOADED_LAYERS = 2
 # The step's arguments, by their names in the account; where there is no base or reference, there is no such name.
 ARGUMENTS = ("params", "base", "reference", "optimizer")
+# Of a device's memory what a step may take by the account, which is within 15 %, for gathered weights to be kept in it.
+KEEPING_FRACTION = 0.85
 COUNTED_POLICIES = ("nothing_saveable", "save_attention", "offload_inputs")
 # [D, V], float32, in the loss's backward: the gradient's sum over chunks and one chunk's gradient.
 UNEMBEDDING_SUMS = 2
@@ -155,17 +157,51 @@ def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
     return meanwhile, after
 
 
+def closed_form(config: Config, platform: str) -> dict[str, int] | None:
+    """The account of the config's own batches, by name; None for a program that it has no count of."""
+    try:
+        return account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
+    except NotImplementedError:
+        return None
+
+
+def decided(config: Config, platform: str, memory: int | None) -> Config:
+    """The config with --llama.gathered_weights=auto decided for devices of so many bytes.
+
+    Kept where anything is gathered and the step then leaves room for the account's error; gathered again where that is
+    not known, so on a CPU too.
+    """
+    execution, (_, fsdp, _, sp) = config.execution, config.mesh_shape
+    if execution.gathered_weights != "auto":
+        return config
+    keeps, again = (replace(config, execution=replace(execution, gathered_weights=way)) for way in ("keep", "again"))
+    if memory is None or fsdp * sp == 1 or config.optimizer.offload_params:
+        return again
+    parts = closed_form(keeps, platform)
+    return keeps if parts and sum(parts.values()) <= KEEPING_FRACTION * memory else again
+
+
+def decided_for(config: Config, device_kind: str) -> Config:
+    """As `decided`, of a `jax.Device.device_kind`."""
+    known = find(device_kind)
+    return decided(config, _platform(device_kind), int(known.hbm_gib * 2**30) if known else None)
+
+
+def _platform(device_kind: str) -> str:
+    return next((name for name, word in (("tpu", "TPU"), ("cuda", "NVIDIA")) if word in device_kind), "cpu")
+
+
 def describe(config: Config, device_kind: str) -> str:
     """The account in one line for the run's start, with a warning where the device's memory cannot suffice."""
-    platform = next((name for name, word in (("tpu", "TPU"), ("cuda", "NVIDIA")) if word in device_kind), "cpu")
-    try:
-        parts = account(config, config.train_dataset.batch_size, config.train_dataset.seq_length, platform)
-    except NotImplementedError:
+    parts = closed_form(config, _platform(device_kind))
+    if parts is None:
         return (
             "memory not estimated: python -m ringbpt.plan with these flags and --topology=<machine> compiles the step"
         )
     gib, known = sum(parts.values()) / 2**30, find(device_kind)
     line = f"memory about {gib:.2f} GiB a device by the closed form"
+    if kept := parts["kept weights"]:
+        line += f", {kept / 2**30:.2f} of it gathered weights"
     if known is None:
         return line
     line += f", of {known.hbm_gib:g} GiB"
@@ -224,6 +260,14 @@ def _saved(config: Config, sizes: Sizes) -> int:
     return d.L * saved
 
 
+def _kept_bytes(config: Config, sizes: Sizes) -> int:
+    """Of all layers' matrices, gathered in the compute dtype, where they are kept for the backward."""
+    if config.execution.gathered_weights != "keep":
+        return 0
+    d, (_, _, tp, size) = make_dims(config.architecture), sizes
+    return d.L * d.D * (3 * d.F + 2 * d.N * d.H + 2 * d.K * d.H) // tp * size
+
+
 def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int, moment: Moment) -> dict[str, int]:
     """Where a layer is at work. With adapters only they have gradients. A layer in blocks then holds as much going
     forward, and there the unembedding, which the compiler gathers ahead of the layers, is alive too.
@@ -238,7 +282,9 @@ def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int
     sums = 0 if adapted else moment.sums * 4
     if execution.kv_heads_at_a_time:
         a_token += int(execution.kv_heads_at_a_time * tp / d.K * _token_bytes(GROUP, d.D, query, key, size))
-    weights = first * (size + sums) + sum(others) * (size + (sums if execution.kv_heads_at_a_time else 0))
+    kept = execution.gathered_weights == "keep"
+    gathers = 0 if kept else size  # those that are kept are read where they are
+    weights = first * (gathers + sums) + sum(others) * (gathers + (sums if execution.kv_heads_at_a_time else 0))
     # The gather of the unembedding is the same for all micro-batches, so the compiler does it once, ahead of them.
     ahead = config.optimizer.accumulate_gradient_steps > 1 or (adapted and execution.kv_heads_at_a_time)
     held = gathered if moment.gathered or ahead else 0
@@ -247,6 +293,7 @@ def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
         "saved layer inputs": _saved(config, sizes),
+        "kept weights": _kept_bytes(config, sizes),
         "unembedding": held,
         "loss chunk": 0,
         "layer weights": weights,
@@ -304,6 +351,7 @@ def _loss_moment(config: Config, sizes: Sizes, gathered: int, model_arrays: int)
     d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
         "saved layer inputs": _saved(config, sizes),
+        "kept weights": _kept_bytes(config, sizes),
         "unembedding": gathered + d.D * _vocabulary(config) * sums,
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,

@@ -37,7 +37,8 @@ def check(mesh, at_a_time, **llama):
         ((2, 1, 1, 4), 4, {"sequence_layout": "striped", "scan_layers": False}),
         ((1, 1, 2, 4), 2, {"sequence_parallel": "all_gather", "heads_k_stride": 1}),
         ((1, 1, 1, 8), 1, {"ring_skip_hops": True, "ring_bidirectional": True, "remat_block": "nothing_saveable"}),
-        ((1, 1, 4, 2), 1, {"scan_mlp": False, "residual_over_tp": True}),
+        ((1, 1, 4, 2), 1, {"scan_mlp": False, "residual_over_tp": True, "gathered_weights": "keep"}),
+        ((1, 2, 1, 4), 2, {"gathered_weights": "keep", "remat_block": "nothing_saveable"}),
     ],
     ids=str,
 )
@@ -46,11 +47,11 @@ def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_the_same_where_sums_go_in_hops(chunk, monkeypatch):
+@pytest.mark.parametrize(("chunk", "weights"), [(None, "again"), (2, "again"), (None, "keep")])
+def test_the_same_where_sums_go_in_hops(chunk, weights, monkeypatch):
     """As on TPUs: of one chunk each gradient is summed behind its own product, of several the sum is."""
     monkeypatch.setattr(Reduction, "on", lambda mesh, dtype=jnp.float32: Reduction(dtype, in_hops=True))
-    check((1, 2, 2, 2), 1, scan_mlp_chunk_size=chunk, remat_block="nothing_saveable")
+    check((1, 2, 2, 2), 1, scan_mlp_chunk_size=chunk, remat_block="nothing_saveable", gathered_weights=weights)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ SAME = {
     "remat block": {"remat_block": "nothing_saveable"},
     "remat parts": {"remat_attention": "dots_saveable", "remat_mlp": "nothing_saveable", "scan_mlp": False},
     "save_attention": {"remat_block": "save_attention", "scan_layers": False},
+    "kept weights": {"gathered_weights": "keep", "remat_block": "nothing_saveable"},
     "one chunk": {"scan_mlp_chunk_size": 1000, "scan_query_chunk_size": 1000},
 }
 

@@ -76,7 +76,7 @@ PAIRS = tuple(Pair(name, rank, 0.5) for rank, name in enumerate(IN_OUT, start=2)
 SIZES = {"hidden_size": 256, "intermediate_size": 256}
 WAYS = [
     ((1, 1, 1, 1), {"scan_mlp": False, "attention_type": "blockwise"}),
-    ((1, 2, 2, 2), {"param_scan_axis": 1, "remat_block": "nothing_saveable"}),
+    ((1, 2, 2, 2), {"param_scan_axis": 1, "remat_block": "nothing_saveable", "gathered_weights": "keep"}),
     ((1, 2, 2, 2), {"kv_heads_at_a_time": 1}),
     ((2, 1, 1, 4), {"scan_layers": False}),
 ]

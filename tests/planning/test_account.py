@@ -6,8 +6,9 @@ python -m pytest tests/planning/test_account.py -m "" -s          prints both
 import pytest
 
 from ringbpt.config import UserError, parse, parse_args
-from ringbpt.planning.report import GIB, Plan, closed_form, make_plan
+from ringbpt.planning.report import GIB, Plan, make_plan
 from ringbpt.planning.topologies import need, topology
+from ringbpt.training.memory import closed_form
 
 FP32, BF16 = "--dtype=fp32", "--dtype=bf16"
 KEPT, AWAY = "--llama.remat_block=nothing_saveable", "--llama.remat_block=offload_inputs"

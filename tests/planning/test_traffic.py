@@ -43,6 +43,7 @@ MODEL = (
     "--dtype=bf16",
     "--train_dataset.json_dataset.batch_size=4",
 )
+KEPT = "--llama.gathered_weights=keep"
 
 
 def flows(mesh: str, *flags: str) -> dict[tuple[str, str], tuple[int, int | None]]:
@@ -56,12 +57,23 @@ def flows(mesh: str, *flags: str) -> dict[tuple[str, str], tuple[int, int | None
 @pytest.mark.parametrize(
     ("mesh", "flags", "again"),
     [
-        ("1,1,1,8", ("--llama.remat_block=save_attention", "--llama.reduce_dtype=bf16"), False),
+        ("1,1,1,8", (KEPT, "--llama.remat_block=save_attention", "--llama.reduce_dtype=bf16"), False),
         ("1,2,1,4", ("--llama.remat_block=nothing_saveable", "--llama.scan_mlp"), True),
+        *(
+            pytest.param("1,1,1,8", flags, "nothing" in flags[1], marks=pytest.mark.slow)
+            for flags in (
+                ("--llama.reduce_dtype=bf16", "--llama.remat_block=save_attention"),
+                (KEPT, "--llama.remat_block=save_attention", "--llama.kv_heads_at_a_time=2"),
+                (KEPT, "--llama.remat_block=nothing_saveable", "--llama.scan_mlp"),
+            )
+        ),
     ],
 )
 def test_every_kind_goes_as_often_as_it_must(mesh, flags, again):
     found = flows(mesh, *flags)
+    if KEPT in flags:
+        assert (WEIGHTS, BACKWARD) not in found
+        found[WEIGHTS, BACKWARD] = found[WEIGHTS, FORWARD]
     for name in ((KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)):
         assert found[name][0] == found[name][1], name
     # Besides the norms', which the count of the least leaves out.

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from ringbpt.config import PRESETS, Config, LoraConfig, OptimizerConfig
-from ringbpt.training.memory import ARGUMENTS, account, describe
+from ringbpt.dims import MeshShape
+from ringbpt.training.memory import ARGUMENTS, KEEPING_FRACTION, account, closed_form, decided, describe
 from tests.flags import llama_flags
 from tests.model.test_programs import compile_step
 
@@ -83,6 +84,12 @@ def test_where_tokens_outweigh_weights_attention_is_the_fullest(llama):
     check((1, 1, 1, 8), 1, 262144, num_hidden_layers=4, **llama)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("llama", [{}, {"kv_heads_at_a_time": 1}], ids=str)
+def test_gathered_weights_that_are_kept_are_accounted_for(llama):
+    check((1, 1, 1, 8), 1, 16384, gathered_weights="keep", tolerance=0.02, **llama)
+
+
 SLOW = pytest.mark.slow
 FP32, BF16, INT8 = (LoraConfig(rank=rank, base_dtype=name) for name, rank in (("fp32", 16), ("bf16", 16), ("int8", 64)))
 NF4, DOUBLE = LoraConfig(rank=16, base_dtype="nf4"), LoraConfig(rank=64, base_dtype="nf4", double_quantization=True)
@@ -121,6 +128,8 @@ def test_what_grows_with_what():
     assert half["saved layer inputs"] == base["saved layer inputs"]
     saved = account(config_of((1, 1, 1, 8), remat_block="save_attention"), 1, tokens)
     assert saved["saved layer inputs"] == 2 * base["saved layer inputs"] + 22 * 8192 * 16 * 4
+    keeps = account(config_of((1, 1, 2, 8), "bf16", gathered_weights="keep"), 1, tokens, "tpu")
+    assert keeps["kept weights"] == 22 * 2048 * (3 * 5504 + 4 * 2048) // 2 * 2
     wide, bf16 = (account(config_of((1, 1, 1, 8), dtype), 1, tokens, "tpu") for dtype in ("fp32", "bf16"))
     assert bf16["saved layer inputs"] == wide["saved layer inputs"] / 2 and bf16["gradients"] == wide["gradients"]
     assert account(config_of((1, 1, 1, 8), "bf16"), 1, tokens) == base  # a CPU computes in float32
@@ -200,3 +209,16 @@ def test_the_start_up_line_knows_the_base():
         total = sum(account(config, 1, 32768, "cuda").values()) / 2**30
         assert f"memory about {total:.2f} GiB a device" in lines[-1] and "of 23.65 GiB" in lines[-1]
     assert "WARNING" in lines[0] and "WARNING" not in lines[1]
+
+
+def test_gathered_weights_are_kept_where_memory_allows():
+    config = config_of((1, 1, 1, 8), "bf16", gathered_weights="auto")
+    ways = {way: config_of((1, 1, 1, 8), "bf16", gathered_weights=way) for way in ("keep", "again")}
+    needed = sum((closed_form(ways["keep"], "tpu") or {}).values())
+    enough = int(needed / KEEPING_FRACTION) + 1
+    assert decided(config, "tpu", enough) == ways["keep"]
+    assert decided(config, "tpu", enough - 10) == decided(config, "cpu", None) == ways["again"]
+    assert decided(ways["keep"], "tpu", 0) == ways["keep"]
+    alone, away = replace(config, mesh_shape=MeshShape(1, 1, 8, 1)), replace(config.optimizer, offload_params=True)
+    for other in (alone, replace(config, optimizer=away)):
+        assert decided(other, "tpu", 2**50).execution.gathered_weights == "again"
