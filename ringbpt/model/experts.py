@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from ringbpt.config import Architecture
-from ringbpt.model.feedforward import in_chunks
+from ringbpt.model.feedforward import activated, in_chunks
 from ringbpt.reduction import Reduction
 
 WEIGHTS = ("E D F", "E D F", "E F D")
@@ -68,7 +68,7 @@ def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_ED
         return dot(a, w, sizes).astype(x_BTD.dtype)
 
     grouped_rows = rows[order // X]
-    hidden = jax.nn.silu(grouped(grouped_rows, w_gate_EDF)) * grouped(grouped_rows, w_up_EDF)
+    hidden = activated(grouped(grouped_rows, w_gate_EDF), grouped(grouped_rows, w_up_EDF))
     out = grouped(hidden, w_down_EFD)[jnp.argsort(order)].reshape(-1, X, x_BTD.shape[-1])
     weight = weight_BTX.reshape(-1, X, 1)
     return jnp.sum(out.astype(jnp.float32) * weight, axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)

@@ -26,11 +26,12 @@ from ringbpt.reduction import Reduction
 def swiglu(x_BTD, w_gate_DF, w_up_DF, w_down_FD, matmul: Callable) -> jax.Array:
     """down(silu(gate x) * up x). Ref: arXiv:2002.05202."""
     gate_BTF, up_BTF = matmul("BTD,DF->BTF", x_BTD, w_gate_DF), matmul("BTD,DF->BTF", x_BTD, w_up_DF)
-    return matmul("BTF,FD->BTD", _activated(gate_BTF, up_BTF), w_down_FD)
+    return matmul("BTF,FD->BTD", activated(gate_BTF, up_BTF), w_down_FD)
 
 
-def _activated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate_BTF) * up_BTF
+def activated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, of any shape, in their dtype."""
+    return jax.nn.silu(gate) * up
 
 
 def swiglu_backward(
@@ -43,10 +44,10 @@ def swiglu_backward(
     """
     matmul = matmul_in(x.dtype)
     gate, up = matmul("BTD,DF->BTF", x, w_gate), matmul("BTD,DF->BTF", x, w_up)
-    d_hidden, dw_down = adapters.back("BTF,FD->BTD", _activated(gate, up), dy, w_down, dot, gradient)
+    d_hidden, dw_down = adapters.back("BTF,FD->BTD", activated(gate, up), dy, w_down, dot, gradient)
     # What was activated is gone before its gradient is there, and so on: few arrays of [T, F] at any time.
     dw_down, d_hidden, gate, up = lax.optimization_barrier((dw_down, d_hidden, gate, up))
-    d_gate, d_up = jax.vjp(_activated, gate, up)[1](d_hidden)
+    d_gate, d_up = jax.vjp(activated, gate, up)[1](d_hidden)
     dx, dw_gate = adapters.back("BTD,DF->BTF", x, d_gate, w_gate, dot, gradient)
     more, dw_up = adapters.back("BTD,DF->BTF", x, d_up, w_up, dot, gradient)
     return dx + more, (dw_gate, dw_up, dw_down)

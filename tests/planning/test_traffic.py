@@ -43,13 +43,13 @@ MODEL = (
     "--dtype=bf16",
     "--train_dataset.json_dataset.batch_size=4",
 )
+LENGTHS = ("--train_dataset.json_dataset.seq_length=4096", "--llama.max_sequence_length=4096")
 KEPT = "--llama.gathered_weights=keep"
 
 
 def flows(mesh: str, *flags: str) -> dict[tuple[str, str], tuple[int, int | None]]:
     machine = compiler("v5p-16")
-    lengths = ("--train_dataset.json_dataset.seq_length=4096", "--llama.max_sequence_length=4096")
-    config = parse(parse_args([*MODEL, *lengths, f"--mesh_dim={mesh}", *flags]), len(machine.devices))
+    config = parse(parse_args([*MODEL, *LENGTHS, f"--mesh_dim={mesh}", *flags]), len(machine.devices))
     found = traffic(program(compile_program(config, machine).text), config)
     return {(flow.what, flow.way): (flow.sent, flow.least) for flow in found}
 
@@ -82,6 +82,18 @@ def test_every_kind_goes_as_often_as_it_must(mesh, flags, again):
         assert least and least <= sent <= 1.02 * least, (name, sent, least)
     # A second forward is the price of a policy that keeps nothing.
     assert ((KEYS, AGAIN_FORWARD) in found) == again
+
+
+@pytest.mark.slow
+def test_a_layer_in_blocks_of_one_chunk_holds_no_whole_gradient():
+    """Each is summed behind parts of its own product; of several chunks there is one sum, as large as the weight."""
+    blocks = ("--llama.remat_block=nothing_saveable", "--llama.kv_heads_at_a_time=2", "--llama.scan_mlp")
+    machine, gradients = compiler("v5p-16"), []
+    for chunk in (2048, 256):
+        flags = (*blocks, f"--llama.scan_mlp_chunk_size={chunk}", "--mesh_dim=1,1,1,8")
+        config = parse(parse_args([*MODEL, *LENGTHS, *flags]), len(machine.devices))
+        gradients.append("f32[1024,512]" in compile_program(config, machine).text)  # of w_down
+    assert gradients == [False, True]
 
 
 @pytest.mark.parametrize(("mesh", "what"), [("1,1,2,1", ACTIVATIONS), ("1,2,1,1", GRADIENTS), ("1,1,1,2", GRADIENTS)])
