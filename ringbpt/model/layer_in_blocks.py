@@ -3,22 +3,26 @@
 Of arrays as long as a device's share of the sequence the backward holds three as wide as the model: the layer's input,
 attention's output, and the gradient, which is overwritten chunk by chunk on its way down; the queries' gradient takes
 the place of attention's output, group by group. Queries, and all that attention itself needs, are alive for one group
-of heads only. Every sum and every rounding is that of the layer in pieces (layer.apply_layer).
+of heads only. Where a device's tokens are one chunk, the feedforward's backward goes through F in parts no wider than
+the model. Every sum and every rounding is that of the layer in pieces (layer.apply_layer), but that what each part of F
+adds to the gradient of the feedforward's input is rounded by itself.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from ringbpt.attention.api import SAVED_NAMES, ShardedAttention
-from ringbpt.attention.core import split
 from ringbpt.config import Architecture
 from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, spec, weight_spec
 from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning_names, use
@@ -33,6 +37,7 @@ HEADS = ("b_q", "b_k", "b_v", "q_norm", "k_norm")
 FEEDFORWARD = ("w_gate", "w_up", "w_down")
 AFTER_ATTENTION = ("w_o", "feedforward_norm", *FEEDFORWARD)
 OUTWARD = "GBTN,GND->BTD"  # attention's output, by group, all columns of its heads, through w_o
+TILE = 128  # of a TPU's arrays, along their last dim
 TOKENS = ("dp", "fsdp", "sp")  # the axes over which devices hold different tokens
 
 
@@ -122,11 +127,29 @@ class LayerInBlocks:
             raise ValueError(f"chunks of {size} do not divide the {x.shape[1]} tokens of a device")
         return size
 
-    def _groups(self, w: Params) -> Params:
-        """What belongs to heads, by group: [groups, ...]."""
-        count = w["w_k"].shape[1] // self.kv_heads
-        of_heads = {name: [i for i, letter in enumerate(self.letters[name].split()) if letter in "NK"] for name in w}
-        return {name: split(w[name], count, dims[0]) for name, dims in of_heads.items() if dims}
+    def _part(self, w: Params, letters: str, start: jax.Array | int, size: int, of: int) -> Params:
+        """w, but of what has a dim of these letters, in `of` equal blocks, `size` of them from `start`. In slices: all
+        parts, one behind the other, would be a second copy.
+        """
+        dims = {name: i for name in w for i, letter in enumerate(self.letters[name].split()) if letter in letters}
+
+        def cut(dim: int, x: jax.Array) -> jax.Array:
+            block = x.shape[dim] // of
+            return lax.dynamic_slice_in_dim(x, start * block, size * block, dim)
+
+        return w | {name: jax.tree.map(partial(cut, dim), w[name]) for name, dim in dims.items()}
+
+    def _group(self, w: Params, g: jax.Array) -> Params:
+        """w, but of what belongs to heads a group's part."""
+        return self._part(w, "NK", g, 1, w["w_k"].shape[1] // self.kv_heads)
+
+    def _parts_of_f(self, w: Params, D: int) -> list[Params]:
+        """w in parts of F no wider than D, in whole tiles where F is."""
+        F = jax.tree.leaves(w["w_down"])[0].shape[0]
+        blocks = F // math.gcd(F, TILE)
+        count = min(-(-F // D), blocks)
+        edges = [blocks * i // count for i in range(count + 1)]
+        return [self._part(w, "F", start, end - start, blocks) for start, end in pairwise(edges)]
 
     def _queries_keys_values(self, w: Params, x: jax.Array, meta: TokenMeta) -> tuple[jax.Array, ...]:
         size = self._chunk(x)
@@ -144,12 +167,12 @@ class LayerInBlocks:
         x, meta = lax.optimization_barrier((x, meta))
         whole = self._gathered(w, x.dtype)
 
-        def group(part: Params):
-            q, k, v = self._queries_keys_values(whole | part, x, meta)
+        def group(g):
+            q, k, v = self._queries_keys_values(self._group(whole, g), x, meta)
             out, lse = self.attention.forward(q, k, v, meta, hops)
             return out.reshape(*x.shape[:2], -1), lse
 
-        return lax.map(group, self._groups(whole))
+        return lax.map(group, jnp.arange(whole["w_k"].shape[1] // self.kv_heads))
 
     def _after_attention(self, w: Params, x, out) -> jax.Array:
         size, whole = self._chunk(x), self._gathered(w, x.dtype)
@@ -165,10 +188,15 @@ class LayerInBlocks:
 
     def _backward_local(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[Params, jax.Array]:
         x, meta = lax.optimization_barrier((x, meta))
+        # Attention wants them so, and would keep copies beside those that the scan over layers and the products like.
+        x, dy = (with_layout_constraint(a, Layout(major_to_minor=(0, 1, 2))) for a in (x, dy))
         before, after = _halves(w)
         whole = w | self._gathered(after, x.dtype)  # all of them: whether any has a pair says what learns
+        parts = [whole]
+        if self._chunk(x) == x.shape[1]:  # each is used once: gathered for that, no whole matrix is there
+            parts = [self._gathered(part, x.dtype) for part in self._parts_of_f(w, x.shape[2])]
 
-        dy, grads = self._after_attention_back(whole, x, out, dy)
+        dy, grads = self._after_attention_back(whole, parts, x, out, dy)
         grads, (dy, before) = self.reduction.first(grads, (dy, before))
         whole |= self._gathered(before, x.dtype)
         d_operands = self._attend_back(whole, x, meta, hops, out, lse, dy)
@@ -203,33 +231,49 @@ class LayerInBlocks:
         sizes = zip(self.letters[name].split(), w[name].shape, strict=True)
         return grad.reshape([-1 if letter == "D" else size for letter, size in sizes])
 
-    def _after_attention_back(self, w: Params, x, out, dy) -> tuple[jax.Array, Params]:
+    def _after_attention_back(self, w: Params, parts: list[Params], x, out, dy) -> tuple[jax.Array, Params]:
         """(the gradient of the layer's input plus attention, those of the weights)."""
         size, w_o = self._chunk(x), _by_group(use(w, "w_o"), out)
 
         def chunk(i, dy, gradient):
             out_i, dy_i = _slice(out, i, size, dim=2), _slice(dy, i, size)
             h, norm_vjp = jax.vjp(self.norm, _add_attended(_slice(x, i, size), out_i, w_o), w["feedforward_norm"])
-            gate, up, down = (use(w, name) for name in FEEDFORWARD)
-            dh, dws = swiglu_backward(h, dy_i, gate, up, down, gradient)
+            dh, new = self._feedforward_back(parts, h, dy_i, gradient)
             dx, d_norm = norm_vjp(lax.psum(dh, "tp"))
             dy_i += dx
-            new = {"feedforward_norm": d_norm} | flat("w_o", back(OUTWARD, out_i, dy_i, w_o, dot, gradient)[1])
-            for name, dw in zip(FEEDFORWARD, dws, strict=True):
-                new |= flat(name, dw)
+            new |= {"feedforward_norm": d_norm} | flat("w_o", back(OUTWARD, out_i, dy_i, w_o, dot, gradient)[1])
             return dy_i, new
 
         return self._over_chunks(chunk, w, dy)
 
+    def _feedforward_back(self, parts: list[Params], h, dy, gradient) -> tuple[jax.Array, Params]:
+        """(the gradient of h, this device's part over tp; those of the weights), one part of F after the other."""
+        dh, grads = jnp.zeros_like(h), list[Params]()
+        for part in parts:
+            if grads:
+                grads, (h, dy, dh) = self.reduction.first(grads, (h, dy, dh))
+            gate, up, down = (use(part, name) for name in FEEDFORWARD)
+            more, dws = swiglu_backward(h, dy, gate, up, down, gradient)
+            dh += more
+            grads.append({})
+            for name, dw in zip(FEEDFORWARD, dws, strict=True):
+                grads[-1] |= flat(name, dw)
+
+        def whole(name: str) -> jax.Array:
+            dws, dims = [grad[name] for grad in grads], self.letters[name].split()
+            return jnp.concatenate(dws, dims.index("F")) if "F" in dims else sum(dws)
+
+        return dh, {name: whole(name) for name in grads[0]}
+
     def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
-        size, groups = self._chunk(x), self._groups(w)
+        size = self._chunk(x)
 
         def group(g, state):
-            part = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, g, keepdims=False), groups)
+            part = self._group(w, g)
             out_g, lse_g = (lax.dynamic_index_in_dim(a, g, keepdims=False) for a in (state[0], lse))
-            q, k, v = self._queries_keys_values(w | part, x, meta)
-            w_o = use(w | part, "w_o")
+            q, k, v = self._queries_keys_values(part, x, meta)
+            w_o = use(part, "w_o")
             empty = jnp.zeros((x.shape[0], size, *q.shape[2:]), x.dtype)  # of which the gradient makes no use
             d_out = _in_chunks(
                 lambda i: back("BTNH,NHD->BTD", empty, _slice(dy, i, size), w_o, dot)[0], x.shape[1], size

@@ -66,4 +66,6 @@ def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax
     """Rotates pairs (i, i + H/2), the Hugging Face convention, in float32; returns x's dtype."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTh[:, :, None], sin_BTh[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    # Cast before they are joined: a TPU's compiler would keep a gradient in float32 to take it apart.
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([half.astype(x_BTNH.dtype) for half in turned], axis=-1)

@@ -47,11 +47,22 @@ def test_the_same_on_every_axis_and_with_every_strategy(mesh, at_a_time, llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chunk", "weights"), [(None, "again"), (2, "again"), (None, "keep")])
-def test_the_same_where_sums_go_in_hops(chunk, weights, monkeypatch):
-    """As on TPUs: of one chunk each gradient is summed behind its own product, of several the sum is."""
+@pytest.mark.parametrize(
+    ("mesh", "chunk", "weights"),
+    [
+        ((1, 2, 2, 2), None, "again"),
+        ((1, 2, 1, 4), None, "again"),
+        ((1, 2, 1, 4), None, "keep"),
+        ((1, 2, 2, 2), 2, "again"),
+    ],
+    ids=str,
+)
+def test_the_same_where_sums_go_in_hops(mesh, chunk, weights, monkeypatch):
+    """As on TPUs: of one chunk each gradient is summed behind its own product, of several the sum is. F of a device is
+    wider than D without tp, and goes in parts, one of them wider than the other.
+    """
     monkeypatch.setattr(Reduction, "on", lambda mesh, dtype=jnp.float32: Reduction(dtype, in_hops=True))
-    check((1, 2, 2, 2), 1, scan_mlp_chunk_size=chunk, remat_block="nothing_saveable", gathered_weights=weights)
+    check(mesh, 1, scan_mlp_chunk_size=chunk, remat_block="nothing_saveable", gathered_weights=weights)
 
 
 @pytest.mark.slow
