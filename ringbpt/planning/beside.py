@@ -44,7 +44,7 @@ OURS = [
     "--train_dataset.json_dataset.batch_size=1",
 ]
 # Attention in groups of heads, where not the heads are what is dealt out.
-GROUPS = {"ring": ["--llama.kv_heads_at_a_time=8"], "all_gather": ["--llama.kv_heads_at_a_time=8"]}
+GROUPS = {"ring": ["--llama.kv_heads_at_a_time=2"], "all_gather": ["--llama.kv_heads_at_a_time=8"]}
 THEIRS = [
     "model_name=llama2-7b",
     "dtype=bfloat16",

@@ -33,8 +33,8 @@ nothing is kept of a layer but its input; tokens stand in the order by which all
 share the one sequence, and the weights are dealt out over them. The rest of MaxText's settings are its own, but for two
 that its runs of long sequences were published with: the queries' gradients in three parts, and blocks of 1,024. Without
 them it needs more memory in a ring, as *its defaults* say. Ours takes the feedforward in chunks of 4,096 tokens, and
-attention eight heads at a time where heads are not what is dealt out, in a ring and by `all_gather`
-(`--llama.kv_heads_at_a_time=8`: MaxText has no such flag).
+attention a few heads at a time where heads are not what is dealt out: two in a ring, eight by `all_gather`
+(`--llama.kv_heads_at_a_time`: MaxText has no such flag).
 [ringbpt/planning/beside.py](../ringbpt/planning/beside.py) has every flag of both. Made by {versions}.
 
 <!-- test: make -->
