@@ -98,10 +98,13 @@ LOCALS: dict[str, Callable[[jax.Device, int | None, int | None], Local]] = {
 
 
 class Way(NamedTuple):
-    """What belongs to one call. hops: how far keys travel round a ring. reduction: how their gradients are summed."""
+    """What belongs to one call. hops: how far keys travel round a ring. reduction: how their gradients are summed.
+    everybody: ring.everybodys of the places, where it is there already.
+    """
 
     hops: ring.Hops
     reduction: Reduction
+    everybody: TokenMeta | None
 
 
 def _over(strategy: ModuleType, local: Local, axis: str, backward: dict[str, Any], **options: Any) -> Local:
@@ -114,7 +117,7 @@ def _over(strategy: ModuleType, local: Local, axis: str, backward: dict[str, Any
 
 def _ring(axis: str, local: Local, spec: "AttentionSpec", way: Way) -> Local:
     summed = {"reduce_dtype": way.reduction.dtype}
-    return _over(ring, local, axis, summed, hops=way.hops, bidirectional=spec.bidirectional)
+    return _over(ring, local, axis, summed, hops=way.hops, everybody=way.everybody, bidirectional=spec.bidirectional)
 
 
 def _all_gather(local: Local, spec: "AttentionSpec", way: Way) -> Local:
@@ -192,20 +195,29 @@ class ShardedAttention:
             return None
         return ring.needed_hops(meta, self.spec.mask, self.mesh.shape[axis], self.spec.bidirectional)
 
-    def forward(self, q, k, v, meta: TokenMeta, hops: ring.Hops) -> tuple[jax.Array, jax.Array]:
+    def everybody(self, meta: TokenMeta) -> TokenMeta | None:
+        """What several calls of one meta share, such as those of groups of heads: gathered once for all of them."""
+        with jax.named_scope(SCOPE):
+            return ring.everybodys(meta, "sp") if self.spec.strategy == "ring" else None
+
+    def forward(
+        self, q, k, v, meta: TokenMeta, hops: ring.Hops, everybody: TokenMeta | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """(out_BTNH in q's dtype, lse_BTN float32)."""
         with jax.named_scope(SCOPE):
-            part = self._over_sp(hops).attend(q, k, v, meta, meta, self.spec.mask)
+            part = self._over_sp(hops, everybody).attend(q, k, v, meta, meta, self.spec.mask)
         return part.out_BTNH.astype(q.dtype), part.lse_BTN
 
-    def backward(self, q, k, v, meta: TokenMeta, hops: ring.Hops, out, lse, d_out) -> tuple[jax.Array, ...]:
+    def backward(
+        self, q, k, v, meta: TokenMeta, hops: ring.Hops, out, lse, d_out, everybody: TokenMeta | None = None
+    ) -> tuple[jax.Array, ...]:
         """The gradients of q, k and v in their dtypes, from forward's out and lse and the gradient of out."""
         with jax.named_scope(SCOPE):
-            grads = self._over_sp(hops).attend_bwd(q, k, v, out, lse, d_out, meta, meta, self.spec.mask)
+            grads = self._over_sp(hops, everybody).attend_bwd(q, k, v, out, lse, d_out, meta, meta, self.spec.mask)
         return tuple(grad.astype(primal.dtype) for grad, primal in zip(grads, (q, k, v), strict=True))
 
-    def _over_sp(self, hops: ring.Hops) -> Local:
-        way = Way(hops, Reduction.on(self.mesh, self.spec.reduce_dtype))
+    def _over_sp(self, hops: ring.Hops, everybody: TokenMeta | None) -> Local:
+        way = Way(hops, Reduction.on(self.mesh, self.spec.reduce_dtype), everybody)
         return OVER_SP[self.spec.strategy](self.local, self.spec, way)
 
 

@@ -165,11 +165,11 @@ class LayerInBlocks:
         """Attention's output and lse, by group."""
         # What depends on the meta alone would be computed ahead of the scan over layers, and stored.
         x, meta = lax.optimization_barrier((x, meta))
-        whole = self._gathered(w, x.dtype)
+        whole, everybody = self._gathered(w, x.dtype), self.attention.everybody(meta)
 
         def group(g):
             q, k, v = self._queries_keys_values(self._group(whole, g), x, meta)
-            out, lse = self.attention.forward(q, k, v, meta, hops)
+            out, lse = self.attention.forward(q, k, v, meta, hops, everybody)
             return out.reshape(*x.shape[:2], -1), lse
 
         return lax.map(group, jnp.arange(whole["w_k"].shape[1] // self.kv_heads))
@@ -267,7 +267,7 @@ class LayerInBlocks:
 
     def _attend_back(self, w: Params, x, meta: TokenMeta, hops, out, lse, dy) -> tuple[jax.Array, ...]:
         """The gradients of attention's operands, by group, [groups, b, t, heads * H]."""
-        size = self._chunk(x)
+        size, everybody = self._chunk(x), self.attention.everybody(meta)
 
         def group(g, state):
             part = self._group(w, g)
@@ -278,7 +278,7 @@ class LayerInBlocks:
             d_out = _in_chunks(
                 lambda i: back("BTNH,NHD->BTD", empty, _slice(dy, i, size), w_o, dot)[0], x.shape[1], size
             )
-            grads = self.attention.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out)
+            grads = self.attention.backward(q, k, v, meta, hops, out_g.reshape(q.shape), lse_g, d_out, everybody)
             return tuple(
                 lax.dynamic_update_index_in_dim(whole, grad.reshape(*grad.shape[:2], -1), g, 0)
                 for whole, grad in zip(state, grads, strict=True)

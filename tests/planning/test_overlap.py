@@ -107,9 +107,9 @@ def test_where_hops_are_skipped_only_the_way_home_is_exposed(name):
     assert len(exposed(hops)) == 2, exposed(hops)  # onward, or back: one of the two
 
 
-def waiting_forward(local, axis, q, k, v, q_meta, kv_meta, mask, hops=None, bidirectional=False):
+def waiting_forward(local, axis, q, k, v, q_meta, kv_meta, mask, hops=None, everybody=None, bidirectional=False):
     """A ring that sends its keys only when it has computed with them."""
-    size, meta_at = lax.axis_size(axis), ring._all_metas(kv_meta, axis)
+    size, meta_at = lax.axis_size(axis), ring._metas_of(everybody or ring.everybodys(kv_meta, axis), axis)
 
     def hop(state, i):
         part, kv = state

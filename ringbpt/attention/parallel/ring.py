@@ -55,13 +55,15 @@ def _send(x: jax.Array, axis: str, size: int, step: int = 1) -> jax.Array:
     return lax.ppermute(x, axis, [(i, (i + step) % size) for i in range(size)])
 
 
-def _all_metas(meta: TokenMeta, axis: str, streams: Streams = ONE_WAY) -> Callable[[jax.Array | int], TokenMeta]:
-    """hop -> the places of the keys that this device holds at that hop.
-
-    Gathered once, eight or twelve bytes a token, and not sent along: so each hop is one transfer, which schedulers
-    overlap.
+def everybodys(meta: TokenMeta, axis: str) -> TokenMeta:
+    """The places of every device's keys, [devices, B, S]: gathered once, eight or twelve bytes a token, and not sent
+    along with keys, so that each hop is one transfer, which schedulers overlap.
     """
-    everybody = lax.all_gather(meta, axis)
+    return lax.all_gather(meta, axis)
+
+
+def _metas_of(everybody: TokenMeta, axis: str, streams: Streams = ONE_WAY) -> Callable[[jax.Array | int], TokenMeta]:
+    """hop -> the places of the keys that this device holds at that hop."""
     device, size = lax.axis_index(axis), lax.axis_size(axis)
 
     def at(hop: jax.Array | int) -> TokenMeta:
@@ -86,11 +88,14 @@ def _join(kvs: list[jax.Array]) -> jax.Array:
 
 def forward(
     local: Local, axis: str, q, k, v, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    hops: Hops = None, bidirectional: bool = False,
+    hops: Hops = None, everybody: TokenMeta | None = None, bidirectional: bool = False,
 ) -> Partial:  # fmt: skip
-    """Attention of this device's queries over the keys of every device of the ring that is `hops` away or nearer."""
+    """Attention of this device's queries over the keys of every device of the ring that is `hops` away or nearer.
+
+    everybody: everybodys(kv_meta), where it is there already.
+    """
     size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
-    meta_at = _all_metas(kv_meta, axis, streams)
+    meta_at = _metas_of(everybody or everybodys(kv_meta, axis), axis, streams)
     hops = size - 1 if hops is None else hops
 
     def attend(part, kvs, i):
@@ -110,7 +115,8 @@ def forward(
 
 def backward(
     local: Local, axis: str, q, k, v, out, lse, d_out, q_meta: TokenMeta, kv_meta: TokenMeta, mask: MaskSpec,
-    hops: Hops = None, bidirectional: bool = False, reduce_dtype: DTypeLike = jnp.float32,
+    hops: Hops = None, everybody: TokenMeta | None = None, bidirectional: bool = False,
+    reduce_dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients towards this device's q, k and v (float32), from the global out and lse.
 
@@ -120,7 +126,7 @@ def backward(
     starts, the second while the sum comes home. What the own keys get at home never travels: n - 1 hops of each.
     """
     size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
-    meta_at = _all_metas(kv_meta, axis, streams)
+    meta_at = _metas_of(everybody or everybodys(kv_meta, axis), axis, streams)
     half = q.shape[1] // 2
     rows = (q, out, lse, d_out, q_meta)
 
