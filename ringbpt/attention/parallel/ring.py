@@ -127,8 +127,7 @@ def backward(
     """
     size, streams = lax.axis_size(axis), _streams(bidirectional, k.shape[1])
     meta_at = _metas_of(everybody or everybodys(kv_meta, axis), axis, streams)
-    half = q.shape[1] // 2
-    rows = (q, out, lse, d_out, q_meta)
+    half, rows = q.shape[1] // 2, (q, out, lse, d_out, q_meta)
 
     def grads(rows, kv, i):
         """dq of these rows, and dK and dV."""
