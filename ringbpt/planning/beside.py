@@ -34,13 +34,14 @@ ROWS = [
 # Where in a step a transfer is attention's; all others are of weights, their gradients, and the embedding.
 ATTENTION = {"ours": r"/attention/", "theirs": r"/shard_map/|/sharding_constraint$"}
 SIDES = {"ours": "ours", "theirs": "MaxText", "plain": "MaxText's defaults"}
+CHUNK = 4 * K  # of our feedforward, tokens of a device, which a longer share has to be a multiple of
 OURS = [
     "--load_llama_config=7b",
     "--dtype=bf16",
     "--llama.attention_type=ring_blockwise",
     "--llama.remat_block=nothing_saveable",
     "--llama.scan_mlp",
-    "--llama.scan_mlp_chunk_size=4096",
+    f"--llama.scan_mlp_chunk_size={CHUNK}",
     "--train_dataset.json_dataset.batch_size=1",
 ]
 # Attention in groups of heads, where not the heads are what is dealt out.
@@ -165,7 +166,8 @@ def compile_side(
     try:
         if length == LONGEST:
             total = lambda tokens: step(tokens)[0].total  # noqa: E731
-            return made_by | longest(total, totals, machine.memory or 0, len(machine.devices) * K)
+            unit = len(machine.devices) * (CHUNK if side == "ours" else K)
+            return made_by | longest(total, totals, machine.memory or 0, unit)
         return made_by | read(side, *step(LENGTHS[length]))
     except Exception as error:
         return made_by | {"refused": reason(error)}
