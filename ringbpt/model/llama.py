@@ -334,9 +334,11 @@ class Model:
     def _remat(self, function: Callable, policy: str) -> Callable:
         if not policy:
             return function
-        # The scan over layers already keeps the compiler from undoing the recomputation.
+        # The scan over layers already keeps the compiler from undoing the recomputation. But XLA for GPUs takes the
+        # backward's first turn out of its loop, and would begin with it during the loss.
+        loop_is_whole = self.execution.scan_layers and self.mesh.devices.flat[0].platform != "gpu"
         saved = _remat_policy(policy, self.keeps)
-        return jax.checkpoint(function, policy=saved, prevent_cse=not self.execution.scan_layers)
+        return jax.checkpoint(function, policy=saved, prevent_cse=not loop_is_whole)
 
     @property
     def keeps(self) -> bool:

@@ -86,13 +86,17 @@ BLOCKS = {
         Moment(BLOCKS_BACK, whole=False),
     ),
     "tpu": (Moment(BLOCKS_BACK),),
-    "cuda": (Moment(BLOCKS_BACK),),
+    "cuda": (Moment(replace(BLOCKS_BACK, model=2)),),  # none is on its way
 }
+# Of a group of heads at its fullest, round a ring: on GPUs q, its output and d_out; dq and that of a hop; k and v as a
+# hop has them, and two of their pairs; dk and dv of a hop, and three of their pairs.
 GROUP = Arrays(model=0, query=2, query_sums=1, key=2, key_sums=3)
+GROUPS = {"cpu": GROUP, "tpu": GROUP, "cuda": Arrays(model=0, query=3, query_sums=2, key=6, key_sums=8)}
+GROUP_ALONE = {"cpu": GROUP, "tpu": GROUP, "cuda": Arrays(model=0, query=3, query_sums=1, key=2, key_sums=2)}
 # [b, chunk, F], compute dtype: gate, up and their product.
 FEEDFORWARD_CHUNKS = 3
 # Layers' inputs that are on the device at once, on their way to the host or back.
-OFFLOADED_LAYERS = 2
+OFFLOADED_LAYERS = {"cpu": 2, "tpu": 2, "cuda": 1}
 # The step's arguments, by their names in the account; where there is no base or reference, there is no such name.
 ARGUMENTS = ("params", "base", "reference", "optimizer")
 # Of a device's memory what a step may take by the account, which is within 15 %, for gathered weights to be kept in it.
@@ -131,8 +135,8 @@ def account(config: Config, rows: int, seq_length: int, platform: str = "cpu") -
         stored["base in float32"] = widened
     gathered = _gathered_bytes(config, state, sizes, platform)
     layer = (BLOCKS if execution.kv_heads_at_a_time else LAYER)[platform]
-    moments = [_layer_moment(config, state, sizes, gathered, moment) for moment in layer]
-    moments.append(_loss_moment(config, sizes, gathered, LOSS_MODEL_ARRAYS[platform]))
+    moments = [_layer_moment(config, state, sizes, gathered, moment, platform) for moment in layer]
+    moments.append(_loss_moment(config, sizes, gathered, platform))
     return stored | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -147,8 +151,8 @@ def host_traffic(config: Config, rows: int, seq_length: int) -> tuple[int, int]:
     meanwhile = after = 0
     micros = optimizer.accumulate_gradient_steps
     if execution.remat_block == "offload_inputs":
-        kept = replace(config, execution=replace(execution, remat_block="nothing_saveable"))
-        meanwhile += 2 * _saved(kept, _sizes(kept, rows, seq_length)) * micros
+        layers = config.architecture.num_hidden_layers
+        meanwhile += 2 * _saved(config, _sizes(config, rows, seq_length), away=layers) * micros
     if optimizer.offload_params:
         meanwhile += _shard_bytes(state.trained) * micros * (3 if micros == 1 else 6)
         after += 4 * _shard_bytes(state.trained)
@@ -249,12 +253,13 @@ def _sizes(config: Config, rows: int, seq_length: int, platform: str = "") -> Si
     return rows // parts, seq_length // sp, tp, jnp.dtype(dtype).itemsize
 
 
-def _saved(config: Config, sizes: Sizes) -> int:
+def _saved(config: Config, sizes: Sizes, away: int) -> int:
+    """away: how many layers' inputs count where they wait in the host's memory."""
     b, t, tp, size = sizes
     d = make_dims(config.architecture)
     saved = b * t * d.D * size // (tp if config.execution.residual_over_tp else 1)
     if config.execution.remat_block == "offload_inputs":
-        return saved * OFFLOADED_LAYERS
+        return saved * away
     if config.execution.remat_block == "save_attention":
         saved += b * t * d.N // tp * (d.H * size + 4)  # out, and lse in float32
     return d.L * saved
@@ -268,7 +273,9 @@ def _kept_bytes(config: Config, sizes: Sizes) -> int:
     return d.L * d.D * (3 * d.F + 2 * d.N * d.H + 2 * d.K * d.H) // tp * size
 
 
-def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int, moment: Moment) -> dict[str, int]:
+def _layer_moment(
+    config: Config, state: TrainState, sizes: Sizes, gathered: int, moment: Moment, platform: str
+) -> dict[str, int]:
     """Where a layer is at work. With adapters only they have gradients. A layer in blocks then holds as much going
     forward, and there the unembedding, which the compiler gathers ahead of the layers, is alive too.
     """
@@ -281,7 +288,8 @@ def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int
     )
     sums = 0 if adapted else moment.sums * 4
     if execution.kv_heads_at_a_time:
-        a_token += int(execution.kv_heads_at_a_time * tp / d.K * _token_bytes(GROUP, d.D, query, key, size))
+        group = (GROUPS if config.mesh_shape[3] > 1 else GROUP_ALONE)[platform]
+        a_token += int(execution.kv_heads_at_a_time * tp / d.K * _token_bytes(group, d.D, query, key, size))
     kept = execution.gathered_weights == "keep"
     gathers = 0 if kept else size  # those that are kept are read where they are
     weights = first * (gathers + sums) + sum(others) * (gathers + (sums if execution.kv_heads_at_a_time else 0))
@@ -292,7 +300,7 @@ def _layer_moment(config: Config, state: TrainState, sizes: Sizes, gathered: int
         held += d.D * _vocabulary(config) * 4 if moment.whole else _shard_bytes(state.trained.get("unembed", ()))
     chunk = b * min(execution.scan_mlp_chunk_size, t) * feedforward * FEEDFORWARD_CHUNKS * size
     return {
-        "saved layer inputs": _saved(config, sizes),
+        "saved layer inputs": _saved(config, sizes, OFFLOADED_LAYERS[platform]),
         "kept weights": _kept_bytes(config, sizes),
         "unembedding": held,
         "loss chunk": 0,
@@ -345,15 +353,15 @@ def _token_bytes(arrays: Arrays, model: int, query: int, key: int, size: int) ->
     return int(numbers * size) + (query * arrays.query_sums + key * arrays.key_sums) * 4
 
 
-def _loss_moment(config: Config, sizes: Sizes, gathered: int, model_arrays: int) -> dict[str, int]:
+def _loss_moment(config: Config, sizes: Sizes, gathered: int, platform: str) -> dict[str, int]:
     """In a chunk of the loss, going back: no layer is at work."""
     b, t, _, size = sizes
     d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
-        "saved layer inputs": _saved(config, sizes),
+        "saved layer inputs": _saved(config, sizes, OFFLOADED_LAYERS[platform]),
         "kept weights": _kept_bytes(config, sizes),
         "unembedding": gathered + d.D * _vocabulary(config) * sums,
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
         "layer weights": 0,
-        "layer activations": b * t * d.D * model_arrays * size,
+        "layer activations": b * t * d.D * LOSS_MODEL_ARRAYS[platform] * size,
     }

@@ -1,5 +1,6 @@
 """Layers in blocks, a few kv heads at a time, against the same layers in pieces: losses and every gradient."""
 
+import re
 from functools import cache
 
 import jax
@@ -74,6 +75,18 @@ def test_what_documents_share_is_seen_by_each():
     want = loss_and_grads(whole, params, make_batch(whole, shared=True))
     assert_same(loss_and_grads(blocks, params, make_batch(blocks, shared=True)), want)
     assert abs(want[0] - loss_and_grads(whole, params, make_batch(whole))[0]) > 1e-3
+
+
+def test_nothing_that_groups_of_heads_share_is_stored_ahead_of_them():
+    """jax moves what is the same in every turn of a scan ahead of it, for all turns of the loops within: of 8 chunks
+    the norm, as large as the layer's input, and of 3 hops what sees what, a square of blocks.
+    """
+    model = make_model((1, 1, 1, 4), kv_heads_at_a_time=2, scan_mlp_chunk_size=1, remat_block="save_attention")
+    batch = make_batch(model)
+    loss = jax.grad(lambda params: jnp.sum(model.token_stats(params, batch).logp_BT))
+    text = jax.jit(loss).lower(model.abstract_params).as_text()
+    written = re.findall(r"dynamic_update_slice.* -> tensor<(\d+)x(\d\S*)>", text)
+    assert written and not [shape for shape in written if shape[0] in ("8", "3")]
 
 
 def test_chunks_that_leave_tokens_over_are_refused():
