@@ -19,9 +19,9 @@ from ringbpt.model.llama import Model
 from ringbpt.objectives import objective_of
 from ringbpt.objectives.objective import REFERENCE
 from ringbpt.planning.hlo import Module, parse
-from ringbpt.planning.topologies import Topology
+from ringbpt.planning.topologies import GPU_FRACTION, Topology
 from ringbpt.training.state import StateLayout, TrainState
-from ringbpt.training.step import make_train_step
+from ringbpt.training.step import gpu_options, make_train_step
 from ringbpt.types import ALWAYS, COLUMNS, Batch
 
 
@@ -101,7 +101,11 @@ def compile_program(config: Config, machine: Topology) -> Program:
         ),
         "batch": shard_bytes(batch),
     }
-    compiled = lambda options: machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=options)  # noqa: E731
+    own = gpu_options(GPU_FRACTION) if machine.platform == "cuda" else {}
+
+    def compiled(options: dict[str, Any]) -> Any:
+        return machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=own | options)
+
     return read_program(compiled, arguments, "jit_step")
 
 

@@ -13,7 +13,7 @@ from ringbpt.planning.estimate import attends_again, estimate, step_flops
 from ringbpt.planning.overlap import ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.sampling import Sampling, compile_sampling, rows_of_step
-from ringbpt.planning.topologies import HIDING_FRACTION, Topology
+from ringbpt.planning.topologies import Topology
 from ringbpt.planning.traffic import traffic
 from ringbpt.training.memory import ARGUMENTS, closed_form, decided
 
@@ -111,18 +111,8 @@ class Plan:
             "mfu": [flops.model / found.high / full, flops.model / found.low / full],
             "hop_margin": min((margin for margin in found.margins if margin is not None), default=None),
             "exposed_seconds": list(found.exposed),
-            "assumptions": [*guess.assumptions, *advice(machine, program.total, guess.hops - guess.hidden)],
+            "assumptions": guess.assumptions,
         }
-
-
-def advice(machine: Topology, total: int, exposed: int) -> list[str]:
-    """What would hide hops that a GPU's compiler leaves in the open for want of memory, in bytes."""
-    if machine.platform != "cuda" or not exposed or machine.memory is None or total <= HIDING_FRACTION * machine.memory:
-        return []
-    return [
-        f"XLA hides hops in {HIDING_FRACTION:.0%} of this memory and not in more: "
-        "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=118 hides more of them, in up to 99%, if that still fits"
-    ]
 
 
 def model_name(config: Config) -> str:

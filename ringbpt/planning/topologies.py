@@ -69,8 +69,6 @@ _NOMINAL_GB = {"H200": "141", "RTX4090": "24", "H100-NVL": "94", "A100-40": "40"
 
 # The part of a GPU's memory that a run can be given: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax's own default is 0.75).
 GPU_FRACTION = 0.95
-# Of that, what XLA's scheduler allows a program that hides transfers: of one that needs more it hides few, or none.
-HIDING_FRACTION = 0.8
 MOST_GPUS = 1 << 14  # each is described apart, which takes time and memory
 
 

@@ -1,8 +1,9 @@
 """One optimizer step: gradients of totals over micro-batches, each part of the loss weighed over all of them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,31 @@ from ringbpt.training.optimizer import clip_factor
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
 
-# So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for them.
-GPU_OPTIONS = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,  # of itself for Hopper only
-    "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
-}
+# Of a GPU's memory: what XLA's scheduler takes a program to be given, whatever it is given, and what jax gives it where
+# the environment says nothing.
+XLA_FRACTION, JAX_FRACTION = 0.8, 0.75
+# What the scheduler counts of a program, over what the program then takes: up to a quarter more was seen.
+OVERCOUNT = 1.25
+LIMIT = "xla_gpu_memory_limit_slop_factor"
+
+
+def gpu_options(given: float | None = None) -> dict[str, Any]:
+    """So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for
+    them. given: the part of the GPU's memory that the program may use; None: as the environment says.
+
+    A program of which the scheduler counts more than its limit hides few transfers, or none: the limit is said, in
+    percent of its own, unless XLA_FLAGS says it.
+    """
+    if given is None:
+        said = (os.environ.get(f"XLA_{name}CLIENT_MEM_FRACTION") for name in ("", "PYTHON_"))
+        given = float(next(filter(None, said), JAX_FRACTION))
+    own = {LIMIT: round(100 * OVERCOUNT * given / XLA_FRACTION)} if LIMIT not in os.environ.get("XLA_FLAGS", "") else {}
+    return own | {
+        "xla_gpu_enable_latency_hiding_scheduler": True,  # of itself for Hopper only
+        "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    }
+
 
 Whole = dict[str, jax.Array]  # values over a whole optimizer step, by name
 
@@ -197,7 +217,7 @@ def make_train_step(
         after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state, guard=guard)
         return after, Metrics(means, own, verdict)
 
-    options = GPU_OPTIONS if platform in ("gpu", "cuda") else None
+    options = gpu_options() if platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.
     return jax.jit(
         step, donate_argnums=0, keep_unused=True, out_shardings=(layout.shardings, None), compiler_options=options

@@ -15,8 +15,9 @@ from ringbpt.config import UserError
 from ringbpt.mesh import make_mesh
 from ringbpt.planning.overlap import Hop, ring_hops
 from ringbpt.planning.topologies import need, topology
-from ringbpt.training.step import GPU_OPTIONS
+from ringbpt.training.step import LIMIT, gpu_options
 from ringbpt.types import TokenMeta
+from tests.planning.test_account import AWAY, BF16, BLOCKS, LLAMA8, PARAMS, STATE, planned
 
 SLOW = pytest.mark.slow
 # The quick tests are of a kernel and of a ring that waits, below, and of a plan for GPUs in test_plan.py.
@@ -56,7 +57,7 @@ def program(name: str, length: int = 512, **options) -> str:
     def total(q, k, v, meta):
         return jnp.sum(attend(q, k, v, meta).astype(jnp.float32) ** 2)
 
-    own = GPU_OPTIONS if machine.platform == "cuda" else None
+    own = gpu_options() if machine.platform == "cuda" else None
     return machine.compile(jax.jit(jax.grad(total, (0, 1, 2))), x, x, x, TokenMeta(place, place), options=own).as_text()
 
 
@@ -137,3 +138,26 @@ def test_a_program_without_a_schedule_is_refused():
     text = jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()
     with pytest.raises(ValueError, match="compile it for a TPU or a GPU"):
         ring_hops(text.replace("is_scheduled=true", "is_scheduled=false"))
+
+
+def test_a_gpus_scheduler_is_told_the_memory_that_the_run_is_given(monkeypatch):
+    """XLA counts in percent of the 80 % that it takes a program to be given."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    percent = lambda *given: gpu_options(*given).get(LIMIT)
+    assert (percent(), percent(0.8), percent(0.95)) == (117, 125, 148)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    assert percent() == 148
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.8")  # its newer name
+    assert percent() == 125
+    monkeypatch.setenv("XLA_FLAGS", f"--{LIMIT}=95")  # whoever says it, knows why
+    assert percent() is None
+
+
+@pytest.mark.slow
+def test_every_hop_hides_where_a_gpus_program_fills_the_memory():
+    """Llama-3-8B over 12M tokens on 8 H100-80, everything offloaded: docs/context_lengths.md."""
+    plan = planned("8xh100-80g", "1,1,1,8", ("7b", *LLAMA8), 1, 12_058_624, (BF16, AWAY, BLOCKS, STATE, PARAMS))
+    hops = ring_hops(plan.program.module)
+    assert 0.8 * plan.machine.memory < plan.program.total < 0.9 * plan.machine.memory
+    assert hops and not exposed(hops), exposed(hops)

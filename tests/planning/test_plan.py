@@ -23,7 +23,7 @@ from ringbpt.planning.hlo import parse as parse_hlo
 from ringbpt.planning.hlo import shape_bytes
 from ringbpt.planning.overlap import products_meanwhile
 from ringbpt.planning.program import Program, needed_bytes, read_assignment
-from ringbpt.planning.report import Plan, advice, draw, make_plan, suggestion, table
+from ringbpt.planning.report import Plan, draw, make_plan, suggestion, table
 from ringbpt.planning.topologies import topology
 from ringbpt.training import loop
 from ringbpt.training.memory import account, host_traffic
@@ -365,14 +365,6 @@ def test_what_lives_in_the_hosts_memory_is_no_argument_of_the_device(name):
     assert moved["optimizer state"] == 2 * moved["parameters"] and moved["batch"] == 0
     # The host has them, and gradients.
     assert here.host == 0 and away.host > 3 * moved["parameters"]
-
-
-def test_hops_in_the_open_for_want_of_memory_bring_advice():
-    gpu, gib = SimpleNamespace(platform="cuda", memory=75 << 30), 1 << 30
-    (line,) = advice(gpu, 61 * gib, 7)
-    assert "XLA_FLAGS=--xla_gpu_memory_limit_slop_factor=118" in line
-    assert advice(gpu, 59 * gib, 7) == advice(gpu, 61 * gib, 0) == []
-    assert advice(SimpleNamespace(platform="tpu", memory=75 << 30), 61 * gib, 7) == []
 
 
 def test_suggestions_are_changes_that_the_model_and_the_mesh_allow(monkeypatch):
