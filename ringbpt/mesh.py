@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from ringbpt import processes
+from ringbpt import hardware, processes
 from ringbpt.config import RUN_FLAGS, Config, UserError, check_value
 from ringbpt.dims import ACTIVATION_AXES, AXES, spec
 from ringbpt.layouts import Order, order_of
@@ -75,12 +75,13 @@ def make_mesh(
     plain_order: bool = False,
     devices: Sequence[jax.Device] | None = None,
     over_slices: str = "dp",
+    ring: bool = False,
 ) -> Mesh:
     """A `dp, fsdp, tp, sp` mesh of `shape`, over the first devices that fill it (a run's config fills them all).
 
     Neighbours on sp are neighbours on the interconnect where jax knows the topology; `plain_order` takes the
     devices as they are numbered. over_slices: the axis along which a TPU's slices follow each other; all others stay
-    inside of a slice. Raises UserError where the slices do not divide it.
+    inside of a slice. ring: what is sent goes round sp. Raises UserError where the slices do not divide it.
     """
     devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
     auto = (AxisType.Auto,) * len(AXES)
@@ -93,7 +94,8 @@ def make_mesh(
     def inside(part: Sequence[jax.Device]) -> np.ndarray:
         if plain_order:
             return np.asarray(part).reshape(inner)
-        return jax.make_mesh(tuple(inner), AXES, axis_types=auto, devices=part).devices
+        found = jax.make_mesh(tuple(inner), AXES, axis_types=auto, devices=part).devices
+        return _as_a_ring(found) if ring and _is_v5e(part[0]) else found
 
     return Mesh(np.concatenate([inside(part) for part in slices], axis=place), AXES, axis_types=auto)
 
@@ -101,7 +103,50 @@ def make_mesh(
 def mesh_of(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run's flags, over the devices that there are, or over these."""
     plain = config.mesh_dim.startswith("!")
-    return make_mesh(config.mesh_shape, plain_order=plain, devices=devices, over_slices=config.mesh_slices)
+    ring = config.execution.sequence_parallel == "ring"
+    return make_mesh(config.mesh_shape, plain_order=plain, devices=devices, over_slices=config.mesh_slices, ring=ring)
+
+
+def _is_v5e(device: jax.Device) -> bool:
+    known = hardware.find(device.device_kind)
+    return known is not None and known.name == "v5e"
+
+
+def _as_a_ring(devices: np.ndarray) -> np.ndarray:
+    """The same devices, sp in an order in which each is a neighbour of the next, and the first of the last; as they are
+    where there is none.
+
+    Row by row, as jax orders them, the end of a row is far from the beginning of the next one, and of transfers that
+    are not all to neighbours v5e's compiler makes synchronous ones (seen from 32 chips on).
+    """
+    coords = np.array([device.coords for device in devices.flat]).reshape(*devices.shape, -1)
+    coords = coords - coords.min(axis=3, keepdims=True)
+    line, sizes = coords[0, 0, 0], coords.max(axis=(0, 1, 2, 3)) + 1
+    cycle = _cycle(sizes.tolist())
+    if (coords != line).any() or len(cycle) != len(line):
+        return devices
+    place = {tuple(at): i for i, at in enumerate(line.tolist())}
+    return devices[..., [place[at] for at in cycle]]
+
+
+def _cycle(sizes: list[int]) -> list[tuple[int, ...]]:
+    """All places of a box of chips, each beside the one before it and the last beside the first; [] where none is."""
+    along = next((axis for axis, size in enumerate(sizes) if size % 2 == 0), 0)
+    path = _path(sizes[:along] + sizes[along + 1 :])
+    rows, columns = sizes[along], len(path)
+    if rows % 2 or columns < 2:
+        return []
+    out = [(row, 0) for row in range(rows)]
+    home = [(row, at if row % 2 else columns - at) for row in reversed(range(rows)) for at in range(1, columns)]
+    return [(*path[column][:along], row, *path[column][along:]) for row, column in out + home]
+
+
+def _path(sizes: list[int]) -> list[tuple[int, ...]]:
+    """All places of a box, each beside the one before it."""
+    if not sizes:
+        return [()]
+    rest = _path(sizes[1:])
+    return [(i, *at) for i in range(sizes[0]) for at in (reversed(rest) if i % 2 else rest)]
 
 
 def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

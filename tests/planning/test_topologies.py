@@ -155,3 +155,13 @@ def test_a_plan_for_two_slices_has_its_rings_inside_and_its_gradients_between():
     # Of each gradient half goes over, and comes back: once at least, and not with every block of a layer.
     assert weights < report["collectives"]["slices"] < 4 * weights
     assert any("slices at 3.125 GB/s" in line for line in report["assumptions"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("v5e-8", (1, 1, 1, 8)), ("v5e-32", (1, 1, 1, 32)), ("v5e-256", (1, 2, 2, 64))]
+)
+def test_a_ring_on_v5e_goes_from_neighbour_to_neighbour(name, shape):
+    mesh = make_mesh(shape, devices=slices(name).devices, ring=True)
+    coords = np.array([device.coords for device in mesh.devices.flat]).reshape(*shape, -1)
+    assert (np.abs(coords - np.roll(coords, 1, axis=3)).sum(axis=-1) == 1).all()
+    assert len(set(mesh.devices.flat)) == mesh.size
