@@ -161,7 +161,7 @@ def backward(
             dq_first, d_first = grads(first, (k, v), 0)
         else:
             dq_first, d_first = jnp.zeros(first[0].shape, jnp.float32), [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
-        # Not later, to save memory: it is for hiding the first keys' way.
+        # Not later, to save memory: it hides the first keys' way.
         (dq_first, d_first), kvs = _one_after_the_other((dq_first, d_first), kvs)
         dq = jnp.pad(dq_first, ((0, 0), (0, q.shape[1] - half), (0, 0), (0, 0)))
         dq, d_kvs = further((dq, None, kvs))
@@ -170,8 +170,7 @@ def backward(
         d_kvs, late = _one_after_the_other(d_kvs, rows)
         second = jax.tree.map(lambda x: x[:, half:], late)
         home = _homecoming(d_kvs, send_sums, size, hops)
-        dq_second, d_second = grads(second, (k, v), 0)
-        dq_second, d_second, home = lax.optimization_barrier((dq_second, d_second, home))  # as in every turn
+        (dq_second, d_second), home = lax.optimization_barrier((grads(second, (k, v), 0), home))
         return dq.at[:, half:].add(dq_second), _add(_add(home, d_first), d_second)
 
     def further(state):
