@@ -171,8 +171,8 @@ class LayerInBlocks:
             # Nor ahead of the loop over groups: what sees what at a hop is a square, for all hops.
             g, places, of_all = lax.optimization_barrier((g, meta, everybody))
             # Nor all chunks of the norm, which are as large as x; of one chunk a group has no less.
-            h = x if self._chunk(x) == x.shape[1] else lax.optimization_barrier((g, x))[1]
-            q, k, v = self._queries_keys_values(self._group(whole, g), h, places)
+            tokens = x if self._chunk(x) == x.shape[1] else lax.optimization_barrier((g, x))[1]
+            q, k, v = self._queries_keys_values(self._group(whole, g), tokens, places)
             out, lse = self.attention.forward(q, k, v, places, hops, of_all)
             return out.reshape(*x.shape[:2], -1), lse
 

@@ -166,7 +166,7 @@ def backward(
         dq = jnp.pad(dq_first, ((0, 0), (0, q.shape[1] - half), (0, 0), (0, 0)))
         dq, d_kvs = further((dq, None, kvs))
 
-        # The rest of the own keys is for hiding the homecoming: not before, and nor are its rows cut out before.
+        # The rest of the own keys hides the homecoming: not begun before, nor its rows cut, nor added up till it ends.
         d_kvs, late = _one_after_the_other(d_kvs, rows)
         second = jax.tree.map(lambda x: x[:, half:], late)
         home = _homecoming(d_kvs, send_sums, size, hops)
