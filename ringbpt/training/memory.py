@@ -95,8 +95,9 @@ GROUPS = {"cpu": GROUP, "tpu": GROUP, "cuda": Arrays(model=0, query=3, query_sum
 GROUP_ALONE = {"cpu": GROUP, "tpu": GROUP, "cuda": Arrays(model=0, query=3, query_sums=1, key=2, key_sums=2)}
 # [b, chunk, F], compute dtype: gate, up and their product.
 FEEDFORWARD_CHUNKS = 3
-# Layers' inputs that are on the device at once, on their way to the host or back.
+# Layers' inputs that are on the device at once, on their way to the host or back: in a layer, and beside the loss.
 OFFLOADED_LAYERS = {"cpu": 2, "tpu": 2, "cuda": 1}
+LOSS_OFFLOADED_LAYERS = {"cpu": 2, "tpu": 2, "cuda": 0}
 # The step's arguments, by their names in the account; where there is no base or reference, there is no such name.
 ARGUMENTS = ("params", "base", "reference", "optimizer")
 # Of a device's memory what a step may take by the account, which is within 15 %, for gathered weights to be kept in it.
@@ -358,7 +359,7 @@ def _loss_moment(config: Config, sizes: Sizes, gathered: int, platform: str) -> 
     b, t, _, size = sizes
     d, sums = make_dims(config.architecture), 0 if config.lora.rank else UNEMBEDDING_SUMS * 4
     return {
-        "saved layer inputs": _saved(config, sizes, OFFLOADED_LAYERS[platform]),
+        "saved layer inputs": _saved(config, sizes, LOSS_OFFLOADED_LAYERS[platform]),
         "kept weights": _kept_bytes(config, sizes),
         "unembedding": gathered + d.D * _vocabulary(config) * sums,
         "loss chunk": b * min(config.execution.loss_chunk_size, t) * _vocabulary(config) * 4,
