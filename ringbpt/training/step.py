@@ -27,24 +27,28 @@ XLA_FRACTION, JAX_FRACTION = 0.8, 0.75
 # What the scheduler counts of a program, over what the program then takes: up to a quarter more was seen.
 OVERCOUNT = 1.25
 LIMIT = "xla_gpu_memory_limit_slop_factor"
+# Transfers under way at once: a ring's keys and values, their gradients, and two of weights. With fewer, sums of a
+# layer's gradients that stretch over its attention keep the ring's last hop waiting (7b on 8 A100, by 2 and by 3).
+AT_ONCE = 4
 
 
 def gpu_options(given: float | None = None) -> dict[str, Any]:
-    """So that a GPU's compiler sends the ring's K and V, and the gradients of others, at once, and nothing waits for
-    them. given: the part of the GPU's memory that the program may use; None: as the environment says.
+    """So that a GPU's compiler sends the ring's K and V, and the gradients of others and of weights, at once, and
+    nothing waits for them. given: the part of the GPU's memory that the program may use; None: as the environment says.
 
     A program of which the scheduler counts more than its limit hides few transfers, or none: the limit is said, in
-    percent of its own, unless XLA_FLAGS says it.
+    percent of its own. What XLA_FLAGS says is left out.
     """
     if given is None:
         said = (os.environ.get(f"XLA_{name}CLIENT_MEM_FRACTION") for name in ("", "PYTHON_"))
         given = float(next(filter(None, said), JAX_FRACTION))
-    own = {LIMIT: round(100 * OVERCOUNT * given / XLA_FRACTION)} if LIMIT not in os.environ.get("XLA_FLAGS", "") else {}
-    return own | {
+    own = {
+        LIMIT: round(100 * OVERCOUNT * given / XLA_FRACTION),
         "xla_gpu_enable_latency_hiding_scheduler": True,  # of itself for Hopper only
         "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": AT_ONCE,
     }
+    return {name: value for name, value in own.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 Whole = dict[str, jax.Array]  # values over a whole optimizer step, by name

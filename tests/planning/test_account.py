@@ -47,7 +47,8 @@ def planned(name: str, mesh: str, model: tuple[str, ...], rows: int, length: int
     except UserError as error:
         pytest.skip(str(error))
     (preset, *differences), source, machine = model, "--train_dataset.json_dataset", topology(name)
-    words = ["--llama.attention_type=ring_blockwise", "--llama.scan_mlp", f"--mesh_dim={mesh}", *flags, *differences]
+    words = ["--llama.attention_type=ring_blockwise", f"--mesh_dim={mesh}", *flags, *differences]
+    words += [] if "--llama.scan_mlp=False" in flags else ["--llama.scan_mlp"]
     words += [f"--load_llama_config={preset}", f"{source}.batch_size={rows}", f"{source}.seq_length={length}"]
     words += [f"--llama.max_sequence_length={length}"]
     return make_plan(parse(parse_args(words), len(machine.devices)), machine)

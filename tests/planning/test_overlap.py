@@ -17,7 +17,7 @@ from ringbpt.planning.overlap import Hop, ring_hops
 from ringbpt.planning.topologies import need, topology
 from ringbpt.training.step import LIMIT, gpu_options
 from ringbpt.types import TokenMeta
-from tests.planning.test_account import AWAY, BF16, BLOCKS, LLAMA8, PARAMS, STATE, planned
+from tests.planning.test_account import AWAY, BF16, BLOCKS, KEPT, LLAMA8, PARAMS, STATE, planned
 
 SLOW = pytest.mark.slow
 # The quick tests are of a kernel and of a ring that waits, below, and of a plan for GPUs in test_plan.py.
@@ -150,8 +150,33 @@ def test_a_gpus_scheduler_is_told_the_memory_that_the_run_is_given(monkeypatch):
     assert percent() == 148
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.8")  # its newer name
     assert percent() == 125
-    monkeypatch.setenv("XLA_FLAGS", f"--{LIMIT}=95")  # whoever says it, knows why
-    assert percent() is None
+
+
+@pytest.mark.parametrize("name", gpu_options())
+def test_xla_flags_have_the_last_word(name, monkeypatch):
+    """Whoever says it, knows why: options of a compilation would override it."""
+    all_of_them = gpu_options()
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/nowhere --{name}=95")
+    assert gpu_options() == {other: value for other, value in all_of_them.items() if other != name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "rows", "length", "flags"),
+    [
+        ("1,1,1,8", 1, 262_144, (KEPT,)),
+        ("1,1,1,8", 1, 262_144, (KEPT, "--llama.scan_mlp=False")),
+        ("1,2,1,4", 2, 262_144, (KEPT,)),
+        ("1,1,1,8", 1, 65_536, (KEPT, "--llama.scan_mlp=False")),
+    ],
+)
+def test_no_sum_of_weights_keeps_a_hop_waiting(mesh, rows, length, flags):
+    """Gradients of a layer's weights are under way while its attention computes: with room for two transfers, or in the
+    second case for three, the homecoming of dK and dV waited in 31 of 32 layers.
+    """
+    plan = planned("8xa100-80g", mesh, ("7b",), rows, length, (BF16, *flags))
+    hops = ring_hops(plan.program.module)
+    assert hops and not exposed(hops), exposed(hops)
 
 
 @pytest.mark.slow
