@@ -4,12 +4,13 @@ Every device gets as many tokens, and nearly as many visible pairs, whatever the
 that is balanced is taken, in the order of how little they tear apart:
 
 1. the text as it is, each device the next stretch of it;
-2. where no document is more than a device's share of the work: whole documents, each to the device with the least work
-   so far; the devices' documents stand in one line, of which each device takes its tokens, so that a document is cut at
-   most where two neighbours of the ring meet, and one hop is enough;
+2. where no document is more than two devices' share of the work: the documents in another order, of which each device
+   takes its tokens, so that a document is cut at most where two neighbours of the ring meet, and one hop is enough
+   (neighbours.py);
 3. zigzag;
 4. the longest documents in chunks of a block or more, dealt out to and fro (which is zigzag, where there is but one),
-   their beginnings, shorter than a chunk, and all other documents as in 2;
+   their beginnings, shorter than a chunk, and all other documents whole, each to the device with the least work so far;
+   they stand in one line, of which each device takes its tokens;
 5. the same with chunks of two halves, one near the document's begin and one near its end, so that all have as much
    work: where one chunk alone was nearly a device's share.
 
@@ -22,12 +23,14 @@ the places b * length..(b + 1) * length and the devices b * sp..(b + 1) * sp.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ringbpt.neighbours import balanced_order
 
 GOOD = 1.045  # the most loaded device's work over the average, with which nothing better is looked for
 # A device has so many chunks, and where that is not enough shorter ones, but none below the largest block of a kernel.
@@ -36,6 +39,7 @@ CHUNKS, LARGEST_BLOCK = 8, 1024
 # all of them: (their share, tried where the heaviest chunk is at most so much of a device's work; with a heavier one it
 # hardly ever is enough).
 LONG = ((0, 0.75), (1 / 8, 0.9), (1 / 3, 0.97))
+_NONE = np.empty(0, np.int64)
 
 
 class Deal(NamedTuple):
@@ -129,6 +133,10 @@ class Documents:
     def work(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
         """The visible pairs of the queries of each of these stretches."""
         return self.before(stop) - self.before(start)
+
+    def heads(self, begins: np.ndarray, documents: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The visible pairs of so many first tokens of these, numbered, of groups that begin there."""
+        return self.work(begins[documents], begins[documents] + counts)
 
     @cached_property
     def works(self) -> np.ndarray:
@@ -265,9 +273,8 @@ def _ways(documents: Documents, sp: int, open_B: np.ndarray) -> Iterator["_Halve
     work_B = np.bincount(row, documents.works, documents.rows)
     groups_B = np.bincount(row, minlength=documents.rows)
     longer_B = np.bincount(row[documents.works > (work_B / sp)[row]], minlength=documents.rows)
-    whole_B = open_B & documents.in_order & (longer_B == 0)
-    if whole_B.any():
-        yield _Line(documents, sp, whole_B, 0 * groups_B)
+    if (rows_B := open_B & documents.in_order).any():
+        yield _Whole(documents, sp, rows_B)
     yield _Halves(documents, sp, open_B, device, 2 * sp - 1 - device)
     lengths = [1 << max(1, (2 * half // CHUNKS).bit_length() - 1)]
     while lengths[-1] >= 2 * LARGEST_BLOCK:
@@ -433,6 +440,30 @@ class _Line:
         row, segment = row[new], segment[new]
         number[row, segment] = 1 + np.arange(len(row)) - np.searchsorted(row, row)
         return _joined([one.where(rows_B[one.device // self._sp]) for one in held])
+
+
+class _Whole(_Line):
+    """One way: of each row, whole documents in an order of neighbours.py; padding stands at the end."""
+
+    def __init__(self, documents: Documents, sp: int, rows_B: np.ndarray):
+        self.rows_B, self._documents, self._sp, self._half = rows_B.copy(), documents, sp, 1
+        self._halves, self._device = _NONE.reshape(0, 2), _NONE
+        row, sizes = documents.row_of(documents.begins), documents.ends - documents.begins
+        padding_row, room = documents.row_of(documents.padding[0]), documents.length // sp
+        start, stop = list[np.ndarray](), list[np.ndarray]()
+        for number in np.flatnonzero(rows_B):
+            own = np.flatnonzero(row == number)
+            heads = partial(documents.heads, documents.begins[own])
+            order = balanced_order(sizes[own], documents.works[own], heads, room, sp, GOOD)
+            self.rows_B[number] = order is not None
+            if order is not None:
+                some = padding_row == number
+                start += documents.begins[own[order]], documents.padding[0][some]
+                stop += documents.ends[own[order]], documents.padding[1][some]
+        ends = np.cumsum(np.repeat(room * self.rows_B, sp))
+        self._parts = _cut(np.concatenate([*start, _NONE]), np.concatenate([*stop, _NONE]), ends)
+        self._seen = documents.work(self._parts.start, self._parts.stop)
+        self.load_BR = self._sums(self._parts.device, self._seen)
 
 
 def _cut(start: np.ndarray, stop: np.ndarray, edges: np.ndarray) -> Stretches:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "ringbpt"
 
 # The floor plan: a room is a module or a package directly inside ringbpt ("" is ringbpt/__init__.py itself).
 LEVELS = [
-    {"", "dims", "types", "balanced", "layouts", "hardware", "rates", "config", "ending"},
+    {"", "dims", "types", "neighbours", "balanced", "layouts", "hardware", "rates", "config", "ending"},
     {"mesh", "processes", "host_memory", "reduction", "attention", "data"},
     {"model", "objectives"},
     {"checkpoint"},
@@ -146,7 +146,7 @@ def test_the_check_sees_arrows_and_cycles():
 
 LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # All files together. Who needs more raises it in the commit that adds it, and says there what the lines are for.
-WHOLE = 34_700
+WHOLE = 34_900
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

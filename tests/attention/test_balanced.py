@@ -11,6 +11,7 @@ from ringbpt.attention.work import count
 from ringbpt.balanced import Documents
 from ringbpt.bench.balance import DISTRIBUTIONS, blocks_and_hops, meta_of, planning_ms, rows_of, unevenness
 from ringbpt.layouts import by_length, order_of, permutation
+from ringbpt.neighbours import balanced_order
 from ringbpt.types import TokenMeta
 
 
@@ -126,6 +127,40 @@ def test_short_documents_need_no_more_hops():
         found.append(unevenness(meta, "contiguous", 8) > 1.05)
         assert balanced <= contiguous <= 1 and unevenness(meta, "balanced", 8) <= 1.05
     assert any(found)  # and there was something to balance
+
+
+@pytest.mark.parametrize("sp", [8, 16, 64])
+def test_chats_are_balanced_and_need_one_hop(sp):
+    """The longest sees up to 1.6 times what a device has to do: it is cut between two neighbours, and no other hop."""
+    blocks = dict.fromkeys(("balanced", "zigzag"), 0)
+    for lengths in rows_of("chats", sp * 8192, 4 if sp < 64 else 2, seed=0):
+        meta, hops = meta_of(lengths, sp * 8192), list[int]()
+        for layout in blocks:
+            found, far = blocks_and_hops(meta, layout, sp, 1024)
+            blocks[layout] += found
+            hops.append(far)
+        assert unevenness(meta, "contiguous", sp) > 1.4 and unevenness(meta, "balanced", sp) <= 1.05
+        assert hops == [1, sp - 1]
+    assert blocks["balanced"] <= 1.02 * blocks["zigzag"]
+
+
+def test_what_no_order_balances_is_known_at_once():
+    """Documents that are more than two devices' work, alone or with the shortest ones that fill these up; few ones."""
+    heads = lambda documents, counts: counts * (counts + 1) // 2
+    for sizes, found in (
+        ([1500] + [500] * 20 + [100] * 48, True),
+        (
+            [1900] + [300] * 46,
+            False,
+        ),  # of 2.1 million pairs that two devices have it takes 1.8, and they fill up with 0.9
+        ([4000] + [300] * 39, False),
+        ([2048] * 7, False),
+        ([5000] + [100] * 96, False),  # more than a device has room for
+    ):
+        own = np.array(sizes)
+        order = balanced_order(own, heads(0, own), heads, 4096, 4, 1.05)
+        assert (order is not None) == found, sizes
+        assert order is None or sorted(order.tolist()) == list(range(len(own)))
 
 
 @settings(max_examples=20, deadline=None)
