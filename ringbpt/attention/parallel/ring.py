@@ -149,10 +149,10 @@ def backward(
         dq_hop, d_hop = grads(rows, _join(kvs), i)
         # All has arrived before anything is added up: the additions alone would seem long enough to hide K and V.
         dq_hop, d_hop, (next_kvs, arrived) = lax.optimization_barrier((dq_hop, d_hop, coming))
-        return dq + dq_hop, _add(arrived, d_hop) if arrived else d_hop, next_kvs or kvs
+        # And that before the next turn: of turns without a loop round them XLA for GPUs would keep every one's dq.
+        return lax.optimization_barrier((dq + dq_hop, _add(arrived, d_hop) if arrived else d_hop, next_kvs or kvs))
 
-    def alone():
-        return grads(rows, (k, v), 0)
+    alone = lambda: grads(rows, (k, v), 0)  # noqa: E731
 
     def round_trip():
         first = jax.tree.map(lambda x: x[:, :half], rows)
