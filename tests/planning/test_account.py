@@ -73,8 +73,8 @@ def test_a_step_takes_no_more_memory_on_a_longer_ring(name, model, flags):
     """Temporaries of 8 layers of 7b, or with grouped heads, 16,384 tokens a device, weights over fsdp times sp.
 
     With two devices no hop follows another, and no K and V are in flight while others are computed with. Where all
-    heads travel at once and their keys are a large part of what a layer holds, two devices need that much less: 7b 9 %,
-    grouped heads on v4 3.6 %. From four on it stays.
+    heads travel at once two devices need that much less: 7b 9 %, grouped heads 2.5 % on H200 and 3.6 % on v4. From four
+    on it stays.
     """
     layers = ("7b", *model, "--llama.num_hidden_layers=8")
     temporaries = [
@@ -82,4 +82,5 @@ def test_a_step_takes_no_more_memory_on_a_longer_ring(name, model, flags):
         for sp in (2, 4, 8)
     ]
     print(f"\n{name} {model} {flags}: {[round(size / 2**20, 1) for size in temporaries]} MiB")
-    assert max(temporaries) < 1.02 * min(temporaries)
+    two, four, eight = temporaries
+    assert four < 1.03 * two and eight < 1.005 * four

@@ -149,8 +149,7 @@ def backward(
         dq_hop, d_hop = grads(rows, _join(kvs), i)
         # All has arrived before anything is added up: the additions alone would seem long enough to hide K and V.
         dq_hop, d_hop, (next_kvs, arrived) = lax.optimization_barrier((dq_hop, d_hop, coming))
-        # And that before the next turn: of turns without a loop round them XLA for GPUs would keep every one's dq.
-        return lax.optimization_barrier((dq + dq_hop, _add(arrived, d_hop) if arrived else d_hop, next_kvs or kvs))
+        return dq + dq_hop, _add(arrived, d_hop) if arrived else d_hop, next_kvs or kvs
 
     alone = lambda: grads(rows, (k, v), 0)  # noqa: E731
 
@@ -178,10 +177,11 @@ def backward(
         if size == 2:
             return turn(1, state, onward=False)[:2]
         last = size - 1 if hops is None else hops
-        state = turn(1, state)
+        # Each turn's dq is added up before the next turn: without a loop round them XLA for GPUs would keep them all.
+        state = lax.optimization_barrier(turn(1, state))
 
         def others(state):
-            return turn(last, lax.fori_loop(2, last, turn, state), onward=False)
+            return turn(last, lax.optimization_barrier(lax.fori_loop(2, last, turn, state)), onward=False)
 
         return (others(state) if hops is None else lax.cond(hops > 1, others, lambda state: state, state))[:2]
 
