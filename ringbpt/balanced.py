@@ -443,25 +443,28 @@ class _Line:
 
 
 class _Whole(_Line):
-    """One way: of each row, whole documents in an order of neighbours.py; padding stands at the end."""
+    """One way: of each row, whole documents in an order of neighbours.py, and as much padding behind each device's."""
 
     def __init__(self, documents: Documents, sp: int, rows_B: np.ndarray):
         self.rows_B, self._documents, self._sp, self._half = rows_B.copy(), documents, sp, 1
         self._halves, self._device = _NONE.reshape(0, 2), _NONE
-        row, sizes = documents.row_of(documents.begins), documents.ends - documents.begins
-        padding_row, room = documents.row_of(documents.padding[0]), documents.length // sp
-        start, stop = list[np.ndarray](), list[np.ndarray]()
+        row, sizes, room = documents.row_of(documents.begins), documents.ends - documents.begins, documents.length // sp
+        filled_BR, orders = np.zeros((documents.rows, sp), np.int64), [_NONE]
         for number in np.flatnonzero(rows_B):
             own = np.flatnonzero(row == number)
-            heads = partial(documents.heads, documents.begins[own])
-            order = balanced_order(sizes[own], documents.works[own], heads, room, sp, GOOD)
+            heads, tokens = partial(documents.heads, documents.begins[own]), sizes[own].sum()
+            share = -(-tokens // sp)
+            order = balanced_order(sizes[own], documents.works[own], heads, share, sp, GOOD)
             self.rows_B[number] = order is not None
             if order is not None:
-                some = padding_row == number
-                start += documents.begins[own[order]], documents.padding[0][some]
-                stop += documents.ends[own[order]], documents.padding[1][some]
-        ends = np.cumsum(np.repeat(room * self.rows_B, sp))
-        self._parts = _cut(np.concatenate([*start, _NONE]), np.concatenate([*stop, _NONE]), ends)
+                orders.append(own[order])
+                filled_BR[number] = np.clip(tokens - share * np.arange(sp), 0, share)
+        group, some = np.concatenate(orders), self.rows_B[documents.row_of(documents.padding[0])]
+        padding_BR = (room - filled_BR) * self.rows_B[:, None]
+        self._parts = _joined([
+            _cut(documents.begins[group], documents.ends[group], np.cumsum(filled_BR)),
+            _cut(documents.padding[0][some], documents.padding[1][some], np.cumsum(padding_BR)),
+        ])  # fmt: skip
         self._seen = documents.work(self._parts.start, self._parts.stop)
         self.load_BR = self._sums(self._parts.device, self._seen)
 

@@ -159,8 +159,8 @@ def _exchanged(
         near = order[first:after]
         a, b = (x.ravel() for x in np.meshgrid(np.arange(last, until) - first, np.arange(after - first)))
         other = np.flatnonzero(sizes[near[a]] != sizes[near[b]])
-        other = other[:: 1 + len(other) // most]
-        a, b = a[other], b[other]
+        apart = 1 + len(other) // most
+        a, b = a[other[::apart]], b[other[::apart]]
         tried = np.tile(near, (1 + len(a), 1))
         rows = np.arange(1, 1 + len(a))
         tried[rows, a], tried[rows, b] = near[b], near[a]
@@ -170,7 +170,7 @@ def _exchanged(
         loads = (load[own : own + change.shape[1]] + change - change[0]) / mean
         cost = (np.maximum(0, loads - good + 0.005) ** 2).sum(axis=1) + 1e-3 * ((loads - 1) ** 2).sum(axis=1)
         best = int(cost.argmin())
-        if best == 0 and len(other) < most:
+        if best == 0 and apart == 1:
             break
         most = TRIED if best else 4 * most
         order = np.concatenate([order[:first], tried[best], order[after:]])

@@ -144,6 +144,16 @@ def test_chats_are_balanced_and_need_one_hop(sp):
     assert blocks["balanced"] <= 1.02 * blocks["zigzag"]
 
 
+@pytest.mark.parametrize("filled", [0.3, 0.6, 0.97])
+def test_a_row_that_is_not_full_is_balanced_as_well(filled):
+    """Padding is shared out too, and in nobody's way."""
+    lengths = np.minimum(np.random.default_rng(1).integers(8, 700, 600), 600)
+    lengths = lengths[np.cumsum(lengths) <= filled * 65536]
+    meta = meta_of(lengths, 65536)
+    assert_is_the_same(meta_of(lengths // 32 + 1, 4096), 8, None)  # a quadratic check: of shorter ones
+    assert blocks_and_hops(meta, "balanced", 8, 1024)[1] == 1 and unevenness(meta, "balanced", 8) <= 1.05
+
+
 def test_what_no_order_balances_is_known_at_once():
     """Documents that are more than two devices' work, alone or with the shortest ones that fill these up; few ones."""
     heads = lambda documents, counts: counts * (counts + 1) // 2
