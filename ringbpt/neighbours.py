@@ -20,8 +20,8 @@ Heads = Callable[[np.ndarray, np.ndarray], np.ndarray]
 LEAST, CUT = (0.3, 0.25, 0.35, 0.2), 0.5
 FEWEST, TIGHT = 4, 0.98  # documents a device, or there is no choice; how near to what is impossible is tried
 # How many exchanges, and one more for each four devices. Each is the best of about so many of a document of the most
-# loaded device with one of it or of so many before and after it; where none is good of more. With so many times the
-# average it is past helping.
+# loaded device with one of it or of so many before and after it; where none is good of more. With HOPELESS
+# times the average it is past helping.
 EXCHANGES, TRIED, AROUND, HOPELESS = 6, 128, 2, 1.5
 
 
@@ -52,13 +52,14 @@ class _Filled:
 
     def __init__(self, sizes: list[int], works: list[int], heads: Heads, room: int, sp: int, least: float):
         self._sizes, self._works, self._least = sizes, works, least
-        self._average, self._share = sum(works) / sum(sizes), sum(works) / sp
+        length, total = sum(sizes), sum(works)
+        self._average, self._share = total / length, total / sp
         self._left = sorted(range(len(sizes)), key=sizes.__getitem__)
         self._left_sizes = [sizes[document] for document in self._left]
         self.order, placed, coming, coming_work = list[int](), 0.0, 0, 0
-        ends = [min(room * device, sum(sizes)) for device in range(sp + 1)]
+        ends = [min(room * device, length) for device in range(sp + 1)]
         for device in range(sp - 1):
-            target = (sum(works) - placed) / (sp - device)
+            target = (total - placed) / (sp - device)
             tokens, work = ends[device + 1] - ends[device] - coming, target - coming_work
             cut, part, estimate = self._cut(tokens, work, ends[device + 2] - ends[device + 1])
             if cut is None:
@@ -145,12 +146,12 @@ def _exchanged(
     """
     edges, mean = room * np.arange(1, sp), works.sum() / sp
     load = _loads(order[None], sizes, works, heads, edges)[0]
-    most = TRIED
-    for turn in range(1 + EXCHANGES + sp // 4):
+    most, exchanges = TRIED, EXCHANGES + sp // 4
+    for turn in range(1 + exchanges):
         worst = int(load.argmax())
         if load[worst] <= good * mean:
             return order
-        if load[worst] > HOPELESS * mean or turn == EXCHANGES + sp // 4:
+        if load[worst] > HOPELESS * mean or turn == exchanges:
             break
         ends = np.cumsum(sizes[order])
         begins = ends - sizes[order]

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from ringbpt.config import Flag, parse_args, printed_help, read_flags, run_main
-from ringbpt.planning.overlap import Hop, ring_hops
+from ringbpt.planning.overlap import counted, ring_hops
 from ringbpt.planning.report import size
 from ringbpt.planning.search import find
 from ringbpt.planning.topologies import topology
@@ -150,10 +150,6 @@ def write_page(known: dict) -> None:
     (DOCS / "context_lengths.md").write_text("\n".join(lines) + "\n")
 
 
-def _times(hops: list[Hop]) -> int:
-    return sum(hop.times for hop in hops)
-
-
 def main(argv: list[str]) -> int:
     if printed_help(argv, doc=__doc__, own=FLAGS):
         return 0
@@ -172,8 +168,7 @@ def main(argv: list[str]) -> int:
             plan = find(tree, topology(machine), "seq_length", say, own["close"], own["most"])
             program, ours = plan.program, plan.config.train_dataset.seq_length
             known[name] = {"ours": ours, "total": program.total, "limit": plan.machine.memory, "host": program.host}
-            hops = ring_hops(program.text)
-            known[name] |= {"hops": _times(hops), "hidden": _times([hop for hop in hops if hop.hidden])}
+            known[name] |= counted(ring_hops(program.module or program.text))
         except Exception as error:  # a compiler that gives up is an answer too
             known[name] = {"refused": " ".join(str(error).split())[:200]}
         file.write_text(json.dumps(known, indent=1) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 from ringbpt.attention.api import OVER_SP
 from ringbpt.config import UserError, parse, parse_args
 from ringbpt.planning.collectives import Transfer, transfers
-from ringbpt.planning.overlap import products_meanwhile, ring_hops
+from ringbpt.planning.overlap import counted, products_meanwhile, ring_hops
 from ringbpt.planning.program import Program, compile_program
 from ringbpt.planning.topologies import Topology, topology
 
@@ -127,8 +127,7 @@ def read(side: str, program: Program, mesh_shape: tuple[int, ...], axes: tuple[s
     hops = ring_hops(module)
     most = max((hop.bytes for hop in hops), default=0)
     hops = [hop for hop in hops if 100 * hop.bytes > most]  # not those of positions
-    counts = {"hops": sum(hop.times for hop in hops), "hidden": sum(hop.times for hop in hops if hop.hidden)}
-    return memory | counts | parts | {"exposed": exposed, "sent": dict(sent), "behind": dict(behind)}
+    return memory | counted(hops) | parts | {"exposed": exposed, "sent": dict(sent), "behind": dict(behind)}
 
 
 def _origin(transfer: Transfer) -> str:

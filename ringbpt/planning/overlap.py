@@ -81,6 +81,11 @@ def ring_hops(program: str | Module) -> list[Hop]:
     return hops
 
 
+def counted(hops: list[Hop]) -> dict[str, int]:
+    """How often a call sends any of them, `hops`, and how many of these are `hidden`."""
+    return {"hops": sum(hop.times for hop in hops), "hidden": sum(hop.times for hop in hops if hop.hidden)}
+
+
 def _with_name(module: Module, computation: Computation, permute: Instruction) -> Instruction:
     """A permute under the name of the attention that is computed next, where the compiler has dropped its own, as it
     does for several slices.

@@ -159,10 +159,7 @@ def test_what_no_order_balances_is_known_at_once():
     heads = lambda documents, counts: counts * (counts + 1) // 2
     for sizes, found in (
         ([1500] + [500] * 20 + [100] * 48, True),
-        (
-            [1900] + [300] * 46,
-            False,
-        ),  # of 2.1 million pairs that two devices have it takes 1.8, and they fill up with 0.9
+        ([1900] + [300] * 46, False),  # two devices have 2.1 million pairs: it takes 1.8, and 0.9 fill them up
         ([4000] + [300] * 39, False),
         ([2048] * 7, False),
         ([5000] + [100] * 96, False),  # more than a device has room for
