@@ -25,10 +25,14 @@ LEAST_COLUMNS = 256
 
 @dataclass(frozen=True)
 class Reduction:
-    """dtype: of what travels; what arrives is added in float32. in_hops: round a ring, and not as one collective."""
+    """dtype: of what travels; what arrives is added in float32. in_hops: round a ring, and not as one collective.
+
+    later: axes over which gradients are left as they are, each device with its own, for training.late_sums.
+    """
 
     dtype: jnp.dtype = jnp.float32
     in_hops: bool = False
+    later: tuple[str, ...] = ()
 
     @staticmethod
     def on(mesh: Mesh, dtype: jnp.dtype = jnp.float32) -> "Reduction":
@@ -36,8 +40,9 @@ class Reduction:
         return Reduction(dtype, mesh.devices.flat[0].platform == "tpu")
 
     def everywhere(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """The sum of x over the devices of these axes, float32, on each of them."""
-        return lax.psum(x.astype(self.dtype), axes).astype(jnp.float32)
+        """The sum of x over the devices of these axes, but those left for later, float32, on each of them."""
+        now = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis not in self.later)
+        return lax.psum(x.astype(self.dtype), now).astype(jnp.float32) if now else x.astype(jnp.float32)
 
     def first(self, sums: PyTree, then: PyTree) -> tuple[PyTree, PyTree]:
         """Both, and what needs `then` waits for the sums: the hops of a loop hide behind nothing else anyway, and what

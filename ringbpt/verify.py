@@ -131,6 +131,7 @@ def variants(config: Config, device_count: int) -> list[Variant]:
     ]
     wanted = [given, *(given.but(**change) for change in changes), *elsewhere]
     wanted += [elsewhere[-1].but(**over_sp(strategy)) for strategy in ("all_gather", "ulysses")]
+    wanted.append(elsewhere[-1].but(accumulate_gradient_steps=2))  # sums over dp wait for the step's end
     return [variant for variant in dict.fromkeys(wanted) if _fits(variant, config)]
 
 

@@ -194,7 +194,7 @@ def make_prefill(model: Model) -> Callable[[Params, Batch, Cache, jax.Array], tu
     What has stood in a row of the cache is gone where a row of the batch becomes it; row_B: see make_put. One program
     computes all layers: a deep model compiles no longer than a shallow one.
     """
-    start = jax.jit(partial(embed, model.mesh, model.dtype))
+    start = jax.jit(partial(embed, model.mesh, model.reduction, model.dtype))
     layer = make_prefill_layer(model)
     put, put_meta = make_put(model.mesh, CACHE), make_put(model.mesh, "B S")
 

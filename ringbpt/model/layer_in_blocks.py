@@ -28,7 +28,7 @@ from ringbpt.dims import ACTIVATION_AXES, GATHERED_AXES, spec, weight_spec
 from ringbpt.model.adapters import IN_OUT, Fixed, back, flat, learning_names, use
 from ringbpt.model.feedforward import matmul_in, swiglu, swiglu_backward
 from ringbpt.model.layer import attention_operands, rms_norm, rope_of
-from ringbpt.model.weights import dot, gather, gather_shards, gradient_by_product, scatter_grad
+from ringbpt.model.weights import dot, gather, gather_shards, gradient_by_product, is_matrix, scatter_grad
 from ringbpt.reduction import Reduction
 from ringbpt.types import Params, TokenMeta
 
@@ -72,7 +72,7 @@ class LayerInBlocks:
 
     def _forward(self, w, x, meta, hops):
         if self.keeps:
-            w |= {name: gather(w[name], self.mesh, self.letters[name], x.dtype) for name in filter(_is_matrix, w)}
+            w |= {name: gather(w[name], self.mesh, self.letters[name], x.dtype) for name in filter(is_matrix, w)}
         before, after = _halves(w)
         attend = self._on_shards(self._attend, before, self._token_specs, (self._out_spec, self._out_spec))
         out, lse = attend(before, x, meta, hops)
@@ -93,7 +93,7 @@ class LayerInBlocks:
     _out_spec = PartitionSpec(None, *_x_spec[:2], "tp")
 
     def _on_shards(self, function: Callable, w: Params, in_specs: tuple, out_specs: Any) -> Callable:
-        whole = {name: spec(self.letters[name], GATHERED_AXES) for name in filter(_is_matrix, w) if self.keeps}
+        whole = {name: spec(self.letters[name], GATHERED_AXES) for name in filter(is_matrix, w) if self.keeps}
         in_specs = (self._stored_specs(w) | whole, *in_specs)
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -112,11 +112,11 @@ class LayerInBlocks:
         """Every matrix whole in D and in the compute dtype; vectors and biases as they are."""
         if self.keeps:
             return w
-        return w | {name: gather_shards(w[name], self.letters[name], dtype) for name in filter(_is_matrix, w)}
+        return w | {name: gather_shards(w[name], self.letters[name], dtype) for name in filter(is_matrix, w)}
 
     def _scattered(self, name: str, dw: jax.Array) -> jax.Array:
         """The sum of all devices' gradients, as the weight itself is stored."""
-        if _is_matrix(name):
+        if is_matrix(name):
             return scatter_grad(dw, self.letters[name], self.reduction)
         # Of what all heads share, each device of tp has its own heads' part of the gradient.
         return lax.psum(dw, (*TOKENS, "tp") if name in ("q_norm", "k_norm") else TOKENS)
@@ -217,7 +217,7 @@ class LayerInBlocks:
             dy, grads = chunk(0, dy, partial(gradient_by_product, self.reduction))
             grads = {name: grads[name] for name in names if name in grads}
             for name, grad in grads.items():
-                grads[name] = self._as_stored(name, w, grad) if _is_matrix(name) else self._scattered(name, grad)
+                grads[name] = self._as_stored(name, w, grad) if is_matrix(name) else self._scattered(name, grad)
             return dy, grads
 
         def add(i, state):
@@ -323,10 +323,6 @@ def _halves(w: Params) -> tuple[Params, Params]:
     """The weights that stand before attention's output, and those behind it."""
     after = {name: x for name, x in w.items() if _weight(name) in AFTER_ATTENTION}
     return {name: x for name, x in w.items() if name not in after}, after
-
-
-def _is_matrix(name: str) -> bool:
-    return name.startswith("w_")
 
 
 def _slice(x: jax.Array, i: jax.Array, size: int, dim: int = 1) -> jax.Array:

@@ -129,6 +129,7 @@ class Model:
     compute_dtype: str = "fp32"  # fp32 | bf16 | fp16; params are stored in float32 and cast where they are used
     pairs: tuple[Pair, ...] = ()  # the adapters of its layers' weights
     temperature: float = 1.0  # of the distribution that token_stats are of
+    later: tuple[str, ...] = ()  # axes over which its matrices' gradients are not summed yet: training.late_sums
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh) -> "Model":
@@ -277,7 +278,7 @@ class Model:
     def _hidden(self, params: Params, token_BT: jax.Array, meta: TokenMeta) -> tuple[jax.Array, Routing | None]:
         """(the last layer's normalised output, what the routers chose, summed over layers, None without experts)."""
         architecture, execution = self.architecture, self.execution
-        x_BTD = embed(self.mesh, self.dtype, fetch(params["embed"]), token_BT)
+        x_BTD = embed(self.mesh, self.reduction, self.dtype, fetch(params["embed"]), token_BT)
         rope = rope_of(architecture, meta)
 
         def one(state, layer):
@@ -383,7 +384,7 @@ class Model:
     @cached_property
     def reduction(self) -> Reduction:
         """How the gradients of weights, which all devices of fsdp and sp use, are summed."""
-        return Reduction.on(self.mesh, COMPUTE_DTYPES[self.execution.reduce_dtype])
+        return replace(Reduction.on(self.mesh, COMPUTE_DTYPES[self.execution.reduce_dtype]), later=self.later)
 
     @cached_property
     def _attend(self) -> Callable[..., jax.Array]:

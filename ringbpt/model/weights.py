@@ -35,6 +35,14 @@ def zeros(dims: Dims, letters: str) -> nnx.Param:
     return nnx.Param(jnp.zeros(dims.shape(letters), jnp.float32), dims=letters)
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a weight, by its dotted name, is one whose gradient a Reduction sums, and not the partitioner: as it does
+    those of norms, biases and a score head.
+    """
+    last = name.rpartition(".")[2]
+    return last.startswith("w_") or last in ("embed", "unembed")
+
+
 def constrain(x: jax.Array, mesh: Mesh, sharding: PartitionSpec) -> jax.Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding))
 
@@ -175,8 +183,9 @@ def gradient_by_product(
 _project.defvjp(_project_fwd, _project_bwd)
 
 
-def embed(mesh: Mesh, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array) -> jax.Array:
-    """The rows of the table that the tokens name, [B, T, D] in `dtype`; the gradient is summed in float32.
+def embed(mesh: Mesh, reduction: Reduction, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array) -> jax.Array:
+    """The rows of the table that the tokens name, [B, T, D] in `dtype`; the gradient is summed in float32, over dp by
+    `reduction`.
 
     The table is never gathered: each device looks every token of its fsdp x sp group up in its own part of D, and an
     all-to-all trades D for tokens. So a device holds no more than its own activations and its own part of the table.
@@ -201,7 +210,7 @@ def embed(mesh: Mesh, dtype: jnp.dtype, table_VD: jax.Array, token_BT: jax.Array
         dx_Gbtd = lax.all_to_all(dx_Gbtd, FSDP, split_axis=0, concat_axis=0).astype(table_vd.dtype)
         # A row of -1 would count from the end: one past it is dropped instead.
         row_Gbt = jnp.where(row_Gbt < 0, table_vd.shape[0], row_Gbt)
-        return lax.psum(jnp.zeros_like(table_vd).at[row_Gbt].add(dx_Gbtd, mode="drop"), "dp")
+        return reduction.everywhere(jnp.zeros_like(table_vd).at[row_Gbt].add(dx_Gbtd, mode="drop"), "dp")
 
     @jax.custom_vjp
     def rows(table_VD, token_BT):

@@ -3,12 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from ringbpt.attention.api import SCOPE as ATTENTION
+from ringbpt.attention.parallel.ring import GRADIENTS_SCOPE
 from ringbpt.dims import AXES
 from ringbpt.planning.hlo import Computation, Instruction, Module
+from ringbpt.reduction import SCOPE as SUMMED
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -38,7 +42,58 @@ def transfers(module: Module, mesh_shape: Sequence[int], axes: Sequence[str] = A
             others = (size - 1) / size  # what of an array goes to the other devices, or comes from them
             share = {"all-gather": size - 1, "all-reduce": 2 * others, "collective-permute": 1}.get(kind, others)
             sent = times * int(computation.operand_bytes(instruction) * share)
-            yield Transfer(instruction, computation, axis, kind, sent)
+            yield Transfer(with_name(module, computation, instruction), computation, axis, kind, sent)
+
+
+# What a permute of ours is part of: scopes in its name.
+_PARTS = tuple(f"/{scope}/" for scope in (ATTENTION, GRADIENTS_SCOPE, SUMMED))
+
+
+def with_name(module: Module, computation: Computation, permute: Instruction) -> Instruction:
+    """A permute under the name of what it belongs to, where the compiler has dropped those of all permutes, as it does
+    for several slices: of the nearest that it gives its array to or takes it from, else of most that is computed there.
+    """
+    if permute.opcode != "collective-permute-start" or permute.op_name or not module.permutes_are_nameless:
+        return permute
+    beside = next(filter(None, map(_part, _around(module, computation, permute))), "")
+    if not beside:
+        found = Counter(filter(None, (_part(name) for i in computation.instructions for name in _names(module, i))))
+        beside = found.most_common(1)[0][0] if found else ""
+    return replace(permute, attributes=f'{permute.attributes}, metadata={{op_name="{beside}ppermute"}}')
+
+
+def _part(name: str) -> str:
+    """What of an operation's name says which part of the step it is, up to the last of _PARTS; "" where none is."""
+    ends = [name.rfind(part) + len(part) for part in _PARTS if part in name]
+    return name[: max(ends)] if ends else ""
+
+
+def _names(module: Module, instruction: Instruction) -> Iterator[str]:
+    """Its own name, else those of what it calls."""
+    if instruction.op_name:
+        yield instruction.op_name
+    else:
+        yield from (inner.op_name for inner in module.inside(instruction) if inner.op_name)
+
+
+def _around(module: Module, computation: Computation, start: Instruction) -> Iterator[str]:
+    """The names of what an instruction gives its result to, the nearest first, through what has no name; then of what
+    it takes its operands from.
+    """
+
+    def after(name: str) -> list[str]:
+        return computation.users.get(name, [])
+
+    def before(name: str) -> list[str]:
+        return [operand for operand in computation.by_name[name].operands if operand in computation.by_name]
+
+    for beside in (after, before):
+        queue = [start.name]
+        for name in queue:
+            names = list(_names(module, computation.by_name[name]))
+            yield from names
+            if not names:
+                queue += [x for x in beside(name) if x not in queue]
 
 
 def collective_bytes(module: Module, mesh_shape: Sequence[int]) -> dict[str, Counter[str]]:

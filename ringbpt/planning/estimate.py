@@ -17,6 +17,7 @@ from ringbpt.planning.between_slices import NETWORK
 from ringbpt.planning.overlap import Hop
 from ringbpt.planning.step_time import BACKWARD, UNHIDDEN, Bracket, Pass, Work, bracket
 from ringbpt.planning.topologies import Topology
+from ringbpt.planning.traffic import AT_LAST, OVER_DP, least
 from ringbpt.rates import Links, Pair
 from ringbpt.training.memory import host_traffic
 from ringbpt.types import TokenMeta
@@ -129,12 +130,15 @@ def estimate(
     dealt = collectives.get("sp", {}).get("all-to-all", 0) if deals else 0
     ring = sum(hop.bytes * hop.times for hop in hops)
     hidden = {"sp": ring + dealt, NETWORK: collectives.get(NETWORK, {}).get("collective-permute", 0)}  # the ring's own
+    late_along = NETWORK if machine.slices > 1 and config.mesh_slices == "dp" else "dp"
+    late = min(least(config).get((OVER_DP, AT_LAST), 0), collectives.get(late_along, {}).get("all-reduce", 0))
+    hidden[late_along] = hidden.get(late_along, 0) + late
     rest = {axis: sum(kinds.values()) - hidden.get(axis, 0) for axis, kinds in collectives.items()}
     work = Work(
         passes=[_pass(name, amount, hops, sp) for name, amount in parts.items()],
         dense=(flops.model - flops.attention + flops.recompute - executed) / devices,
         hop_rate=hop_rate(config, machine),
-        waits=_seconds([(dealt, _along(config, machine, "sp").all_to_all(1, sp))]),
+        waits=_seconds([(dealt, _along(config, machine, "sp").all_to_all(1, sp)), (late, rates_of[late_along])]),
         between=_seconds([(rest.pop("tp", 0), rates_of["tp"])]),
         others=_seconds([(size, rates_of[axis]) for axis, size in rest.items()]),
         meanwhile=meanwhile,

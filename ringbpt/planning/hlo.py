@@ -54,6 +54,15 @@ class Computation:
     def by_name(self) -> dict[str, Instruction]:
         return {instruction.name: instruction for instruction in self.instructions}
 
+    @cached_property
+    def users(self) -> dict[str, list[str]]:
+        """Which instructions take each one's result."""
+        found: dict[str, list[str]] = {}
+        for instruction in self.instructions:
+            for name in instruction.operands:
+                found.setdefault(name, []).append(instruction.name)
+        return found
+
     def operand_bytes(self, instruction: Instruction) -> int:
         """The bytes of what an instruction of this computation is given."""
         return sum(shape_bytes(self.by_name[name].shape) for name in instruction.operands if name in self.by_name)
@@ -69,6 +78,11 @@ class Module:
     @property
     def entry(self) -> Computation:
         return next(computation for computation in self.computations.values() if computation.entry)
+
+    @cached_property
+    def permutes_are_nameless(self) -> bool:
+        everywhere = (i for computation in self.computations.values() for i in computation.instructions)
+        return not any(i.op_name for i in everywhere if i.opcode == "collective-permute-start")
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """Everything that the instruction calls, at any depth."""

@@ -10,10 +10,11 @@ The program must be scheduled: compiled for a TPU or a GPU (planning.topologies)
 Kernels count by their being custom calls; what they are called does not matter.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ringbpt.attention.api import SCOPE
 from ringbpt.planning.attention_runs import AGAIN
+from ringbpt.planning.collectives import with_name
 from ringbpt.planning.hlo import Computation, Instruction, Module, parse
 from ringbpt.reduction import SCOPE as SUMS
 
@@ -60,7 +61,7 @@ def ring_hops(program: str | Module) -> list[Hop]:
     bodies = {i.attribute("body") for c in module.computations.values() for i in c.instructions if i.opcode == "while"}
     hops, seen = [], set()
     for instruction, computation, times in module.executed():
-        instruction = _with_name(module, computation, instruction)
+        instruction = with_name(module, computation, instruction)
         if not _is_hop(module, instruction) or (computation.name, instruction.name) in seen:
             continue
         seen.add((computation.name, instruction.name))
@@ -84,19 +85,6 @@ def ring_hops(program: str | Module) -> list[Hop]:
 def counted(hops: list[Hop]) -> dict[str, int]:
     """How often a call sends any of them, `hops`, and how many of these are `hidden`."""
     return {"hops": sum(hop.times for hop in hops), "hidden": sum(hop.times for hop in hops if hop.hidden)}
-
-
-def _with_name(module: Module, computation: Computation, permute: Instruction) -> Instruction:
-    """A permute under the name of the attention that is computed next, where the compiler has dropped its own, as it
-    does for several slices.
-    """
-    if permute.op_name or permute.opcode != "collective-permute-start":
-        return permute
-    following = computation.instructions[computation.instructions.index(permute) :]
-    names = (p.op_name for i in following for p in (i, *module.inside(i)) if _multiplies(p))
-    beside = next((name for name in names if f"/{SCOPE}/" in name), "")
-    name = f"{beside.rpartition(f'/{SCOPE}/')[0]}/{SCOPE}/ppermute" if beside else ""
-    return replace(permute, attributes=f'{permute.attributes}, metadata={{op_name="{name}"}}')
 
 
 def products_meanwhile(module: Module, computation: Computation, start: Instruction) -> tuple[str, ...]:

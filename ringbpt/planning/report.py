@@ -204,7 +204,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"ring         {hops['hops']} hops, {hops['hidden']} hidden, {hops['exposed']} exposed{margin}")
         least, most = report["exposed_seconds"]
         lines.append(
-            f"exposed      {least:.3g} to {most:.3g} s a step in which devices wait for a ring or for all-to-alls"
+            f"exposed      {least:.3g} to {most:.3g} s a step of waiting for a ring, for all-to-alls or for late sums"
         )
     if report["step_seconds"]:
         (low, high), (slow, fast) = report["step_seconds"], report["tokens_per_second"]

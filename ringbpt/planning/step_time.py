@@ -42,9 +42,9 @@ class Pass:
 class Work:
     """Of one device in one step. dense: FLOPs of everything but attention. hop_rate: bytes a second of a ring's hop.
 
-    waits: seconds of transfers that nothing hides (the all-to-alls of ulysses). between: of those that stand between a
-    layer's products (sums over tp), all hidden at best and none at worst. others: of all other transfers.
-    meanwhile, after: bytes to and from the host's memory, during the computation and in the update.
+    waits: seconds of transfers that nothing hides (the all-to-alls of ulysses, sums after all micro-batches). between:
+    of those that stand between a layer's products (sums over tp), all hidden at best and none at worst. others: of all
+    other transfers. meanwhile, after: bytes to and from the host's memory, during the computation and in the update.
     """
 
     passes: Sequence[Pass]
@@ -59,9 +59,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Bracket:
-    """low, high: seconds of a step. exposed: of them, those in which a device waits for a ring or for ulysses, at best
-    and at worst. margins: for each pass its computation over its transfer, at the slowest transfer and the quickest
-    computation: from 1 on its hops hide in time; None where none is sent behind anything.
+    """low, high: seconds of a step. exposed: of them, those in which a device waits for a ring, for ulysses or for sums
+    after all micro-batches, at best and at worst. margins: for each pass its computation over its transfer, at the
+    slowest transfer and the quickest computation: from 1 on its hops hide in time; None where none is sent behind
+    anything.
     """
 
     low: float

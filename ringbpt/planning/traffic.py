@@ -14,12 +14,14 @@ from ringbpt.planning.attention_runs import AGAIN
 from ringbpt.planning.collectives import Transfer, transfers
 from ringbpt.planning.hlo import Module, shape_bytes
 from ringbpt.reduction import SCOPE as SUMMED
+from ringbpt.training.late_sums import SCOPE as LATE
+from ringbpt.training.late_sums import are_late
 
 KEYS, KEY_GRADIENTS, DEALT = "keys and values", "gradients of keys and values", "heads for tokens"
-WEIGHTS, GRADIENTS = "weights", "gradients of weights"
+WEIGHTS, GRADIENTS, OVER_DP = "weights", "gradients of weights", "gradients of weights, over dp"
 ACTIVATIONS = "activations over tp"  # sums of products that tp deals out; no weight is gathered along it
 EMBEDDED, PLACES, REST = "embedding", "ids and places", "the rest"
-FORWARD, AGAIN_FORWARD, BACKWARD = "forward", "forward again", "backward"
+FORWARD, AGAIN_FORWARD, BACKWARD, AT_LAST = "forward", "forward again", "backward", "after all micro-batches"
 _BARE = {(KEYS, FORWARD), (KEYS, BACKWARD), (KEY_GRADIENTS, BACKWARD)}  # what a ring must send, whatever is kept
 
 
@@ -61,6 +63,8 @@ def _arrays(transfer: Transfer) -> Iterator[tuple[str, str, int]]:
 def _way(name: str) -> str:
     if AGAIN in name and f"/{ATTENTION}/" in name:
         return AGAIN_FORWARD
+    if f"/{LATE}/" in name:
+        return AT_LAST
     return BACKWARD if "transpose(" in name else FORWARD
 
 
@@ -76,12 +80,15 @@ def _what(name: str, dtype: str, kind: str, axis: str) -> str:
     # What a TPU's compiler makes of gathers over a torus loses its name; sums go in hops there.
     if kind == "all-reduce" and (not name or name.endswith("all_gather")):
         return WEIGHTS
-    return GRADIENTS if sums else {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(kind, REST)
+    if sums:
+        return OVER_DP if axis == "dp" else GRADIENTS
+    return {"all-gather": WEIGHTS, "all-to-all": EMBEDDED}.get(kind, REST)
 
 
 def least(config: Config) -> dict[tuple[str, str], int]:
     """{(what, way): bytes} of one device: keys once all the way round for each pass, weights gathered once for each,
-    gradients summed once; the heads and the feedforward that tp deals out counted for one of its devices.
+    gradients summed once for each micro-batch, over dp once; the heads and the feedforward that tp deals out counted
+    for one of its devices.
     """
     execution, d, (dp, fsdp, tp, sp) = config.execution, make_dims(config.architecture), config.mesh_shape
     numbers, travels = (jnp.dtype(COMPUTE_DTYPES[x]).itemsize for x in (config.dtype, execution.reduce_dtype))
@@ -99,5 +106,8 @@ def least(config: Config) -> dict[tuple[str, str], int]:
         (WEIGHTS, BACKWARD): again * micros * layers * numbers * others // (others + 1),
         (GRADIENTS, BACKWARD): micros * whole * travels * others // (others + 1),
     }
+    learned = whole + (0 if config.architecture.tie_word_embeddings else d.D * d.V // tp)
+    over_dp = 2 * (dp - 1) * learned * travels // (dp * (others + 1))
+    found[OVER_DP, AT_LAST if are_late(config, dp) else BACKWARD] = over_dp
     rings = execution.sequence_parallel == "ring" and sp > 1 and not execution.ring_skip_hops
     return {name: count for name, count in found.items() if count and (rings or name not in _BARE)}

@@ -12,11 +12,12 @@ import optax
 from ringbpt.config import Config
 from ringbpt.host_memory import placed_like, to_host
 from ringbpt.model.llama import Model
-from ringbpt.model.weights import merge, part_of
+from ringbpt.model.weights import merge
 from ringbpt.objectives import Objective
 from ringbpt.objectives.objective import REFERENCE, stopped
 from ringbpt.training import offload
 from ringbpt.training.guards import Verdict, chosen, if_good, judge
+from ringbpt.training.late_sums import LateSums
 from ringbpt.training.optimizer import clip_factor
 from ringbpt.training.state import StateLayout, TrainState
 from ringbpt.types import Batch, Mean, Means, Params, PyTree, TokenStats
@@ -93,7 +94,8 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
     accumulation, packing and the mesh don't change the numbers. Gradients live where their weights do, on the device or
     in the host's memory.
     """
-    count = config.optimizer.accumulate_gradient_steps
+    count, late = config.optimizer.accumulate_gradient_steps, LateSums.of(config, model)
+    model = late.model
 
     def statistics(trained: Params, frozen: Params, batch: Batch) -> TokenStats:
         return model.token_stats(merge(trained, frozen), batch, objective.head)
@@ -131,13 +133,14 @@ def make_totals(config: Config, model: Model, objective: Objective) -> Callable[
 
         def add(sums: tuple[Params, Means], micro: Batch) -> tuple[tuple[Params, Means], None]:
             grads, means = gradient(trained, frozen, micro, scales, whole, reference)
-            return (offload.add(sums[0], grads), jax.tree.map(jnp.add, sums[1], means)), None
+            return (offload.add(sums[0], late.apart(grads)), jax.tree.map(jnp.add, sums[1], means)), None
 
-        zeros, no_means = _zeros(jax.eval_shape(gradient, trained, frozen, one, scales, whole, reference))
-        zeros = jax.lax.with_sharding_constraint(zeros, part_of(model.shardings, trained))
+        shapes, of_means = jax.eval_shape(gradient, trained, frozen, one, scales, whole, reference)
+        zeros = _zeros(jax.eval_shape(late.apart, shapes))
+        zeros = jax.lax.with_sharding_constraint(zeros, late.shardings(trained))
         zeros = jax.tree.map(placed_like, zeros, trained)
-        grads, means = jax.lax.scan(add, (zeros, no_means), micros)[0]
-        return grads, divisor, means, loss_of(means)
+        grads, means = jax.lax.scan(add, (zeros, _zeros(of_means)), micros)[0]
+        return late.together(grads), divisor, means, loss_of(means)
 
     return totals
 

@@ -18,6 +18,7 @@ from ringbpt.planning.traffic import (
     WEIGHTS,
     traffic,
 )
+from ringbpt.reduction import SCOPE as SUMMED
 from tests.planning.test_overlap import compiler
 
 TOGETHER = """HloModule step, is_scheduled=true
@@ -29,6 +30,25 @@ ENTRY %main (kv: bf16[8], sums: f32[8]) -> bf16[8] {
 source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/transpose(jvp())/attention/(ppermute:NAME/ppermute)"}
   %wait = (bf16[8]{0}, f32[8]{0}) collective-permute-done(%start)
   ROOT %kv2 = bf16[8]{0} get-tuple-element(%wait), index=0
+}
+"""
+# As of several slices: no permute has a name. One brings K and V to a turn of attention, one a sum home.
+NAMELESS = """HloModule step, is_scheduled=true
+
+ENTRY %main (kv: bf16[8], sum: f32[8], x: f32[8]) -> (bf16[8], f32[8]) {
+  %kv = bf16[8]{0} parameter(0)
+  %sum = f32[8]{0} parameter(1)
+  %x = f32[8]{0} parameter(2)
+  %own = bf16[8]{0} copy(%kv)
+  %start = (bf16[8]{0}, bf16[8]{0}) collective-permute-start(%own), source_target_pairs={{0,1},{1,0}}
+  %start.1 = (f32[8]{0}, f32[8]{0}) collective-permute-start(%sum), source_target_pairs={{0,1},{1,0}}
+  %many = f32[8]{0} multiply(%x, %x), metadata={op_name="jit(step)/transpose(jvp())/attention/mul"}
+  %more = f32[8]{0} multiply(%x, %many), metadata={op_name="jit(step)/transpose(jvp())/attention/mul"}
+  %kv2 = bf16[8]{0} collective-permute-done(%start)
+  %home = f32[8]{0} collective-permute-done(%start.1)
+  %copied = f32[8]{0} copy(%home)
+  %added = f32[8]{0} add(%copied, %more), metadata={op_name="jit(step)/transpose(jvp())/WHERE/add"}
+  ROOT %both = (bf16[8]{0}, f32[8]{0}) tuple(%kv2, %added)
 }
 """
 MODEL = (
@@ -116,3 +136,14 @@ def test_what_goes_at_once_is_told_apart():
     assert found == {(KEYS, BACKWARD): 16, (KEY_GRADIENTS, BACKWARD): 32}
     [hop] = ring_hops(text)
     assert (hop.bytes, hop.backward) == (48, True)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [(f"attention/{GRADIENTS_SCOPE}", KEY_GRADIENTS), (SUMMED, GRADIENTS)], ids=str
+)
+def test_what_lost_its_name_is_known_by_what_stands_beside_it(where, what):
+    config = parse(parse_args([*MODEL, "--mesh_dim=1,1,1,2"]), 2)
+    text = NAMELESS.replace("WHERE", where)
+    found = {(flow.what, flow.way): flow.sent for flow in traffic(program(text), config)}
+    assert found == {(KEYS, BACKWARD): 16, (what, BACKWARD): 32}
+    assert len(ring_hops(text)) == 2 - (what == GRADIENTS)

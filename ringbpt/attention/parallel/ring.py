@@ -22,7 +22,7 @@ from ringbpt.types import TokenMeta
 Hops: TypeAlias = Any  # how far the keys travel: an int32 scalar, or None for all the way
 Streams = tuple[tuple[int, slice], ...]  # which way (+1: to the next device), and which of a device's keys go there
 ONE_WAY: Streams = ((1, slice(None)),)
-# The name under which dK and dV travel in a compiled program; planning.traffic looks for it.
+# The name under which dK and dV travel and are added up in a compiled program; planning.traffic looks for it.
 GRADIENTS_SCOPE = "key_gradients"
 
 
@@ -212,7 +212,8 @@ def _one_after_the_other(first: Any, then: Any) -> tuple[Any, Any]:
 
 
 def _add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-    return [x + y for x, y in zip(a, b, strict=True)]
+    with jax.named_scope(GRADIENTS_SCOPE):
+        return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _homecoming(d_kvs: list[jax.Array], send: Callable, size: int, hops: Hops) -> list[jax.Array]:
