@@ -101,7 +101,7 @@ def compile_program(config: Config, machine: Topology) -> Program:
         ),
         "batch": shard_bytes(batch),
     }
-    own = gpu_options(GPU_FRACTION) if machine.platform == "cuda" else {}
+    own = gpu_options(GPU_FRACTION, config.mesh_shape.dp) if machine.platform == "cuda" else {}
 
     def compiled(options: dict[str, Any]) -> Any:
         return machine.compile(step, state, batch, on_host=jax.tree.leaves(away), options=own | options)

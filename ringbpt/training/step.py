@@ -29,13 +29,15 @@ XLA_FRACTION, JAX_FRACTION = 0.8, 0.75
 OVERCOUNT = 1.25
 LIMIT = "xla_gpu_memory_limit_slop_factor"
 # Transfers under way at once: a ring's keys and values, their gradients, and two of weights. With fewer, sums of a
-# layer's gradients that stretch over its attention keep the ring's last hop waiting (7b on 8 A100, by 2 and by 3).
-AT_ONCE = 4
+# layer's gradients that stretch over its attention keep the ring's last hop waiting (7b on 8 A100, by 2 and by 3). Over
+# dp those are summed once more, and may be under way besides (7b on two times 8 H100, by 4).
+AT_ONCE, OVER_DP = 4, 2
 
 
-def gpu_options(given: float | None = None) -> dict[str, Any]:
+def gpu_options(given: float | None = None, dp: int = 1) -> dict[str, Any]:
     """So that a GPU's compiler sends the ring's K and V, and the gradients of others and of weights, at once, and
     nothing waits for them. given: the part of the GPU's memory that the program may use; None: as the environment says.
+    dp: the mesh's.
 
     A program of which the scheduler counts more than its limit hides few transfers, or none: the limit is said, in
     percent of its own. What XLA_FLAGS says is left out.
@@ -47,7 +49,7 @@ def gpu_options(given: float | None = None) -> dict[str, Any]:
         LIMIT: round(100 * OVERCOUNT * given / XLA_FRACTION),
         "xla_gpu_enable_latency_hiding_scheduler": True,  # of itself for Hopper only
         "xla_gpu_collective_permute_combine_threshold_bytes": 2**36,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": AT_ONCE,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": AT_ONCE + OVER_DP * (dp > 1),
     }
     return {name: value for name, value in own.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
@@ -224,7 +226,7 @@ def make_train_step(
         after = replace(state, step=state.step + 1, trained=trained, opt_state=opt_state, guard=guard)
         return after, Metrics(means, own, verdict)
 
-    options = gpu_options() if platform in ("gpu", "cuda") else None
+    options = gpu_options(dp=model.mesh.shape["dp"]) if platform in ("gpu", "cuda") else None
     # Unused arguments (optimizers' placeholders) too, so that the planner knows which one is which.
     return jax.jit(
         step, donate_argnums=0, keep_unused=True, out_shardings=(layout.shardings, None), compiler_options=options
