@@ -36,11 +36,10 @@ def zeros(dims: Dims, letters: str) -> nnx.Param:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a weight, by its dotted name, is one whose gradient a Reduction sums, and not the partitioner: as it does
-    those of norms, biases and a score head.
+    """Whether a Reduction sums the gradient of the weight of this name, and not the partitioner, as it does those of
+    norms, biases and a score head.
     """
-    last = name.rpartition(".")[2]
-    return last.startswith("w_") or last in ("embed", "unembed")
+    return name.startswith("w_") or name in ("embed", "unembed")
 
 
 def constrain(x: jax.Array, mesh: Mesh, sharding: PartitionSpec) -> jax.Array:

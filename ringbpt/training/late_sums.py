@@ -7,14 +7,13 @@ it can't: unsummed, a device's part would be the whole gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ringbpt.config import Config
 from ringbpt.model.llama import Model
-from ringbpt.model.weights import is_matrix
+from ringbpt.model.weights import is_matrix, part_of
 from ringbpt.types import Params
 
 # The name under which these sums stand in a compiled program; planning.traffic looks for it.
@@ -40,39 +39,37 @@ class LateSums:
         """Gradients straight from the model, as arrays that say what they are: of a matrix [dp, ...], each device's own
         part of the sum.
         """
-        return self._on_shards(lambda g: g[None], grads, self._whole, self._apart)
+        return self._on_shards(lambda g: g[None], grads, *self._specs(grads))
 
     def together(self, grads: Params) -> Params:
         """The gradients, of what `apart` gave or of sums of such."""
         with jax.named_scope(SCOPE):
-            return self._on_shards(lambda g: self._sum(g[0]), grads, self._apart, self._whole)
+            return self._on_shards(lambda g: self._sum(g[0]), grads, *reversed(self._specs(grads)))
 
     def shardings(self, trained: Params) -> Params:
         """Of what `apart` gives."""
-        placed = lambda path, _: NamedSharding(self.model.mesh, self._apart(path))  # noqa: E731
-        return jax.tree.map_with_path(placed, trained)
+        return jax.tree.map(lambda _, spec: NamedSharding(self.model.mesh, spec), trained, self._specs(trained)[1])
 
     def _sum(self, g: jax.Array) -> jax.Array:
         return replace(self.model.reduction, later=()).everywhere(g, self.model.later)
 
-    def _whole(self, path: tuple) -> PartitionSpec:
-        spec: Any = self.model.specs
-        for key in path:
-            spec = spec[key.key]
-        return spec
+    def _specs(self, grads: Params) -> tuple[Params, Params]:
+        """Of gradients, and of what `apart` gives."""
 
-    def _apart(self, path: tuple) -> PartitionSpec:
-        return PartitionSpec(self.model.later, *self._whole(path)) if self._waits(path) else self._whole(path)
+        def apart(path: tuple, _: jax.Array, spec: PartitionSpec) -> PartitionSpec:
+            return PartitionSpec(self.model.later, *spec) if self._waits(path) else spec
+
+        whole = part_of(self.model.specs, grads)
+        return whole, jax.tree.map_with_path(apart, grads, whole)
 
     def _waits(self, path: tuple) -> bool:
         return bool(self.model.later) and is_matrix(path[-1].key)
 
-    def _on_shards(self, function: Callable, grads: Params, before: Callable, after: Callable) -> Params:
-        def leaf(path: tuple, g: jax.Array) -> jax.Array:
+    def _on_shards(self, function: Callable, grads: Params, before: Params, after: Params) -> Params:
+        def leaf(path: tuple, g: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
             if not self._waits(path):
                 return g
-            specs = {"in_specs": before(path), "out_specs": after(path)}
             # Unchecked: of what the model gave, devices of dp have values of their own where their specs say one.
-            return jax.shard_map(function, mesh=self.model.mesh, check_vma=False, **specs)(g)
+            return jax.shard_map(function, mesh=self.model.mesh, in_specs=before, out_specs=after, check_vma=False)(g)
 
-        return jax.tree.map_with_path(leaf, grads)
+        return jax.tree.map_with_path(leaf, grads, before, after)
