@@ -58,7 +58,9 @@ def with_name(module: Module, computation: Computation, permute: Instruction) ->
     beside = next(filter(None, map(_part, _around(module, computation, permute))), "")
     if not beside:
         found = Counter(filter(None, (_part(name) for i in computation.instructions for name in _names(module, i))))
-        beside = found.most_common(1)[0][0] if found else ""
+        if not found:
+            return permute
+        [(beside, _)] = found.most_common(1)
     return replace(permute, attributes=f'{permute.attributes}, metadata={{op_name="{beside}ppermute"}}')
 
 

@@ -147,3 +147,8 @@ def test_what_lost_its_name_is_known_by_what_stands_beside_it(where, what):
     found = {(flow.what, flow.way): flow.sent for flow in traffic(program(text), config)}
     assert found == {(KEYS, BACKWARD): 16, (what, BACKWARD): 32}
     assert len(ring_hops(text)) == 2 - (what == GRADIENTS)
+
+
+def test_of_what_stands_beside_nothing_of_ours_no_hop_is_made():
+    text = NAMELESS.replace("WHERE", "").replace("/attention/", "/")
+    assert ring_hops(text) == []
