@@ -197,6 +197,9 @@ class HandedOn:
             signal.signal(number, handler)
 
 
+_SHOWING = threading.Lock()  # what two say at the same time comes once too
+
+
 def _forward(stream: IO[bytes], prefix: str, shown: set[str] | None) -> None:
     """Prints a process's lines as they come. shown: those of standard error, where one that several say comes once."""
     with stream:
@@ -204,9 +207,12 @@ def _forward(stream: IO[bytes], prefix: str, shown: set[str] | None) -> None:
             line = data.decode(errors="replace").rstrip("\n")
             if shown is None:
                 say(line if prefix in ("", "[0] ") else prefix + line)
-            elif line not in shown and not STACK.match(line):
-                shown.add(line)
-                complain(prefix + line)
+            elif not STACK.match(line):
+                with _SHOWING:
+                    is_new = line not in shown
+                    shown.add(line)
+                if is_new:
+                    complain(prefix + line)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ringbpt.config import (
     Flag,
     UserError,
     check_folders,
+    complain,
     json_to,
     parse,
     parse_args,
@@ -56,9 +57,8 @@ def main(argv: list[str]) -> int:
     if run and machine.hardware is None:
         raise UserError(f"--check_run: nobody knows the speed of {machine.name}: name the run's machine, as 8xh100")
     config = parse(tree, len(machine.devices))
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with json_to(own["json"]) as write:
-        plan = find(tree, machine, own["find"], say) if own["find"] else make_plan(config, machine)
+        plan = find(tree, machine, own["find"], complain) if own["find"] else make_plan(config, machine)
         plan = replace(plan, pairs=typical(run, "visible_pairs")) if run else plan
         report = plan.as_dict()
         print(table(report))

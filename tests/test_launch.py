@@ -16,7 +16,7 @@ from ringbpt import launch
 from ringbpt.config import UserError, run_main
 from ringbpt.launch import newest_step, supervise, verdict
 from ringbpt.training.metrics import read_rows
-from tests.test_train_cli import DEBUG, ENDLESS, FULL, ROOT, TRAIN, free_port, lines_until, start
+from tests.test_train_cli import DEBUG, ENDLESS, FULL, ROOT, TRAIN, environment, free_port, lines_until, start
 
 SIGTERM, SIGINT = int(signal.SIGTERM), int(signal.SIGINT)
 
@@ -89,6 +89,25 @@ def test_restarts_are_bounded_and_said(capfd, monkeypatch):
     steps = iter(range(100))
     assert supervised("75,-6,5,75,5,0", newest=lambda: next(steps)) == (0, 6)  # each start has left a checkpoint
     assert supervised("wait", "2") == (2, 1)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # most containers set it
+def test_lines_of_several_come_whole(tmp_path, unbuffered):
+    says = (
+        "import sys\nfor line in range(500):\n"
+        "    print('out', line, flush=True); print('err', line, file=sys.stderr, flush=True)"
+    )
+    code = (
+        "import sys\nfrom ringbpt.launch import supervise\n"
+        f"ranks = [[sys.executable, '-c', {says!r}]] * 3\n"
+        "sys.exit(supervise(lambda attempt: ranks, 0, lambda: -1, ''))"
+    )
+    command, told = [sys.executable, "-c", code], environment(tmp_path) | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=True, timeout=60)
+    prefixes = ("", "[1] ", "[2] ")
+    assert sorted(done.stdout.splitlines()) == sorted(f"{one}out {line}" for one in prefixes for line in range(500))
+    said = [line.removeprefix("[0] ").removeprefix("[1] ").removeprefix("[2] ") for line in done.stderr.splitlines()]
+    assert sorted(said) == sorted(f"err {line}" for line in range(500))  # once, whoever came first
 
 
 def test_a_signal_is_handed_on_and_ends_it(tmp_path):

@@ -19,7 +19,7 @@ from ringbpt.attention.api import FASTEST, LOCALS
 from ringbpt.attention.local import block_sizes
 from ringbpt.bench import AUTOTUNE_FLAGS as FLAGS
 from ringbpt.bench.kernels import Problem, own_arguments, own_programs, seconds
-from ringbpt.config import UserError, printed_help, read_flags
+from ringbpt.config import UserError, printed_help, read_flags, say
 from ringbpt.model.llama import COMPUTE_DTYPES
 
 TUNABLE = ("blockwise", "pallas_tpu", "pallas_triton")  # those that read the table
@@ -47,7 +47,7 @@ def measure(kernel: str, problem: Problem, blocks: list[int], dtype: Any, until:
     todo = list(product([b for b in blocks if b <= problem.length], repeat=2))
     for number, sizes in enumerate(todo):
         if time.monotonic() > until:
-            print(f"  {head_dim}: left out, for want of time: {', '.join(map(str, todo[number:]))}", flush=True)
+            say(f"  {head_dim}: left out, for want of time: {', '.join(map(str, todo[number:]))}")
             return entry
         row = block_sizes.table().setdefault(kernel, {}).setdefault(row_name, {})
         row[str(head_dim)] = {"forward": list(sizes), "backward": list(sizes)}  # what a kernel reads when it is traced
@@ -58,9 +58,9 @@ def measure(kernel: str, problem: Problem, blocks: list[int], dtype: Any, until:
                 if way == "forward":
                     arguments[4:6] = program(*arguments)
             except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-                print(f"  {head_dim} {way} {sizes}: {str(error).splitlines()[0][:100]}", flush=True)
+                say(f"  {head_dim} {way} {sizes}: {str(error).splitlines()[0][:100]}")
                 break  # without a forward there is no backward
-            print(f"  {head_dim} {way} {sizes}: {spent * 1e3:.3f} ms", flush=True)
+            say(f"  {head_dim} {way} {sizes}: {spent * 1e3:.3f} ms")
             best[way] = min(best.get(way, (spent, list(sizes))), (spent, list(sizes)))
         if len(best) == 2:
             source = (
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
         )
     blocks = _numbers("blocks", flags["blocks"], BLOCKS.get(kernel, MOST_BLOCKS))
     head_dims = _numbers("head_dim", flags["head_dim"], FLAGS["head_dim"].default)
-    print(f"{kernel} on {device.device_kind}: {shape}", flush=True)
+    say(f"{kernel} on {device.device_kind}: {shape}")
     until = time.monotonic() + flags["budget_s"]
 
     # A kernel that hangs ends the run; what was measured is in the table.
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
             entry = measure(
                 kernel, problem, blocks, COMPUTE_DTYPES[flags["dtype"]], until, write=not flags["print_only"]
             )
-            print(f"{head_dim}: {entry or 'left out'}", flush=True)
+            say(f"{head_dim}: {entry or 'left out'}")
     except NotImplementedError as refusal:
         raise UserError(f"--kernel={kernel}: {refusal}") from None
     finally:

@@ -205,9 +205,13 @@ class _Printed(logging.Handler):
 
 
 def say(text: str) -> None:
-    """Prints a line for whoever still reads: a pipe that was closed, or a full disk, ends the printing and no work."""
+    """Prints a line for whoever still reads: a pipe that was closed, or a full disk, ends the printing and no work.
+
+    With its end in the same write: print's own is a second one, and where nothing is buffered (PYTHONUNBUFFERED, in
+    most containers) a line of another thread or process would come between.
+    """
     try:
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)
     except OSError:
         _stop_printing()
 
@@ -219,9 +223,9 @@ def _stop_printing() -> None:
 
 
 def complain(text: str) -> None:
-    """Prints a line on standard error, for whoever still reads."""
+    """Prints a line on standard error, for whoever still reads; whole, as `say` does."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

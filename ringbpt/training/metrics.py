@@ -154,7 +154,7 @@ class MetricsWriter:
             if self._is_main and self.path.exists():
                 draw(read_rows(self.path), self._run_dir / "loss.png", self._run_dir.name)
         except OSError as error:
-            print(f"{self._run_dir}: {error.strerror}: {len(self._late)} rows and loss.png are lost", flush=True)
+            print_line(f"{self._run_dir}: {error.strerror}: {len(self._late)} rows and loss.png are lost")
 
     def _step_label(self, step: int) -> str:
         total = str(self._config.total_steps)

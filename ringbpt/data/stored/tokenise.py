@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError, printable
+from ringbpt.config import TextProcessorConfig, TokenizerConfig, UserError, printable, say
 from ringbpt.data.documents import ALONE
 from ringbpt.data.reading.files import make_private, open_lock, remove, unwritable
 from ringbpt.data.reading.sources import Source
@@ -113,7 +113,7 @@ def _make_shards(job: Job, tokenizer: Tokenizer, work: Path, processes: int) -> 
     left_out = f", {count:,} bad ones left out, the first: {bad[0]}" if count else ""
     rows = f"{job.shape}, {totals['documents']:,} rows" if job.shape else f"{totals['documents']:,} documents"
     said = f"{job.flag}: {rows}, tokenised: {totals['tokens']:,} tokens in {seconds:.1f} s{left_out}"
-    print(printable(said), flush=True)
+    say(printable(said))
 
 
 def _check_bad(count: int, job: Job, lines: list[str]) -> None:
@@ -237,6 +237,6 @@ def _progress(flag: str, total: int) -> Iterator[Callable[[int], None]]:
             now = time.monotonic()
             if now - said > SAY_EVERY and not sys.stdout.isatty():
                 said, left = now, (now - begin) / done * (total - done)
-                print(f"{flag}: tokenised {done:,} of {total:,} examples, {left:.0f} s left", flush=True)
+                say(f"{flag}: tokenised {done:,} of {total:,} examples, {left:.0f} s left")
 
         yield advance
