@@ -146,7 +146,7 @@ def test_the_check_sees_arrows_and_cycles():
 
 LONGEST_FILE, LONGEST_FUNCTION = 520, 80
 # All files together. Who needs more raises it in the commit that adds it, and says there what the lines are for.
-WHOLE = 35_050
+WHOLE = 35_400
 KERNELS = "ringbpt.attention.local.pallas_"  # a kernel is written in one piece
 
 

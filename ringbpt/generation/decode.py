@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ringbpt.attention.core import MaskSpec, Partial, merge, visible
 from ringbpt.dims import ACTIVATION_AXES, spec
 from ringbpt.model.adapters import IN_OUT
-from ringbpt.model.experts import mixture
+from ringbpt.model.experts import make_mixture
 from ringbpt.model.feedforward import matmul_in, swiglu
 from ringbpt.model.layer import Parts, apply_layer, rms_norm, rope_of
 from ringbpt.model.llama import Model, layer_of, make_dims
@@ -262,7 +262,7 @@ def make_decode(model: Model, prompt_share: int):
     architecture, mesh, mask = model.architecture, model.mesh, model.mask
     matmul = matmul_in(model.dtype)
     experts = architecture.num_experts
-    feedforward = partial(mixture, experts) if experts else partial(swiglu, matmul=matmul)
+    feedforward = make_mixture(mesh, experts) if experts else partial(swiglu, matmul=matmul)
     # Each device has its heads, and its part of F.
     parts = partial(Parts, matmul, feedforward=feedforward, reduce=partial(lax.psum, axis_name="tp"))
     row, cache_spec, meta_spec = (

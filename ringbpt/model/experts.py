@@ -1,13 +1,12 @@
 """A mixture of experts in the feedforward's place: each token goes to the few that its router chooses, none dropped.
 
 Blockwise like the dense one: in chunks of each device's share of the sequence, every expert split over tp in F. The
-rows of a chunk are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so the work is that of the chosen
-experts whatever their loads are. Ref: Mixtral, arXiv:2401.04088; dropless: MegaBlocks, arXiv:2211.15841.
+rows of a chunk are dealt out by expert (model/grouped.py), so the work is that of the chosen experts whatever their
+loads are. Ref: Mixtral, arXiv:2401.04088; dropless: MegaBlocks, arXiv:2211.15841.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from ringbpt.config import Architecture
 from ringbpt.model.feedforward import activated, in_chunks
+from ringbpt.model.grouped import Deal, Grouped, deal, make_grouped
 from ringbpt.reduction import Reduction
 
 WEIGHTS = ("E D F", "E D F", "E F D")
@@ -55,23 +55,48 @@ def route(architecture: Architecture, logits_BTE: jax.Array) -> RouterOutput:
     return RouterOutput(weight_BTX / jnp.sum(weight_BTX, axis=-1, keepdims=True), expert_BTX, probability_BTE)
 
 
-def mixture(num_experts: int, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:
-    """sum_x weight_x * swiglu(x; expert x), on one device: rows sorted by expert, multiplied in groups."""
-    rows, X = x_BTD.reshape(-1, x_BTD.shape[-1]), expert_BTX.shape[-1]
-    expert = expert_BTX.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
-    precision = "highest" if x_BTD.dtype == jnp.float32 else None
+@dataclass(frozen=True)
+class Mixture:
+    """sum_x weight_x * swiglu(x; expert x), of what one device has: weight_BTX float32, its part of each expert's F."""
 
-    def grouped(a, w):
-        dot = partial(lax.ragged_dot, precision=precision, preferred_element_type=jnp.float32)
-        return dot(a, w, sizes).astype(x_BTD.dtype)
+    grouped: Grouped
+    num_experts: int
 
-    grouped_rows = rows[order // X]
-    hidden = activated(grouped(grouped_rows, w_gate_EDF), grouped(grouped_rows, w_up_EDF))
-    out = grouped(hidden, w_down_EFD)[jnp.argsort(order)].reshape(-1, X, x_BTD.shape[-1])
-    weight = weight_BTX.reshape(-1, X, 1)
-    return jnp.sum(out.astype(jnp.float32) * weight, axis=1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+    def __call__(self, x_BTD, weight_BTX, expert_BTX, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:
+        """[B, T, D] in x's dtype."""
+        groups, rows = self._dealt(x_BTD, expert_BTX)
+        hidden = activated(*(self.grouped.product(rows, w, groups) for w in (w_gate_EDF, w_up_EDF)))
+        out = self.grouped.product(hidden, w_down_EFD, groups)[groups.place].astype(jnp.float32)
+        out_BTXD = out.reshape(*weight_BTX.shape, -1)
+        return jnp.sum(out_BTXD * weight_BTX[..., None], axis=2).astype(x_BTD.dtype)
+
+    def backward(self, x_BTD, weight_BTX, expert_BTX, dy_BTD, *whole) -> tuple[tuple, list[jax.Array]]:
+        """((dx in x's dtype, d_weight), the gradients of the three weights in float32), activations computed again.
+
+        By hand: every gather's transpose is a gather too, where a sum of scattered rows would differ from run to run.
+        """
+        product, outer = self.grouped.product, self.grouped.outer
+        (groups, rows), (w_gate, w_up, w_down), X = self._dealt(x_BTD, expert_BTX), whole, weight_BTX.shape[-1]
+        dy, weight = groups.spread(dy_BTD.reshape(-1, dy_BTD.shape[-1]), X), groups.spread(weight_BTX.reshape(-1, 1))
+        (hidden, back) = jax.vjp(activated, product(rows, w_gate, groups), product(rows, w_up, groups))
+        # Of a row, before its weight: what the weight itself learns from, without the product that made its output.
+        d_hidden = product(dy, w_down, groups, turned=True).astype(jnp.float32)
+        d_weight = jnp.sum(hidden.astype(jnp.float32) * d_hidden, axis=1)[groups.place].reshape(weight_BTX.shape)
+        dw_down = outer((hidden * weight).astype(hidden.dtype), dy, groups, self.num_experts)
+        d_gate, d_up = back((d_hidden * weight).astype(hidden.dtype))
+        dws = [outer(rows, d, groups, self.num_experts) for d in (d_gate, d_up)]
+        dx = product(d_gate, w_gate, groups, turned=True) + product(d_up, w_up, groups, turned=True)
+        dx_BTXD = dx[groups.place].reshape(*weight_BTX.shape, -1).astype(jnp.float32)
+        return (jnp.sum(dx_BTXD, axis=2).astype(x_BTD.dtype), d_weight), [*dws, dw_down]
+
+    def _dealt(self, x_BTD: jax.Array, expert_BTX: jax.Array) -> tuple[Deal, jax.Array]:
+        block = self.grouped.block(expert_BTX.size, self.num_experts, x_BTD.dtype)
+        groups = deal(expert_BTX.reshape(-1), self.num_experts, block)
+        return groups, groups.spread(x_BTD.reshape(-1, x_BTD.shape[-1]), expert_BTX.shape[-1])
+
+
+def make_mixture(mesh: Mesh, num_experts: int) -> Mixture:
+    return Mixture(make_grouped(mesh.devices.flat[0]), num_experts)
 
 
 def make_experts(
@@ -83,12 +108,6 @@ def make_experts(
     Differentiable in all but expert_BTX; weights' gradients are summed over chunks in float32. keeps: gathered weights,
     as of weights.project.
     """
-    forward = partial(mixture, num_experts)
-
-    def backward(x, weight, expert, dy, *whole):
-        _, vjp = jax.vjp(lambda x, weight, *whole: forward(x, weight, expert, *whole), x, weight, *whole)
-        dx, d_weight, *dws = vjp(dy)
-        return (dx, d_weight), dws
-
+    mixture = make_mixture(mesh, num_experts)
     inputs = ("B T D", "B T _", "B T _")
-    return in_chunks(mesh, forward, backward, WEIGHTS, chunk_size, inputs, reduction, keeps, learned=2)
+    return in_chunks(mesh, mixture, mixture.backward, WEIGHTS, chunk_size, inputs, reduction, keeps, learned=2)

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,7 @@ def train_like(
 
     trees: documents may share their beginning.
     """
-    mesh = Mesh(machine.devices[:1], ("one",))
-    array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+    array = arrays_on(machine)
     q, k = (array((1, length, heads, head_dim), dtype) for heads in (8, 2))
     meta = TokenMeta(*[array((1, length), jnp.int32)] * (3 if trees else 2))
     carry = Partial(array(q.shape, jnp.float32), array(q.shape[:-1], jnp.float32))
@@ -43,12 +43,26 @@ def train_like(
         part = local.attend(q, k, v, meta, meta, MaskSpec(), carry)
         return part, local.attend_bwd(q, k, v, part.out_BTNH, part.lse_BTN, d_out, meta, meta, MaskSpec())
 
+    return compiled(machine, both, (q, k, k, q, meta, carry), dump)
+
+
+def arrays_on(machine: Topology) -> Callable:
+    """array(shape, dtype) on the machine's first device."""
+    return partial(jax.ShapeDtypeStruct, sharding=NamedSharding(_one(machine), PartitionSpec()))
+
+
+def compiled(machine: Topology, function: Callable, arguments: tuple, dump: Path):
+    """Of arrays_on's; XLA's files go to `dump`."""
     # PTX is written by itself on jax 0.10, when asked for on 0.12. The tests' own environment asks for the least
     # optimised code.
     options = {"xla_dump_to": str(dump), "xla_dump_emitter_re": "ptx", "xla_backend_optimization_level": 3}
     # As make_attention has it: from its mesh a kernel learns, on jax 0.12, which GPU it is lowered for.
-    share = jax.shard_map(both, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-    return machine.compile(jax.jit(share), q, k, k, q, meta, carry, options=options)
+    specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(), "check_vma": False}
+    return machine.compile(jax.jit(jax.shard_map(function, mesh=_one(machine), **specs)), *arguments, options=options)
+
+
+def _one(machine: Topology) -> Mesh:
+    return Mesh(machine.devices[:1], ("one",))
 
 
 def _ptxas() -> str:

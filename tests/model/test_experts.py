@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringbpt.config import Architecture
-from ringbpt.model.experts import Routing, mixture, route
+from ringbpt.model.experts import Mixture, Routing, route
+from ringbpt.model.grouped import make_grouped
 
 
 def test_no_token_is_dropped_however_uneven_the_loads():
     rng = np.random.default_rng(0)
-    x_BTD, E, F = rng.normal(size=(2, 8, 6)).astype(np.float32), 4, 5
-    w_gate, w_up = (rng.normal(size=(E, 6, F)).astype(np.float32) for _ in range(2))
-    w_down = rng.normal(size=(E, F, 6)).astype(np.float32)
+    x_BTD, E, F = jnp.asarray(rng.normal(size=(2, 8, 6)), jnp.float32), 4, 5
+    w_gate, w_up = (jnp.asarray(rng.normal(size=(E, 6, F)), jnp.float32) for _ in range(2))
+    w_down = jnp.asarray(rng.normal(size=(E, F, 6)), jnp.float32)
     expert_BTX = np.stack([np.zeros((2, 8)), rng.integers(1, 4, (2, 8))], -1).astype(np.int32)  # expert 0 takes all
     weight_BTX = rng.uniform(size=(2, 8, 2)).astype(np.float32)
-    got = mixture(E, x_BTD, weight_BTX, expert_BTX, w_gate, w_up, w_down)
+    got = Mixture(make_grouped(jax.devices()[0]), E)(x_BTD, weight_BTX, expert_BTX, w_gate, w_up, w_down)
     gate, up = (np.einsum("BTD,EDF->BTEF", x_BTD, w) for w in (w_gate, w_up))
     every = np.einsum("BTEF,EFD->BTED", gate / (1 + np.exp(-gate)) * up, w_down)
     want = sum(
