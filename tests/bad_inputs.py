@@ -733,6 +733,10 @@ FLAGS: dict[str, list[tuple[str, str]]] = {
         (f"{SMALL} --answers=x", "--answers=2"),
         (f"{SMALL} --prompt=1", "must be below 1"),
     ],
+    "scripts/bench_experts.py": [
+        ("--chosen=9", "at most that"),
+        ("--tokens=0", "below 1"),
+    ],
     "scripts/bench_reduce.py": [
         (f"{SMALL} --every=0", "below 1"),
     ],

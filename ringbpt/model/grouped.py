@@ -70,8 +70,13 @@ def make_grouped(device: jax.Device, interpret: bool = False) -> Grouped:
     if interpret or (device.platform == "gpu" and float(getattr(device, "compute_capability", None) or 0) >= 8):
         return Grouped(partial(_triton_product, interpret), partial(_triton_outer, interpret), _triton_block)
     if device.platform == "tpu":
-        return Grouped(_ragged_product, _ragged_outer, lambda rows, num_experts, dtype: 1)
+        return ragged()
     return Grouped(_loop_product, _loop_outer, partial(_block, 128))
+
+
+def ragged() -> Grouped:
+    """By lax.ragged_dot, which is a product of groups on TPUs only."""
+    return Grouped(_ragged_product, _ragged_outer, lambda rows, num_experts, dtype: 1)
 
 
 def _block(most: int, rows: int, num_experts: int, dtype: jnp.dtype) -> int:

@@ -229,6 +229,8 @@ def _assumptions(
         + ", ".join(f"{axis} at {axes[axis][1] / 1e9:g} GB/s" for axis in (*AXES, *[NETWORK] * (machine.slices > 1))),
         "reading the data, the host's own work and stragglers cost nothing",
     ]
+    if config.architecture.num_experts:
+        lines.insert(2, "the products of experts reach as much of it as dense ones, and loads are even: not measured")
     if host:
         speed = f"{rates.HOST_GB_PER_S[1]:g} to {rates.HOST_GB_PER_S[0]:g} GB/s"
         lines.append(

@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringbpt.model import grouped
 from ringbpt.model.experts import Mixture
-from ringbpt.model.grouped import Grouped, deal, make_grouped
+from ringbpt.model.grouped import deal, make_grouped, ragged
 from tests.attention.gpu_programs import arrays_on, compiled, kernels
 from tests.planning.test_overlap import compiler
 
 KINDS = {
     "loop": make_grouped(jax.devices()[0]),
     "triton": make_grouped(jax.devices()[0], interpret=True),
-    "ragged": Grouped(grouped._ragged_product, grouped._ragged_outer, lambda rows, num_experts, dtype: 1),
+    "ragged": ragged(),
 }
 E, K, N = 5, 24, 40  # no multiples of what a GPU takes
 LOADS = {
