@@ -1,6 +1,8 @@
 """What each accelerator can do at most: for MFU, plans, strategies and benchmarks. What is reached: rates.py."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -66,3 +68,10 @@ def find(device_kind: str) -> Hardware | None:
         if wanted in {hardware.name.lower(), *(kind.lower() for kind in hardware.device_kinds)}:
             return hardware
     return None
+
+
+def cuda_capability(device: Any) -> float:
+    """A jax device's compute capability, 8.0 and up from Ampere on; 0 of whatever is no NVIDIA GPU."""
+    with suppress(TypeError, ValueError):  # AMD's are names: gfx942
+        return float(getattr(device, "compute_capability", None))  # type: ignore[arg-type]
+    return 0.0

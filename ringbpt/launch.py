@@ -149,7 +149,7 @@ class Ranks:
 
     def run(self, commands: list[list[str]]) -> dict[int, int]:
         """Runs them to their ends: each one's code, in the order in which they ended."""
-        pipe, shown = subprocess.PIPE, set[str]()
+        pipe, shown = subprocess.PIPE, dict[str, str]()
         readers, codes = [], dict[int, int]()
         for number, words in enumerate(commands):
             if self.asked:
@@ -197,22 +197,15 @@ class HandedOn:
             signal.signal(number, handler)
 
 
-_SHOWING = threading.Lock()  # what two say at the same time comes once too
-
-
-def _forward(stream: IO[bytes], prefix: str, shown: set[str] | None) -> None:
-    """Prints a process's lines as they come. shown: those of standard error, where one that several say comes once."""
+def _forward(stream: IO[bytes], prefix: str, shown: dict[str, str] | None) -> None:
+    """Prints a process's lines as they come. shown: standard error's, and who said each first; others don't."""
     with stream:
         for data in stream:
             line = data.decode(errors="replace").rstrip("\n")
             if shown is None:
                 say(line if prefix in ("", "[0] ") else prefix + line)
-            elif not STACK.match(line):
-                with _SHOWING:
-                    is_new = line not in shown
-                    shown.add(line)
-                if is_new:
-                    complain(prefix + line)
+            elif not STACK.match(line) and shown.setdefault(line, prefix) == prefix:
+                complain(prefix + line)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ experts: as ringbpt computes them; ragged_dot: by jax.lax.ragged_dot; dense: one
 products. TFLOP/s count what the chosen experts have to compute.
 """
 
+import math
 import sys
 
 from ringbpt.config import Flag, UserError, printed_help, read_flags, run_main
@@ -30,11 +31,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--chosen={flags['chosen']} is above --experts={flags['experts']}: at most that")
     from ringbpt.bench.experts import measure
 
-    print("              ms     TFLOP/s   temporaries, GiB", flush=True)
+    print("            forward, ms   backward, ms   TFLOP/s   temporaries, GiB", flush=True)
     for row in measure(**flags):
-        print(
-            f"{row.side:<10} {1e3 * row.seconds:>8.2f} {row.tflops:>9.2f} {row.temporaries / 2**30:>12.2f}", flush=True
-        )
+        if math.isnan(row.tflops):
+            print(f"{row.side:<10}   the device's memory is too small", flush=True)
+            continue
+        times = f"{1e3 * row.forward:>12.2f} {1e3 * row.backward:>14.2f}"
+        print(f"{row.side:<10} {times} {row.tflops:>9.2f} {row.temporaries / 2**30:>18.2f}", flush=True)
     return 0
 
 

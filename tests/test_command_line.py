@@ -7,16 +7,17 @@ import runpy
 import shutil
 import subprocess
 import sys
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 import ringbpt
 from ringbpt import evaluate, inspect, plan, verify
 from ringbpt.__main__ import OF_A_RUN, VERBS, flags_of, main, make_parser
-from ringbpt.config import JSON, UserError, json_to, model_folder, parse, parse_args, read_flags, run_main
+from ringbpt.config import JSON, UserError, json_to, model_folder, parse, parse_args, read_flags, run_main, say
 from ringbpt.data.reading.hub import load_huggingface
 from ringbpt.layouts import LAYOUTS
 from ringbpt.training.metrics import check_wandb
@@ -310,3 +311,28 @@ def test_a_wheel_carries_the_recipes(tmp_path):
     assert "ringbpt = ringbpt.__main__:entry" in "".join(
         file.read_text() for file in (tmp_path / "unpacked").glob("*.dist-info/entry_points.txt")
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unread", ["closed", "full"])
+def test_the_exit_code_is_the_same_where_nobody_reads_standard_error(unread, unbuffered):
+    """What was left to be flushed failed once more as the process ended, and made 120 of any code."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full, os.fdopen(writing, "wb") as closed:
+        command = [sys.executable, "-m", "ringbpt.plan", "--no_such=1"]
+        error = closed if unread == "closed" else full
+        assert subprocess.run(command, stderr=error, env=environment, timeout=60, check=False).returncode == 2
+
+
+def test_a_line_that_the_terminals_encoding_lacks_is_said_all_the_same(monkeypatch):
+    shown = TextIOWrapper(BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", shown)
+    say("café \u2713 \udc80")
+    assert shown.buffer.getvalue() == b"caf\xe9 \\u2713 \\udc80\n"
+
+
+def test_a_machine_whose_memory_is_too_small_is_told_in_a_line(capfd):
+    assert run_main(lambda argv: np.zeros(1 << 62, np.uint8).size, []) == 2
+    assert capfd.readouterr().err.startswith("error: this machine's memory is too small: Unable to allocate 4.00 EiB")

@@ -93,9 +93,9 @@ def test_restarts_are_bounded_and_said(capfd, monkeypatch):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # most containers set it
 def test_lines_of_several_come_whole(tmp_path, unbuffered):
-    says = (
-        "import sys\nfor line in range(500):\n"
-        "    print('out', line, flush=True); print('err', line, file=sys.stderr, flush=True)"
+    says = (  # some of them longer than a pipe takes in one piece
+        "import sys\nfor line in range(500):\n    rest = 'x' * (line % 50 // 49 * 100_000)\n"
+        "    print('out', line, rest, flush=True); print('err', line, rest, file=sys.stderr, flush=True)"
     )
     code = (
         "import sys\nfrom ringbpt.launch import supervise\n"
@@ -104,10 +104,16 @@ def test_lines_of_several_come_whole(tmp_path, unbuffered):
     )
     command, told = [sys.executable, "-c", code], environment(tmp_path) | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, check=True, timeout=60)
-    prefixes = ("", "[1] ", "[2] ")
-    assert sorted(done.stdout.splitlines()) == sorted(f"{one}out {line}" for one in prefixes for line in range(500))
-    said = [line.removeprefix("[0] ").removeprefix("[1] ").removeprefix("[2] ") for line in done.stderr.splitlines()]
-    assert sorted(said) == sorted(f"err {line}" for line in range(500))  # once, whoever came first
+    lines = [f"{line} {'x' * (line % 50 // 49 * 100_000)}" for line in range(500)]
+    assert sorted(done.stdout.splitlines()) == sorted(f"{p}out {line}" for p in ("", "[1] ", "[2] ") for line in lines)
+    said = [re.sub(r"^\[[012]\] ", "", line) for line in done.stderr.splitlines()]
+    assert sorted(said) == sorted(f"err {line}" for line in lines)  # once, whoever came first
+
+
+def test_what_one_process_repeats_is_repeated(tmp_path, capfd):
+    says = "import sys\nfor _ in range(3): print('again', file=sys.stderr)"
+    assert supervise(lambda attempt: [[sys.executable, "-c", says]], 0, lambda: -1, "") == 0
+    assert capfd.readouterr().err == "again\n" * 3
 
 
 def test_a_signal_is_handed_on_and_ends_it(tmp_path):

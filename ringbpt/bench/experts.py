@@ -1,5 +1,6 @@
 """A mixture of experts on this device, beside jax.lax.ragged_dot and a dense feedforward of as much work."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,12 +18,16 @@ SIDES = ("experts", "ragged_dot", "dense")
 
 @dataclass(frozen=True)
 class Row:
-    """Of a chunk's forward and backward. tflops: of the chosen experts' products, a second; temporaries: bytes."""
+    """Of one chunk. forward, backward: seconds; tflops: of the chosen experts' products, a second of both.
+
+    temporaries: bytes of the backward. All NaN and 0 where the device's memory is too small.
+    """
 
     side: str
-    seconds: float
-    tflops: float
-    temporaries: int
+    forward: float = math.nan
+    backward: float = math.nan
+    tflops: float = math.nan
+    temporaries: int = 0
 
 
 def measure(tokens: int, experts: int, chosen: int, hidden: int, intermediate: int, dtype: str) -> Iterator[Row]:
@@ -36,27 +41,31 @@ def measure(tokens: int, experts: int, chosen: int, hidden: int, intermediate: i
         key, shapes = jax.random.key(0), ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden))
         return [jax.random.normal(key, (*leading, *shape), dtype) * hidden**-0.5 for shape in shapes]
 
-    # Forward 3 products; backward 2 that are computed again, and 2 each of three.
+    # Forward 3 products; backward 2 that are computed again, and 2 for each of the three.
     flops = 11 * 2.0 * tokens * chosen * hidden * intermediate
     for side in SIDES:
-        if side == "dense":
-            rows = [jnp.repeat(a, chosen, axis=1) for a in (x, dy)]
-            run, arguments = _dense, [*rows, *weights()]
+        try:
+            if side == "dense":
+                rows, d_rows = (jnp.repeat(a, chosen, axis=1) for a in (x, dy))
+                both = _timed(_dense, [rows, *weights()]), _timed(swiglu_backward, [rows, d_rows, *weights()])
+            else:
+                mixture = Mixture(make_grouped(device) if side == "experts" else ragged(), experts)
+                chunk, ws = [x, weight, expert], weights(experts)
+                both = _timed(mixture, [*chunk, *ws]), _timed(mixture.backward, [*chunk, dy, *ws])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            yield Row(side)
         else:
-            mixture = Mixture(make_grouped(device) if side == "experts" else ragged(), experts)
-            run, arguments = _both(mixture), [x, weight, expert, dy, *weights(experts)]
-        program = jax.jit(run).lower(*arguments).compile()
-        spent, memory = seconds(program, arguments), program.memory_analysis().temp_size_in_bytes
-        yield Row(side, spent, flops / spent / 1e12, memory)
+            (forward, _), (backward, temporaries) = both
+            yield Row(side, forward, backward, flops / (forward + backward) / 1e12, temporaries)
 
 
-def _both(mixture: Mixture) -> Callable:
-    def run(x, weight, expert, dy, *ws):
-        return mixture(x, weight, expert, *ws), mixture.backward(x, weight, expert, dy, *ws)
+def _timed(function: Callable, arguments: list[jax.Array]) -> tuple[float, int]:
+    """(seconds of a call, bytes of its temporaries)"""
+    program = jax.jit(function).lower(*arguments).compile()
+    return seconds(program, arguments), program.memory_analysis().temp_size_in_bytes
 
-    return run
 
-
-def _dense(x, dy, w_gate, w_up, w_down):
-    matmul = matmul_in(x.dtype)
-    return swiglu(x, w_gate, w_up, w_down, matmul), swiglu_backward(x, dy, w_gate, w_up, w_down)
+def _dense(x, w_gate, w_up, w_down):
+    return swiglu(x, w_gate, w_up, w_down, matmul_in(x.dtype))

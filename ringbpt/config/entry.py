@@ -7,10 +7,11 @@ import difflib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from typing import Any
+from typing import Any, TextIO
 
 from ringbpt import ending
 from ringbpt.config.aliases import without_effect
@@ -204,28 +205,38 @@ class _Printed(logging.Handler):
         say(printable(self.format(record)))
 
 
+_LINES = threading.RLock()  # a signal's handler may have a line to say too
+
+
 def say(text: str) -> None:
-    """Prints a line for whoever still reads: a pipe that was closed, or a full disk, ends the printing and no work.
-
-    With its end in the same write: print's own is a second one, and where nothing is buffered (PYTHONUNBUFFERED, in
-    most containers) a line of another thread or process would come between.
-    """
-    try:
-        print(f"{text}\n", end="", flush=True)
-    except OSError:
-        _stop_printing()
-
-
-def _stop_printing() -> None:
-    """Whatever is printed from now on, and what is left to be flushed, goes nowhere."""
-    with suppress(OSError, ValueError, AttributeError):  # no file behind it, as in a notebook
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Prints a line for whoever still reads: a pipe that was closed, or a full disk, ends the printing and no work."""
+    _print_whole(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Prints a line on standard error, for whoever still reads; whole, as `say` does."""
-    with suppress(OSError):
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)
+    """Prints a line on standard error for whoever still reads, as `say` does on standard output."""
+    _print_whole(text, sys.stderr)
+
+
+def _print_whole(text: str, stream: TextIO) -> None:
+    """A line that no other thread's comes into, nor another process's where it has less than 4,096 bytes (PIPE_BUF).
+
+    With its end in the same write: print's own is a second one, and reaches the pipe by itself where nothing is
+    buffered, as with PYTHONUNBUFFERED in most containers. What the stream's encoding lacks is escaped.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        with _LINES:
+            print(line, end="", file=stream, flush=True)
+    except OSError:
+        _stop_printing(stream)
+
+
+def _stop_printing(stream: TextIO) -> None:
+    """Whatever is printed from now on, and what is left to be flushed as the process ends, goes nowhere."""
+    with suppress(OSError, ValueError, AttributeError):  # no file behind it, as in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -266,7 +277,7 @@ def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         complain("interrupted")
         return ending.INTERRUPTED
     except BrokenPipeError:  # whoever reads the output has had enough of it, as `head` does
-        _stop_printing()
+        _stop_printing(sys.stdout)
         return 141
     except Exception as error:
         if line := _out_of_memory(error):
@@ -279,7 +290,9 @@ def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 
 
 def _out_of_memory(error: Exception) -> str | None:
-    """What to say of a device's memory that is too small, or None: jax has no type of its own for it."""
+    """What to say of memory that is too small, or None; for a device's, jax has no type of its own."""
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is too small: {one_line(error, 200)}"
     if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
         return None
     asked = one_line(str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition(" [")[0], 200)

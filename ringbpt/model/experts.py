@@ -2,7 +2,8 @@
 
 Blockwise like the dense one: in chunks of each device's share of the sequence, every expert split over tp in F. The
 rows of a chunk are dealt out by expert (model/grouped.py), so the work is that of the chosen experts whatever their
-loads are. Ref: Mixtral, arXiv:2401.04088; dropless: MegaBlocks, arXiv:2211.15841.
+loads are, but for a block of rows each, in part empty.
+Ref: Mixtral, arXiv:2401.04088; dropless: MegaBlocks, arXiv:2211.15841.
 """
 
 from collections.abc import Callable
@@ -57,7 +58,10 @@ def route(architecture: Architecture, logits_BTE: jax.Array) -> RouterOutput:
 
 @dataclass(frozen=True)
 class Mixture:
-    """sum_x weight_x * swiglu(x; expert x), of what one device has: weight_BTX float32, its part of each expert's F."""
+    """The sum over a token's X experts of weight * swiglu(token; expert), on one device, which may have a part of F.
+
+    weight_BTX: float32. expert_BTX: int32.
+    """
 
     grouped: Grouped
     num_experts: int

@@ -17,24 +17,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ringbpt.hardware import cuda_capability
+
 _LEAST = 16  # the smallest side of a matrix product on a GPU
 
 
 class Deal(NamedTuple):
-    """Which row stands in which place; int32. A block's places are one expert's; those without a row are zeros."""
+    """Which row stands in which place; int32. All places of a block are one expert's."""
 
-    row: jax.Array  # [places]: the number of rows where none stands
-    place: jax.Array  # [rows]
-    expert: jax.Array  # [blocks]
+    row: jax.Array  # [places]: which row stands there; one beyond the last where none does
+    place: jax.Array  # [rows]: where each stands
+    expert: jax.Array  # [blocks]: whose each is
     first: jax.Array  # [E + 1]: each expert's first block; the last is how many blocks are in use
 
     def spread(self, x: jax.Array, copies: int = 1) -> jax.Array:
-        """[places, ...]: of x [rows / copies, ...], of which `copies` rows in a row are one."""
+        """[places, ...]: what stands in each place, zeros where no row does.
+
+        x: [rows / copies, ...]; its i-th stands for the `copies` rows from i * copies on.
+        """
         return x.at[self.row // copies].get(mode="fill", fill_value=0)
 
 
 def deal(expert: jax.Array, num_experts: int, block: int) -> Deal:
-    """Of each row's expert, [rows]; places: as few as hold any loads in whole blocks."""
+    """The Deal of rows whose experts are these, [rows]; as many places as the least even loads need."""
     rows = expert.shape[0]
     count = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     before = jnp.cumulative_sum(count, include_initial=True)
@@ -42,7 +47,8 @@ def deal(expert: jax.Array, num_experts: int, block: int) -> Deal:
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     mine = expert[order]
     places = (first * block)[mine] + jnp.arange(rows, dtype=jnp.int32) - before[mine]
-    blocks = (rows + num_experts * (block - 1)) // block
+    chosen = min(rows, num_experts)  # at most; each has a last block that may be nearly empty
+    blocks = chosen + (rows - chosen) // block
     return Deal(
         row=jnp.full(blocks * block, rows, jnp.int32).at[places].set(order, unique_indices=True),
         place=jnp.zeros(rows, jnp.int32).at[order].set(places, unique_indices=True),
@@ -67,7 +73,7 @@ class Grouped:
 
 def make_grouped(device: jax.Device, interpret: bool = False) -> Grouped:
     """The fastest for a device. interpret: the GPU's kernels on any device, slowly."""
-    if interpret or (device.platform == "gpu" and float(getattr(device, "compute_capability", None) or 0) >= 8):
+    if interpret or cuda_capability(device) >= 8:
         return Grouped(partial(_triton_product, interpret), partial(_triton_outer, interpret), _triton_block)
     if device.platform == "tpu":
         return ragged()
@@ -80,8 +86,8 @@ def ragged() -> Grouped:
 
 
 def _block(most: int, rows: int, num_experts: int, dtype: jnp.dtype) -> int:
-    """About an expert's share of the rows: a power of two."""
-    return max(_LEAST, min(most, 1 << (rows // num_experts).bit_length()))
+    """A power of two, at most half of an expert's share of the rows: its last block is half empty in the mean."""
+    return max(_LEAST, min(most, 1 << (rows // num_experts // 2).bit_length() >> 1))
 
 
 def _precision(x: jax.Array) -> lax.Precision | None:

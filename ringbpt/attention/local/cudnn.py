@@ -20,6 +20,7 @@ from jax import lax
 from ringbpt.attention.core import Local, MaskSpec, Partial, block_visibility, merge
 from ringbpt.attention.local.pallas_hopper import make_pallas_hopper
 from ringbpt.attention.local.pallas_triton import make_pallas_triton, or_blockwise
+from ringbpt.hardware import cuda_capability
 from ringbpt.types import TokenMeta
 
 _LEAST_VERSION = 90100  # cuDNN 9.1
@@ -119,7 +120,7 @@ def make_cudnn(device: jax.Device, query_chunk_size: int | None, key_chunk_size:
 
     Raises NotImplementedError for a device that is no NVIDIA GPU from Ampere on, and for another cuDNN or jax.
     """
-    capability = float(getattr(device, "compute_capability", None) or 0)
+    capability = cuda_capability(device)
     if device.platform != "gpu" or capability < 8:
         raise NotImplementedError(
             f"cudnn runs on NVIDIA GPUs from compute capability 8.0 (Ampere) on, and this is {device.device_kind}: "

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility
 from ringbpt.attention.local.pallas_triton import or_blockwise
 from ringbpt.attention.local.visits import block_lists
+from ringbpt.hardware import cuda_capability
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -380,7 +381,7 @@ def make_pallas_hopper(
 
     Raises NotImplementedError for a device that is no Hopper GPU, and for blocks that must be smaller.
     """
-    if not interpret and (device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0"):
+    if not interpret and cuda_capability(device) != 9:
         other = "pallas_triton" if device.platform == "gpu" else "blockwise"
         raise NotImplementedError(
             f"pallas_hopper runs on Hopper GPUs (H100, H200), and this is {device.device_kind}: use {other}, or auto"

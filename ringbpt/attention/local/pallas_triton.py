@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as pltriton
 from ringbpt.attention.core import Local, MaskSpec, Partial, row_delta, row_visibility, visible
 from ringbpt.attention.local import block_sizes
 from ringbpt.attention.local.visits import block_lists
+from ringbpt.hardware import cuda_capability
 from ringbpt.types import TokenMeta
 
 _LOG2E = math.log2(math.e)
@@ -74,8 +75,7 @@ def make_pallas_triton(
 
     Raises NotImplementedError for a device that is no NVIDIA GPU of compute capability 8.0 or later.
     """
-    capability = getattr(device, "compute_capability", None)
-    if not interpret and (device.platform != "gpu" or float(capability or 0) < 8):
+    if not interpret and cuda_capability(device) < 8:
         raise NotImplementedError(
             f"pallas_triton runs on NVIDIA GPUs from compute capability 8.0 (Ampere) on, and this is "
             f"{device.device_kind}: use blockwise, or auto"
