@@ -186,9 +186,10 @@ def test_log_probabilities_of_drawn_tokens(loaded, generator):
         assert [token.logp for token in text] == [0.0] * 4
 
 
-def test_new_weights_compile_nothing(loaded, generator):
+def test_new_weights_compile_nothing(loaded):
     prompts, warm = [np.full(8, 5), np.arange(8) + 3], Sampling(temperature=1.0)
     model, params = loaded
+    generator = Generator(*loaded)  # whatever another has compiled may have been cleared since (conftest)
     other = jax.device_put(jax.tree.map(lambda x: x[..., ::-1] if x.ndim > 2 else x, params), model.shardings)
     before = draw(generator, prompts, 4, warm, batch_size=2)
     with compiles() as compiled:
