@@ -226,8 +226,8 @@ def first_weights(config: Config, model: "Model", seed: int) -> tuple["Params", 
 
 
 def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
-    """{"loss": float, "metrics": all that is measured, group: its weights' gradients as one float64 vector}; of a group
-    that stays there are none.
+    """{"loss": float, "metrics": all that is measured of a whole step, group: its weights' gradients as one float64
+    vector}; of a group that stays there are none.
     """
     import jax
     import numpy as np
@@ -236,6 +236,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     from ringbpt.model.adapters import SCALE, A, B
     from ringbpt.model.llama import Model
     from ringbpt.objectives import objective_of
+    from ringbpt.objectives.balance import of_the_rows_at_hand
     from ringbpt.training.step import make_gradients
 
     model = Model.of(config, make_mesh(config.mesh_shape))
@@ -245,7 +246,8 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     objective = objective_of(config)
     grads, means = jax.jit(make_gradients(config, model, objective))(trained, batch, frozen)
     values = objective.values(jax.device_get(means), config)
-    numbers: dict[str, Any] = {"loss": values["loss"], "metrics": values}
+    compared = {name: value for name, value in values.items() if name not in of_the_rows_at_hand(config)}
+    numbers: dict[str, Any] = {"loss": values["loss"], "metrics": compared}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     # An adapter's weights stand with the weight that they are beside.
     grouped = {group: [name + part for name in names for part in ("", A, B, SCALE)] for group, names in GROUPS.items()}

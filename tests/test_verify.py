@@ -64,6 +64,16 @@ def test_nothing_parts_of_adapters_beside_a_base_in_4_bits(config):
     assert "attention" in compared and "norms" not in compared and "embedding" not in compared
 
 
+@pytest.mark.parametrize("config", [("--llama.num_experts=4", "--llama.num_experts_per_tok=2")], indirect=True)
+def test_nothing_parts_of_experts_in_micro_batches(config, monkeypatch):
+    """Their balance, where it is no part of the loss, is one line of each micro-batch's rows, and is not compared."""
+    given = verify.Variant(config.mesh_shape, config.execution, config.optimizer.accumulate_gradient_steps)
+    halves = [given.but(sp=1), given.but(accumulate_gradient_steps=2)]
+    monkeypatch.setattr(verify, "variants", lambda config, device_count: halves)
+    report = run(config)
+    assert report["ok"] and [row["worst"] < 2e-6 for row in report["rows"]] == [True] * 2, report["rows"]
+
+
 def test_the_first_batch_that_takes_loss_is_compared():
     batches = [np.zeros((2, 4)), np.zeros((2, 4)), np.eye(2, 4)]
     loader = SimpleNamespace(

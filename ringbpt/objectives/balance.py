@@ -34,6 +34,12 @@ def added_to(objective: Objective, config: Config) -> Objective:
     return replace(objective, function=function, whole=whole, parts=parts)
 
 
+def of_the_rows_at_hand(config: Config) -> set[str]:
+    """The names of what is measured of one micro-batch at a time: it depends on how many a step has."""
+    architecture = config.architecture
+    return {"router_balance"} if architecture.num_experts and not architecture.router_aux_loss_coef else set()
+
+
 def router_share(stats: TokenStats, batch: Batch, config: Config) -> Means:
     """Of each expert the tokens that go to it, float32 [E], over the real tokens: their sum is the experts a token."""
     real_BT1 = _real(batch)[..., None]
