@@ -73,5 +73,5 @@ def find(device_kind: str) -> Hardware | None:
 def cuda_capability(device: Any) -> float:
     """A jax device's compute capability, 8.0 and up from Ampere on; 0 of whatever is no NVIDIA GPU."""
     with suppress(TypeError, ValueError):  # AMD's are names: gfx942
-        return float(getattr(device, "compute_capability", None))  # type: ignore[arg-type]
+        return float(getattr(device, "compute_capability", 0))
     return 0.0

@@ -246,7 +246,7 @@ def step_numbers(config: Config, host: "Batch", seed: int) -> dict[str, Any]:
     objective = objective_of(config)
     grads, means = jax.jit(make_gradients(config, model, objective))(trained, batch, frozen)
     values = objective.values(jax.device_get(means), config)
-    compared = {name: value for name, value in values.items() if name not in of_the_rows_at_hand(config)}
+    compared = {name: values[name] for name in values.keys() - of_the_rows_at_hand(config)}
     numbers: dict[str, Any] = {"loss": values["loss"], "metrics": compared}
     leaves = {path[-1].key: np.asarray(x, np.float64).ravel() for path, x in jax.tree.leaves_with_path(grads)}
     # An adapter's weights stand with the weight that they are beside.

@@ -110,7 +110,7 @@ def test_lines_of_several_come_whole(tmp_path, unbuffered):
     assert sorted(said) == sorted(f"err {line}" for line in lines)  # once, whoever came first
 
 
-def test_what_one_process_repeats_is_repeated(tmp_path, capfd):
+def test_what_one_process_repeats_is_repeated(capfd):
     says = "import sys\nfor _ in range(3): print('again', file=sys.stderr)"
     assert supervise(lambda attempt: [[sys.executable, "-c", says]], 0, lambda: -1, "") == 0
     assert capfd.readouterr().err == "again\n" * 3

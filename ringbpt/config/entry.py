@@ -243,8 +243,8 @@ def run_main(main: Callable[[list[str]], int | None], argv: list[str] | None = N
     """Runs an entry on the command line; returns its exit code: `sys.exit(run_main(main))`.
 
     A UserError is one line on stderr and its own code; so is a run that was told to stop (Ctrl-C: 130), with what was
-    saved; a pipe that nobody reads is 141. Whatever else is a fault of ours and keeps its traceback. Processes that
-    wait for this one hear of its end.
+    saved; memory that is too small is a line and 2, a pipe that nobody reads 141. Whatever else is a fault of ours and
+    keeps its traceback. Processes that wait for this one hear of its end.
     """
     log, printed = logging.getLogger("ringbpt"), _Printed(logging.INFO)
     log.addHandler(printed)
@@ -292,7 +292,7 @@ def _code_of(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
 def _out_of_memory(error: Exception) -> str | None:
     """What to say of memory that is too small, or None; for a device's, jax has no type of its own."""
     if isinstance(error, MemoryError):
-        return f"this machine's memory is too small: {one_line(error, 200)}"
+        return f"this machine's memory is too small: {one_line(error, 200) or 'Python says no more'}"
     if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
         return None
     asked = one_line(str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition(" [")[0], 200)

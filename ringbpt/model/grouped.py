@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from ringbpt.hardware import cuda_capability
+from ringbpt.model.weights import dot
 
 _LEAST = 16  # the smallest side of a matrix product on a GPU
 
@@ -115,22 +116,21 @@ def _ragged_outer(a: jax.Array, b: jax.Array, deal: Deal, num_experts: int) -> j
 
 def _loop_product(a: jax.Array, w: jax.Array, deal: Deal, turned: bool = False) -> jax.Array:
     block = a.shape[0] // deal.expert.shape[0]
-    dot = partial(jnp.einsum, "mk,nk->mn" if turned else "mk,kn->mn", precision=_precision(a))
+    equation = "mk,nk->mn" if turned else "mk,kn->mn"
 
     def step(i, out):
-        part = dot(lax.dynamic_slice_in_dim(a, i * block, block), w[deal.expert[i]], preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(out, part.astype(a.dtype), i * block, 0)
+        part = dot(equation, lax.dynamic_slice_in_dim(a, i * block, block), w[deal.expert[i]], a.dtype)
+        return lax.dynamic_update_slice_in_dim(out, part, i * block, 0)
 
     return lax.fori_loop(0, deal.first[-1], step, jnp.zeros((a.shape[0], w.shape[1 if turned else 2]), a.dtype))
 
 
 def _loop_outer(a: jax.Array, b: jax.Array, deal: Deal, num_experts: int) -> jax.Array:
     block = a.shape[0] // deal.expert.shape[0]
-    dot = partial(jnp.einsum, "mk,mn->kn", precision=_precision(a), preferred_element_type=jnp.float32)
 
     def step(i, sums):
-        rows = (lax.dynamic_slice_in_dim(x, i * block, block) for x in (a, b))
-        return sums.at[deal.expert[i]].add(dot(*rows))
+        rows_a, rows_b = (lax.dynamic_slice_in_dim(x, i * block, block) for x in (a, b))
+        return sums.at[deal.expert[i]].add(dot("mk,mn->kn", rows_a, rows_b, jnp.float32))
 
     return lax.fori_loop(0, deal.first[-1], step, jnp.zeros((num_experts, a.shape[1], b.shape[1]), jnp.float32))
 

@@ -36,10 +36,8 @@ def test_products_are_those_of_each_row(kind, loads, dtype):
     a, b, w = arrays(len(expert), dtype)
     groups = deal(jnp.asarray(expert), E, how.block(len(expert), E, a.dtype))
     assert sorted(np.asarray(groups.row)[groups.place]) == list(range(len(expert)))
-    block = len(groups.row) // len(groups.expert)
-    assert (
-        len(groups.expert) == min(len(expert), E) + (len(expert) - min(len(expert), E)) // block
-    )  # no more than it takes
+    block, chosen = len(groups.row) // len(groups.expert), min(len(expert), E)
+    assert len(groups.expert) == chosen + (len(expert) - chosen) // block  # no more than any loads take
     got = how.product(groups.spread(a), w, groups), how.product(groups.spread(b), w, groups, turned=True)
     sums = how.outer(groups.spread(a), groups.spread(b), groups, E)
     a, b, w = (np.asarray(x, np.float64) for x in (a, b, w))

@@ -121,7 +121,7 @@ def make_cudnn(device: jax.Device, query_chunk_size: int | None, key_chunk_size:
     Raises NotImplementedError for a device that is no NVIDIA GPU from Ampere on, and for another cuDNN or jax.
     """
     capability = cuda_capability(device)
-    if device.platform != "gpu" or capability < 8:
+    if capability < 8:
         raise NotImplementedError(
             f"cudnn runs on NVIDIA GPUs from compute capability 8.0 (Ampere) on, and this is {device.device_kind}: "
             "use blockwise, or auto"
